@@ -1,0 +1,38 @@
+# The only entry point. `make serve` and `make test` work on a fresh machine with git, make and Python 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup serve test test-all check bench openapi migration
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[service,dev]'
+	touch $(STAMP)
+
+setup: $(STAMP)
+
+serve: $(STAMP)  ## run the service on SQLite
+	$(BIN)/evenodds serve
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/latency.py
+
+openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
+	$(BIN)/python -m evenodds_service openapi > openapi.json
+
+migration: $(STAMP)  ## make migration NAME=add_something
+	$(BIN)/python -m evenodds_service migration $(NAME)
