@@ -1,0 +1,345 @@
+"""The calls of the wire contract, each written once: its arguments, its request and its reply.
+
+Every call here may be repeated safely, so every call is retried. Does no I/O: see `protocol.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from urllib.parse import quote
+from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
+
+from evenodds.errors import InvalidRequest
+from evenodds.faults import fault_lines
+from evenodds.protocol import Exchange, Protocol
+from evenodds.schemas import (
+    MAX_ITEMS,
+    Acquisition,
+    Health,
+    Observation,
+    ObserveReply,
+    ObserveRequest,
+    Predictor,
+    PredictReply,
+    PredictRequest,
+    PromptId,
+    PromptIn,
+    PromptPage,
+    PromptRef,
+    PromptsAdded,
+    PromptState,
+    Request,
+    RunName,
+    RunPage,
+    RunState,
+    RunUpdate,
+    SelectReply,
+    SelectRequest,
+)
+
+MAX_CALL_BYTES = 8_000_000
+"""Most bytes of prompts in one call of `add_prompts`."""
+
+_RUN: TypeAdapter[str] = TypeAdapter(RunName)
+_PROMPT_ID: TypeAdapter[str] = TypeAdapter(PromptId)
+
+
+class Calls(Protocol):
+    """One method per call. The methods of `Client` and `AsyncClient` are these, driven by their I/O.
+
+    Each raises `InvalidRequest` before anything is sent if its arguments do not keep to the contract, and
+    `TransportError`, `ProblemError` or `ReplyInvalid` afterwards.
+    """
+
+    def put_run(
+        self,
+        run: str,
+        *,
+        predictor: Predictor | None = None,
+        group_size: int | None = None,
+        target_rate: float | None = None,
+        embedder: str | None = None,
+        embedder_prompt: str | None = None,
+        acquisition: Acquisition | None = None,
+        optimism: float | None = None,
+        cooldown_steps: int | None = None,
+        max_visits: int | None = None,
+    ) -> Exchange[RunState]:
+        """Create a run, or change settings of an existing one. What is left out keeps its value.
+
+        Args:
+            run: Name of the run: letters, digits, `.`, `_`, `-`; at most 128 characters.
+            predictor: `gps`, shared model and own evidence; `mopps`, own evidence alone; `uniform`, chance.
+            group_size: Attempts per prompt in training, in [1, 1024].
+            target_rate: Success rate to aim at, in (0, 1), instead of the likeliest to be informative.
+            embedder: `builtin`, `caller`, `none`, or a sentence-transformers model.
+            embedder_prompt: Instruction that the embedder puts before each text.
+            acquisition: `yield`, `thompson` or `uniform`.
+            optimism: Weight of the uncertainty in the yield score, in [0, 10].
+            cooldown_steps: Steps that a chosen prompt rests.
+            max_visits: A prompt is chosen at most so often; 0 sets no limit.
+
+        Returns:
+            The run as it stands afterwards.
+
+        Raises:
+            Conflict: The run holds prompts already, and the change would not fit them.
+        """
+        with _contract("put_run"):
+            update = RunUpdate(
+                predictor=predictor,
+                group_size=group_size,
+                target_rate=target_rate,
+                embedder=embedder,
+                embedder_prompt=embedder_prompt,
+                acquisition=acquisition,
+                optimism=optimism,
+                cooldown_steps=cooldown_steps,
+                max_visits=max_visits,
+            )
+        path = _run_path("put_run", run)
+        return (yield from self.call("PUT", path, RunState, content=_json(update)))
+
+    def run(self, run: str) -> Exchange[RunState]:
+        """The run as it stands.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        return (yield from self.call("GET", _run_path("run", run), RunState))
+
+    def runs_page(self, *, cursor: str | None = None) -> Exchange[RunPage]:
+        """One page of runs by name: the first, or the one that `next_cursor` of the page before names."""
+        return (yield from self.call("GET", "/runs", RunPage, query=_cursor(cursor)))
+
+    def delete_run(self, run: str) -> Exchange[None]:
+        """Delete a run with all it holds. After a lost reply, a repeat that finds no run counts as done.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        return (yield from self.delete(_run_path("delete_run", run)))
+
+    def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
+        """Add prompts to the pool, in as many requests as needed. Repeating it is safe.
+
+        All prompts are checked and encoded in memory before the first request: one fault, and none is sent.
+        Each request is all or nothing. If a later one fails, the prompts of the earlier ones are in the pool.
+
+        Args:
+            prompts: Any number, at least 1: `PromptIn`, or mappings with its fields.
+
+        Returns:
+            `added` and `existing` summed over the requests; `pool_size` and `log_position` after the last.
+
+        Raises:
+            NotFound: There is no such run.
+            Conflict: A prompt id is in the pool with another text.
+        """
+        path = f"{_run_path('add_prompts', run)}/prompts"
+        total: PromptsAdded | None = None
+        for content in _prompt_batches(prompts):
+            reply = yield from self.call("POST", path, PromptsAdded, content=content)
+            if total is not None:
+                sums = {"added": total.added + reply.added, "existing": total.existing + reply.existing}
+                reply = reply.model_copy(update=sums)
+            total = reply
+        if total is None:
+            raise InvalidRequest("add_prompts", ["prompts: at least 1 prompt is needed, got none"])
+        return total
+
+    def prompts_page(self, run: str, *, cursor: str | None = None) -> Exchange[PromptPage]:
+        """One page of the pool: the first, or the one that `next_cursor` of the page before names.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        path = f"{_run_path('prompts_page', run)}/prompts"
+        return (yield from self.call("GET", path, PromptPage, query=_cursor(cursor)))
+
+    def prompt(self, run: str, prompt_id: str) -> Exchange[PromptState]:
+        """A prompt with the present belief about it and its own history.
+
+        Raises:
+            NotFound: There is no such run or prompt.
+        """
+        path = _run_path("prompt", run)
+        with _contract("prompt", "prompt_id"):
+            _PROMPT_ID.validate_python(prompt_id)
+        return (yield from self.call("GET", f"{path}/prompts/{_segment(prompt_id)}", PromptState))
+
+    def observe(
+        self,
+        run: str,
+        step: int,
+        observations: Sequence[Observation | Mapping[str, object]],
+        *,
+        request_id: str | None = None,
+        selection_id: str | None = None,
+    ) -> Exchange[ObserveReply]:
+        """Report outcomes of attempts. Either all observations are accepted or none.
+
+        Args:
+            step: The policy version that made the attempts.
+            observations: 1 to 10,000: `Observation`, or mappings with its fields.
+            request_id: Names this report: the same id again returns the first answer and writes nothing. A
+                fresh one by default, which makes the retries of this call safe, but not a second call.
+            selection_id: The selection whose outcomes these are.
+
+        Raises:
+            NotFound: There is no such run, or no such prompt and no text to add it.
+            Conflict: `request_id` was used with another report.
+        """
+        with _contract("observe"):
+            request = ObserveRequest.model_validate(
+                {
+                    "run": run,
+                    "step": step,
+                    "request_id": uuid4().hex if request_id is None else request_id,
+                    "selection_id": selection_id,
+                    "observations": observations,
+                }
+            )
+        return (yield from self.call("POST", "/observe", ObserveReply, content=_json(request)))
+
+    def predict(
+        self,
+        run: str,
+        prompts: Iterable[str | PromptRef | Mapping[str, object]],
+        *,
+        step: int | None = None,
+        group_size: int | None = None,
+    ) -> Exchange[PredictReply]:
+        """How likely each prompt is to be solved, in the order asked.
+
+        Args:
+            prompts: 1 to 10,000 prompts. A string is a prompt id; `PromptRef`, or a mapping with its fields,
+                may hold a new text instead.
+            step: The policy version to predict for; the run's newest by default.
+            group_size: Attempts per prompt that `informative_probability` is about; the run's by default.
+
+        Raises:
+            NotFound: There is no such run, or no prompt of that id in its pool.
+        """
+        with _contract("predict"):
+            request = PredictRequest.model_validate(
+                {"run": run, "prompts": _references(prompts), "step": step, "group_size": group_size}
+            )
+        return (yield from self.call("POST", "/predict", PredictReply, content=_json(request)))
+
+    def select_batch(
+        self,
+        run: str,
+        step: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        candidates: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        groups: Mapping[str, float] | None = None,
+        target_rate: float | None = None,
+        group_size: int | None = None,
+        acquisition: Acquisition | None = None,
+        optimism: float | None = None,
+        cooldown_steps: int | None = None,
+        max_visits: int | None = None,
+    ) -> Exchange[SelectReply]:
+        """Choose the prompts of a step. The same arguments again return the same batch.
+
+        Args:
+            step: The policy version that will attempt the batch.
+            batch_size: Prompts to choose, in [1, 10,000].
+            seed: Seed of all chance in the choice, in [0, 2**63).
+            candidates: Prompt ids to choose among; the whole pool by default.
+            exclude: Prompt ids to leave out.
+            groups: Least share of the batch for each group; the shares sum to at most 1.
+            target_rate: Instead of the run's, for this batch; so are the arguments after it.
+
+        Raises:
+            NotFound: There is no such run, candidate or group.
+            Conflict: The step has a batch already, by other arguments; or too few prompts may be chosen.
+        """
+        with _contract("select_batch"):
+            request = SelectRequest.model_validate(
+                {
+                    "run": run,
+                    "step": step,
+                    "batch_size": batch_size,
+                    "seed": seed,
+                    "candidates": candidates,
+                    "exclude": exclude,
+                    "groups": groups,
+                    "target_rate": target_rate,
+                    "group_size": group_size,
+                    "acquisition": acquisition,
+                    "optimism": optimism,
+                    "cooldown_steps": cooldown_steps,
+                    "max_visits": max_visits,
+                }
+            )
+        return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))
+
+    def healthz(self) -> Exchange[Health]:
+        """Whether the process is alive."""
+        return (yield from self.call("GET", "/healthz", Health, replying=(503,)))
+
+    def readyz(self) -> Exchange[Health]:
+        """Whether the service can answer. `unavailable` with its reasons is a value, not an error."""
+        return (yield from self.call("GET", "/readyz", Health, replying=(503,)))
+
+
+@contextmanager
+def _contract(call: str, prefix: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise InvalidRequest(call, fault_lines(error.errors(include_url=False), prefix=prefix)) from error
+
+
+def _run_path(call: str, run: str) -> str:
+    with _contract(call, "run"):
+        return f"/runs/{_RUN.validate_python(run)}"
+
+
+def _segment(value: str) -> str:
+    """Percent-encoded whole, dots too: a client or a proxy would resolve the segments `.` and `..`."""
+    return quote(value, safe="").replace(".", "%2E")
+
+
+def _cursor(cursor: str | None) -> dict[str, str]:
+    return {} if cursor is None else {"cursor": cursor}
+
+
+def _json(request: Request) -> bytes:
+    return request.model_dump_json(exclude_none=True).encode()
+
+
+def _references(prompts: Iterable[str | PromptRef | Mapping[str, object]]) -> object:
+    if isinstance(prompts, (str, Mapping)):
+        return prompts  # one prompt is not a list of prompts: the schema refuses it
+    return [{"prompt_id": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def _prompt_batches(prompts: Iterable[PromptIn | Mapping[str, object]]) -> list[bytes]:
+    """The bodies of the requests, each of at most MAX_ITEMS prompts and about MAX_CALL_BYTES."""
+    bodies: list[bytes] = []
+    batch: list[bytes] = []
+    n_bytes = 0
+    for index, prompt in enumerate(prompts):
+        with _contract("add_prompts", f"prompts[{index}]"):
+            item = _json(PromptIn.model_validate(prompt))
+        if batch and (len(batch) == MAX_ITEMS or n_bytes + len(item) > MAX_CALL_BYTES):
+            bodies.append(_prompts_body(batch))
+            batch, n_bytes = [], 0
+        batch.append(item)
+        n_bytes += len(item) + 1
+    if batch:
+        bodies.append(_prompts_body(batch))
+    return bodies
+
+
+def _prompts_body(items: Sequence[bytes]) -> bytes:
+    return b'{"prompts":[' + b",".join(items) + b"]}"

@@ -1,0 +1,315 @@
+"""The clients: `Client` blocks, `AsyncClient` awaits. Both drive the calls of `calls.py` over httpx.
+
+They raise on every fault, and only what `errors.py` lists. They hold connections, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from random import Random
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import httpx
+
+from evenodds.calls import Calls
+from evenodds.errors import ConfigurationError, TimedOut, TransportError, Unreachable
+from evenodds.protocol import Exchange, Failed, Received, Send, Wait
+from evenodds.schemas import PromptInfo, RunState
+from evenodds.version import __version__
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+
+
+def _blocking(
+    call: Callable[Concatenate[Calls, P], Exchange[ResultT]],
+) -> Callable[Concatenate[Client, P], ResultT]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        return self._drive(call(self._calls, *args, **kwargs))
+
+    return _documented(method, call)
+
+
+def _awaited(
+    call: Callable[Concatenate[Calls, P], Exchange[ResultT]],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, ResultT]]:
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        return await self._drive(call(self._calls, *args, **kwargs))
+
+    return _documented(method, call)
+
+
+MethodT = TypeVar("MethodT", bound=Callable[..., object])
+
+
+def _documented(method: MethodT, call: Callable[..., object]) -> MethodT:
+    """Give the method the name, text and signature of the call, save the generator around its reply."""
+    functools.update_wrapper(method, call)
+    signature = inspect.signature(call)
+    returned = str(signature.return_annotation).removeprefix("Exchange[").removesuffix("]")
+    cast("Any", method).__signature__ = signature.replace(return_annotation=returned)
+    return method
+
+
+class Client:
+    """The service, call by call. Threads may share one.
+
+    Repeating a call is safe, so calls are repeated after a broken connection, a timeout, or the statuses 429,
+    502, 503 and 504. The wait is the seconds of Retry-After (at most 30), else a random while below 0.25 s,
+    0.5 s, 1 s, ... (at most 8 s). All attempts of a call carry the same X-Request-ID.
+
+    Args:
+        base_url: Where the service is: http or https, a path prefix if it has one.
+        timeout_seconds: Longest silence in one attempt: to connect, and to wait for the next bytes. Above 0.
+        retries: Repeats after the first attempt, at least 0.
+        transport: Carries the requests; a connection pool by default.
+        sleep: Waits for so many seconds.
+        random: Source of the jitter.
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_seconds: float = 10.0,
+        retries: int = 3,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        random: Random | None = None,
+    ) -> None:
+        self._calls = _checked_calls(retries, random)
+        self._sleep = sleep
+        self._http = httpx.Client(
+            base_url=_checked_url(base_url),
+            timeout=_checked_timeout(timeout_seconds),
+            headers=_HEADERS,
+            transport=transport,
+        )
+
+    put_run = _blocking(Calls.put_run)
+    run = _blocking(Calls.run)
+    runs_page = _blocking(Calls.runs_page)
+    delete_run = _blocking(Calls.delete_run)
+    add_prompts = _blocking(Calls.add_prompts)
+    prompts_page = _blocking(Calls.prompts_page)
+    prompt = _blocking(Calls.prompt)
+    observe = _blocking(Calls.observe)
+    predict = _blocking(Calls.predict)
+    select_batch = _blocking(Calls.select_batch)
+    healthz = _blocking(Calls.healthz)
+    readyz = _blocking(Calls.readyz)
+
+    def runs(self) -> Iterator[RunState]:
+        """All runs, fetched page by page."""
+        cursor: str | None = None
+        while True:
+            page = self.runs_page(cursor=cursor)
+            yield from page.runs
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def prompts(self, run: str) -> Iterator[PromptInfo]:
+        """All prompts of the pool, fetched page by page.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        cursor: str | None = None
+        while True:
+            page = self.prompts_page(run, cursor=cursor)
+            yield from page.prompts
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def close(self) -> None:
+        """Close the connections. Repeating it is safe."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _drive(self, exchange: Exchange[ResultT]) -> ResultT:
+        outcome: Received | Failed | None = None
+        while True:
+            try:
+                wanted = exchange.send(outcome)
+            except StopIteration as done:
+                return cast("ResultT", done.value)
+            if isinstance(wanted, Wait):
+                self._sleep(wanted.seconds)
+                outcome = None
+            else:
+                outcome = self._send(wanted)
+
+    def _send(self, send: Send) -> Received | Failed:
+        request = _request(self._http, send)
+        try:
+            return _received(self._http.send(request))
+        except httpx.RequestError as error:
+            return _failed(error, request, self._http.timeout)
+
+
+class AsyncClient:
+    """The service, call by call, for asyncio. Tasks of one event loop may share one.
+
+    What `Client` says holds here too; `sleep` is awaited.
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_seconds: float = 10.0,
+        retries: int = 3,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        random: Random | None = None,
+    ) -> None:
+        self._calls = _checked_calls(retries, random)
+        self._sleep = sleep
+        self._http = httpx.AsyncClient(
+            base_url=_checked_url(base_url),
+            timeout=_checked_timeout(timeout_seconds),
+            headers=_HEADERS,
+            transport=transport,
+        )
+
+    put_run = _awaited(Calls.put_run)
+    run = _awaited(Calls.run)
+    runs_page = _awaited(Calls.runs_page)
+    delete_run = _awaited(Calls.delete_run)
+    add_prompts = _awaited(Calls.add_prompts)
+    prompts_page = _awaited(Calls.prompts_page)
+    prompt = _awaited(Calls.prompt)
+    observe = _awaited(Calls.observe)
+    predict = _awaited(Calls.predict)
+    select_batch = _awaited(Calls.select_batch)
+    healthz = _awaited(Calls.healthz)
+    readyz = _awaited(Calls.readyz)
+
+    async def runs(self) -> AsyncIterator[RunState]:
+        """All runs, fetched page by page."""
+        cursor: str | None = None
+        while True:
+            page = await self.runs_page(cursor=cursor)
+            for run in page.runs:
+                yield run
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def prompts(self, run: str) -> AsyncIterator[PromptInfo]:
+        """All prompts of the pool, fetched page by page.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        cursor: str | None = None
+        while True:
+            page = await self.prompts_page(run, cursor=cursor)
+            for prompt in page.prompts:
+                yield prompt
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def close(self) -> None:
+        """Close the connections. Repeating it is safe."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _drive(self, exchange: Exchange[ResultT]) -> ResultT:
+        outcome: Received | Failed | None = None
+        while True:
+            try:
+                wanted = exchange.send(outcome)
+            except StopIteration as done:
+                return cast("ResultT", done.value)
+            if isinstance(wanted, Wait):
+                await self._sleep(wanted.seconds)
+                outcome = None
+            else:
+                outcome = await self._send(wanted)
+
+    async def _send(self, send: Send) -> Received | Failed:
+        request = _request(self._http, send)
+        try:
+            return _received(await self._http.send(request))
+        except httpx.RequestError as error:
+            return _failed(error, request, self._http.timeout)
+
+
+_HEADERS = {"User-Agent": f"evenodds/{__version__}", "Accept": "application/json"}
+
+
+def _checked_url(base_url: str) -> httpx.URL:
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ConfigurationError(f"base_url {base_url!r} is not a URL: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigurationError(f"base_url {base_url!r} must start with http:// or https:// and name a host")
+    if url.query or url.fragment:
+        raise ConfigurationError(f"base_url {base_url!r} must end before '?' and '#'")
+    return url
+
+
+def _checked_timeout(timeout_seconds: float) -> httpx.Timeout:
+    if not (math.isfinite(timeout_seconds) and timeout_seconds > 0):
+        raise ConfigurationError(f"timeout_seconds {timeout_seconds!r} must be finite and above 0")
+    return httpx.Timeout(timeout_seconds)
+
+
+def _checked_calls(retries: int, random: Random | None) -> Calls:
+    if retries < 0:
+        raise ConfigurationError(f"retries {retries!r} must be at least 0")
+    return Calls(retries=retries, random=random or Random())
+
+
+def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Request:
+    if http.is_closed:
+        raise ConfigurationError(f"{send.method} {send.path}: this client is closed; make a new one")
+    headers = {"X-Request-ID": send.request_id}
+    if send.content is not None:
+        headers["Content-Type"] = "application/json"
+    return http.build_request(send.method, send.path, params=send.query, content=send.content, headers=headers)
+
+
+def _received(response: httpx.Response) -> Received:
+    return Received(response.status_code, response.headers, response.content)
+
+
+def _failed(error: httpx.RequestError, request: httpx.Request, timeout: httpx.Timeout) -> Failed:
+    reason = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}: {str(error) or type(error).__name__}"
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return Failed(Unreachable, f"{reason}; is the service running there?", may_have_arrived=False)
+    if isinstance(error, httpx.TimeoutException):
+        may_have_arrived = not isinstance(error, httpx.PoolTimeout)
+        return Failed(TimedOut, f"{reason}; timeout_seconds is {timeout.read:g}", may_have_arrived)
+    return Failed(TransportError, reason, may_have_arrived=True)

@@ -1,0 +1,462 @@
+"""Each call: the request it makes and the reply it returns, or what it refuses to send."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import httpx
+import pytest
+
+from evenodds import (
+    AsyncClient,
+    Client,
+    Health,
+    InvalidRequest,
+    NotFound,
+    Observation,
+    PromptIn,
+    PromptRef,
+    RunState,
+    Unavailable,
+)
+from evenodds.calls import MAX_CALL_BYTES, Calls
+from evenodds.schemas import RunUpdate, SelectRequest
+from evenodds.version import __version__
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Conversation, LoopbackServer
+
+OBSERVED = {"run": "r", "log_position": 7, "accepted": 2, "model_version": 0, "replayed": False}
+PREDICTED = {
+    "run": "r",
+    "model_version": 0,
+    "log_position": 7,
+    "predictions": [
+        {
+            "prompt_id": "a",
+            "success_rate": 0.25,
+            "std": 0.1,
+            "interval": [0.1, 0.4],
+            "informative_probability": 0.9,
+            "attempts_seen": 8,
+        }
+    ],
+}
+SELECTED = {
+    "run": "r",
+    "step": 3,
+    "selection_id": "s1",
+    "model_version": 0,
+    "log_position": 7,
+    "replayed": False,
+    "forecast": {"informative_share": 0.5, "informative_groups": 0.5, "pad_to": None},
+    "prompts": [{"prompt_id": "a", "success_rate": 0.25, "std": 0.1, "informative_probability": 0.9}],
+}
+PROMPT = {
+    "run": "r",
+    "prompt_id": "a",
+    "text": "1+1?",
+    "group": None,
+    "features": None,
+    "prior_rate": None,
+    "model_version": 0,
+    "log_position": 7,
+    "belief": PREDICTED["predictions"][0],  # type: ignore[index]  # a list, as written above
+    "visits": 1,
+    "last_step": 3,
+    "history": [{"log_position": 7, "step": 3, "successes": 2, "attempts": 8, "selection_id": None}],
+}
+
+
+def added(n: int, *, existing: int = 0, pool_size: int = 0) -> dict[str, object]:
+    return {"run": "r", "added": n, "existing": existing, "pool_size": pool_size, "log_position": pool_size}
+
+
+def test_put_run_sends_only_what_was_given(talk: Conversation) -> None:
+    talk.replies_with_run(group_size=16)
+
+    state = talk.call("put_run", "math-7b", group_size=16, predictor="gps")
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("PUT", "/runs/math-7b")
+    assert talk.body() == {"predictor": "gps", "group_size": 16}
+    assert isinstance(state, RunState)
+    assert state.group_size == 16
+
+
+def test_a_reply_may_hold_fields_that_this_release_does_not_know(talk: Conversation) -> None:
+    talk.replies_with_run(alarms=["drift"])
+
+    state = talk.call("run", "math-7b")
+
+    assert state.run == "math-7b"
+
+
+def test_every_request_names_the_release_and_carries_an_id(talk: Conversation) -> None:
+    talk.replies_with_run()
+    talk.replies_with_run()
+
+    talk.call("run", "math-7b")
+    talk.call("run", "math-7b")
+
+    ids = [request.headers["x-request-id"] for request in talk.requests]
+    assert [len(id_) for id_ in ids] == [32, 32]
+    assert ids[0] != ids[1]
+    assert talk.requests[0].headers["user-agent"] == f"evenodds/{__version__}"
+
+
+def test_runs_follows_the_cursor_to_the_last_page(talk: Conversation) -> None:
+    talk.replies_with({"runs": [{**talk.run, "run": "one"}], "next_cursor": "one&more"})
+    talk.replies_with({"runs": [{**talk.run, "run": "two"}], "next_cursor": None})
+
+    runs = talk.call("runs")
+
+    assert [run.run for run in runs] == ["one", "two"]
+    assert [dict(request.url.params) for request in talk.requests] == [{}, {"cursor": "one&more"}]
+
+
+def test_prompts_follows_the_cursor_to_the_last_page(talk: Conversation) -> None:
+    talk.replies_with({"prompts": [PROMPT], "next_cursor": "17"})
+    talk.replies_with({"prompts": [{**PROMPT, "prompt_id": "b"}], "next_cursor": None})
+
+    prompts = talk.call("prompts", "r")
+
+    assert [prompt.prompt_id for prompt in prompts] == ["a", "b"]
+    assert [str(request.url.raw_path, "ascii") for request in talk.requests] == [
+        "/runs/r/prompts",
+        "/runs/r/prompts?cursor=17",
+    ]
+
+
+def test_delete_run_returns_nothing(talk: Conversation) -> None:
+    talk.replies.append(httpx.Response(204))
+
+    assert talk.call("delete_run", "math-7b") is None
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("DELETE", "/runs/math-7b")
+
+
+def test_a_run_that_was_never_there_cannot_be_deleted(talk: Conversation) -> None:
+    talk.refuses(404, "run_not_found", "there is no run 'math-7b'")
+
+    with pytest.raises(NotFound):
+        talk.call("delete_run", "math-7b")
+
+
+def test_add_prompts_takes_models_and_mappings(talk: Conversation) -> None:
+    talk.replies_with(added(2, pool_size=2))
+
+    result = talk.call("add_prompts", "r", iter([PromptIn(prompt_id="a", group="g"), {"text": "2+2?"}]))
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("POST", "/runs/r/prompts")
+    assert talk.body() == {"prompts": [{"prompt_id": "a", "group": "g"}, {"text": "2+2?"}]}
+    assert (result.added, result.pool_size) == (2, 2)
+
+
+def test_a_large_pool_goes_out_in_several_calls_whose_counts_are_summed(talk: Conversation) -> None:
+    talk.replies_with(added(10_000, pool_size=10_000))
+    talk.replies_with(added(9_990, existing=10, pool_size=19_990))
+    talk.replies_with(added(1, pool_size=19_991))
+
+    result = talk.call("add_prompts", "r", ({"prompt_id": str(i)} for i in range(20_001)))
+
+    assert [len(talk.body(i)["prompts"]) for i in range(3)] == [10_000, 10_000, 1]
+    assert talk.body(2) == {"prompts": [{"prompt_id": "20000"}]}
+    assert (result.added, result.existing) == (19_991, 10)
+    assert (result.pool_size, result.log_position) == (19_991, 19_991)
+
+
+def test_no_call_of_prompts_is_larger_than_its_limit(talk: Conversation) -> None:
+    n = 45
+    for _ in range(2):
+        talk.replies_with(added(1))
+
+    talk.call("add_prompts", "r", [{"prompt_id": str(i), "text": "x" * 200_000} for i in range(n)])
+
+    sizes = [len(request.content) for request in talk.requests]
+    assert max(sizes) <= MAX_CALL_BYTES + 100
+    assert sum(len(talk.body(i)["prompts"]) for i in range(2)) == n
+
+
+def test_one_faulty_prompt_and_none_is_sent(talk: Conversation) -> None:
+    prompts = [{"prompt_id": str(i)} for i in range(10_000)] + [{"prompt_id": "x", "prior_rate": 1.5}]
+
+    with pytest.raises(InvalidRequest) as caught:
+        talk.call("add_prompts", "r", prompts)
+
+    assert str(caught.value) == (
+        "add_prompts was not sent: prompts[10000].prior_rate: "
+        "Input should be less than or equal to 1, got 1.5"
+    )
+    assert talk.requests == []
+
+
+def test_prompt_reads_belief_and_history(talk: Conversation) -> None:
+    talk.replies_with(PROMPT)
+
+    state = talk.call("prompt", "r", "a")
+
+    assert state.belief.success_rate == 0.25
+    assert state.history[0].attempts == 8
+
+
+AWKWARD_IDS = [
+    "a/b",
+    "a b",
+    "50%",
+    "%2F",
+    "what?",
+    "#1",
+    ".",
+    "..",
+    "../../runs",
+    "a/../b",
+    "/a",
+    "a//b/",
+    "größe",
+    "a;b=c&d+e",
+    "a\\b",
+    'say "hi"',
+    "\n\t",
+    "人\U0001f600",
+]
+
+
+@pytest.mark.parametrize("prompt_id", AWKWARD_IDS)
+def test_any_prompt_id_reaches_the_service_as_it_is(
+    talk: Conversation, server: LoopbackServer, prompt_id: str
+) -> None:
+    """The service reads the path after one percent-decoding; nothing may have resolved or split it before."""
+    server.body = PROMPT
+    talk.base_url = f"{server.base_url}/prefix/"
+    talk.over_the_wire = True
+
+    talk.call("prompt", "r", prompt_id)
+
+    assert [unquote(target) for target in server.targets] == [f"/prefix/runs/r/prompts/{prompt_id}"]
+    segment = server.targets[0].removeprefix("/prefix/runs/r/prompts/")
+    assert not set(segment) & set("/?#. ")
+
+
+def test_observe_sends_a_request_id_of_its_own(talk: Conversation) -> None:
+    for _ in range(2):
+        talk.replies_with(OBSERVED)
+    observations = [
+        Observation(prompt_id="a", successes=2, attempts=8),
+        {"prompt_id": "b", "rewards": [0, 0.5]},
+    ]
+
+    first = talk.call("observe", "r", 3, observations, selection_id="s1")
+    talk.call("observe", "r", 3, observations)
+
+    assert talk.requests[0].url.path == "/observe"
+    assert first.accepted == 2
+    assert len(talk.body(0)["request_id"]) == 32
+    assert talk.body(0)["request_id"] != talk.body(1)["request_id"]
+    assert talk.body(0) == {
+        "run": "r",
+        "step": 3,
+        "request_id": talk.body(0)["request_id"],
+        "selection_id": "s1",
+        "observations": [
+            {"prompt_id": "a", "successes": 2.0, "attempts": 8},
+            {"prompt_id": "b", "rewards": [0.0, 0.5]},
+        ],
+    }
+
+
+def test_observe_keeps_the_request_id_of_the_caller(talk: Conversation) -> None:
+    talk.replies_with(OBSERVED)
+
+    talk.call("observe", "r", 3, [{"prompt_id": "a", "rewards": [1]}], request_id="step-3")
+
+    assert talk.body()["request_id"] == "step-3"
+
+
+def test_predict_takes_ids_references_and_mappings(talk: Conversation) -> None:
+    talk.replies_with(PREDICTED)
+
+    result = talk.call("predict", "r", iter(["a", PromptRef(text="2+2?"), {"prompt_id": "b"}]), group_size=4)
+
+    assert talk.requests[0].url.path == "/predict"
+    assert talk.body() == {
+        "run": "r",
+        "prompts": [{"prompt_id": "a"}, {"text": "2+2?"}, {"prompt_id": "b"}],
+        "group_size": 4,
+    }
+    assert result.predictions[0].interval == (0.1, 0.4)
+
+
+def test_select_batch_sends_its_options(talk: Conversation) -> None:
+    talk.replies_with(SELECTED)
+
+    result = talk.call("select_batch", "r", 3, 1, seed=5, candidates=["a", "b"], groups={"easy": 0.5})
+
+    assert talk.requests[0].url.path == "/select_batch"
+    assert talk.body() == {
+        "run": "r",
+        "step": 3,
+        "batch_size": 1,
+        "seed": 5,
+        "candidates": ["a", "b"],
+        "groups": {"easy": 0.5},
+    }
+    assert result.prompts[0].arm == "policy"
+    assert result.forecast.pad_to is None
+
+
+@pytest.mark.parametrize("name", ["healthz", "readyz"])
+def test_an_unavailable_service_is_an_answer_to_the_question_of_its_health(
+    talk: Conversation, name: str
+) -> None:
+    talk.replies_with({"status": "unavailable", "reasons": ["database is locked"]}, status=503)
+
+    assert talk.call(name) == Health(status="unavailable", reasons=("database is locked",))
+    assert talk.waits == []
+
+
+def test_a_503_of_another_hand_is_no_answer_of_readyz(talk: Conversation) -> None:
+    talk.replies.append(httpx.Response(503, text="<h1>no upstream</h1>"))
+
+    with pytest.raises(Unavailable, match=r"503 http_503: no problem\+json, but '<h1>no upstream</h1>'"):
+        talk.call("readyz")
+
+
+REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = {
+    "run name": (
+        "run",
+        ("a/b",),
+        {},
+        "run was not sent: run: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$', got 'a/b'",
+    ),
+    "prompt id": (
+        "prompt",
+        ("r", ""),
+        {},
+        "prompt was not sent: prompt_id: String should have at least 1 character, got ''",
+    ),
+    "setting": (
+        "put_run",
+        ("r",),
+        {"group_size": 0},
+        "put_run was not sent: group_size: Input should be greater than or equal to 1, got 0",
+    ),
+    "NaN": (
+        "observe",
+        ("r", 1, [{"prompt_id": "a", "rewards": [0.5, float("nan")]}]),
+        {},
+        "observe was not sent: observations[0].rewards[1]: Input should be a finite number, got nan",
+    ),
+    "more successes than attempts": (
+        "observe",
+        ("r", 1, [{"prompt_id": "a", "rewards": [1]}, {"prompt_id": "b", "successes": 9, "attempts": 8}]),
+        {},
+        "observe was not sent: observations[1]: successes 9 exceeds attempts 8",
+    ),
+    "infinite successes": (
+        "observe",
+        ("r", 1, [{"prompt_id": "b", "successes": float("inf"), "attempts": 8}]),
+        {},
+        "observe was not sent: observations[0].successes: Input should be a finite number, got inf",
+    ),
+    "nothing observed": (
+        "observe",
+        ("r", 1, []),
+        {},
+        "observe was not sent: observations: Tuple should have at least 1 item after validation, not 0",
+    ),
+    "step": (
+        "observe",
+        ("r", -1, [{"prompt_id": "a", "rewards": [1]}]),
+        {},
+        "observe was not sent: step: Input should be greater than or equal to 0, got -1",
+    ),
+    "misspelt field": (
+        "predict",
+        ("r", [{"prompt_id": "a", "txt": "b"}]),
+        {},
+        "predict was not sent: prompts[0].txt: Extra inputs are not permitted, got 'b'",
+    ),
+    "one id instead of a list": (
+        "predict",
+        ("r", "abc"),
+        {},
+        "predict was not sent: prompts: Input should be a valid tuple, got 'abc'",
+    ),
+    "too many": (
+        "predict",
+        ("r", ["a"] * 10_001),
+        {},
+        "predict was not sent: prompts: Tuple should have at most 10000 items after validation, not 10001",
+    ),
+    "shares": (
+        "select_batch",
+        ("r", 1, 8),
+        {"groups": {"a": 0.75, "b": 0.75}},
+        "select_batch was not sent: groups: the shares sum to 1.5, the limit is 1",
+    ),
+    "no prompts": (
+        "add_prompts",
+        ("r", []),
+        {},
+        "add_prompts was not sent: prompts: at least 1 prompt is needed, got none",
+    ),
+    "prompt without identity": (
+        "add_prompts",
+        ("r", [{"group": "g"}]),
+        {},
+        "add_prompts was not sent: prompts[0]: a prompt needs a prompt_id, a text, or both",
+    ),
+    "half a surrogate pair": (
+        "add_prompts",
+        ("r", [{"text": "\ud800"}]),
+        {},
+        "add_prompts was not sent: prompts[0].text: Input should be a valid string, "
+        "unable to parse raw data as a unicode string, got '\\ud800'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_breaks_the_contract_is_not_sent_and_is_named(talk: Conversation, case: str) -> None:
+    name, args, kwargs, text = REFUSED[case]
+
+    with pytest.raises(InvalidRequest) as caught:
+        talk.call(name, *args, **kwargs)
+
+    assert str(caught.value) == text
+    assert talk.requests == []
+
+
+def test_only_the_first_faults_are_printed_and_all_are_kept(talk: Conversation) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        talk.call("predict", "r", [1] * 12)
+
+    assert len(caught.value.errors) == 12
+    assert str(caught.value).count("prompts[") == 5
+    assert str(caught.value).endswith("; and 7 more")
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_methods_show_their_arguments_and_their_reply(client: type[Client] | type[AsyncClient]) -> None:
+    signature = inspect.signature(client.predict)
+
+    assert list(signature.parameters) == ["self", "run", "prompts", "step", "group_size"]
+    assert signature.return_annotation == "PredictReply"
+    assert inspect.getdoc(client.predict) == inspect.getdoc(Calls.predict)
+    assert inspect.iscoroutinefunction(client.predict) == (client is AsyncClient)
+
+
+def test_settings_of_the_contract_are_arguments_of_the_calls() -> None:
+    put_run = set(inspect.signature(Client.put_run).parameters) - {"self", "run"}
+    select_batch = set(inspect.signature(Client.select_batch).parameters) - {"self"}
+
+    assert put_run == set(RunUpdate.model_fields)
+    assert select_batch == set(SelectRequest.model_fields)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    names = [{name for name in vars(client) if not name.startswith("_")} for client in (Client, AsyncClient)]
+
+    assert names[0] == names[1]
