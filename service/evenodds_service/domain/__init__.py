@@ -1,0 +1,1 @@
+"""What it means: beliefs, evidence and choice. numpy only; no I/O, no clock, no hidden randomness."""

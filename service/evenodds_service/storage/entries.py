@@ -1,0 +1,99 @@
+"""Rows of the log: how an entry is written at the next position and how it is read back.
+
+The body of an entry is compact JSON. Of an observe entry: parallel lists `prompts`, `successes`, `attempts`
+and `informative` (0 or 1), and the `model_version` that was answered. Of a select entry: `prompts`. Of a pool
+entry: `n_prompts`. Of a snapshot entry: `version`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, RowMapping, case, insert, update
+
+from evenodds_service.domain.types import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.storage.tables import log, runs
+
+
+def append_entry(
+    connection: Connection,
+    run_id: int,
+    entry: Entry,
+    *,
+    now: datetime,
+    request_id: str | None = None,
+    request_hash: str | None = None,
+    model_version: int | None = None,
+) -> None:
+    """Write the entry and move the run on to it. The caller holds the run's lock.
+
+    Args:
+        entry: Its `position` is the run's log position plus one.
+        model_version: The version that was answered, kept with an observe entry for repetitions.
+    """
+    row: dict[str, object] = {"run_id": run_id, "position": entry.position, "created_at": now}
+    moved: dict[str, Any] = {"log_position": entry.position}
+    if isinstance(entry, PoolEntry):
+        row |= {"kind": "pool", "body": _compact({"n_prompts": entry.n_prompts})}
+        moved["n_prompts"] = entry.n_prompts
+    elif isinstance(entry, ObserveEntry):
+        row |= {
+            "kind": "observe",
+            "step": entry.step,
+            "request_id": request_id,
+            "request_hash": request_hash,
+            "selection_id": entry.selection_id,
+            "body": _observe_body(entry, model_version),
+        }
+        moved["n_observations"] = runs.c.n_observations + len(entry.prompts)
+    elif isinstance(entry, SelectEntry):
+        row |= {"kind": "select", "step": entry.step, "body": _compact({"prompts": entry.prompts.tolist()})}
+    else:
+        row |= {"kind": "snapshot", "body": _compact({"version": entry.version})}
+        moved["model_version"] = entry.version
+    if isinstance(entry, ObserveEntry | SelectEntry):
+        moved["head_step"] = case((runs.c.head_step > entry.step, runs.c.head_step), else_=entry.step)
+    connection.execute(insert(log).values(row))
+    connection.execute(update(runs).where(runs.c.id == run_id).values(moved))
+
+
+def read_entry(row: RowMapping) -> Entry:
+    """The entry that a row of the log holds."""
+    body = json.loads(row["body"])
+    position: int = row["position"]
+    if row["kind"] == "pool":
+        return PoolEntry(position, body["n_prompts"])
+    if row["kind"] == "snapshot":
+        return SnapshotEntry(position, body["version"])
+    prompts = np.asarray(body["prompts"], dtype=np.int64)
+    if row["kind"] == "select":
+        return SelectEntry(position, row["step"], prompts)
+    return ObserveEntry(
+        position,
+        row["step"],
+        prompts=prompts,
+        successes=np.asarray(body["successes"], dtype=np.float64),
+        attempts=np.asarray(body["attempts"], dtype=np.float64),
+        informative=np.asarray(body["informative"], dtype=np.bool_),
+        selection_id=row["selection_id"],
+    )
+
+
+def _observe_body(entry: ObserveEntry, model_version: int | None) -> str:
+    return _compact(
+        {
+            "prompts": entry.prompts.tolist(),
+            "successes": entry.successes.tolist(),
+            "attempts": entry.attempts.astype(np.int64).tolist(),
+            "informative": entry.informative.astype(np.int64).tolist(),
+            "model_version": model_version,
+        }
+    )
+
+
+def _compact(body: Mapping[str, object]) -> str:
+    return json.dumps(body, separators=(",", ":"), allow_nan=False)

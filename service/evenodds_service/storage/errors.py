@@ -1,0 +1,117 @@
+"""What can go wrong between a caller and the store.
+
+    StoreError
+    ├── DatabaseUrlUnusable      database_url         the URL names no database that we can use
+    ├── StoreUnavailable         store_unavailable    the database did not answer; the call may be repeated
+    ├── SchemaMismatch           schema_mismatch      the database has another schema than this release
+    ├── NaiveDatetime            naive_datetime       a datetime without a time zone
+    ├── RunUnknown               run_unknown
+    ├── PromptUnknown            prompt_unknown
+    ├── PromptConflict           prompt_conflict      a prompt id is taken by another prompt
+    ├── EmbedderFixed            embedder_fixed       the pool's vectors come from another embedder
+    ├── EmbeddingWidthConflict   embedding_width      the pool's vectors have another length
+    ├── VectorUnstorable         vector_unstorable    a value that a 16-bit float cannot hold
+    ├── RequestConflict          request_conflict     a request id was used with another body
+    ├── SelectionUnknown         selection_unknown
+    ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
+    ├── SnapshotUnknown          snapshot_unknown
+    └── RefitLost                refit_lost           another worker has taken the refit over
+
+`code` is stable and meant for programs, the message for people. Knows no HTTP: status numbers belong to the
+API.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sqlalchemy.exc import DontWrapMixin
+
+
+class StoreError(Exception):
+    """Root of everything that the storage room raises on purpose."""
+
+    code: ClassVar[str] = "store_error"
+
+
+class DatabaseUrlUnusable(StoreError):
+    code = "database_url"
+
+
+class StoreUnavailable(StoreError):
+    """Nothing is wrong with the call: repeated later, it may succeed."""
+
+    code = "store_unavailable"
+
+
+class SchemaMismatch(StoreError):
+    code = "schema_mismatch"
+
+
+class NaiveDatetime(StoreError, DontWrapMixin):
+    """`DontWrapMixin` keeps SQLAlchemy from hiding it in a StatementError."""
+
+    code = "naive_datetime"
+
+
+class RunUnknown(StoreError):
+    code = "run_unknown"
+
+
+class PromptUnknown(StoreError):
+    code = "prompt_unknown"
+
+
+class PromptConflict(StoreError):
+    """A prompt id stands for another prompt already.
+
+    Attributes:
+        item: Position of the offending prompt among the prompts of the call, from 0.
+        prompt_id: Its id.
+        attribute: What differs: `text`, `group`, `features` or `prior_rate`.
+    """
+
+    code = "prompt_conflict"
+
+    def __init__(self, *, item: int, n_items: int, prompt_id: str, attribute: str, earlier_in_call: bool) -> None:
+        self.item = item
+        self.prompt_id = prompt_id
+        self.attribute = attribute
+        where = "stands earlier in this call" if earlier_in_call else "is in the pool"
+        differs = attribute.replace("_", " ")
+        super().__init__(
+            f"prompt {item + 1} of {n_items}: id {prompt_id!r} {where} with another {differs}: "
+            f"send it under another prompt_id, or leave the {differs} out"
+        )
+
+
+class EmbedderFixed(StoreError):
+    code = "embedder_fixed"
+
+
+class EmbeddingWidthConflict(StoreError):
+    code = "embedding_width"
+
+
+class VectorUnstorable(StoreError):
+    code = "vector_unstorable"
+
+
+class RequestConflict(StoreError):
+    code = "request_conflict"
+
+
+class SelectionUnknown(StoreError):
+    code = "selection_unknown"
+
+
+class SelectionConflict(StoreError):
+    code = "selection_conflict"
+
+
+class SnapshotUnknown(StoreError):
+    code = "snapshot_unknown"
+
+
+class RefitLost(StoreError):
+    code = "refit_lost"

@@ -1,0 +1,189 @@
+"""The log of a run: observations in, entries out, in positions without gaps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import numpy as np
+from sqlalchemy import Connection, select
+
+from evenodds_service.domain.types import Entry, NewObservation, NewPrompt, ObserveEntry, Vector
+from evenodds_service.storage.entries import append_entry, read_entry
+from evenodds_service.storage.errors import PromptUnknown, RequestConflict, SelectionUnknown
+from evenodds_service.storage.pool import grow_pool
+from evenodds_service.storage.runs import lock_run
+from evenodds_service.storage.tables import log, selections
+from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.values import Appended, PromptVisit, Run
+
+_HISTORY_BLOCK = 200  # log entries that a look into one prompt's history reads at a time
+
+
+class LogMethods(Transactions):
+    def append_observations(
+        self,
+        run_id: int,
+        *,
+        step: int,
+        observations: Sequence[NewObservation],
+        model_version: int,
+        now: datetime,
+        request_id: str | None = None,
+        request_hash: str | None = None,
+        selection_id: str | None = None,
+        new_prompts: Sequence[NewPrompt] = (),
+        vectors: Sequence[Vector] = (),
+        embedder: str | None = None,
+        embedding_width: int | None = None,
+    ) -> Appended:
+        """Append one observe entry (after a pool entry where prompts are new); all or nothing.
+
+        A prompt of `new_prompts` that another caller has added meanwhile counts as existing. A known request
+        id with the same hash is answered as the first time, whatever the other arguments.
+
+        Args:
+            model_version: What is answered, and kept for repetitions.
+            request_hash: Of the request's body; given exactly if `request_id` is.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+            RequestConflict: the request id was used with another body (hash).
+            SelectionUnknown: no such selection in this run.
+            PromptUnknown: an observation's prompt is neither in the pool nor in `new_prompts`.
+            PromptConflict, EmbedderFixed, EmbeddingWidthConflict, VectorUnstorable: as in add_prompts.
+            ValueError: successes or attempts out of range; see ObserveEntry.
+        """
+        with self._writing() as connection:
+            run = lock_run(connection, run_id)
+            first = _first_answer(connection, run, request_id=request_id, request_hash=request_hash)
+            if first is not None:
+                return first
+            _check_selection(connection, run, selection_id)
+            position, n_prompts = run.log_position + 1, run.n_prompts
+            indices: Mapping[str, int] = {}
+            if new_prompts:
+                grown = grow_pool(
+                    connection,
+                    run,
+                    new_prompts,
+                    vectors,
+                    embedder=embedder,
+                    embedding_width=embedding_width,
+                    now=now,
+                )
+                position, n_prompts = grown.log_position + 1, run.n_prompts + grown.added
+                indices = grown.indices
+            entry = ObserveEntry(
+                position,
+                step,
+                prompts=np.asarray(_indices(observations, indices, n_prompts), dtype=np.int64),
+                successes=np.asarray([observation.successes for observation in observations], dtype=np.float64),
+                attempts=np.asarray([observation.attempts for observation in observations], dtype=np.float64),
+                informative=np.asarray([observation.informative for observation in observations], dtype=np.bool_),
+                selection_id=selection_id,
+            )
+            append_entry(
+                connection,
+                run_id,
+                entry,
+                now=now,
+                request_id=request_id,
+                request_hash=request_hash,
+                model_version=model_version,
+            )
+        return Appended(position, len(observations), model_version, replayed=False)
+
+    def entries(self, run_id: int, *, after: int, limit: int = 1_000) -> tuple[Entry, ...]:
+        """Log entries with position > after, in order, without gaps. None where the run does not exist."""
+        statement = (
+            select(log.c.position, log.c.kind, log.c.step, log.c.selection_id, log.c.body)
+            .where(log.c.run_id == run_id, log.c.position > after)
+            .order_by(log.c.position)
+            .limit(limit)
+        )
+        with self._reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+        return tuple(read_entry(row) for row in rows)
+
+    def prompt_history(self, run_id: int, index: int, *, limit: int = 100) -> tuple[PromptVisit, ...]:
+        """Observations of one prompt, newest first. Reads the log back until it has found `limit` of them."""
+        statement = (
+            select(log.c.position, log.c.kind, log.c.step, log.c.selection_id, log.c.body)
+            .where(log.c.run_id == run_id, log.c.kind == "observe")
+            .order_by(log.c.position.desc())
+            .limit(_HISTORY_BLOCK)
+        )
+        visits: list[PromptVisit] = []
+        with self._reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+            while rows and len(visits) < limit:
+                for row in rows:
+                    entry = read_entry(row)
+                    assert isinstance(entry, ObserveEntry)
+                    visits.extend(_visits(entry, index))
+                older = statement.where(log.c.position < rows[-1]["position"])
+                rows = connection.execute(older).mappings().all()
+        return tuple(visits[:limit])
+
+
+def _first_answer(
+    connection: Connection, run: Run, *, request_id: str | None, request_hash: str | None
+) -> Appended | None:
+    """What the request was answered before. The run's lock is held: nobody can use the id meanwhile."""
+    if request_id is None:
+        return None
+    statement = select(log.c.position, log.c.request_hash, log.c.created_at, log.c.body).where(
+        log.c.run_id == run.id, log.c.request_id == request_id
+    )
+    row = connection.execute(statement).one_or_none()
+    if row is None:
+        return None
+    if row.request_hash != request_hash:
+        raise RequestConflict(
+            f"request_id {request_id!r} was used in run {run.name!r} at log position {row.position} "
+            f"({row.created_at:%Y-%m-%d %H:%M:%S} UTC) with another body: send this one under a new id"
+        )
+    body = json.loads(row.body)
+    return Appended(row.position, len(body["prompts"]), body["model_version"], replayed=True)
+
+
+def _check_selection(connection: Connection, run: Run, selection_id: str | None) -> None:
+    if selection_id is None:
+        return
+    statement = select(selections.c.step).where(
+        selections.c.selection_id == selection_id, selections.c.run_id == run.id
+    )
+    if connection.execute(statement).scalar() is None:
+        raise SelectionUnknown(
+            f"selection {selection_id!r} does not exist in run {run.name!r}: send the selection_id that "
+            "select_batch answered, or leave it out"
+        )
+
+
+def _indices(observations: Sequence[NewObservation], added: Mapping[str, int], n_prompts: int) -> list[int]:
+    found = []
+    for number, observation in enumerate(observations, start=1):
+        index = added.get(observation.prompt) if isinstance(observation.prompt, str) else int(observation.prompt)
+        if index is None or not 0 <= index < n_prompts:
+            raise PromptUnknown(
+                f"observation {number} of {len(observations)}: prompt {observation.prompt!r} is not in "
+                f"the pool of {n_prompts} prompts: add it, or send its text"
+            )
+        found.append(index)
+    return found
+
+
+def _visits(entry: ObserveEntry, index: int) -> list[PromptVisit]:
+    """The entry's observations of the prompt, last first."""
+    return [
+        PromptVisit(
+            log_position=entry.position,
+            step=entry.step,
+            successes=float(entry.successes[row]),
+            attempts=float(entry.attempts[row]),
+            selection_id=entry.selection_id,
+        )
+        for row in np.flatnonzero(entry.prompts == index)[::-1]
+    ]

@@ -1,0 +1,299 @@
+"""The pool: prompts in order of arrival.
+
+A prompt's surface features are the vector under its `text_key`, its embedding the one under its `vector_key`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, RowMapping, and_, insert, null, select, update
+
+from evenodds_service.domain.types import CALLER, NewPrompt, PoolEntry, Prompt, RawBlock, Vector
+from evenodds_service.storage.entries import append_entry
+from evenodds_service.storage.errors import (
+    EmbedderFixed,
+    EmbeddingWidthConflict,
+    PromptConflict,
+    PromptUnknown,
+    RunUnknown,
+    VectorUnstorable,
+)
+from evenodds_service.storage.runs import lock_run, settings_to_json, stored_embedder
+from evenodds_service.storage.tables import embeddings, prompts, runs
+from evenodds_service.storage.transactions import Transactions, chunks
+from evenodds_service.storage.values import PromptsAdded, Run
+from evenodds_service.storage.vectors import absent_keys, read_vectors, store_vectors
+
+
+class PoolMethods(Transactions):
+    def add_prompts(
+        self,
+        run_id: int,
+        prompts: Sequence[NewPrompt],
+        vectors: Sequence[Vector] = (),
+        *,
+        embedder: str | None = None,
+        embedding_width: int | None = None,
+        now: datetime,
+    ) -> PromptsAdded:
+        """Add what the pool does not have; all or nothing. Takes one log position if any prompt is new.
+
+        `embedder` and `embedding_width` are written to the run where it has none yet. A prompt whose id the
+        pool has counts as existing if nothing that it states (text, group, features, prior rate) differs.
+
+        Args:
+            vectors: Of the new prompts' texts. Those of embedder `caller` become the run's own.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+            PromptConflict: a prompt id is in the pool, or earlier in this call, with another text, group,
+                features or prior rate; names the item's position in the call and the id.
+            EmbedderFixed: `embedder` differs from the run's: another caller decided first.
+            EmbeddingWidthConflict: `embedding_width`, or a vector of the run's embedder, differs from the
+                run's width.
+            VectorUnstorable: a value is not finite, or beyond 65,504.
+        """
+        with self._writing() as connection:
+            run = lock_run(connection, run_id)
+            grown = grow_pool(
+                connection, run, prompts, vectors, embedder=embedder, embedding_width=embedding_width, now=now
+            )
+        return PromptsAdded(
+            added=grown.added,
+            existing=len(prompts) - grown.added,
+            n_prompts=run.n_prompts + grown.added,
+            log_position=grown.log_position,
+        )
+
+    def prompts(self, run_id: int, *, first: int = 0, limit: int = 100) -> tuple[Prompt, ...]:
+        """Prompts with index >= first, in order of index."""
+        statement = (
+            select(prompts)
+            .where(prompts.c.run_id == run_id, prompts.c.index >= first)
+            .order_by(prompts.c.index)
+            .limit(limit)
+        )
+        with self._reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+        return tuple(_prompt_of(row) for row in rows)
+
+    def prompt(self, run_id: int, prompt_id: str) -> Prompt:
+        """Raises PromptUnknown."""
+        statement = select(prompts).where(prompts.c.run_id == run_id, prompts.c.prompt_id == prompt_id)
+        with self._reading() as connection:
+            row = connection.execute(statement).mappings().one_or_none()
+        if row is None:
+            raise PromptUnknown(f"prompt {prompt_id!r} is not in the pool: add it, or send its text")
+        return _prompt_of(row)
+
+    def pool_block(self, run_id: int, *, first: int, last: int, surface: str, embedder: str | None) -> RawBlock:
+        """Raw features of prompts first <= index < last, as far as the pool goes.
+
+        `surface` and `embedder` name the vectors to join: surface features by `text_key`, embeddings by
+        `vector_key`. Without an embedder D is 0. Where no prompt of the block has the vector, S is 0 and D
+        the run's `embedding_width` (0 without one).
+
+        Raises:
+            RunUnknown
+            EmbeddingWidthConflict: an embedder's vectors are of different lengths.
+        """
+        surfaces, vectors = embeddings.alias("surfaces"), embeddings.alias("vectors")
+        joined = prompts.outerjoin(surfaces, and_(surfaces.c.embedder == surface, surfaces.c.key == prompts.c.text_key))
+        embedding: Any = null()
+        if embedder is not None:
+            name = stored_embedder(embedder, run_id)
+            joined = joined.outerjoin(vectors, and_(vectors.c.embedder == name, vectors.c.key == prompts.c.vector_key))
+            embedding = vectors.c.vector
+        columns = (prompts.c.prompt_id, prompts.c.group, prompts.c.features, prompts.c.prior_rate)
+        statement = (
+            select(*columns, surfaces.c.vector, embedding)
+            .select_from(joined)
+            .where(prompts.c.run_id == run_id, prompts.c.index >= first, prompts.c.index < last)
+            .order_by(prompts.c.index)
+        )
+        with self._reading() as connection:
+            run = connection.execute(select(runs.c.embedding_width).where(runs.c.id == run_id)).one_or_none()
+            rows = connection.execute(statement).all()
+        if run is None:
+            raise RunUnknown(f"run with id {run_id} does not exist: create it first")
+        width = (run.embedding_width or 0) if embedder is not None else 0
+        return RawBlock(
+            first=first,
+            prompt_ids=tuple(row[0] for row in rows),
+            groups=tuple(row[1] for row in rows),
+            numeric=tuple(_features_of(row[2]) for row in rows),
+            prior_rates_N=np.asarray([row[3] for row in rows], dtype=np.float32),  # None becomes NaN
+            surface_N_S=read_vectors([row[4] for row in rows], embedder=surface, default_width=0),
+            embedding_N_D=read_vectors([row[5] for row in rows], embedder=embedder or "", default_width=width),
+        )
+
+    def missing_vectors(self, embedder: str, keys: Sequence[str]) -> frozenset[str]:
+        """Those of `keys` for which (embedder, key) is not stored. Not for vectors that callers sent."""
+        with self._reading() as connection:
+            return absent_keys(connection, embedder, keys)
+
+    def add_vectors(self, vectors: Sequence[Vector]) -> None:
+        """Insert or ignore.
+
+        Raises:
+            VectorUnstorable: a value is not finite or beyond 65,504, or a caller sent the vector: those
+            belong to
+                a run and come with their prompts.
+        """
+        if any(vector.embedder == CALLER for vector in vectors):
+            raise VectorUnstorable("a vector of embedder 'caller' belongs to a run: send it with its prompt")
+        with self._writing() as connection:
+            store_vectors(connection, vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class GrownPool:
+    """What a call did to a pool. `indices` holds the index of every prompt of the call by its id."""
+
+    added: int
+    indices: Mapping[str, int]
+    log_position: int
+
+
+def grow_pool(
+    connection: Connection,
+    run: Run,
+    new_prompts: Sequence[NewPrompt],
+    vectors: Sequence[Vector],
+    *,
+    embedder: str | None,
+    embedding_width: int | None,
+    now: datetime,
+) -> GrownPool:
+    """Add what the pool does not have, with its log entry. The caller holds the run's lock.
+
+    Raises as add_prompts.
+    """
+    _settle_embedder(connection, run, vectors, embedder=embedder, embedding_width=embedding_width)
+    known = _known_prompts(connection, run.id, [prompt.prompt_id for prompt in new_prompts])
+    rows: list[dict[str, object]] = []
+    for item, prompt in enumerate(new_prompts):
+        twin = known.get(prompt.prompt_id)
+        if twin is None:
+            index = run.n_prompts + len(rows)
+            known[prompt.prompt_id] = _Known(index, prompt.text_key, prompt.group, prompt.features, prompt.prior_rate)
+            rows.append(_row_of(run.id, index, prompt))
+            continue
+        attribute = _difference(twin, prompt)
+        if attribute is not None:
+            raise PromptConflict(
+                item=item,
+                n_items=len(new_prompts),
+                prompt_id=prompt.prompt_id,
+                attribute=attribute,
+                earlier_in_call=twin.index >= run.n_prompts,
+            )
+    own_names = [replace(vector, embedder=stored_embedder(vector.embedder, run.id)) for vector in vectors]
+    store_vectors(connection, own_names)
+    log_position = run.log_position
+    if rows:
+        log_position += 1
+        connection.execute(insert(prompts), rows)
+        entry = PoolEntry(log_position, run.n_prompts + len(rows))
+        append_entry(connection, run.id, entry, now=now)
+    indices = {prompt_id: prompt.index for prompt_id, prompt in known.items()}
+    return GrownPool(added=len(rows), indices=indices, log_position=log_position)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a prompt of the pool, or an earlier one of the same call, states."""
+
+    index: int
+    text_key: str | None
+    group: str | None
+    features: Mapping[str, float] | None
+    prior_rate: float | None
+
+
+def _settle_embedder(
+    connection: Connection,
+    run: Run,
+    vectors: Sequence[Vector],
+    *,
+    embedder: str | None,
+    embedding_width: int | None,
+) -> None:
+    settled = run.settings.embedder or embedder
+    if embedder not in (None, settled):
+        raise EmbedderFixed(
+            f"run {run.name!r} has embedder {settled!r}, this call brings vectors of {embedder!r}: "
+            "repeat it with the run's embedder"
+        )
+    width = run.embedding_width or embedding_width
+    if embedding_width not in (None, width):
+        raise EmbeddingWidthConflict(
+            f"run {run.name!r} has embeddings of {width} values, this call brings {embedding_width}: "
+            f"send {width} values"
+        )
+    for number, vector in enumerate(vectors, start=1):
+        if vector.embedder not in (CALLER, settled):
+            continue
+        width = width or len(vector.values)
+        if len(vector.values) != width:
+            raise EmbeddingWidthConflict(
+                f"vector {number} of {len(vectors)} (key {vector.key!r}) has {len(vector.values)} values, "
+                f"run {run.name!r} has embeddings of {width}: send {width} values"
+            )
+    if (settled, width) != (run.settings.embedder, run.embedding_width):
+        settings = settings_to_json(replace(run.settings, embedder=settled))
+        connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings, embedding_width=width))
+
+
+def _known_prompts(connection: Connection, run_id: int, prompt_ids: Sequence[str]) -> dict[str, _Known]:
+    columns = (prompts.c.index, prompts.c.text_key, prompts.c.group, prompts.c.features, prompts.c.prior_rate)
+    known = {}
+    for some in chunks(prompt_ids):
+        statement = select(prompts.c.prompt_id, *columns).where(
+            prompts.c.run_id == run_id, prompts.c.prompt_id.in_(some)
+        )
+        for prompt_id, index, text_key, group, features, prior_rate in connection.execute(statement):
+            known[prompt_id] = _Known(index, text_key, group, _features_of(features), prior_rate)
+    return known
+
+
+def _difference(known: _Known, prompt: NewPrompt) -> str | None:
+    """The first thing that the prompt states otherwise. What it leaves out is no difference."""
+    if prompt.text_key not in (None, known.text_key):
+        return "text"
+    if prompt.group not in (None, known.group):
+        return "group"
+    if prompt.features and dict(prompt.features) != known.features:
+        return "features"
+    if prompt.prior_rate not in (None, known.prior_rate):
+        return "prior_rate"
+    return None
+
+
+def _row_of(run_id: int, index: int, prompt: NewPrompt) -> dict[str, object]:
+    return {
+        "run_id": run_id,
+        "index": index,
+        "prompt_id": prompt.prompt_id,
+        "text": prompt.text,
+        "text_key": prompt.text_key,
+        "group": prompt.group,
+        "features": json.dumps(dict(prompt.features), allow_nan=False) if prompt.features else None,
+        "prior_rate": prompt.prior_rate,
+        "vector_key": prompt.vector_key,
+    }
+
+
+def _features_of(stored: str | None) -> dict[str, float] | None:
+    return None if stored is None else json.loads(stored)
+
+
+def _prompt_of(row: RowMapping) -> Prompt:
+    values = {name: value for name, value in row.items() if name != "run_id"}
+    return Prompt(**{**values, "features": _features_of(values["features"])})

@@ -1,0 +1,167 @@
+"""Refits and the snapshots they publish.
+
+A run has at most one open refit (a partial unique index holds it). A worker claims it for a lease; no
+transaction is open while the model fits. A worker that dies loses its lease, another one takes over, and the
+number of the claim fences what the first one still publishes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timedelta
+
+from sqlalchemy import ColumnElement, RowMapping, and_, insert, or_, select, update
+
+from evenodds_service.domain.types import SnapshotEntry
+from evenodds_service.storage.entries import append_entry
+from evenodds_service.storage.errors import RefitLost, SnapshotUnknown
+from evenodds_service.storage.runs import lock_run
+from evenodds_service.storage.tables import refits, snapshots
+from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.values import Refit, Snapshot
+
+
+class RefitMethods(Transactions):
+    def request_refit(self, run_id: int, *, now: datetime) -> Refit:
+        """The pending or running refit of the run, else a new pending one (one open refit per run).
+
+        Raises:
+            RunUnknown
+        """
+        is_open = refits.c.status.in_(("pending", "running"))
+        pending = insert(refits).values(run_id=run_id, status="pending", requested_at=now).returning(refits)
+        with self._writing() as connection:
+            lock_run(connection, run_id)
+            statement = select(refits).where(refits.c.run_id == run_id, is_open)
+            row = connection.execute(statement).mappings().one_or_none()
+            if row is None:
+                row = connection.execute(pending).mappings().one()
+        return _refit_of(row)
+
+    def claim_refit(self, *, worker: str, lease: timedelta, now: datetime) -> Refit | None:
+        """Claim the oldest pending refit, or a running one whose lease has run out; None if there is none.
+
+        Two workers never claim the same one: a refit that another is just claiming is passed over.
+        """
+        is_free = or_(refits.c.status == "pending", and_(refits.c.status == "running", refits.c.lease_until <= now))
+        free = (
+            select(refits.c.id)
+            .where(is_free)
+            .order_by(refits.c.requested_at, refits.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        claim = update(refits).values(
+            status="running", worker=worker, attempts=refits.c.attempts + 1, lease_until=now + lease
+        )
+        with self._writing() as connection:
+            refit_id = connection.execute(free).scalar()
+            if refit_id is None:
+                return None
+            row = connection.execute(claim.where(refits.c.id == refit_id).returning(refits)).mappings().one()
+        return _refit_of(row)
+
+    def extend_lease(self, refit_id: int, *, worker: str, lease: timedelta, now: datetime) -> bool:
+        """Heartbeat; False where the refit is no longer this worker's."""
+        held = and_(refits.c.id == refit_id, refits.c.status == "running", refits.c.worker == worker)
+        statement = update(refits).where(held).values(lease_until=now + lease).returning(refits.c.id)
+        with self._writing() as connection:
+            return connection.execute(statement).scalar() is not None
+
+    def publish_refit(
+        self,
+        refit_id: int,
+        *,
+        worker: str,
+        attempt: int,
+        embedder: str,
+        weights: bytes,
+        fitted_position: int,
+        report: Mapping[str, object],
+        now: datetime,
+    ) -> Snapshot:
+        """One commit: the snapshot, its log entry, the refit done. Fenced by refit id, worker and attempt.
+
+        Args:
+            attempt: `Refit.attempts` as claimed.
+            fitted_position: Log position whose history the weights were fitted on.
+            report: Stored as JSON; no NaN, no infinity.
+
+        Raises:
+            RefitLost: another worker has taken the refit over, or it is finished, or its run is gone.
+        """
+        done = {
+            "status": "done",
+            "finished_at": now,
+            "lease_until": None,
+            "report": json.dumps(report, allow_nan=False),
+        }
+        with self._writing() as connection:
+            run_id = connection.execute(select(refits.c.run_id).where(refits.c.id == refit_id)).scalar()
+            if run_id is None:
+                raise _lost(refit_id, worker, attempt)
+            run = lock_run(connection, run_id)  # before the refit's row, as everywhere: no deadlock
+            version, position = run.model_version + 1, run.log_position + 1
+            finish = update(refits).where(_is_held(refit_id, worker, attempt)).values(done | {"model_version": version})
+            if connection.execute(finish.returning(refits.c.id)).scalar() is None:
+                raise _lost(refit_id, worker, attempt)
+            snapshot = Snapshot(
+                run_id=run_id,
+                version=version,
+                embedder=embedder,
+                weights=weights,
+                fitted_position=fitted_position,
+                log_position=position,
+                created_at=now,
+            )
+            append_entry(connection, run_id, SnapshotEntry(position, version), now=now)
+            connection.execute(insert(snapshots).values(asdict(snapshot)))
+        return snapshot
+
+    def fail_refit(self, refit_id: int, *, worker: str, attempt: int, error: str, now: datetime) -> bool:
+        """Record that the fit failed; False where the refit is no longer this worker's."""
+        failed = {"status": "failed", "finished_at": now, "lease_until": None, "error": error}
+        statement = update(refits).where(_is_held(refit_id, worker, attempt)).values(failed).returning(refits.c.id)
+        with self._writing() as connection:
+            return connection.execute(statement).scalar() is not None
+
+    def refits(self, run_id: int, *, limit: int = 100) -> tuple[Refit, ...]:
+        """Newest first."""
+        statement = select(refits).where(refits.c.run_id == run_id).order_by(refits.c.id.desc()).limit(limit)
+        with self._reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+        return tuple(_refit_of(row) for row in rows)
+
+    def snapshot(self, run_id: int, version: int) -> Snapshot:
+        """Raises SnapshotUnknown."""
+        statement = select(snapshots).where(snapshots.c.run_id == run_id, snapshots.c.version == version)
+        with self._reading() as connection:
+            row = connection.execute(statement).mappings().one_or_none()
+        if row is None:
+            raise SnapshotUnknown(
+                f"run with id {run_id} has no snapshot {version}: the newest is its model_version (0: none)"
+            )
+        return Snapshot(**row)
+
+
+def _is_held(refit_id: int, worker: str, attempt: int) -> ColumnElement[bool]:
+    return and_(
+        refits.c.id == refit_id,
+        refits.c.status == "running",
+        refits.c.worker == worker,
+        refits.c.attempts == attempt,
+    )
+
+
+def _lost(refit_id: int, worker: str, attempt: int) -> RefitLost:
+    return RefitLost(
+        f"refit {refit_id}: attempt {attempt} of worker {worker!r} does not hold it any more, "
+        "its result is dropped: claim the next refit"
+    )
+
+
+def _refit_of(row: RowMapping) -> Refit:
+    report = row["report"]
+    return Refit(**{**row, "report": None if report is None else json.loads(report)})

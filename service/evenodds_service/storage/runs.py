@@ -1,0 +1,122 @@
+"""Runs, and the row lock under which everything that belongs to a run's log is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, select, update
+
+from evenodds_service.domain.types import CALLER, RunSettings
+from evenodds_service.storage.errors import EmbedderFixed, RunUnknown
+from evenodds_service.storage.tables import embeddings, runs
+from evenodds_service.storage.transactions import Transactions, insert_or_ignore
+from evenodds_service.storage.values import Run
+
+
+class RunMethods(Transactions):
+    def put_run(self, name: str, settings: RunSettings, *, now: datetime) -> tuple[Run, bool]:
+        """Create the run or replace its settings. Returns the run and whether it is new.
+
+        Where `settings.embedder` is None, the embedder that the pool's prompts have stays.
+
+        Raises:
+            EmbedderFixed: the embedder or its prompt differs although the pool has prompts.
+        """
+        row = {"name": name, "settings": settings_to_json(settings), "created_at": now}
+        with self._writing() as connection:
+            created = insert_or_ignore(connection, runs).values(row).returning(runs.c.id)
+            is_new = connection.execute(created).scalar() is not None
+            run = lock_run(connection, runs.c.name == name, described=repr(name))
+            if is_new:
+                return run, True
+            kept = _settings_that_stand(run, settings)
+            connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
+            return find_run(connection, name), False
+
+    def run(self, name: str) -> Run:
+        """Raises RunUnknown."""
+        with self._reading() as connection:
+            return find_run(connection, name)
+
+    def runs(self, *, after: str = "", limit: int = 100) -> tuple[Run, ...]:
+        """Runs by name, those after `after`. The order of names is the database's."""
+        statement = select(runs).where(runs.c.name > after).order_by(runs.c.name).limit(limit)
+        with self._reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+        return tuple(_run_of(row) for row in rows)
+
+    def delete_run(self, name: str) -> None:
+        """Delete the run with all it owns (also its caller-sent vectors). Raises RunUnknown."""
+        with self._writing() as connection:
+            run_id = connection.execute(delete(runs).where(runs.c.name == name).returning(runs.c.id)).scalar()
+            if run_id is None:
+                raise _unknown(repr(name))
+            connection.execute(delete(embeddings).where(embeddings.c.embedder == stored_embedder(CALLER, run_id)))
+
+
+def find_run(connection: Connection, name: str) -> Run:
+    """Raises RunUnknown."""
+    row = connection.execute(select(runs).where(runs.c.name == name)).mappings().one_or_none()
+    if row is None:
+        raise _unknown(repr(name))
+    return _run_of(row)
+
+
+def lock_run(connection: Connection, which: ColumnElement[bool] | int, *, described: str | None = None) -> Run:
+    """Lock the run's row until the transaction ends: log positions are taken one writer at a time.
+
+    On SQLite the transaction has the write lock since it began. The lock leaves references to the row alone,
+    so that a refit may be claimed meanwhile. Nothing is written yet: what turns out to be a repetition leaves
+    no gap.
+
+    Args:
+        which: The run's id, or a condition that picks it.
+
+    Raises:
+        RunUnknown: also where the run was deleted since the caller looked it up.
+    """
+    condition = runs.c.id == which if isinstance(which, int) else which
+    statement = select(runs).where(condition).with_for_update(key_share=True)
+    row = connection.execute(statement).mappings().one_or_none()
+    if row is None:
+        raise _unknown(described or f"with id {which}")
+    return _run_of(row)
+
+
+def keep_run(connection: Connection, run_id: int) -> None:
+    """Keep the run from being deleted until the transaction ends. Raises RunUnknown."""
+    statement = select(runs.c.id).where(runs.c.id == run_id).with_for_update(read=True, key_share=True)
+    if connection.execute(statement).scalar() is None:
+        raise _unknown(f"with id {run_id}")
+
+
+def stored_embedder(embedder: str, run_id: int) -> str:
+    """The name under which vectors are kept: those that callers sent belong to their run."""
+    return f"{CALLER}:{run_id}" if embedder == CALLER else embedder
+
+
+def settings_to_json(settings: RunSettings) -> str:
+    return json.dumps(asdict(settings), allow_nan=False)
+
+
+def _settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
+    embedder, prompt = run.settings.embedder, run.settings.embedder_prompt
+    if run.n_prompts == 0 or embedder is None:
+        return asked
+    if asked.embedder not in (None, embedder) or asked.embedder_prompt != prompt:
+        raise EmbedderFixed(
+            f"run {run.name!r}: its {run.n_prompts} prompts have vectors of embedder {embedder!r} "
+            f"(prompt {prompt!r}), asked for was {asked.embedder!r} (prompt {asked.embedder_prompt!r}): "
+            "create another run for it"
+        )
+    return replace(asked, embedder=embedder)
+
+
+def _run_of(row: RowMapping) -> Run:
+    return Run(**{**row, "settings": RunSettings(**json.loads(row["settings"]))})
+
+
+def _unknown(described: str) -> RunUnknown:
+    return RunUnknown(f"run {described} does not exist: create it first")

@@ -1,0 +1,92 @@
+"""Recorded selections: one batch for each (run, step), whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import numpy as np
+from sqlalchemy import Connection, insert, select
+
+from evenodds_service.domain.types import SelectEntry
+from evenodds_service.storage.entries import append_entry
+from evenodds_service.storage.errors import SelectionConflict
+from evenodds_service.storage.runs import lock_run
+from evenodds_service.storage.tables import runs, selections
+from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.values import Selection
+
+
+class SelectionMethods(Transactions):
+    def selection(self, run_id: int, step: int, *, arguments_hash: str) -> Selection | None:
+        """What was chosen for the step, if anything.
+
+        Raises:
+            SelectionConflict: the step was chosen before with other arguments.
+        """
+        with self._reading() as connection:
+            return _find(connection, run_id, step, arguments_hash)
+
+    def record_selection(
+        self,
+        run_id: int,
+        *,
+        selection_id: str,
+        step: int,
+        arguments_hash: str,
+        prompts: Sequence[int],
+        reply: str,
+        now: datetime,
+    ) -> tuple[Selection, bool]:
+        """Record the batch as a log entry, or return what stands for (run, step). The flag says: replayed.
+
+        Args:
+            selection_id: Unique over all runs.
+            prompts: Indices of the chosen prompts.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+            SelectionConflict: the step was chosen before with other arguments.
+        """
+        with self._writing() as connection:
+            run = lock_run(connection, run_id)
+            standing = _find(connection, run_id, step, arguments_hash)
+            if standing is not None:
+                return standing, True
+            position = run.log_position + 1
+            chosen = SelectEntry(position, step, np.asarray(prompts, dtype=np.int64))
+            append_entry(connection, run_id, chosen, now=now)
+            recorded = Selection(selection_id, step, arguments_hash, reply, log_position=position)
+            connection.execute(
+                insert(selections).values(
+                    run_id=run_id,
+                    selection_id=selection_id,
+                    step=step,
+                    arguments_hash=arguments_hash,
+                    reply=reply,
+                    log_position=position,
+                )
+            )
+        return recorded, False
+
+
+def _find(connection: Connection, run_id: int, step: int, arguments_hash: str) -> Selection | None:
+    """Raises SelectionConflict."""
+    columns = (
+        selections.c.selection_id,
+        selections.c.step,
+        selections.c.arguments_hash,
+        selections.c.reply,
+        selections.c.log_position,
+    )
+    is_asked = (selections.c.run_id == run_id, selections.c.step == step)
+    row = connection.execute(select(*columns, runs.c.name).join(runs).where(*is_asked)).one_or_none()
+    if row is None:
+        return None
+    *values, run_name = row
+    if row.arguments_hash != arguments_hash:
+        raise SelectionConflict(
+            f"run {run_name!r}: the batch for step {step} was chosen before with other arguments (selection {row.selection_id!r}): "
+            "repeat those, or choose for a later step"
+        )
+    return Selection(*values)

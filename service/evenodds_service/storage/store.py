@@ -1,0 +1,47 @@
+"""What it remembers: runs, pools, the log, selections, refits, snapshots and checkpoints.
+
+Every method is one transaction: frozen values in, frozen values out; no session leaves this room. A method
+that writes takes the write lock first: SQLite's as the transaction begins, so that a read lock never has to
+be upgraded; on PostgreSQL the row of the run, so that log positions are gapless and a reader which has seen
+position p has seen everything up to p. `now` is an argument: the store has no clock.
+
+The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py.
+"""
+
+from __future__ import annotations
+
+from evenodds_service.storage.checkpoints import CheckpointMethods
+from evenodds_service.storage.log import LogMethods
+from evenodds_service.storage.pool import PoolMethods
+from evenodds_service.storage.refits import RefitMethods
+from evenodds_service.storage.runs import RunMethods
+from evenodds_service.storage.selections import SelectionMethods
+from evenodds_service.storage.values import (
+    Appended,
+    PromptsAdded,
+    PromptVisit,
+    Refit,
+    Run,
+    Selection,
+    Snapshot,
+)
+
+__all__ = [
+    "Appended",
+    "PromptVisit",
+    "PromptsAdded",
+    "Refit",
+    "Run",
+    "Selection",
+    "Snapshot",
+    "Store",
+]
+
+
+class Store(RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods):
+    """The store of one database, safe to share between threads.
+
+    Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the
+    call may then be repeated. Errors that a caller can handle stand with each method, all of them in
+    `errors.py`.
+    """

@@ -1,0 +1,209 @@
+"""The tables, with every rule that a database can hold: keys, checks, one open refit per run.
+
+No statement stands here. Changing a table needs a migration; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+
+from evenodds_service.storage.errors import NaiveDatetime
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime, kept in UTC on every database. A naive one, which nobody can read, is refused."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.utcoffset() is None:
+            raise NaiveDatetime(f"datetime {value.isoformat()} has no time zone: pass one in UTC")
+        in_utc = value.astimezone(timezone.utc)
+        # SQLite keeps no offset.
+        return in_utc.replace(tzinfo=None) if dialect.name == "sqlite" else in_utc
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc)
+
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+
+def _run_id() -> Column[int]:
+    return Column("run_id", Integer, ForeignKey("runs.id", ondelete="CASCADE"), nullable=False)
+
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("settings", Text, nullable=False),  # JSON of RunSettings; its embedder is resolved by the first prompt
+    Column("embedding_width", Integer),
+    Column("n_prompts", Integer, nullable=False, server_default="0"),
+    Column("log_position", BigInteger, nullable=False, server_default="0"),
+    Column("head_step", BigInteger),
+    Column("n_observations", BigInteger, nullable=False, server_default="0"),
+    Column("model_version", Integer, nullable=False, server_default="0"),
+    Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint("embedding_width > 0", name="embedding_width"),
+    CheckConstraint(
+        "n_prompts >= 0 AND log_position >= 0 AND n_observations >= 0 AND model_version >= 0", name="counts"
+    ),
+    CheckConstraint("head_step >= 0", name="head_step"),
+    sqlite_autoincrement=True,  # the id of a deleted run never names another one
+)
+
+prompts = Table(
+    "prompts",
+    metadata,
+    _run_id(),
+    Column("index", Integer, nullable=False),  # from 0 without gaps, in order of arrival
+    Column("prompt_id", Text, nullable=False),
+    Column("text", Text),
+    Column("text_key", Text),
+    Column("group", Text),
+    Column("features", Text),  # JSON: name -> number
+    Column("prior_rate", Double),
+    Column("vector_key", Text),
+    PrimaryKeyConstraint("run_id", "index"),
+    UniqueConstraint("run_id", "prompt_id"),
+    CheckConstraint('"index" >= 0', name="index"),
+    CheckConstraint("prior_rate >= 0 AND prior_rate <= 1", name="prior_rate"),
+    CheckConstraint("(text IS NULL) = (text_key IS NULL)", name="text_key"),
+)
+
+embeddings = Table(
+    "embeddings",
+    metadata,
+    Column("embedder", Text, nullable=False),  # `caller:<run id>` for vectors that callers sent
+    Column("key", Text, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("vector", LargeBinary, nullable=False),  # little-endian 16-bit floats
+    PrimaryKeyConstraint("embedder", "key"),
+    CheckConstraint("width >= 1 AND length(vector) = 2 * width", name="width"),
+)
+
+log = Table(
+    "log",
+    metadata,
+    _run_id(),
+    Column("position", BigInteger, nullable=False),  # from 1 without gaps, in order of commit
+    Column("kind", Text, nullable=False),
+    Column("step", BigInteger),
+    Column("request_id", Text),
+    Column("request_hash", Text),
+    Column("selection_id", Text),
+    Column("body", Text, nullable=False),  # JSON; see entries.py
+    Column("created_at", UtcDateTime, nullable=False),
+    PrimaryKeyConstraint("run_id", "position"),
+    UniqueConstraint("run_id", "request_id"),  # NULLs are distinct: entries without a request id are free
+    CheckConstraint("position >= 1", name="position"),
+    CheckConstraint("kind IN ('pool', 'observe', 'select', 'snapshot')", name="kind"),
+    CheckConstraint("(step IS NOT NULL AND step >= 0) = (kind IN ('observe', 'select'))", name="step"),
+    CheckConstraint("(request_id IS NULL) = (request_hash IS NULL)", name="request"),
+)
+
+selections = Table(
+    "selections",
+    metadata,
+    Column("selection_id", Text, nullable=False),
+    _run_id(),
+    Column("step", BigInteger, nullable=False),
+    Column("arguments_hash", Text, nullable=False),
+    Column("reply", Text, nullable=False),
+    Column("log_position", BigInteger, nullable=False),
+    PrimaryKeyConstraint("selection_id"),
+    UniqueConstraint("run_id", "step"),
+)
+
+refits = Table(
+    "refits",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    _run_id(),
+    Column("status", Text, nullable=False),
+    Column("worker", Text),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("requested_at", UtcDateTime, nullable=False),
+    Column("lease_until", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+    Column("model_version", Integer),
+    Column("report", Text),  # JSON
+    Column("error", Text),
+    CheckConstraint("status IN ('pending', 'running', 'done', 'failed')", name="status"),
+    CheckConstraint(
+        "status <> 'running' OR (worker IS NOT NULL AND lease_until IS NOT NULL AND attempts >= 1)",
+        name="running",
+    ),
+    CheckConstraint("(finished_at IS NOT NULL) = (status IN ('done', 'failed'))", name="finished"),
+    CheckConstraint("(model_version IS NOT NULL) = (status = 'done')", name="done"),
+    sqlite_autoincrement=True,  # a refit's id fences what its worker publishes
+)
+Index("ix_refits_run_id", refits.c.run_id)
+Index(
+    "uq_refits_open",
+    refits.c.run_id,
+    unique=True,
+    sqlite_where=text("status IN ('pending', 'running')"),
+    postgresql_where=text("status IN ('pending', 'running')"),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    _run_id(),
+    Column("version", Integer, nullable=False),
+    Column("embedder", Text, nullable=False),
+    Column("weights", LargeBinary, nullable=False),
+    Column("fitted_position", BigInteger, nullable=False),
+    Column("log_position", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    PrimaryKeyConstraint("run_id", "version"),
+    CheckConstraint("version >= 1", name="version"),
+    CheckConstraint("fitted_position >= 0 AND fitted_position < log_position", name="positions"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _run_id(),
+    Column("position", BigInteger, nullable=False),
+    Column("state", LargeBinary, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    PrimaryKeyConstraint("run_id", "position"),
+    CheckConstraint("position >= 0", name="position"),
+)
