@@ -86,7 +86,7 @@ def _find(connection: Connection, run_id: int, step: int, arguments_hash: str) -
     *values, run_name = row
     if row.arguments_hash != arguments_hash:
         raise SelectionConflict(
-            f"run {run_name!r}: the batch for step {step} was chosen before with other arguments (selection {row.selection_id!r}): "
-            "repeat those, or choose for a later step"
+            f"run {run_name!r}: the batch for step {step} was chosen before with other arguments "
+            f"(selection {row.selection_id!r}): repeat those, or choose for a later step"
         )
     return Selection(*values)

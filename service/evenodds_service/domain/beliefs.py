@@ -1,0 +1,150 @@
+"""The mixture of Beta beliefs: shared priors and a prompt's own evidence, averaged instead of tuned.
+
+One expert believes  p_i ~ Beta( m_i s + S_i, (1 - m_i) s + F_i )  for a shared prior mean m_i, a strength s
+(pseudo-attempts) and own successes and failures S, F discounted with a memory l (algorithm section 3). (m = .5, s = 2,
+l = 1) is MoPPS, S = F = 0 is a shared model only. The experts' weights follow their Beta-binomial likelihoods. Pure
+functions on arrays; where the prior means and the evidence come from is `fold`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from evenodds_service.domain.distributions import beta_binomial_log_likelihood, beta_from_moments
+from evenodds_service.domain.types import BoolArray, FloatArray
+
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+MEMORIES = (1.0, 0.9, 0.8, 0.65, 0.5)
+PRIORS = ("flat", "running mean", "surface", "embedding", "caller")
+WEIGHT_KEEP = 0.97
+NEGLIGIBLE = 1e-3
+
+_MOPPS = (PRIORS.index("flat"), STRENGTHS.index(2.0), MEMORIES.index(1.0))
+_PRIOR_RANGE = (1e-3, 1.0 - 1e-3)
+N_EXPERTS = len(PRIORS) * len(STRENGTHS) * len(MEMORIES)
+
+
+@dataclass(slots=True)
+class Mixture:
+    """Weights of the experts, axes prior C x strength S x memory L.
+
+    Attributes:
+        log_weights: [C, S, L], normalised; -inf where a prior is absent.
+        log_guard: log odds of MoPPS, the corner (flat, 2, 1), against the mixture. Unlike `log_weights` it never
+            forgets: this is what bounds the total log-loss by MoPPS's plus log K (K experts).
+    """
+
+    log_weights: FloatArray
+    log_guard: float
+
+    @staticmethod
+    def new(present: BoolArray) -> Mixture:
+        """Equal weights over the priors that are present, bool [C]; MoPPS must be among them (flat always is)."""
+        shape = (len(PRIORS), len(STRENGTHS), len(MEMORIES))
+        weights = np.where(present[:, None, None], 0.0, -np.inf) + np.zeros(shape)
+        return Mixture(weights - _log_sum(weights), -math.log(present.sum() * len(STRENGTHS) * len(MEMORIES) - 1))
+
+    def admit(self, present: BoolArray) -> None:
+        """Let priors that appeared since take part, with the share that an equal start would give each of them."""
+        absent = np.isneginf(self.log_weights).all(axis=(1, 2))
+        fresh = present & absent
+        if fresh.any():
+            share = fresh.sum() / present.sum()
+            each = math.log(share / (fresh.sum() * len(STRENGTHS) * len(MEMORIES)))
+            self.log_weights = self.log_weights + math.log1p(-share)
+            self.log_weights[fresh] = each
+
+    def forget(self, keep: float = WEIGHT_KEEP) -> None:
+        """w <- w^keep, normalised: an expert that was poor long ago may return."""
+        present = np.isfinite(self.log_weights)
+        self.log_weights = np.where(present, keep * np.where(present, self.log_weights, 0.0), -np.inf)
+        self.log_weights -= _log_sum(self.log_weights)
+
+    def weights(self) -> FloatArray:
+        """Effective weights [C, S, L] with the guard's share in MoPPS's corner; they sum to 1."""
+        guard = 1.0 / (1.0 + math.exp(min(-self.log_guard, 700.0)))
+        weights = np.exp(self.log_weights) * (1.0 - guard)
+        weights[_MOPPS] += guard
+        return weights
+
+    def update(self, log_likelihoods: FloatArray) -> tuple[float, float]:
+        """Condition on a batch; call before its evidence is folded in.
+
+        Args:
+            log_likelihoods: Of the whole batch under each expert, [C, S, L].
+
+        Returns:
+            Log likelihood of the batch under these weights, and under MoPPS.
+        """
+        mixture = _log_sum(self.log_weights + log_likelihoods)
+        mopps = float(log_likelihoods[_MOPPS])
+        guarded = float(np.logaddexp(self.log_guard + mopps, mixture) - np.logaddexp(self.log_guard, 0.0))
+        self.log_guard += mopps - mixture
+        self.log_weights = self.log_weights + log_likelihoods - mixture
+        return guarded, mopps
+
+
+def batch_log_likelihoods(
+    means_C_n: FloatArray,
+    successes_L_n: FloatArray,
+    failures_L_n: FloatArray,
+    k_n: FloatArray,
+    counts_n: FloatArray,
+) -> FloatArray:
+    """Log likelihood of k successes of counts under each expert, summed over the n prompts: [C, S, L].
+
+    Args:
+        means_C_n: Prior means under each shared prior, in (0, 1).
+        successes_L_n, failures_L_n: The prompts' own evidence before this batch, under each memory.
+        k_n, counts_n: Outcomes, 0 <= k <= counts.
+    """
+    s = np.asarray(STRENGTHS)[None, :, None, None]
+    m = np.clip(means_C_n, *_PRIOR_RANGE)[:, None, None, :]
+    a = m * s + successes_L_n[None, None]  # [C, S, L, n]
+    b = (1.0 - m) * s + failures_L_n[None, None]
+    return np.asarray(beta_binomial_log_likelihood(k_n, counts_n, a, b).sum(axis=-1))
+
+
+def predict(
+    weights: FloatArray, means_C_N: FloatArray, successes_L_N: FloatArray, failures_L_N: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """The mixture's belief about each prompt, summarised as one Beta by total variance.
+
+    Args:
+        weights: Effective weights [C, S, L].
+        means_C_N: Prior means in (0, 1), any float dtype.
+        successes_L_N, failures_L_N: Own evidence under each memory.
+
+    Returns:
+        Parameters a and b, float64 [N].
+    """
+    kept = np.where(weights >= NEGLIGIBLE * weights.max(), weights, 0.0)
+    kept = kept / kept.sum()
+    means_C_N = np.clip(means_C_N, *_PRIOR_RANGE)
+    # E[p^2] - E[p]^2 cancels: single precision would lose the variance of a prompt with many attempts.
+    successes_L_N, failures_L_N = successes_L_N.astype(np.float64), failures_L_N.astype(np.float64)
+    squares_C_N = means_C_N * means_C_N
+    n = means_C_N.shape[1]
+    first, second = np.zeros(n), np.zeros(n)
+    for i, s in enumerate(STRENGTHS):
+        for j in range(len(MEMORIES)):
+            share_C = kept[:, i, j]
+            share = share_C.sum()
+            if share == 0.0:
+                continue
+            own, total = successes_L_N[j], successes_L_N[j] + failures_L_N[j] + s
+            m1, m2 = share_C @ means_C_N, share_C @ squares_C_N
+            # With a = m s + S: E[p] = a / total, E[p^2] = a (a + 1) / (total (total + 1)), summed over the priors.
+            a = s * m1 + share * own
+            first += a / total
+            second += (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
+    mean = np.clip(first, 1e-6, 1.0 - 1e-6)
+    return beta_from_moments(mean, second - first * first)
+
+
+def _log_sum(values: FloatArray) -> float:
+    top = float(values.max())
+    return top + math.log(float(np.exp(values - top).sum()))

@@ -1,0 +1,106 @@
+"""A state of a run as bytes, so that a process may start from it instead of from the log's beginning.
+
+Exact: a state that went through bytes folds on bit for bit as the original would. Arrays are stored as numpy's npz,
+read without pickle; `FORMAT` changes whenever the fold changes, and bytes of another format are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from evenodds_service.domain.beliefs import Mixture
+from evenodds_service.domain.fold import State
+from evenodds_service.domain.pool import Basis
+from evenodds_service.domain.regression import OnlineLogistic
+
+FORMAT = 1
+_SCALARS = (
+    "position",
+    "n_prompts",
+    "head_step",
+    "n_observations",
+    "model_version",
+    "running_successes",
+    "running_counts",
+    "gap_steps",
+    "n_gaps",
+    "log_likelihood",
+    "mopps_log_likelihood",
+)
+_ARRAYS = (
+    "successes_L_N",
+    "failures_L_N",
+    "attempts_N",
+    "visits_N",
+    "last_step_N",
+    "selected_N",
+    "last_selected_N",
+)
+_BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
+_REGRESSIONS = ("surface", "embedding")
+_REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
+
+
+class CheckpointUnusable(ValueError):
+    """The bytes are no checkpoint of this release's fold. Fold from the log's beginning instead."""
+
+
+def to_bytes(state: State) -> bytes:
+    """The state as bytes."""
+    header: dict[str, Any] = {"format": FORMAT} | {name: getattr(state, name) for name in _SCALARS}
+    header["log_guard"] = state.mixture.log_guard
+    header["n_recent"] = len(state.recent_batches)
+    arrays = {name: getattr(state, name) for name in _ARRAYS} | {"log_weights": state.mixture.log_weights}
+    arrays |= {f"recent_{i}": batch for i, batch in enumerate(state.recent_batches)}
+    if state.basis is not None:
+        header["basis"] = {
+            "n_prompts": state.basis.n_prompts,
+            "numeric_names": state.basis.numeric_names,
+            "group_names": state.basis.group_names,
+        }
+        arrays |= {f"basis_{name}": getattr(state.basis, name) for name in _BASIS_ARRAYS}
+    for which in _REGRESSIONS:
+        regression = getattr(state, which)
+        if regression is not None:
+            arrays |= {f"{which}_{name}": getattr(regression, name) for name in _REGRESSION_ARRAYS}
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def from_bytes(content: bytes) -> State:
+    """The state that `to_bytes` took.
+
+    Raises:
+        CheckpointUnusable: no checkpoint, or one of another format.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = dict(stored)
+        header = json.loads(bytes(arrays.pop("header")))
+        found = header["format"]
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error}") from error
+    if found != FORMAT:
+        raise CheckpointUnusable(f"the checkpoint has format {found}, this release reads {FORMAT}")
+    state = State(**{name: header[name] for name in _SCALARS}, **{name: arrays[name] for name in _ARRAYS})
+    state.mixture = Mixture(arrays["log_weights"], header["log_guard"])
+    state.recent_batches = tuple(arrays[f"recent_{i}"] for i in range(header["n_recent"]))
+    if "basis" in header:
+        basis = header["basis"]
+        state.basis = Basis(
+            n_prompts=basis["n_prompts"],
+            numeric_names=tuple(basis["numeric_names"]),
+            group_names=tuple(basis["group_names"]),
+            **{name: arrays[f"basis_{name}"] for name in _BASIS_ARRAYS},
+        )
+    for which in _REGRESSIONS:
+        if f"{which}_weights" in arrays:
+            setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))
+    return state

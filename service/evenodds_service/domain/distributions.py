@@ -1,0 +1,125 @@
+"""Closed forms under a Beta distribution of the success rate: likelihoods, moments, chance of an informative group.
+
+Everything works on arrays, elementwise, and knows nothing of prompts or runs. (x)_m is the rising factorial
+x (x+1) ... (x+m-1), so that E[p^m] = (a)_m / (a+b)_m under Beta(a, b).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from evenodds_service.domain.types import FloatArray
+
+_SHIFT = 8
+_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680)
+_MAX_PRODUCT = 64
+_HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
+
+MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-2, 1e6
+"""Limits of a + b of a belief that summarises others."""
+
+
+def log_gamma(x: FloatArray) -> FloatArray:
+    """log of the Gamma function for x > 0, any shape, within 1e-10 (Stirling's series after a shift)."""
+    x = np.asarray(x, dtype=np.float64)
+    small = x < _SHIFT
+    product = np.ones_like(x)
+    shifted = np.where(small, x, 1.0)
+    for j in range(_SHIFT):
+        product *= shifted + j
+    z = np.where(small, x + _SHIFT, x)
+    inverse = 1.0 / z
+    square = inverse * inverse
+    series = np.zeros_like(z)
+    for coefficient in reversed(_STIRLING):
+        series = series * square + coefficient
+    stirling = (z - 0.5) * np.log(z) - z + _HALF_LOG_TAU + series * inverse
+    return np.asarray(stirling - np.where(small, np.log(product), 0.0))
+
+
+def beta_binomial_log_likelihood(k: FloatArray, n: FloatArray, a: FloatArray, b: FloatArray) -> FloatArray:
+    """log B(a + k, b + n - k) - log B(a, b): the log probability of one order of k successes in n attempts.
+
+    The binomial coefficient is left out: it does not depend on the belief. `k` may be fractional.
+
+    Args:
+        k, n: 0 <= k <= n, broadcastable to a and b.
+        a, b: Positive parameters.
+    """
+    success = log_gamma(a + k) - log_gamma(a)
+    failure = log_gamma(b + (n - k)) - log_gamma(b)
+    total = log_gamma(a + b + n) - log_gamma(a + b)
+    return np.asarray(success + failure - total)
+
+
+def beta_from_moments(mean: FloatArray, variance: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The Beta parameters (a, b) with this mean in (0, 1) and variance; the concentration a + b is kept in limits."""
+    spread = mean * (1.0 - mean)
+    concentration = spread / np.maximum(variance, 1e-300) - 1.0
+    concentration = np.clip(concentration, MIN_CONCENTRATION, MAX_CONCENTRATION)
+    return mean * concentration, (1.0 - mean) * concentration
+
+
+def rising_ratio(x: FloatArray, total: FloatArray, m: int) -> FloatArray:
+    """(x)_m / (total)_m for 0 < x <= total: the m-th raw moment of the Beta with parameters x and total - x."""
+    if m > _MAX_PRODUCT:
+        return np.asarray(np.exp(log_gamma(x + m) - log_gamma(x) - log_gamma(total + m) + log_gamma(total)))
+    ratio = np.ones(np.broadcast_shapes(np.shape(x), np.shape(total)))
+    for j in range(m):
+        ratio *= (x + j) / (total + j)
+    return ratio
+
+
+def informative_moments(a: FloatArray, b: FloatArray, group_size: int) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation, under the belief, of the chance V that a group is informative.
+
+    V(p) = 1 - p^G - (1-p)^G. The mean is the predictive probability V_G of algorithm section 4 (MaPP's
+    Beta-binomial score). For G = 1 no group can be informative by itself; V(p) = 2 p (1-p), the chance that two
+    attempts differ, takes its place.
+
+    Args:
+        a, b: Positive parameters, any shape.
+        group_size: G, at least 1.
+
+    Returns:
+        mean in [0, 1] and standard deviation >= 0, in the shape of a.
+    """
+    a = np.asarray(a, dtype=np.float64)
+    b = np.asarray(b, dtype=np.float64)
+    s = a + b
+    if group_size == 1:
+        mean = 2.0 * a * b / (s * (s + 1.0))
+        second = 2.0 * mean * (a + 1.0) * (b + 1.0) / ((s + 2.0) * (s + 3.0))
+        return mean, np.sqrt(np.maximum(second - mean * mean, 0.0))
+    g = group_size
+    all_right, all_wrong = rising_ratio(a, s, g), rising_ratio(b, s, g)
+    # (a)_2G / (s)_2G continues (a)_G / (s)_G from the G-th factor on.
+    all_right_twice = all_right * rising_ratio(a + g, s + g, g)
+    all_wrong_twice = all_wrong * rising_ratio(b + g, s + g, g)
+    right_then_wrong = all_right * rising_ratio(b, s + g, g)
+    silent = all_right + all_wrong
+    mean = np.clip(1.0 - silent, 0.0, 1.0)
+    variance = all_right_twice + all_wrong_twice + 2.0 * right_then_wrong - silent * silent
+    return mean, np.sqrt(np.maximum(variance, 0.0))
+
+
+def target_moments(a: FloatArray, b: FloatArray, target_rate: float) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation, under the belief, of 1 - ((p - target) / reach)^2.
+
+    `reach` is the distance of the farthest rate from the target.
+
+    The paper's utility -(p - 0.5)^2 (Eq. 12), for any target rate in (0, 1) and scaled to [0, 1].
+    """
+    s = np.asarray(a, dtype=np.float64) + b
+    reach = max(target_rate, 1.0 - target_rate)
+    m1 = a / s
+    m2 = m1 * (a + 1.0) / (s + 1.0)
+    m3 = m2 * (a + 2.0) / (s + 2.0)
+    m4 = m3 * (a + 3.0) / (s + 3.0)
+    t = target_rate
+    square = m2 - 2 * t * m1 + t * t
+    fourth = m4 - 4 * t * m3 + 6 * t * t * m2 - 4 * t**3 * m1 + t**4
+    deviation = np.sqrt(np.maximum(fourth - square * square, 0.0))
+    return 1.0 - square / reach**2, deviation / reach**2

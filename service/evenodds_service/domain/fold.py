@@ -1,0 +1,257 @@
+"""What a run has learned by streaming, as a fold over its log: `state = fold(state, entry, pool)`.
+
+The fold is a deterministic function of the entries and the pool's features. It updates the state in place, because a
+state of a million prompts is too large to copy per call; the owner of a state serialises access. Time runs in steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evenodds_service.domain import beliefs
+from evenodds_service.domain.beliefs import MEMORIES, PRIORS, Mixture
+from evenodds_service.domain.pool import Basis, Pool
+from evenodds_service.domain.regression import OnlineLogistic, effective_count
+from evenodds_service.domain.types import (
+    BoolArray,
+    Entry,
+    FloatArray,
+    IntArray,
+    ObserveEntry,
+    PoolEntry,
+    SelectEntry,
+)
+
+REGRESSION_KEEP = 0.98
+RECENT_BATCHES = 2
+BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
+_MEMORIES_L = np.asarray(MEMORIES)
+
+
+@dataclass(slots=True)
+class State:
+    """The fold of a run's log up to `position`.
+
+    Attributes:
+        successes_L_N, failures_L_N: float32 own evidence under each memory.
+        attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
+        selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never).
+        running_successes, running_counts: The discounted outcomes of all prompts.
+        gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
+        log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
+    """
+
+    position: int = 0
+    n_prompts: int = 0
+    head_step: int = -1
+    n_observations: int = 0
+    model_version: int = 0
+    basis: Basis | None = None
+    mixture: Mixture = field(default_factory=lambda: Mixture.new(_present(False, False)))
+    surface: OnlineLogistic | None = None
+    embedding: OnlineLogistic | None = None
+    successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
+    failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
+    attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))
+    visits_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last_step_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last_selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    running_successes: float = 0.0
+    running_counts: float = 0.0
+    gap_steps: float = 1.0
+    n_gaps: int = 0
+    recent_batches: tuple[IntArray, ...] = ()
+    log_likelihood: float = 0.0
+    mopps_log_likelihood: float = 0.0
+
+
+def fold(state: State, entry: Entry, pool: Pool) -> State:
+    """Fold the next log entry into the state, in place, and return it.
+
+    Args:
+        pool: Holds at least the prompts that the entry speaks of.
+
+    Raises:
+        ValueError: the entry is not the next one, or names a prompt that the pool does not have at this position.
+    """
+    if entry.position != state.position + 1:
+        raise ValueError(f"log entry {entry.position} does not follow position {state.position}")
+    if isinstance(entry, PoolEntry):
+        _grow(state, entry.n_prompts)
+        _ensure_basis(state, pool)
+    elif isinstance(entry, ObserveEntry):
+        _known(state, entry.prompts)
+        _observe(state, entry, pool)
+    elif isinstance(entry, SelectEntry):
+        _known(state, entry.prompts)
+        _select(state, entry)
+    else:
+        state.model_version = entry.version
+    state.position = entry.position
+    return state
+
+
+def prior_means(state: State, x_n_d: FloatArray | None, prior_rates_n: FloatArray) -> FloatArray:
+    """Mean success rate of n prompts under each shared prior, [C, n] in (0, 1).
+
+    Args:
+        x_n_d: Projected features under the state's basis; None where it has none yet.
+        prior_rates_n: The caller's rates, NaN where there is none (the running mean stands in).
+    """
+    n = len(prior_rates_n)
+    running = running_mean(state)
+    means_C_n = np.full((len(PRIORS), n), running, dtype=np.float32)
+    means_C_n[PRIORS.index("flat")] = 0.5
+    if x_n_d is not None and state.basis is not None and state.surface is not None:
+        means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
+        if state.embedding is not None:
+            means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
+    known = np.isfinite(prior_rates_n)
+    means_C_n[PRIORS.index("caller"), known] = prior_rates_n[known]
+    return means_C_n
+
+
+def running_mean(state: State) -> float:
+    """Mean rate of all observed prompts, older ones counting less; .5 before the first."""
+    return (state.running_successes + 1.0) / (state.running_counts + 2.0)
+
+
+def beliefs_of(state: State, pool: Pool, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
+    """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n]."""
+    rows = slice(0, state.n_prompts) if indices is None else indices
+    rates = pool.prior_rates(state.n_prompts)[rows]
+    x = pool.matrix(state.basis, state.n_prompts)[rows] if state.basis is not None else None
+    return beliefs.predict(
+        state.mixture.weights(),
+        prior_means(state, x, rates),
+        state.successes_L_N[:, rows],
+        state.failures_L_N[:, rows],
+    )
+
+
+def new_prompt_beliefs(state: State, pool: Pool, block: Pool) -> tuple[FloatArray, FloatArray]:
+    """Parameters (a, b) of the `gps` belief about prompts outside the pool, given as a pool of their own, [n]."""
+    x = block.matrix(state.basis, block.n) if state.basis is not None else None
+    none = np.zeros((len(MEMORIES), block.n), dtype=np.float32)
+    return beliefs.predict(state.mixture.weights(), prior_means(state, x, block.prior_rates(block.n)), none, none)
+
+
+def mopps_beliefs(state: State, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
+    """Parameters of the MoPPS belief Beta(1 + S, 1 + F), nothing shared, nothing discounted (arXiv 2507.04632), [n]."""
+    rows = slice(0, state.n_prompts) if indices is None else indices
+    memory = MEMORIES.index(1.0)
+    return 1.0 + state.successes_L_N[memory, rows].astype(float), 1.0 + state.failures_L_N[memory, rows].astype(float)
+
+
+def _known(state: State, prompts: IntArray) -> None:
+    unknown = prompts[(prompts < 0) | (prompts >= state.n_prompts)]
+    if len(unknown):
+        raise ValueError(f"a log entry names prompt {int(unknown[0])}, the pool has {state.n_prompts}")
+
+
+def _grow(state: State, n_prompts: int) -> None:
+    more = n_prompts - state.n_prompts
+    state.successes_L_N = np.pad(state.successes_L_N, ((0, 0), (0, more)))
+    state.failures_L_N = np.pad(state.failures_L_N, ((0, 0), (0, more)))
+    state.attempts_N = np.pad(state.attempts_N, (0, more))
+    state.visits_N = np.pad(state.visits_N, (0, more))
+    state.selected_N = np.pad(state.selected_N, (0, more))
+    state.last_step_N = np.pad(state.last_step_N, (0, more), constant_values=-1)
+    state.last_selected_N = np.pad(state.last_selected_N, (0, more), constant_values=-1)
+    state.n_prompts = n_prompts
+
+
+def _select(state: State, entry: SelectEntry) -> None:
+    state.selected_N[entry.prompts] += 1
+    state.last_selected_N[entry.prompts] = np.maximum(state.last_selected_N[entry.prompts], entry.step)
+    state.recent_batches = (*state.recent_batches, entry.prompts)[-RECENT_BATCHES:]
+
+
+def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
+    prompts, position = np.unique(entry.prompts, return_inverse=True)
+    k, counts = np.zeros(len(prompts)), np.zeros(len(prompts))
+    np.add.at(k, position, entry.successes)
+    np.add.at(counts, position, entry.attempts)
+    if entry.step > state.head_step:
+        if state.head_step >= 0:
+            _forget(state)
+        state.head_step = entry.step
+
+    x = pool.rows(state.basis, prompts) if state.basis is not None else None
+    means_C_n = prior_means(state, x, pool.prior_rates(state.n_prompts)[prompts])
+    own, lost = state.successes_L_N[:, prompts], state.failures_L_N[:, prompts]
+    likelihoods = beliefs.batch_log_likelihoods(means_C_n, own, lost, k, counts)
+    ours, mopps = state.mixture.update(likelihoods)
+    state.log_likelihood += ours
+    state.mopps_log_likelihood += mopps
+
+    _remember(state, entry.step, prompts, k, counts)
+    worth = effective_count(counts)
+    state.running_successes += float(worth @ (k / counts))
+    state.running_counts += float(worth.sum())
+    if x is not None and state.basis is not None and state.surface is not None:
+        state.surface.update(x[:, : state.basis.n_surface], k, counts)
+        if state.embedding is not None:
+            state.embedding.update(x, k, counts)
+    state.n_observations += len(entry.prompts)
+
+
+def _forget(state: State) -> None:
+    """A new policy: what older ones showed counts a little less. Once per advance of the head step."""
+    state.mixture.forget()
+    state.running_successes *= REGRESSION_KEEP
+    state.running_counts *= REGRESSION_KEEP
+    for regression in (state.surface, state.embedding):
+        if regression is not None:
+            regression.forget(REGRESSION_KEEP)
+
+
+def _remember(state: State, step: int, prompts: IntArray, k: FloatArray, counts: FloatArray) -> None:
+    """Own evidence, discounted per visit. Several reports of one step are one visit; a late one enters discounted.
+
+    S <- l S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) k for an older one.
+    """
+    last = state.last_step_N[prompts]
+    newer, seen = step > last, last >= 0
+    gaps = (step - last)[newer & seen]
+    if len(gaps):
+        state.n_gaps += len(gaps)
+        state.gap_steps += float((gaps - state.gap_steps).sum()) / state.n_gaps
+    ages = np.where(newer, 0.0, (last - step) / max(state.gap_steps, 1.0))
+    old_L_n = np.where(newer & seen, _MEMORIES_L[:, None], 1.0)
+    new_L_n = _MEMORIES_L[:, None] ** ages
+    state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
+    state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
+    state.attempts_N[prompts] += counts
+    state.visits_N[prompts] += newer
+    state.last_step_N[prompts] = np.maximum(last, step)
+
+
+def _ensure_basis(state: State, pool: Pool) -> None:
+    """Derive the basis from the first prompts, and again while a small pool keeps growing.
+
+    What the regressions have learned is carried over to the new features.
+    """
+    basis = state.basis
+    if basis is not None and (basis.n_prompts >= BASIS_ENOUGH or state.n_prompts < BASIS_GROWTH * basis.n_prompts):
+        return
+    fresh = Basis.of(pool.raw(0, state.n_prompts))
+    surface = OnlineLogistic.new(fresh.n_surface)
+    embedding = OnlineLogistic.new(fresh.width) if fresh.width > fresh.n_surface else None
+    if basis is not None and state.surface is not None:
+        block = pool.raw(0, min(state.n_prompts, BASIS_ENOUGH))
+        old_x, new_x = basis.project(block), fresh.project(block)
+        surface.adopt(state.surface, old_x[:, : basis.n_surface], new_x[:, : fresh.n_surface])
+        if embedding is not None and state.embedding is not None:
+            embedding.adopt(state.embedding, old_x, new_x)
+    state.basis, state.surface, state.embedding = fresh, surface, embedding
+    rates = pool.prior_rates(state.n_prompts)
+    state.mixture.admit(_present(embedding is not None, bool(np.isfinite(rates).any())))
+
+
+def _present(has_embedding: bool, has_caller: bool) -> BoolArray:
+    absent = {"embedding": not has_embedding, "caller": not has_caller}
+    return np.array([not absent.get(prior, False) for prior in PRIORS])

@@ -1,0 +1,257 @@
+"""The pool's features: raw blocks as they arrive, and the basis that turns them into the regressions' inputs.
+
+A basis is a function of the first prompts of the pool only, so that every replica derives the same one. Knows nothing
+of texts or embedders; rows without a text or a vector count as average.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evenodds_service.domain.types import FloatArray, IntArray, RawBlock
+
+COMPONENTS = 32
+MAX_GROUPS, MAX_NUMERIC = 64, 64
+GROUP_SCALE = 2.0
+COMPONENT_SCALE = 1.0
+_SAMPLE = 20_000
+_MAX_EIGEN_WIDTH = 512
+_CLIP = 4.0
+_FINITE = 1e100
+_CHUNK = 512
+
+
+class Pool:
+    """Raw features of prompts 0 .. n-1, appended in blocks.
+
+    Kept in half precision: the features are O(1) and standardised later, and a million prompts must fit.
+    """
+
+    def __init__(self, *, surface_width: int, embedding_width: int) -> None:
+        self.n = 0
+        self.prompt_ids: list[str] = []
+        self.index: dict[str, int] = {}
+        self.groups: list[str | None] = []
+        self._numeric: list[Mapping[str, float] | None] = []
+        self._surface = np.empty((0, surface_width), dtype=np.float16)
+        self._embedding = np.empty((0, embedding_width), dtype=np.float16)
+        self._prior_rates = np.empty(0, dtype=np.float32)
+        self._matrix: tuple[Basis, FloatArray] | None = None
+
+    def append(self, block: RawBlock) -> None:
+        """Append consecutive prompts. A block without vectors (width 0) counts as rows of NaN.
+
+        Raises:
+            ValueError: the block does not start where the pool ends, or its vectors have another width.
+        """
+        if block.first != self.n:
+            raise ValueError(f"block starts at prompt {block.first}, the pool ends at {self.n}")
+        n = len(block.prompt_ids)
+        if self._embedding.shape[1] == 0 and block.embedding_N_D.shape[1] > 0:
+            self._embedding = np.full((len(self._embedding), block.embedding_N_D.shape[1]), np.nan, dtype=np.float16)
+        surface = _of_width(block.surface_N_S, self._surface.shape[1], what="surface features")
+        embedding = _of_width(block.embedding_N_D, self._embedding.shape[1], what="embeddings")
+        self._surface = _append(self._surface, self.n, surface)
+        self._embedding = _append(self._embedding, self.n, embedding)
+        self._prior_rates = _append(self._prior_rates, self.n, block.prior_rates_N)
+        for offset, prompt_id in enumerate(block.prompt_ids):
+            self.index[prompt_id] = self.n + offset
+        self.prompt_ids.extend(block.prompt_ids)
+        self.groups.extend(block.groups)
+        self._numeric.extend(block.numeric)
+        self.n += n
+
+    def raw(self, first: int, last: int) -> RawBlock:
+        """The prompts first <= index < last as one block (views, not copies)."""
+        return RawBlock(
+            first=first,
+            prompt_ids=tuple(self.prompt_ids[first:last]),
+            groups=tuple(self.groups[first:last]),
+            numeric=tuple(self._numeric[first:last]),
+            prior_rates_N=self._prior_rates[first:last],
+            surface_N_S=self._surface[first:last],
+            embedding_N_D=self._embedding[first:last],
+        )
+
+    def prior_rates(self, n: int) -> FloatArray:
+        """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
+        return self._prior_rates[:n]
+
+    def rows(self, basis: Basis, indices: IntArray) -> FloatArray:
+        """Projected features of these prompts, float32 [len(indices), d]."""
+        return self.matrix(basis, self.n)[indices]
+
+    def matrix(self, basis: Basis, n: int) -> FloatArray:
+        """Projected features of the first n prompts, float32 [n, d]; kept, and extended as the pool grows."""
+        if self._matrix is None or self._matrix[0] is not basis:
+            self._matrix = (basis, np.empty((0, basis.width), dtype=np.float32))
+        done = len(self._matrix[1])
+        if done < n:
+            # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
+            done -= done % _CHUNK
+            parts = [self._matrix[1][:done]]
+            parts += [basis.project(self.raw(i, min(i + _CHUNK, n))) for i in range(done, n, _CHUNK)]
+            self._matrix = (basis, np.concatenate(parts))
+        return self._matrix[1][:n]
+
+
+def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
+    n, given = values_n_D.shape
+    if given == width:
+        return values_n_D
+    if given == 0:
+        return np.full((n, width), np.nan, dtype=np.float16)
+    raise ValueError(f"{what} of width {given}, the pool holds width {width}: send vectors of one model only")
+
+
+def _append(array: FloatArray, n: int, more: FloatArray) -> FloatArray:
+    """Write `more` behind the first n rows, doubling the capacity where needed."""
+    needed = n + len(more)
+    if needed > len(array):
+        grown = np.empty((max(needed, 2 * len(array)), *array.shape[1:]), dtype=array.dtype)
+        grown[:n] = array[:n]
+        array = grown
+    array[n:needed] = more
+    return array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Basis:
+    """How raw features become the inputs x of the regressions.
+
+    Columns: 1, standardised surface features, standardised numeric features and log-odds of the caller's rates,
+    group indicators; behind `n_surface` of them, the leading principal components of the embeddings.
+
+    Attributes:
+        n_prompts: Size of the pool that it was derived from.
+        numeric_names, group_names: Which numeric features and groups have columns, at most 64 each.
+        means, scales: Of the standardised columns, [S + numeric + 1].
+        components_D_P: Projection of the centred embedding, [D, P].
+    """
+
+    n_prompts: int
+    numeric_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+    means: FloatArray
+    scales: FloatArray
+    embedding_mean_D: FloatArray
+    components_D_P: FloatArray
+
+    @property
+    def n_surface(self) -> int:
+        """Number of columns before the components."""
+        return 1 + len(self.means) + len(self.group_names)
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(self.n_surface + self.components_D_P.shape[1])
+
+    @staticmethod
+    def of(block: RawBlock) -> Basis:
+        """Derive the basis of these prompts, at least one. Deterministic."""
+        names = Counter(name for features in block.numeric if features for name in features)
+        numeric_names = tuple(sorted(name for name, _ in names.most_common(MAX_NUMERIC)))
+        groups = Counter(group for group in block.groups if group is not None)
+        group_names = tuple(sorted(group for group, _ in groups.most_common(MAX_GROUPS)))
+        columns = _columns(block, numeric_names)
+        means, scales = _standard(columns)
+        mean_D, components_D_P = _principal_components(block.embedding_N_D)
+        return Basis(
+            n_prompts=len(block.prompt_ids),
+            numeric_names=numeric_names,
+            group_names=group_names,
+            means=means,
+            scales=scales,
+            embedding_mean_D=mean_D,
+            components_D_P=components_D_P,
+        )
+
+    def project(self, block: RawBlock) -> FloatArray:
+        """Inputs of the regressions, float32 [n, width]; what a prompt lacks is taken as average."""
+        n = len(block.prompt_ids)
+        x = np.zeros((n, self.width), dtype=np.float32)
+        x[:, 0] = 1.0
+        standardised = (_columns(block, self.numeric_names) - self.means) / self.scales
+        x[:, 1 : 1 + len(self.means)] = np.nan_to_num(np.clip(standardised, -_CLIP, _CLIP), nan=0.0)
+        first = 1 + len(self.means)
+        column = {group: first + i for i, group in enumerate(self.group_names)}
+        for row, group in enumerate(block.groups):
+            if group in column:
+                x[row, column[group]] = GROUP_SCALE
+        if self.components_D_P.shape[1]:
+            # A product of another height may round its rows differently: the height is a multiple of the chunk.
+            centred = np.zeros((n + -n % _CHUNK, len(self.embedding_mean_D)), dtype=np.float32)
+            centred[:n] = block.embedding_N_D.astype(np.float32) - self.embedding_mean_D
+            x[:, self.n_surface :] = (np.nan_to_num(centred, copy=False, nan=0.0) @ self.components_D_P)[:n]
+        return x
+
+
+def directions(x_N_d: FloatArray) -> FloatArray:
+    """Features as unit vectors without the constant column, [N, d-1]: the geometry of diversity (cosine distance)."""
+    rows = x_N_d[:, 1:]
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return np.asarray(rows / np.maximum(norms, 1e-9)[:, None])
+
+
+def _columns(block: RawBlock, numeric_names: Sequence[str]) -> FloatArray:
+    """Surface and numeric features and log-odds of the caller's rates side by side, float64, NaN where missing."""
+    n, s = block.surface_N_S.shape
+    columns = np.full((n, s + len(numeric_names) + 1), np.nan)
+    columns[:, :s] = block.surface_N_S
+    if numeric_names:
+        for row, features in enumerate(block.numeric):
+            if features:
+                columns[row, s:-1] = [features.get(name, np.nan) for name in numeric_names]
+        columns = np.clip(columns, -_FINITE, _FINITE)  # so that no square or sum overflows
+    rates = np.clip(block.prior_rates_N.astype(np.float64), 0.01, 0.99)
+    columns[:, -1] = np.log(rates / (1.0 - rates))
+    return columns
+
+
+def _standard(columns: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and scale of each column over what is present; few rows are not trusted to show the spread."""
+    present = np.isfinite(columns)
+    counts = present.sum(axis=0)
+    filled = np.where(present, columns, 0.0)
+    means = filled.sum(axis=0) / np.maximum(counts, 1)
+    squares = (np.where(present, columns - means, 0.0) ** 2).sum(axis=0)
+    scales = np.sqrt((squares + 1.0) / (counts + 4.0))
+    # A constant column says nothing; a scale of its own size keeps later, differing rows in range.
+    return means, np.maximum(scales, 1e-3 * np.maximum(np.abs(means), 1.0))
+
+
+def _principal_components(embedding_N_D: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean [D] and scaled leading principal directions [D, P]; P is 0 without vectors.
+
+    Each component keeps its share of the variance: the block is scaled as a whole, so that its squared length is
+    `COMPONENT_SCALE` times P on average.
+    """
+    n, d = embedding_N_D.shape
+    stride = max(1, n // _SAMPLE)
+    rows = embedding_N_D[::stride].astype(np.float64)
+    rows = rows[np.isfinite(rows).all(axis=1)] if d else rows
+    if d == 0 or len(rows) < 2:
+        return np.zeros(d, dtype=np.float32), np.zeros((d, 0), dtype=np.float32)
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    reduce = np.eye(d) if d <= _MAX_EIGEN_WIDTH else _random_directions(d)
+    reduced = centred @ reduce
+    values, vectors = np.linalg.eigh(reduced.T @ reduced / len(rows))
+    kept = min(COMPONENTS, len(rows) - 1, len(values))
+    values, vectors = values[::-1][:kept], vectors[:, ::-1][:, :kept]
+    keep = values > 1e-9 * max(values[0], 1e-12)
+    values, vectors = values[keep], vectors[:, keep]
+    scale = np.sqrt(COMPONENT_SCALE) * values**-0.25 / np.sqrt(np.mean(np.sqrt(values))) if len(values) else values
+    components = (reduce @ vectors) * scale
+    return mean.astype(np.float32), components.astype(np.float32)
+
+
+def _random_directions(d: int) -> FloatArray:
+    """A fixed random projection [d, 512] for vectors too long for an eigendecomposition."""
+    signs = np.random.default_rng(d).choice([-1.0, 1.0], size=(d, _MAX_EIGEN_WIDTH))
+    return np.asarray(signs / np.sqrt(d))

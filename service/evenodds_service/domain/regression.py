@@ -1,0 +1,103 @@
+"""Online Bayesian logistic regression: the shared prior that learns from every observe call.
+
+A Gaussian over the weights, N(w, L^-1), updated by Laplace's approximation with forgetting (algorithm section 3).
+Knows nothing of prompts; rows of x are features, targets are successes of attempts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evenodds_service.domain.types import FloatArray
+
+PRIOR_VARIANCE = 0.03
+INTERCEPT_VARIANCE = 1.0
+OVERDISPERSION = 1.0
+_NEWTON_STEPS = 6
+
+
+@dataclass(slots=True)
+class OnlineLogistic:
+    """Weights w [d] and precision L [d, d]; `prior_precision` [d] is the diagonal of L0. Column 0 is the constant."""
+
+    weights: FloatArray
+    precision: FloatArray
+    prior_precision: FloatArray
+
+    @staticmethod
+    def new(width: int) -> OnlineLogistic:
+        prior_precision = np.full(width, 1.0 / PRIOR_VARIANCE)
+        prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
+        return OnlineLogistic(np.zeros(width), np.diag(prior_precision), prior_precision)
+
+    def forget(self, keep: float) -> None:
+        """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
+        self.precision *= keep
+        self.precision[np.diag_indices_from(self.precision)] += (1.0 - keep) * self.prior_precision
+
+    def update(self, x_n_d: FloatArray, successes_n: FloatArray, counts_n: FloatArray) -> None:
+        """Condition on n observations, in any order.
+
+        w <- argmax of sum_i n_eff [y log s + (1-y) log(1-s)] - (w - w_old)' L (w - w_old) / 2 by Newton's method;
+        L <- L + sum_i n_eff s(1-s) x x'.
+
+        Args:
+            x_n_d: Features, [n, d].
+            successes_n: 0 <= successes <= counts, [n].
+            counts_n: Attempts, at least 1, [n].
+        """
+        x = np.asarray(x_n_d, dtype=np.float64)
+        rates = successes_n / counts_n
+        worth = effective_count(counts_n)
+        start, prior = self.weights, self.precision
+        w = start
+        for _ in range(_NEWTON_STEPS):
+            s = _sigmoid(x @ w)
+            gradient = x.T @ (worth * (rates - s)) - prior @ (w - start)
+            curvature = prior + (x.T * (worth * s * (1.0 - s))) @ x
+            step = np.linalg.solve(curvature, gradient)
+            w = w + step * min(1.0, 4.0 / max(float(np.abs(x @ step).max(initial=0.0)), 1e-12))
+        s = _sigmoid(x @ w)
+        self.weights = w
+        self.precision = prior + (x.T * (worth * s * (1.0 - s))) @ x
+
+    def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
+        """Take over what another regression learned on other features of the same prompts.
+
+        With old_x ~ new_x M and new_x ~ old_x K by least squares: w <- M w_old, which keeps the function, and
+        L <- K' (L_old - L0) K + L0, which keeps its evidence; what old_x does not show stays at the prior.
+
+        Args:
+            old_x_n_d: Features that `other` was trained on, [n, d_old].
+            new_x_n_d: Features of the same n prompts for this regression, [n, d].
+        """
+        old_x, new_x = old_x_n_d.astype(np.float64), new_x_n_d.astype(np.float64)
+        m = _least_squares(new_x, old_x)  # [d, d_old]
+        k = _least_squares(old_x, new_x)  # [d_old, d]
+        learned = other.precision - np.diag(other.prior_precision)
+        self.weights = m @ other.weights
+        self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
+
+    def predict(self, x_N_d: FloatArray) -> FloatArray:
+        """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula)."""
+        covariance = np.linalg.inv(self.precision).astype(x_N_d.dtype)
+        variance = np.einsum("nd,nd->n", x_N_d @ covariance, x_N_d)
+        logit = x_N_d @ self.weights.astype(x_N_d.dtype)
+        return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+
+
+def effective_count(counts: FloatArray) -> FloatArray:
+    """n_eff = n / [2 (1 + (n-1) / (s+1))]: attempts on one prompt repeat one another; 8 are worth about one."""
+    return np.asarray(counts / (2.0 * (1.0 + (counts - 1.0) / (OVERDISPERSION + 1.0))))
+
+
+def _least_squares(x_n_d: FloatArray, y_n_e: FloatArray) -> FloatArray:
+    """M [d, e] with y ~ x M, with a ridge small against features of size one."""
+    ridge = 1e-3 * len(x_n_d) * np.eye(x_n_d.shape[1])
+    return np.asarray(np.linalg.solve(x_n_d.T @ x_n_d + ridge, x_n_d.T @ y_n_e))
+
+
+def _sigmoid(z: FloatArray) -> FloatArray:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30.0, 30.0))))

@@ -1,0 +1,479 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evenodds_service.domain.acquisition import (
+    DIVERSITY_SHARE,
+    Choice,
+    NotEnoughPrompts,
+    choose,
+    eligible,
+    greedy_diverse,
+    scores,
+)
+from evenodds_service.domain.distributions import informative_moments, target_moments
+from evenodds_service.domain.types import Acquisition, BoolArray, FloatArray, IntArray
+
+quick = settings(deadline=None, max_examples=30)
+SEED = st.integers(0, 2**32 - 1)
+
+
+def unit(rng: np.random.Generator, n: int, d: int = 5) -> FloatArray:
+    rows = rng.normal(size=(n, d))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+class Shop:
+    """A pool with random scores, to choose from."""
+
+    def __init__(self, seed: int, n: int = 200) -> None:
+        rng = np.random.default_rng(seed)
+        self.n = n
+        self.scores_N: FloatArray = rng.random(n)
+        self.informative_N: FloatArray = rng.random(n)
+        self.eligible_N: BoolArray = rng.random(n) < 0.7
+        self.last_seen_N: IntArray = rng.integers(-1, 20, size=n)
+        self.directions_N_D = unit(rng, n)
+        self.recent: tuple[IntArray, ...] = (rng.integers(0, n, size=10), rng.integers(0, n, size=10))
+        self.groups: dict[str, tuple[float, BoolArray]] = {}
+
+    def choose(self, batch_size: int, *, seed: int = 0, diverse: bool = True) -> Choice:
+        directions_of: Callable[[IntArray], FloatArray] | None = self.directions_N_D.__getitem__ if diverse else None
+        return choose(
+            self.scores_N,
+            self.informative_N,
+            self.eligible_N,
+            batch_size=batch_size,
+            last_seen_N=self.last_seen_N,
+            generator=np.random.default_rng(seed),
+            directions_of=directions_of,
+            recent_batches=self.recent if diverse else (),
+            groups=self.groups,
+        )
+
+
+def slow_pad_to(shop: Shop, choice: Choice) -> int | None:
+    """Take the batch, then the others one by one from the best score down."""
+    size = len(choice.prompts)
+    expected = shop.informative_N[choice.prompts].sum()
+    if expected >= size - 1e-9:
+        return size
+    others = [i for i in np.argsort(-shop.scores_N) if shop.eligible_N[i] and i not in set(choice.prompts.tolist())]
+    for count, i in enumerate(others, start=size + 1):
+        expected += shop.informative_N[i]
+        if expected >= size - 1e-9:
+            return count
+    return None
+
+
+def slow_greedy(scores_S: FloatArray, directions: FloatArray, n: int, anchors: FloatArray | None) -> list[int]:
+    """One at a time, every distance anew."""
+    to_all = np.array([np.mean([1 - x @ y for y in directions]) for x in directions])
+    weight = DIVERSITY_SHARE * max(scores_S.std(), 1e-3) / to_all.std()
+    chosen: list[int] = []
+    while len(chosen) < n:
+        best, best_gain = -1, -math.inf
+        for i, x in enumerate(directions):
+            if i in chosen:
+                continue
+            gain = scores_S[i]
+            if chosen:
+                gain += weight * np.mean([1 - x @ directions[j] for j in chosen])
+            if anchors is not None:
+                gain += 0.5 * weight * np.mean([1 - x @ y for y in anchors])
+            if gain > best_gain:
+                best, best_gain = i, gain
+        chosen.append(best)
+    return chosen
+
+
+@quick
+@given(SEED, st.integers(1, 60), st.booleans())
+def test_a_batch_has_the_size_asked_for_no_prompt_twice_and_only_eligible_ones(
+    seed: int, batch_size: int, diverse: bool
+) -> None:
+    shop = Shop(seed)
+    shop.groups = {"even": (0.3, np.arange(shop.n) % 2 == 0), "odd": (0.2, np.arange(shop.n) % 2 == 1)}
+
+    prompts = shop.choose(batch_size, diverse=diverse).prompts
+
+    assert prompts.dtype == np.int64
+    assert len(prompts) == len(set(prompts.tolist())) == batch_size
+    assert shop.eligible_N[prompts].all()
+
+
+def test_all_that_is_eligible_may_be_chosen_at_once() -> None:
+    shop = Shop(0)
+
+    prompts = shop.choose(int(shop.eligible_N.sum())).prompts
+
+    assert np.sort(prompts).tolist() == np.flatnonzero(shop.eligible_N).tolist()
+
+
+@quick
+@given(SEED, SEED, st.booleans())
+def test_a_choice_is_the_same_for_the_same_state_arguments_and_seed(seed: int, choice: int, diverse: bool) -> None:
+    one, other = (Shop(seed).choose(20, seed=choice, diverse=diverse) for _ in range(2))
+
+    assert one.prompts.tolist() == other.prompts.tolist()
+    assert one.pad_to == other.pad_to
+
+
+@pytest.mark.parametrize("diverse", [True, False])
+def test_ties_are_broken_by_the_seed_and_not_by_position(diverse: bool) -> None:
+    shop = Shop(0, n=5_000)
+    shop.scores_N[:] = 0.5
+    shop.last_seen_N[:] = -1
+    shop.directions_N_D[:] = 1.0
+
+    batches = [shop.choose(20, seed=seed, diverse=diverse).prompts for seed in range(30)]
+
+    assert len({tuple(sorted(b.tolist())) for b in batches}) == 30
+    assert np.mean(batches) == pytest.approx(2_500, abs=350)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_without_directions_the_best_scores_are_taken_best_first(batch_size: int) -> None:
+    shop = Shop(1)
+
+    prompts = shop.choose(batch_size, diverse=False).prompts
+
+    ranked = [i for i in np.argsort(-shop.scores_N) if shop.eligible_N[i]]
+    assert prompts.tolist() == ranked[:batch_size]
+
+
+@quick
+@given(SEED, st.booleans(), st.sampled_from([1.0, -3.0]))
+def test_adding_a_constant_to_all_scores_changes_nothing(seed: int, diverse: bool, constant: float) -> None:
+    shop, raised = Shop(seed), Shop(seed)
+    raised.scores_N = raised.scores_N + constant
+
+    assert shop.choose(20, diverse=diverse).prompts.tolist() == raised.choose(20, diverse=diverse).prompts.tolist()
+
+
+def test_too_large_a_batch_is_refused_with_what_there_is() -> None:
+    shop = Shop(0, n=5)
+    shop.eligible_N[:] = [True, False, True, True, False]
+
+    with pytest.raises(NotEnoughPrompts, match=r"^batch_size asks for 4 prompts, 3 may be selected$") as caught:
+        shop.choose(4)
+
+    assert (caught.value.asked, caught.value.eligible, caught.value.group) == (4, 3, None)
+
+
+def test_too_large_a_share_of_a_group_is_refused_with_what_there_is() -> None:
+    shop = Shop(0, n=50)
+    shop.eligible_N[:] = True
+    members = np.arange(50) < 2
+    shop.groups = {"math": (0.3, members)}
+
+    message = r"^groups: the share of 'math' asks for 3 prompts, 2 may be selected$"
+    with pytest.raises(NotEnoughPrompts, match=message) as caught:
+        shop.choose(10)
+
+    assert (caught.value.asked, caught.value.eligible, caught.value.group) == (3, 2, "math")
+
+
+def test_advice_ends_the_refusal() -> None:
+    error = NotEnoughPrompts(asked=4, eligible=3, advice=": load more")
+
+    assert str(error) == "batch_size asks for 4 prompts, 3 may be selected: load more"
+
+
+@quick
+@given(SEED, st.floats(0, 0.6), st.floats(0, 0.4), st.integers(1, 40), st.booleans())
+def test_each_group_gets_its_least_share(seed: int, one: float, other: float, batch_size: int, diverse: bool) -> None:
+    shop = Shop(seed)
+    hopeless = np.arange(shop.n) % 3 == 0
+    shop.scores_N[hopeless] -= 10
+    shop.groups = {"hopeless": (one, hopeless), "second": (other, np.arange(shop.n) % 3 == 1)}
+
+    prompts = shop.choose(batch_size, diverse=diverse).prompts
+
+    for share, members in shop.groups.values():
+        assert members[prompts].sum() >= math.floor(share * batch_size)
+
+
+def test_a_group_share_that_is_a_whole_number_is_not_lost_to_rounding() -> None:
+    shop = Shop(0)
+    hopeless = np.arange(shop.n) % 3 == 0
+    shop.scores_N[hopeless] -= 10
+    shop.groups = {"hopeless": (0.29, hopeless)}  # .29 * 100 is 28.999999999999996
+
+    assert hopeless[shop.choose(100, diverse=False).prompts].sum() == 29
+
+
+def test_five_in_a_hundred_are_the_least_recently_seen() -> None:
+    shop = Shop(0)
+    shop.eligible_N[:] = True
+    shop.last_seen_N[:] = 10
+    forgotten, never = [3, 50, 90], [7, 120]
+    shop.last_seen_N[forgotten], shop.last_seen_N[never] = 2, -1
+    shop.scores_N[forgotten + never] = -10
+
+    assert set(forgotten + never) <= set(shop.choose(100).prompts.tolist())
+    assert not set(forgotten + never) & set(shop.choose(100, diverse=False).prompts.tolist())
+    of_twenty = [set(shop.choose(20, seed=seed).prompts.tolist()) for seed in range(10)]
+    assert all(len(batch & set(never)) == 1 for batch in of_twenty)
+
+
+def test_in_the_long_run_every_prompt_is_chosen_however_hopeless() -> None:
+    shop = Shop(0, n=40)
+    shop.eligible_N[:] = True
+    shop.last_seen_N[:] = -1
+    shop.scores_N[::2] = -10
+
+    for step in range(120):
+        shop.last_seen_N[shop.choose(10, seed=step).prompts] = step
+
+    assert (shop.last_seen_N >= 0).all()
+    assert shop.last_seen_N.min() > 30
+
+
+@quick
+@given(SEED, st.integers(2, 40), st.booleans())
+def test_greedy_diversity_is_exact_for_small_batches(seed: int, n: int, anchored: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scores_S, directions = np.sort(rng.random(45))[::-1], unit(rng, 45)
+    anchors = unit(rng, 6) if anchored else None
+
+    order = greedy_diverse(scores_S, directions, n, anchor_D=None if anchors is None else anchors.mean(axis=0))
+
+    assert order.tolist() == slow_greedy(scores_S, directions, n, anchors)
+
+
+def test_greedy_diversity_is_exact_up_to_64() -> None:
+    rng = np.random.default_rng(0)
+    scores_S, directions = np.sort(rng.random(80))[::-1], unit(rng, 80)
+
+    assert greedy_diverse(scores_S, directions, 64).tolist() == slow_greedy(scores_S, directions, 64, None)
+
+
+@pytest.mark.parametrize("n", [127, 128, 500])
+def test_greedy_diversity_in_rounds_gains_nearly_as_much_as_one_by_one(n: int) -> None:
+    rng = np.random.default_rng(0)
+    scores_S, directions = np.sort(rng.random(600))[::-1], unit(rng, 600)
+
+    order = greedy_diverse(scores_S, directions, n)
+
+    def spread(chosen: IntArray) -> float:
+        return float(1 - np.linalg.norm(directions[chosen].mean(axis=0)) ** 2)
+
+    assert len(set(order.tolist())) == n
+    assert scores_S[order].mean() > scores_S[:n].mean() - 0.02
+    assert spread(order) >= spread(np.arange(n)) - 1e-3
+
+
+def test_greedy_diversity_leaves_the_scores_it_is_given() -> None:
+    rng = np.random.default_rng(0)
+    scores_S = np.sort(rng.random(30))[::-1].copy()
+    before = scores_S.copy()
+
+    greedy_diverse(scores_S, unit(rng, 30), 10)
+
+    assert np.array_equal(scores_S, before)
+
+
+@pytest.mark.parametrize("width", [0, 3, 88])
+def test_where_all_directions_are_alike_the_scores_decide(width: int) -> None:
+    scores_S = np.linspace(1, 0.99, 50)
+    direction = unit(np.random.default_rng(0), 1, width) if width else np.zeros((1, 0))
+    alike = np.tile(direction, (50, 1)).astype(np.float32)
+
+    assert greedy_diverse(scores_S, alike, 20).tolist() == list(range(20))
+    assert greedy_diverse(scores_S, np.zeros_like(alike), 20).tolist() == list(range(20))
+
+
+def test_among_equal_scores_distinct_directions_are_preferred() -> None:
+    cluster = np.repeat(np.arange(4), [40, 30, 20, 10])
+
+    order = greedy_diverse(np.full(100, 0.5), np.eye(4)[cluster], 8)
+
+    assert np.bincount(cluster[order], minlength=4).tolist() == [2, 2, 2, 2]
+    assert len(set(cluster[order[:4]].tolist())) == 4
+
+
+def test_among_equal_scores_directions_away_from_the_previous_batches_are_preferred() -> None:
+    clusters = np.repeat(np.eye(2), [12, 8], axis=0)
+
+    order = greedy_diverse(np.full(20, 0.5), clusters, 1, anchor_D=np.array([0.9, 0.1]))
+
+    assert order[0] >= 12
+
+
+def test_the_previous_batches_are_the_anchor_of_a_choice() -> None:
+    shop = Shop(0, n=40)
+    shop.eligible_N[:] = True
+    shop.scores_N[:] = 0.5
+    cluster = np.repeat([0, 1], [25, 15])
+    shop.directions_N_D = np.eye(2)[cluster]
+
+    for previous, expected in ((np.arange(5), 1), (np.arange(30, 35), 0)):
+        shop.recent = (previous,)
+        # Two in a batch: the quota of the least recently seen takes none of them under this seed.
+        first = shop.choose(2, seed=0).prompts[0]
+        assert cluster[first] == expected
+
+
+@quick
+@given(SEED, st.integers(1, 100), st.floats(0, 1.3), st.booleans())
+def test_the_forecast_is_the_mean_probability_and_padding_the_least_count_that_is_enough(
+    seed: int, batch_size: int, level: float, diverse: bool
+) -> None:
+    shop = Shop(seed)
+    shop.informative_N = np.minimum(level * shop.informative_N, 1)
+
+    choice = shop.choose(batch_size, diverse=diverse)
+
+    assert choice.informative_probabilities.tolist() == shop.informative_N[choice.prompts].tolist()
+    assert choice.informative_share == pytest.approx(shop.informative_N[choice.prompts].mean())
+    assert choice.pad_to == slow_pad_to(shop, choice)
+
+
+def test_padding_far_beyond_the_batch_is_the_least_count_that_is_enough() -> None:
+    shop = Shop(0, n=4_000)
+    shop.informative_N = 0.01 + 0.01 * shop.informative_N
+
+    choice = shop.choose(30)
+
+    assert choice.pad_to == slow_pad_to(shop, choice)
+    assert choice.pad_to is not None
+    assert choice.pad_to > 1_500
+
+
+def test_a_sure_batch_needs_no_padding_and_a_hopeless_pool_cannot_give_it() -> None:
+    shop = Shop(0)
+
+    shop.informative_N[:] = 1
+    assert shop.choose(20).pad_to == 20
+    shop.informative_N[:] = 0.05
+    assert shop.choose(20).pad_to is None
+
+
+def rest(step: int, *, cooldown_steps: int = 0, max_visits: int = 0) -> list[bool]:
+    """Prompts: never met; selected at 5; observed at 5; selected three times, observed once; the reverse."""
+    allowed: list[bool] = eligible(
+        np.array([0, 1, 0, 3, 1]),
+        np.array([-1, 5, -1, 2, 0]),
+        np.array([0, 0, 1, 1, 3]),
+        np.array([-1, -1, 5, 0, 2]),
+        step=step,
+        cooldown_steps=cooldown_steps,
+        max_visits=max_visits,
+    ).tolist()
+    return allowed
+
+
+def test_without_cooldown_and_cap_everybody_is_eligible() -> None:
+    assert rest(5) == [True] * 5
+
+
+@pytest.mark.parametrize(("step", "rested"), [(5, False), (6, False), (7, False), (8, True)])
+def test_a_prompt_rests_for_the_cooldown_after_it_was_chosen_or_observed(step: int, rested: bool) -> None:
+    assert rest(step, cooldown_steps=2)[:3] == [True, rested, rested]
+
+
+def test_a_never_met_prompt_is_rested_from_the_first_step_on() -> None:
+    assert rest(0, cooldown_steps=1_000)[0]
+
+
+@pytest.mark.parametrize(
+    ("max_visits", "expected"),
+    [(1, [True, False, False, False, False]), (2, [True, True, True, False, False]), (4, [True] * 5)],
+)
+def test_selections_and_observed_steps_count_towards_the_cap(max_visits: int, expected: list[bool]) -> None:
+    assert rest(100, max_visits=max_visits) == expected
+
+
+def score(
+    a: FloatArray,
+    b: FloatArray,
+    acquisition: Acquisition,
+    *,
+    target_rate: float | None = None,
+    optimism: float = 0.5,
+    seed: int = 0,
+) -> FloatArray:
+    return scores(
+        a,
+        b,
+        *informative_moments(a, b, 8),
+        acquisition=acquisition,
+        target_rate=target_rate,
+        optimism=optimism,
+        generator=np.random.default_rng(seed),
+    )
+
+
+def test_yield_is_the_informative_probability_plus_optimism_times_its_deviation() -> None:
+    a, b = np.array([1.0, 4, 0.2]), np.array([1.0, 30, 0.1])
+    mean, deviation = informative_moments(a, b, 8)
+
+    assert score(a, b, "yield", optimism=2) == pytest.approx(mean + 2 * deviation)
+    assert score(a, b, "yield", optimism=0) == pytest.approx(mean)
+
+
+def test_yield_prefers_middling_rates_and_then_unsure_beliefs() -> None:
+    a, b = np.array([50.0, 5.0, 0.5, 1.0]), np.array([50.0, 95.0, 99.5, 199.0])
+
+    assert np.argsort(-score(a, b, "yield", optimism=0)).tolist()[:2] == [0, 1]
+    sure, unsure = score(np.array([8.0, 0.8]), np.array([192.0, 19.2]), "yield", optimism=3)
+    assert unsure > sure
+
+
+def test_with_a_target_rate_yield_is_the_expected_closeness() -> None:
+    a, b = np.array([20.0, 50.0, 80.0]), np.array([80.0, 50.0, 20.0])
+    mean, deviation = target_moments(a, b, 0.8)
+
+    assert score(a, b, "yield", target_rate=0.8) == pytest.approx(mean + 0.5 * deviation)
+    assert np.argsort(-score(a, b, "yield", target_rate=0.8)).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("target_rate", "expected"), [(None, [2, 1, 3, 0]), (0.9, [3, 2, 1, 0])])
+def test_thompson_prefers_draws_near_the_target(target_rate: float | None, expected: list[int]) -> None:
+    rates = np.array([0.05, 0.35, 0.55, 0.8])
+
+    drawn = score(1e6 * rates, 1e6 * (1 - rates), "thompson", target_rate=target_rate)
+
+    assert np.argsort(-drawn).tolist() == expected
+    assert drawn == pytest.approx(-np.abs(rates - (target_rate or 0.5)), abs=0.01)
+
+
+def test_thompson_draws_each_belief_once() -> None:
+    drawn = score(np.ones(20_000), np.ones(20_000), "thompson")
+
+    assert drawn.min() >= -0.5
+    assert drawn.max() <= 0
+    assert drawn.mean() == pytest.approx(-0.25, abs=0.01)
+
+
+def test_uniform_knows_nothing_of_beliefs() -> None:
+    a, b = np.full(10_000, 1e-6), np.full(10_000, 1e6)
+
+    drawn = score(a, b, "uniform")
+
+    assert drawn.shape == (10_000,)
+    assert 0 <= drawn.min() < 0.01
+    assert 0.99 < drawn.max() < 1
+    assert np.array_equal(drawn, score(b, a, "uniform"))
+
+
+@pytest.mark.parametrize("acquisition", ["yield", "thompson", "uniform"])
+def test_scores_are_finite_for_extreme_beliefs_and_differ_by_seed_only_where_chance_plays(
+    acquisition: Acquisition,
+) -> None:
+    grid = 10.0 ** np.arange(-8, 7)
+    a, b = (x.ravel() for x in np.meshgrid(grid, grid))
+
+    one, again, other = (score(a, b, acquisition, seed=seed) for seed in (1, 1, 2))
+
+    assert one.shape == a.shape
+    assert np.isfinite(one).all()
+    assert np.array_equal(one, again)
+    assert np.array_equal(one, other) == (acquisition == "yield")

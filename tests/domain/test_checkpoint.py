@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from evenodds_service.domain.checkpoint import FORMAT, CheckpointUnusable, from_bytes, to_bytes
+from evenodds_service.domain.fold import State, beliefs_of, fold
+from evenodds_service.domain.pool import Pool
+from evenodds_service.domain.types import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+
+if TYPE_CHECKING:
+    from tests.domain.conftest import MakeBlock
+
+
+@pytest.fixture
+def pool(make_block: MakeBlock) -> Pool:
+    rng = np.random.default_rng(0)
+    pool = Pool(surface_width=3, embedding_width=6)
+    pool.append(
+        make_block(
+            120,
+            surface=rng.normal(size=(120, 3)),
+            embedding=rng.normal(size=(120, 6)),
+            groups=tuple("ab"[i % 2] for i in range(120)),
+            numeric=({"depth": 1.0},) * 120,
+            prior_rates=rng.random(120),
+        )
+    )
+    return pool
+
+
+@pytest.fixture
+def entries() -> list[Entry]:
+    """A log in which the pool grows, and its basis with it, after the middle."""
+    rng = np.random.default_rng(1)
+    log: list[Entry] = [PoolEntry(1, 20)]
+    for step in range(8):
+        n = 20 if step < 5 else 120
+        prompts = rng.choice(n, size=15, replace=False)
+        counts = rng.choice([1.0, 8.0], size=15)
+        log.append(SelectEntry(len(log) + 1, step, prompts))
+        log.append(
+            ObserveEntry(
+                len(log) + 1, step, prompts, counts * rng.integers(0, 5, size=15) / 4, counts, np.ones(15, dtype=bool)
+            )
+        )
+        if step == 3:
+            log.append(SnapshotEntry(len(log) + 1, 2))
+        if step == 4:
+            log.append(PoolEntry(len(log) + 1, 120))
+    return log
+
+
+def folded(entries: list[Entry], pool: Pool, state: State | None = None) -> State:
+    state = State() if state is None else state
+    for entry in entries:
+        fold(state, entry, pool)
+    return state
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 9, 11, 12, 13, 19])
+def test_a_checkpoint_and_the_tail_give_the_bits_of_the_whole_log(pool: Pool, entries: list[Entry], cut: int) -> None:
+    whole = folded(entries, pool)
+
+    resumed = folded(entries[cut:], pool, from_bytes(to_bytes(folded(entries[:cut], pool))))
+
+    assert to_bytes(resumed) == to_bytes(whole)
+    for one, other in zip(beliefs_of(resumed, pool), beliefs_of(whole, pool), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_folding_on_does_not_reach_into_the_bytes(pool: Pool, entries: list[Entry]) -> None:
+    content = to_bytes(folded(entries[:9], pool))
+
+    folded(entries[9:], pool, from_bytes(content))
+
+    assert to_bytes(from_bytes(content)) == content
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 nor this", b"\x93NUMPY"])
+def test_other_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(CheckpointUnusable, match=f"^{len(content)} bytes are no checkpoint: "):
+        from_bytes(content)
+
+
+def test_a_checkpoint_cut_short_is_refused(pool: Pool, entries: list[Entry]) -> None:
+    content = to_bytes(folded(entries, pool))
+
+    with pytest.raises(CheckpointUnusable, match=r"^\d+ bytes are no checkpoint: "):
+        from_bytes(content[: len(content) // 2])
+
+
+def test_a_checkpoint_of_another_format_is_refused() -> None:
+    header = json.dumps({"format": FORMAT + 1}).encode()
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.frombuffer(header, dtype=np.uint8))
+
+    message = rf"^the checkpoint has format {FORMAT + 1}, this release reads {FORMAT}$"
+    with pytest.raises(CheckpointUnusable, match=message):
+        from_bytes(buffer.getvalue())
