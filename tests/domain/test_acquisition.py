@@ -74,22 +74,22 @@ def slow_pad_to(shop: Shop, choice: Choice) -> int | None:
 
 def slow_greedy(scores_S: FloatArray, directions: FloatArray, n: int, anchors: FloatArray | None) -> list[int]:
     """One at a time, every distance anew."""
-    to_all = np.array([np.mean([1 - x @ y for y in directions]) for x in directions])
-    weight = DIVERSITY_SHARE * max(scores_S.std(), 1e-3) / to_all.std()
+    unit = DIVERSITY_SHARE * max(scores_S.std(), 1e-3)
+
+    def in_spreads(others: FloatArray) -> FloatArray:
+        distances = np.array([np.mean([1 - x @ y for y in others]) for x in directions])
+        spread = distances.std()
+        return (distances - distances.mean()) / spread if spread > 1e-6 else np.zeros(len(directions))
+
     chosen: list[int] = []
     while len(chosen) < n:
-        best, best_gain = -1, -math.inf
-        for i, x in enumerate(directions):
-            if i in chosen:
-                continue
-            gain = scores_S[i]
-            if chosen:
-                gain += weight * np.mean([1 - x @ directions[j] for j in chosen])
-            if anchors is not None:
-                gain += 0.5 * weight * np.mean([1 - x @ y for y in anchors])
-            if gain > best_gain:
-                best, best_gain = i, gain
-        chosen.append(best)
+        gains = scores_S.copy()
+        if chosen:
+            gains = gains + unit * in_spreads(directions[chosen])
+        if anchors is not None:
+            gains = gains + 0.5 * unit * in_spreads(anchors)
+        gains[chosen] = -math.inf
+        chosen.append(int(np.argmax(gains)))
     return chosen
 
 

@@ -30,6 +30,7 @@ def pool(make_block: MakeBlock) -> Pool:
             prior_rates=rng.random(120),
         )
     )
+    pool.attach(2, {})
     return pool
 
 

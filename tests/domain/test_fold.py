@@ -19,8 +19,8 @@ from evenodds_service.domain.fold import (
     fold,
     mopps_beliefs,
     new_prompt_beliefs,
-    prior_means,
     running_mean,
+    shared_priors,
 )
 from evenodds_service.domain.pool import Basis, Pool
 from evenodds_service.domain.regression import OnlineLogistic
@@ -267,6 +267,7 @@ def test_selections_are_counted_and_the_last_two_are_kept(make_block: MakeBlock)
 def test_a_snapshot_entry_switches_the_model_version(make_block: MakeBlock) -> None:
     log = Log(make_block(1))
 
+    log.pool.attach(7, {})
     fold(log.state, SnapshotEntry(2, 7), log.pool)
 
     assert (log.state.position, log.state.model_version) == (2, 7)
@@ -334,7 +335,7 @@ def test_prompts_outside_the_pool_are_believed_like_unseen_ones_inside(make_bloc
     outside = Pool(surface_width=4, embedding_width=12)
     outside.append(make_block(50, surface=world.block.surface_N_S[150:], embedding=world.block.embedding_N_D[150:]))
 
-    a, b = new_prompt_beliefs(log.state, log.pool, outside)
+    a, b = new_prompt_beliefs(log.state, outside, {})
 
     inside_a, inside_b = beliefs_of(log.state, log.pool, np.arange(150, 200))
     assert a == pytest.approx(inside_a, rel=1e-4)
@@ -464,7 +465,7 @@ def test_prior_means_stand_in_one_row_for_each_prior(make_block: MakeBlock) -> N
     assert log.state.basis is not None
 
     x = log.pool.matrix(log.state.basis, 2)
-    means = prior_means(log.state, x, log.pool.prior_rates(2))
+    means, _ = shared_priors(log.state, x, log.pool.prior_rates(2), {}, np.ones(len(PRIORS), bool))
 
     running = running_mean(log.state)
     assert means.shape == (len(PRIORS), 2)

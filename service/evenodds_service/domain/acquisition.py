@@ -199,33 +199,30 @@ def greedy_diverse(
 ) -> IntArray:
     """Greedy max-sum of score and history-anchored diversity (GPS Eq. 12-14; algorithm section 4).
 
-    The marginal gain of a prompt is its score + w (mean cosine distance to the chosen + half the mean distance to the
-    previous batches); w makes the distances' spread over the shortlist `DIVERSITY_SHARE` of the scores' spread.
+    The marginal gain of a prompt is its score + its mean cosine distance to the chosen + half the mean distance to the
+    previous batches, each scaled so that its spread over the shortlist is `DIVERSITY_SHARE` of the scores' spread.
     Distances to the chosen are brought up to date every n / 64 picks.
 
     Args:
         scores_S: [S], best first.
         directions_S_D: Unit vectors.
         n: How many to choose, at most S.
+        anchor_D: Mean of the previous batches' unit vectors, or None.
 
     Returns:
         int64 [n] positions in the shortlist, in the order of choice.
     """
-    distance_to_all = 1.0 - directions_S_D @ directions_S_D.mean(axis=0)
-    spread = float(distance_to_all.std())
-    if n == 0 or spread < 1e-6:  # like directions differ by rounding only
-        return np.arange(n)
-    weight = DIVERSITY_SHARE * max(float(scores_S.std()), 1e-3) / spread
+    unit = DIVERSITY_SHARE * max(float(scores_S.std()), 1e-3)
     gain = scores_S.astype(np.float64)
     if anchor_D is not None:
-        gain = gain + 0.5 * weight * (1.0 - directions_S_D @ anchor_D)
+        gain = gain + 0.5 * unit * _standardised(1.0 - directions_S_D @ anchor_D)
     per_round = max(1, n // _ROUNDS)
     order: list[int] = []
     chosen_sum = np.zeros(directions_S_D.shape[1], dtype=directions_S_D.dtype)
     while len(order) < n:
         current = gain
         if order:
-            current = gain + weight * (1.0 - directions_S_D @ chosen_sum / len(order))
+            current = gain + unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
         k = min(per_round if order else 1, n - len(order))
         if k == 1:
             picks = [int(np.argmax(current))]
@@ -236,6 +233,12 @@ def greedy_diverse(
         gain[picks] = -np.inf
         chosen_sum = chosen_sum + directions_S_D[picks].sum(axis=0)
     return np.asarray(order, dtype=np.int64)
+
+
+def _standardised(distances_S: FloatArray) -> FloatArray:
+    """Distances in units of their spread; zeros where they do not differ beyond rounding."""
+    spread = float(distances_S.std())
+    return (distances_S - distances_S.mean()) / spread if spread > 1e-6 else np.zeros_like(distances_S)
 
 
 def _pad_to(scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArray, prompts: IntArray) -> int | None:

@@ -18,7 +18,11 @@ from evenodds_service.domain.types import BoolArray, FloatArray
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MEMORIES = (1.0, 0.9, 0.8, 0.65, 0.5)
-PRIORS = ("flat", "running mean", "surface", "embedding", "caller")
+PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent")
+FITTED = ("ngrams", "latent")
+"""Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
+MATCHED = 2.0
+"""The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97
 NEGLIGIBLE = 1e-3
 
@@ -47,10 +51,13 @@ class Mixture:
         weights = np.where(present[:, None, None], 0.0, -np.inf) + np.zeros(shape)
         return Mixture(weights - _log_sum(weights), -math.log(present.sum() * len(STRENGTHS) * len(MEMORIES) - 1))
 
+    def present(self) -> BoolArray:
+        """Which priors take part, bool [C]."""
+        return np.asarray(np.isfinite(self.log_weights).any(axis=(1, 2)))
+
     def admit(self, present: BoolArray) -> None:
         """Let priors that appeared since take part, with the share that an equal start would give each of them."""
-        absent = np.isneginf(self.log_weights).all(axis=(1, 2))
-        fresh = present & absent
+        fresh = present & ~self.present()
         if fresh.any():
             share = fresh.sum() / present.sum()
             each = math.log(share / (fresh.sum() * len(STRENGTHS) * len(MEMORIES)))
@@ -69,6 +76,12 @@ class Mixture:
         weights = np.exp(self.log_weights) * (1.0 - guard)
         weights[_MOPPS] += guard
         return weights
+
+    def kept(self) -> FloatArray:
+        """Effective weights [C, S, L] without the negligible ones; they sum to 1."""
+        weights = self.weights()
+        kept = np.where(weights >= NEGLIGIBLE * weights.max(), weights, 0.0)
+        return np.asarray(kept / kept.sum())
 
     def update(self, log_likelihoods: FloatArray) -> tuple[float, float]:
         """Condition on a batch; call before its evidence is folded in.
@@ -93,6 +106,7 @@ def batch_log_likelihoods(
     failures_L_n: FloatArray,
     k_n: FloatArray,
     counts_n: FloatArray,
+    scales_C_n: FloatArray | None = None,
 ) -> FloatArray:
     """Log likelihood of k successes of counts under each expert, summed over the n prompts: [C, S, L].
 
@@ -100,8 +114,11 @@ def batch_log_likelihoods(
         means_C_n: Prior means under each shared prior, in (0, 1).
         successes_L_n, failures_L_n: The prompts' own evidence before this batch, under each memory.
         k_n, counts_n: Outcomes, 0 <= k <= counts.
+        scales_C_n: What each prior's strengths are multiplied with; 1 without it.
     """
     s = np.asarray(STRENGTHS)[None, :, None, None]
+    if scales_C_n is not None:
+        s = s * scales_C_n[:, None, None, :]
     m = np.clip(means_C_n, *_PRIOR_RANGE)[:, None, None, :]
     a = m * s + successes_L_n[None, None]  # [C, S, L, n]
     b = (1.0 - m) * s + failures_L_n[None, None]
@@ -109,38 +126,49 @@ def batch_log_likelihoods(
 
 
 def predict(
-    weights: FloatArray, means_C_N: FloatArray, successes_L_N: FloatArray, failures_L_N: FloatArray
+    weights: FloatArray,
+    means_C_N: FloatArray,
+    successes_L_N: FloatArray,
+    failures_L_N: FloatArray,
+    scales_C_N: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """The mixture's belief about each prompt, summarised as one Beta by total variance.
 
     Args:
-        weights: Effective weights [C, S, L].
+        weights: From `Mixture.kept`, [C, S, L]. Priors without weight need no means.
         means_C_N: Prior means in (0, 1), any float dtype.
         successes_L_N, failures_L_N: Own evidence under each memory.
+        scales_C_N: What each prior's strengths are multiplied with; 1 without it.
 
     Returns:
         Parameters a and b, float64 [N].
     """
-    kept = np.where(weights >= NEGLIGIBLE * weights.max(), weights, 0.0)
-    kept = kept / kept.sum()
     means_C_N = np.clip(means_C_N, *_PRIOR_RANGE)
     # E[p^2] - E[p]^2 cancels: single precision would lose the variance of a prompt with many attempts.
     successes_L_N, failures_L_N = successes_L_N.astype(np.float64), failures_L_N.astype(np.float64)
-    squares_C_N = means_C_N * means_C_N
     n = means_C_N.shape[1]
     first, second = np.zeros(n), np.zeros(n)
-    for i, s in enumerate(STRENGTHS):
-        for j in range(len(MEMORIES)):
-            share_C = kept[:, i, j]
-            share = share_C.sum()
-            if share == 0.0:
-                continue
-            own, total = successes_L_N[j], successes_L_N[j] + failures_L_N[j] + s
-            m1, m2 = share_C @ means_C_N, share_C @ squares_C_N
-            # With a = m s + S: E[p] = a / total, E[p^2] = a (a + 1) / (total (total + 1)), summed over the priors.
-            a = s * m1 + share * own
-            first += a / total
-            second += (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
+    # Priors of one scale are summed first: with a = m s + S, E[p] = a / total and E[p^2] = a (a + 1) / (total
+    # (total + 1)), whose sums over the priors need only the weighted sums of m and of m^2.
+    together, alone = range(len(PRIORS)), []
+    if scales_C_N is not None:
+        alone = [c for c in together if weights[c].any() and (scales_C_N[c] != 1.0).any()]
+    blocks: list[tuple[list[int], FloatArray | float]] = [([c for c in together if c not in alone], 1.0)]
+    blocks += [([c], scales_C_N[c].astype(np.float64)) for c in alone if scales_C_N is not None]
+    for priors, scale_N in blocks:
+        means, squares = means_C_N[priors], means_C_N[priors] ** 2
+        for i, strength in enumerate(STRENGTHS):
+            for j in range(len(MEMORIES)):
+                share_C = weights[priors, i, j]
+                share = share_C.sum()
+                if share == 0.0:
+                    continue
+                s = strength * scale_N
+                own, total = successes_L_N[j], successes_L_N[j] + failures_L_N[j] + s
+                m1, m2 = share_C @ means, share_C @ squares
+                a = s * m1 + share * own
+                first += a / total
+                second += (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
     mean = np.clip(first, 1e-6, 1.0 - 1e-6)
     return beta_from_moments(mean, second - first * first)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-import zipfile
 from typing import Any
 
 import numpy as np

@@ -6,17 +6,19 @@ state of a million prompts is too large to copy per call; the owner of a state s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from evenodds_service.domain import beliefs
-from evenodds_service.domain.beliefs import MEMORIES, PRIORS, Mixture
+from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
 from evenodds_service.domain.pool import Basis, Pool
 from evenodds_service.domain.regression import OnlineLogistic, effective_count
 from evenodds_service.domain.types import (
     BoolArray,
     Entry,
+    FittedPrior,
     FloatArray,
     IntArray,
     ObserveEntry,
@@ -49,7 +51,7 @@ class State:
     n_observations: int = 0
     model_version: int = 0
     basis: Basis | None = None
-    mixture: Mixture = field(default_factory=lambda: Mixture.new(_present(False, False)))
+    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED)))
     surface: OnlineLogistic | None = None
     embedding: OnlineLogistic | None = None
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
@@ -82,6 +84,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     if isinstance(entry, PoolEntry):
         _grow(state, entry.n_prompts)
         _ensure_basis(state, pool)
+        _admit(state, pool)
     elif isinstance(entry, ObserveEntry):
         _known(state, entry.prompts)
         _observe(state, entry, pool)
@@ -90,28 +93,50 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _select(state, entry)
     else:
         state.model_version = entry.version
+        _admit(state, pool)
     state.position = entry.position
     return state
 
 
-def prior_means(state: State, x_n_d: FloatArray | None, prior_rates_n: FloatArray) -> FloatArray:
-    """Mean success rate of n prompts under each shared prior, [C, n] in (0, 1).
+def shared_priors(
+    state: State,
+    x_n_d: FloatArray | None,
+    prior_rates_n: FloatArray,
+    fitted: Mapping[str, FittedPrior],
+    wanted: BoolArray,
+) -> tuple[FloatArray, FloatArray]:
+    """What each shared prior says about n prompts.
 
     Args:
         x_n_d: Projected features under the state's basis; None where it has none yet.
         prior_rates_n: The caller's rates, NaN where there is none (the running mean stands in).
+        fitted: The snapshot's priors of these prompts; NaN means where a prompt is newer than the snapshot (the
+            online regression stands in).
+        wanted: Which priors are asked for, bool [C]; the others' means are left at the running mean.
+
+    Returns:
+        Mean success rates [C, n] in (0, 1), and what each prior's strengths are multiplied with, [C, n].
     """
     n = len(prior_rates_n)
-    running = running_mean(state)
-    means_C_n = np.full((len(PRIORS), n), running, dtype=np.float32)
+    means_C_n = np.full((len(PRIORS), n), running_mean(state), dtype=np.float32)
+    scales_C_n = np.ones((len(PRIORS), n), dtype=np.float32)
     means_C_n[PRIORS.index("flat")] = 0.5
-    if x_n_d is not None and state.basis is not None and state.surface is not None:
-        means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
-        if state.embedding is not None:
-            means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
     known = np.isfinite(prior_rates_n)
     means_C_n[PRIORS.index("caller"), known] = prior_rates_n[known]
-    return means_C_n
+    if x_n_d is None or state.basis is None or state.surface is None:
+        return means_C_n, scales_C_n
+    priors = {name: prior for name, prior in fitted.items() if wanted[PRIORS.index(name)]}
+    newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
+    stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
+    if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
+        means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
+    if state.embedding is not None and (wanted[PRIORS.index("embedding")] or newer):
+        means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
+    for name, prior in priors.items():
+        c, known = PRIORS.index(name), np.isfinite(prior.means_N)
+        means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
+        scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
+    return means_C_n, scales_C_n
 
 
 def running_mean(state: State) -> float:
@@ -122,21 +147,30 @@ def running_mean(state: State) -> float:
 def beliefs_of(state: State, pool: Pool, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
     """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n]."""
     rows = slice(0, state.n_prompts) if indices is None else indices
-    rates = pool.prior_rates(state.n_prompts)[rows]
-    x = pool.matrix(state.basis, state.n_prompts)[rows] if state.basis is not None else None
+    x = pool.rows(state.basis, rows) if state.basis is not None else None
+    weights = state.mixture.kept()
+    means_C_n, scales_C_n = _priors_of(state, pool, rows, x, np.asarray(weights.any(axis=(1, 2))))
     return beliefs.predict(
-        state.mixture.weights(),
-        prior_means(state, x, rates),
+        weights,
+        means_C_n,
         state.successes_L_N[:, rows],
         state.failures_L_N[:, rows],
+        scales_C_n,
     )
 
 
-def new_prompt_beliefs(state: State, pool: Pool, block: Pool) -> tuple[FloatArray, FloatArray]:
-    """Parameters (a, b) of the `gps` belief about prompts outside the pool, given as a pool of their own, [n]."""
-    x = block.matrix(state.basis, block.n) if state.basis is not None else None
-    none = np.zeros((len(MEMORIES), block.n), dtype=np.float32)
-    return beliefs.predict(state.mixture.weights(), prior_means(state, x, block.prior_rates(block.n)), none, none)
+def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
+    """Parameters (a, b) of the `gps` belief about prompts outside the pool, given as a pool of their own, [n].
+
+    Args:
+        fitted: What the state's snapshot says about them.
+    """
+    x = outside.matrix(state.basis, outside.n) if state.basis is not None else None
+    weights = state.mixture.kept()
+    wanted = np.asarray(weights.any(axis=(1, 2)))
+    means_C_n, scales_C_n = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)
+    none = np.zeros((len(MEMORIES), outside.n), dtype=np.float32)
+    return beliefs.predict(weights, means_C_n, none, none, scales_C_n)
 
 
 def mopps_beliefs(state: State, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
@@ -144,6 +178,25 @@ def mopps_beliefs(state: State, indices: IntArray | None = None) -> tuple[FloatA
     rows = slice(0, state.n_prompts) if indices is None else indices
     memory = MEMORIES.index(1.0)
     return 1.0 + state.successes_L_N[memory, rows].astype(float), 1.0 + state.failures_L_N[memory, rows].astype(float)
+
+
+def _priors_of(
+    state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
+) -> tuple[FloatArray, FloatArray]:
+    """Of these prompts of the pool, whose features are x, under the state's snapshot."""
+    fitted = {name: _rows(prior, state.n_prompts, rows) for name, prior in pool.fitted(state.model_version).items()}
+    return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], fitted, wanted)
+
+
+def _rows(prior: FittedPrior, n_prompts: int, rows: IntArray | slice) -> FittedPrior:
+    """The prior of these prompts, NaN for those that are newer than it."""
+    newer = n_prompts - len(prior.means_N)
+    if newer > 0:
+        prior = FittedPrior(
+            np.pad(prior.means_N, (0, newer), constant_values=np.nan),
+            np.pad(prior.concentrations_N, (0, newer), constant_values=1.0),
+        )
+    return FittedPrior(prior.means_N[rows], prior.concentrations_N[rows])
 
 
 def _known(state: State, prompts: IntArray) -> None:
@@ -181,9 +234,11 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         state.head_step = entry.step
 
     x = pool.rows(state.basis, prompts) if state.basis is not None else None
-    means_C_n = prior_means(state, x, pool.prior_rates(state.n_prompts)[prompts])
+    here = state.mixture.present()
+    means_C_n, scales_C_n = _priors_of(state, pool, prompts, x, here)
     own, lost = state.successes_L_N[:, prompts], state.failures_L_N[:, prompts]
-    likelihoods = beliefs.batch_log_likelihoods(means_C_n, own, lost, k, counts)
+    likelihoods = np.zeros(state.mixture.log_weights.shape)
+    likelihoods[here] = beliefs.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
     ours, mopps = state.mixture.update(likelihoods)
     state.log_likelihood += ours
     state.mopps_log_likelihood += mopps
@@ -248,10 +303,18 @@ def _ensure_basis(state: State, pool: Pool) -> None:
         if embedding is not None and state.embedding is not None:
             embedding.adopt(state.embedding, old_x, new_x)
     state.basis, state.surface, state.embedding = fresh, surface, embedding
-    rates = pool.prior_rates(state.n_prompts)
-    state.mixture.admit(_present(embedding is not None, bool(np.isfinite(rates).any())))
 
 
-def _present(has_embedding: bool, has_caller: bool) -> BoolArray:
-    absent = {"embedding": not has_embedding, "caller": not has_caller}
-    return np.array([not absent.get(prior, False) for prior in PRIORS])
+def _admit(state: State, pool: Pool) -> None:
+    """Let the priors that have something to say since take part in the mixture."""
+    absent = set(FITTED) - set(pool.fitted(state.model_version))
+    if state.embedding is None:
+        absent.add("embedding")
+    if not np.isfinite(pool.prior_rates(state.n_prompts)).any():
+        absent.add("caller")
+    state.mixture.admit(present(*absent))
+
+
+def present(*absent: str) -> BoolArray:
+    """Which of `PRIORS` take part, bool [C]: all but these."""
+    return np.array([prior not in absent for prior in PRIORS])

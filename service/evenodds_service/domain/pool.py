@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evenodds_service.domain.types import FloatArray, IntArray, RawBlock
+from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, RawBlock
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64
@@ -41,6 +41,7 @@ class Pool:
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
         self._prior_rates = np.empty(0, dtype=np.float32)
         self._matrix: tuple[Basis, FloatArray] | None = None
+        self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
 
     def append(self, block: RawBlock) -> None:
         """Append consecutive prompts. A block without vectors (width 0) counts as rows of NaN.
@@ -77,13 +78,31 @@ class Pool:
             embedding_N_D=self._embedding[first:last],
         )
 
+    def attach(self, version: int, fitted: Mapping[str, FittedPrior]) -> None:
+        """Take the fitted priors of snapshot `version`, by name, in place of the ones before."""
+        self._fitted = (version, fitted)
+
+    def fitted(self, version: int) -> Mapping[str, FittedPrior]:
+        """The fitted priors of this snapshot; none for version 0.
+
+        Raises:
+            ValueError: another snapshot is attached.
+        """
+        if version == 0:
+            return {}
+        if self._fitted[0] != version:
+            raise ValueError(
+                f"the pool has the priors of snapshot {self._fitted[0]}, asked for were those of {version}"
+            )
+        return self._fitted[1]
+
     def prior_rates(self, n: int) -> FloatArray:
         """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
         return self._prior_rates[:n]
 
-    def rows(self, basis: Basis, indices: IntArray) -> FloatArray:
-        """Projected features of these prompts, float32 [len(indices), d]."""
-        return self.matrix(basis, self.n)[indices]
+    def rows(self, basis: Basis, rows: IntArray | slice) -> FloatArray:
+        """Projected features of these prompts, float32 [n, d]."""
+        return self.matrix(basis, self.n)[rows]
 
     def matrix(self, basis: Basis, n: int) -> FloatArray:
         """Projected features of the first n prompts, float32 [n, d]; kept, and extended as the pool grows."""

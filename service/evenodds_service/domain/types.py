@@ -123,6 +123,20 @@ class RawBlock:
     embedding_N_D: FloatArray
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedPrior:
+    """What a fitted shared prior says about the first n prompts of a pool, or about prompts outside it.
+
+    Attributes:
+        means_N: Success rates, float32 [n] in (0, 1). Those of observed prompts come from a fit that left their own
+            outcomes out.
+        concentrations_N: How sure the prior is of each, in pseudo-attempts, float32 [n], positive.
+    """
+
+    means_N: FloatArray
+    concentrations_N: FloatArray
+
+
 @dataclass(frozen=True, slots=True)
 class PoolEntry:
     """Log entry: the pool grew to `n_prompts` prompts."""
