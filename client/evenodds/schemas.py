@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonValue
 
 MAX_ITEMS = 10_000
 """Most items in one list. Larger pools are sent as NDJSON."""
@@ -57,6 +58,11 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _example(**fields: JsonValue) -> ConfigDict:
+    """Configuration of a request with an example for the documentation."""
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
 class Reply(BaseModel):
     """What the service answers."""
 
@@ -65,6 +71,8 @@ class Reply(BaseModel):
 
 class RunUpdate(Request):
     """Settings of a run. On an existing run, a field that is left out keeps its value."""
+
+    model_config = _example(predictor="gps", group_size=8, acquisition="yield")
 
     predictor: Predictor | None = Field(
         default=None,
@@ -140,6 +148,13 @@ class PromptIn(Request):
 
 
 class PromptsIn(Request):
+    model_config = _example(
+        prompts=[
+            {"prompt_id": "sum-1", "text": "What is 17 + 25?", "group": "arithmetic"},
+            {"prompt_id": "root-1", "text": "Solve x^2 - 5x + 6 = 0.", "group": "algebra", "prior_rate": 0.4},
+        ]
+    )
+
     prompts: Annotated[tuple[PromptIn, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
@@ -197,6 +212,16 @@ class Observation(Request):
 
 
 class ObserveRequest(Request):
+    model_config = _example(
+        run="math-7b",
+        step=12,
+        request_id="step-12-rank-0",
+        observations=[
+            {"prompt_id": "sum-1", "successes": 7, "attempts": 8},
+            {"prompt_id": "root-1", "rewards": [0, 1, 0.5, 0, 0, 1, 0, 0]},
+        ],
+    )
+
     run: RunName
     step: Step
     request_id: Key | None = Field(default=None, description="makes the call repeatable: send the same id again")
@@ -230,6 +255,8 @@ class PromptRef(Request):
 
 
 class PredictRequest(Request):
+    model_config = _example(run="math-7b", prompts=[{"prompt_id": "sum-1"}, {"text": "What is 18 + 24?"}])
+
     run: RunName
     prompts: Annotated[tuple[PromptRef, ...], Field(min_length=1, max_length=MAX_ITEMS)]
     step: Step | None = None
@@ -253,6 +280,8 @@ class PredictReply(Reply):
 
 
 class SelectRequest(Request):
+    model_config = _example(run="math-7b", step=13, batch_size=2, seed=0, groups={"algebra": 0.5})
+
     run: RunName
     step: Step
     batch_size: Annotated[int, Field(ge=1, le=MAX_ITEMS, examples=[256])]

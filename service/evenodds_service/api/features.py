@@ -1,0 +1,217 @@
+"""From wire prompts to features: which vectors a prompt needs, and where they come from.
+
+Embeds only what the store has not kept yet. Holds the opened embedders; knows the model room's names, no SQL, no HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from evenodds_service.domain.types import (
+    BUILTIN,
+    CALLER,
+    NO_EMBEDDER,
+    FloatArray,
+    NewPrompt,
+    RawBlock,
+    RunSettings,
+    Vector,
+    text_key,
+)
+from evenodds_service.model.embedder import Embedder, open_embedder, storage_name
+from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
+from evenodds_service.storage.store import Run, Store
+
+
+class PromptLike(Protocol):
+    """What `PromptIn`, `PromptRef` and `Observation` have in common."""
+
+    @property
+    def prompt_id(self) -> str | None: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def embedding(self) -> tuple[float, ...] | None: ...
+    @property
+    def features(self) -> Mapping[str, float] | None: ...
+    @property
+    def prior_rate(self) -> float | None: ...
+
+
+class EmbeddingRefused(ValueError):
+    """A vector was sent that the run cannot take. The message names the item and the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Prompts ready for the store: their vectors that are not stored yet, the run's embedder and vector length."""
+
+    prompts: tuple[NewPrompt, ...]
+    vectors: tuple[Vector, ...]
+    embedder: str
+    embedding_width: int | None
+
+
+class Featurizer:
+    """Computes features once per (embedder, text)."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._embedders: dict[tuple[str, str | None], Embedder] = {}
+
+    def embedder(self, settings: RunSettings) -> Embedder | None:
+        """The run's text embedder; None where vectors come from the caller or there are none.
+
+        Raises:
+            EmbedderUnavailable: the model cannot be loaded.
+        """
+        setting = settings.embedder or BUILTIN
+        if setting in (CALLER, NO_EMBEDDER):
+            return None
+        key = (setting, settings.embedder_prompt)
+        with self._lock:
+            if key not in self._embedders:
+                self._embedders[key] = open_embedder(setting, settings.embedder_prompt)
+            return self._embedders[key]
+
+    @staticmethod
+    def vector_name(settings: RunSettings) -> str | None:
+        """Under which name the run's vectors are stored; None where there are none."""
+        setting = settings.embedder or BUILTIN
+        if setting == NO_EMBEDDER:
+            return None
+        return CALLER if setting == CALLER else storage_name(setting, settings.embedder_prompt)
+
+    def prepare(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> Prepared:
+        """Prompts with ids and keys, and those of their vectors that the store lacks.
+
+        Args:
+            names: Where each item stands in the request, for error messages.
+
+        Raises:
+            EmbeddingRefused: a vector of the wrong length, or in a run whose vectors come from a model.
+        """
+        settings, width = _resolved(run, items)
+        _check_vectors(run, settings, width, items, names)
+        prompts: list[NewPrompt] = []
+        vectors: list[Vector] = []
+        for item in items:
+            prompt = new_prompt(item)
+            if item.embedding is not None:
+                prompt = replace(prompt, vector_key=f"prompt:{prompt.prompt_id}")
+                vectors.append(Vector(CALLER, f"prompt:{prompt.prompt_id}", _unit(item.embedding)))
+            elif settings.embedder not in (CALLER, NO_EMBEDDER):
+                prompt = replace(prompt, vector_key=prompt.text_key)
+            prompts.append(prompt)
+        texts = {p.text_key: p.text for p in prompts if p.text_key is not None and p.text is not None}
+        embedder = self.embedder(settings)
+        vectors += self._missing(SURFACE, texts, lambda values: surface_features(values))
+        if embedder is not None:
+            vectors += self._missing(embedder.name, texts, embedder.embed)
+            width = embedder.width
+        return Prepared(tuple(prompts), tuple(vectors), settings.embedder or BUILTIN, width)
+
+    def block(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> RawBlock:
+        """Raw features of prompts outside the pool. Nothing is stored. `names` as in `prepare`.
+
+        Raises:
+            EmbeddingRefused: as in `prepare`.
+        """
+        settings, width = _resolved(run, items)
+        _check_vectors(run, settings, width, items, names)
+        embedder = self.embedder(settings)
+        n, width = len(items), embedder.width if embedder is not None else width or 0
+        surface = np.full((n, len(SURFACE_NAMES)), np.nan, dtype=np.float32)
+        embedding = np.full((n, width), np.nan, dtype=np.float32)
+        rows = [i for i, item in enumerate(items) if item.text is not None]
+        texts = [item.text for item in items if item.text is not None]
+        if texts:
+            surface[rows] = surface_features(texts)
+            if embedder is not None:
+                embedding[rows] = embedder.embed(texts)
+        for i, item in enumerate(items):
+            if item.embedding is not None:
+                embedding[i] = _unit(item.embedding)
+        return RawBlock(
+            first=0,
+            prompt_ids=tuple(str(i) for i in range(n)),
+            groups=tuple(item.group for item in items),
+            numeric=tuple(item.features for item in items),
+            prior_rates_N=np.array([np.nan if i.prior_rate is None else i.prior_rate for i in items], np.float32),
+            surface_N_S=surface,
+            embedding_N_D=embedding,
+        )
+
+    def _missing(self, name: str, texts: Mapping[str, str], embed: _Embed) -> list[Vector]:
+        missing = sorted(self._store.missing_vectors(name, tuple(texts))) if texts else []
+        if not missing:
+            return []
+        values = embed([texts[key] for key in missing])
+        return [Vector(name, key, row) for key, row in zip(missing, values, strict=True)]
+
+
+class _Embed(Protocol):
+    def __call__(self, texts: Sequence[str], /) -> FloatArray: ...
+
+
+def new_prompt(item: PromptLike) -> NewPrompt:
+    """The prompt with its id: the caller's, else a hash of the normalised text."""
+    key = text_key(item.text) if item.text is not None else None
+    prompt_id = item.prompt_id if item.prompt_id is not None else f"text:{key}"
+    return NewPrompt(
+        prompt_id=prompt_id,
+        text=item.text,
+        text_key=key,
+        group=item.group,
+        features=item.features or None,
+        prior_rate=item.prior_rate,
+    )
+
+
+def _resolved(run: Run, items: Sequence[PromptLike]) -> tuple[RunSettings, int | None]:
+    """The run's settings with the embedder decided (by the first vector, if need be), and its vector length."""
+    sent = next((item.embedding for item in items if item.embedding is not None), None)
+    settings = run.settings
+    if settings.embedder is None:
+        settings = replace(settings, embedder=BUILTIN if sent is None else CALLER)
+    width = run.embedding_width
+    if width is None and settings.embedder == CALLER and sent is not None:
+        width = len(sent)
+    return settings, width
+
+
+def _check_vectors(
+    run: Run, settings: RunSettings, width: int | None, items: Sequence[PromptLike], names: Sequence[str]
+) -> None:
+    for place, item in zip(names, items, strict=True):
+        if item.embedding is None:
+            continue
+        name = f"{place}.embedding (prompt_id {new_prompt(item).prompt_id!r})"
+        if settings.embedder != CALLER:
+            raise EmbeddingRefused(
+                f"{name}: run {run.name!r} computes its vectors with embedder {settings.embedder!r}; leave the vector "
+                f"out, or create a run with embedder 'caller'"
+            )
+        if len(item.embedding) != width:
+            raise EmbeddingRefused(
+                f"{name}: {len(item.embedding)} numbers, run {run.name!r} takes vectors of {width}; "
+                f"send vectors of one model only"
+            )
+
+
+def _unit(values: Sequence[float]) -> FloatArray:
+    """The vector at length 1, so that half precision holds it; a zero vector stays zero."""
+    vector = np.asarray(values, dtype=np.float64)
+    largest = float(np.abs(vector).max())
+    if largest == 0.0:
+        return vector.astype(np.float32)
+    vector = vector / largest
+    return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)

@@ -1,0 +1,21 @@
+"""The only reader of the environment: `EVENODDS_*` variables."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings of a process. Every field is an environment variable with the prefix `EVENODDS_`."""
+
+    model_config = SettingsConfigDict(env_prefix="EVENODDS_", frozen=True)
+
+    host: str = Field(default="127.0.0.1", description="address that the service listens on")
+    port: int = Field(default=8000, ge=0, le=65_535, description="port that the service listens on; 0 takes a free one")
+    database_url: str = Field(
+        default="sqlite:///evenodds.db", description="sqlite:///FILE or postgresql://user:password@host/database"
+    )
+    pool_size: int = Field(default=10, ge=1, le=1_000, description="database connections of one process")
+    live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
+    data: str | None = Field(default=None, description="folder of recorded success rates for benchmarks and replay")

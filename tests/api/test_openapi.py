@@ -1,0 +1,134 @@
+"""The committed description of the interface: what is served, whole, and with examples that the service accepts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from evenodds.schemas import ObserveRequest, PredictRequest, PromptIn, PromptsIn, RunUpdate, SelectRequest
+from evenodds_service.api.app import create_app
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Store
+
+if TYPE_CHECKING:
+    from tests.api.conftest import Caller
+
+    from evenodds.schemas import Request
+
+COMMITTED = Path(__file__).parents[2] / "openapi.json"
+BODIES: dict[str, type[Request]] = {
+    "POST /observe": ObserveRequest,
+    "POST /predict": PredictRequest,
+    "POST /select_batch": SelectRequest,
+    "PUT /runs/{run}": RunUpdate,
+    "POST /runs/{run}/prompts": PromptsIn,
+}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """As the application describes itself, through JSON and back."""
+    app = create_app(Store(open_engine("sqlite:///never-opened.db")))
+    document: dict[str, Any] = json.loads(json.dumps(app.openapi()))
+    return document
+
+
+@pytest.fixture(scope="module")
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def json_schema(document: dict[str, Any], operation: dict[str, Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = operation["requestBody"]["content"]["application/json"]["schema"]
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def test_the_committed_description_is_what_is_served(document: dict[str, Any]) -> None:
+    committed = json.loads(COMMITTED.read_text())
+    for description in (committed, document):
+        description["info"].pop("version")  # of the installed distribution
+
+    assert committed == document, "openapi.json is not what the service describes: run `make openapi`, read its diff"
+
+
+def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) -> None:
+    assert set(operations) == {
+        *BODIES,
+        "GET /runs",
+        "GET /runs/{run}",
+        "DELETE /runs/{run}",
+        "GET /runs/{run}/prompts",
+        "GET /runs/{run}/prompts/{prompt_id}",
+        "GET /healthz",
+        "GET /readyz",
+        "GET /metrics",
+    }
+
+
+def test_every_operation_has_a_tag_that_is_described_a_summary_and_a_name(
+    document: dict[str, Any], operations: dict[str, dict[str, Any]]
+) -> None:
+    tags = {tag["name"] for tag in document["tags"] if tag["description"]}
+
+    for name, operation in operations.items():
+        assert set(operation["tags"]) <= tags, name
+        assert len(operation["tags"]) == 1, name
+        assert operation["summary"], name
+        assert operation["description"], name
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
+
+
+def test_every_request_body_has_an_example_that_keeps_to_the_contract(
+    document: dict[str, Any], operations: dict[str, dict[str, Any]]
+) -> None:
+    assert {name for name, operation in operations.items() if "requestBody" in operation} == set(BODIES)
+    for name, model in BODIES.items():
+        examples = json_schema(document, operations[name])["examples"]
+
+        assert examples, name
+        for example in examples:
+            model.model_validate(example)
+
+
+def test_the_example_of_lines_holds_prompts(operations: dict[str, dict[str, Any]]) -> None:
+    lines = operations["POST /runs/{run}/prompts"]["requestBody"]["content"]["application/x-ndjson"]["example"]
+
+    for line in lines.splitlines():
+        PromptIn.model_validate_json(line)
+
+
+def test_the_examples_work_one_after_the_other(
+    caller: Caller, document: dict[str, Any], operations: dict[str, dict[str, Any]]
+) -> None:
+    """As they stand in the documentation, on one run."""
+    order = ("PUT /runs/{run}", "POST /runs/{run}/prompts", "POST /observe", "POST /predict", "POST /select_batch")
+    for name in order:
+        method, path = name.split()
+        (example,) = json_schema(document, operations[name])["examples"]
+        body = {**example, "run": caller.run} if "run" in example else example
+
+        caller.ok(method, path.format(run=caller.run), json=body)
+
+
+def test_every_reference_in_the_description_leads_somewhere(document: dict[str, Any]) -> None:
+    references = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)))
+
+    assert references
+    assert references <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+
+
+def test_errors_are_described_as_problems(operations: dict[str, dict[str, Any]]) -> None:
+    for name in BODIES:
+        for status in ("404", "409", "422"):
+            described = json.dumps(operations[name]["responses"][status])
+            assert "#/components/schemas/Problem" in described, (name, status)

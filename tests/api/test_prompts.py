@@ -1,0 +1,289 @@
+"""The pool: what a prompt is, what repeats harmlessly, and what contradicts what the pool holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from evenodds import NotFound
+
+if TYPE_CHECKING:
+    from tests.api.conftest import Caller
+
+without_the_database = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+"""Refused before the database is asked: one backend will do."""
+
+ODD_IDS = [
+    "a/b",
+    "/",
+    "//",
+    "a/",
+    "a?b=c",
+    "a#b",
+    "100%",
+    "%2F",
+    "a b",
+    " ",
+    ".",
+    "..",
+    "../..",
+    "a+b",
+    "prompts",
+    "ünï·çødé",
+    "試験",
+    "\U0001f3b2",
+    "a\nb",
+    "a\n",
+    "a\\b",
+    '"quoted"',
+    "{prompt_id}",
+    "x" * 256,
+]
+
+
+def prompts_path(caller: Caller) -> str:
+    return f"/runs/{caller.run}/prompts"
+
+
+def test_loading_again_is_harmless(caller: Caller) -> None:
+    prompts = [{"prompt_id": "a", "text": "What is a?", "group": "g"}, {"prompt_id": "b"}]
+
+    first, again = caller.load(prompts), caller.load(prompts)
+
+    assert first == {"run": caller.run, "added": 2, "existing": 0, "pool_size": 2, "log_position": 1}
+    assert again == {"run": caller.run, "added": 0, "existing": 2, "pool_size": 2, "log_position": 1}
+
+
+def test_a_known_prompt_may_leave_out_what_the_pool_knows(caller: Caller) -> None:
+    caller.load([{"prompt_id": "a", "text": "What is a?", "group": "g", "prior_rate": 0.5}])
+
+    assert caller.load([{"prompt_id": "a"}])["existing"] == 1
+
+
+def test_texts_that_differ_in_white_space_or_unicode_form_are_one_prompt(caller: Caller) -> None:
+    reply = caller.load([{"text": "Is it café?"}, {"text": " Is  it\ncafe\u0301? "}, {"text": "Is it tea?"}])
+
+    assert (reply["added"], reply["existing"]) == (2, 1)
+
+
+def test_the_id_of_a_text_is_its_hash(caller: Caller) -> None:
+    caller.load([{"text": "What is a?"}])
+
+    (prompt,) = caller.client.prompts(caller.run)
+
+    assert prompt.prompt_id.startswith("text:")
+    assert len(prompt.prompt_id) == len("text:") + 32
+    assert prompt.text == "What is a?"
+    assert caller.client.predict(caller.run, [{"text": "What  is a?"}]).predictions[0].prompt_id == prompt.prompt_id
+
+
+def test_a_prompt_keeps_what_it_came_with(caller: Caller) -> None:
+    prompt = {
+        "prompt_id": "a",
+        "text": " What  is a?\n",
+        "group": "arithmetic",
+        "features": {"length": 12.5, "n_digits": 0},
+        "prior_rate": 0.25,
+    }
+
+    caller.load([prompt])
+
+    (stored,) = caller.client.prompts(caller.run)
+    assert stored.model_dump() == prompt
+    state = caller.client.prompt(caller.run, "a")
+    assert state.model_dump(include=set(prompt)) == prompt
+    assert (state.visits, state.last_step, state.history) == (0, None, ())
+
+
+def test_a_prompt_shows_its_own_history_newest_first(caller: Caller) -> None:
+    caller.load_texts("a", "b")
+    for step in range(3):
+        caller.observe(step, {"prompt_id": "a", "successes": step, "attempts": 4}, {"prompt_id": "b", "rewards": [1]})
+
+    state = caller.client.prompt(caller.run, "a")
+
+    assert [(v.log_position, v.step, v.successes, v.attempts) for v in state.history] == [
+        (4, 2, 2, 4),
+        (3, 1, 1, 4),
+        (2, 0, 0, 4),
+    ]
+    assert (state.visits, state.last_step, state.log_position) == (3, 2, 4)
+    assert state.belief == caller.client.predict(caller.run, ["a"]).predictions[0]
+
+
+@pytest.mark.parametrize("prompt_id", ODD_IDS)
+def test_any_id_finds_its_prompt_through_the_client(caller: Caller, prompt_id: str) -> None:
+    caller.load([{"prompt_id": prompt_id}, {"prompt_id": "other"}])
+    caller.client.observe(caller.run, 0, [{"prompt_id": prompt_id, "rewards": [1]}])
+
+    assert caller.client.prompt(caller.run, prompt_id).prompt_id == prompt_id
+    assert caller.client.predict(caller.run, [prompt_id]).predictions[0].attempts_seen == 1
+    assert caller.chosen(1, 1, candidates=[prompt_id]) == [prompt_id]
+
+
+def test_an_unknown_prompt_is_named(caller: Caller) -> None:
+    problem = caller.refused("GET", f"{prompts_path(caller)}/a%2Fb")
+
+    assert (problem.status, problem.code) == (404, "prompt_unknown")
+    assert problem.detail == "prompt 'a/b' is not in the pool: add it, or send its text"
+    with pytest.raises(NotFound, match="prompt 'a/b' is not in the pool"):
+        caller.client.prompt(caller.run, "a/b")
+
+
+def test_an_id_that_no_prompt_can_have_is_malformed(caller: Caller) -> None:
+    problem = caller.refused("GET", f"{prompts_path(caller)}/%00")
+
+    assert (problem.status, problem.code) == (422, "malformed")
+    assert problem.detail == r"prompt_id: a NUL character (\u0000) cannot be stored: remove it, got '\x00'"
+
+
+@pytest.mark.parametrize("attribute", ["text", "group", "features", "prior_rate"])
+def test_a_known_id_that_states_something_else_is_refused(caller: Caller, attribute: str) -> None:
+    known = {"prompt_id": "a", "text": "A?", "group": "g", "features": {"x": 1}, "prior_rate": 0.5}
+    other = {"text": "B?", "group": "h", "features": {"x": 2}, "prior_rate": 0.6}
+    caller.load([known])
+
+    body = {"prompts": [{"prompt_id": "new"}, {**known, attribute: other[attribute]}]}
+    problem = caller.refused("POST", prompts_path(caller), json=body)
+
+    name = attribute.replace("_", " ")
+    assert (problem.status, problem.code) == (409, "prompt_conflict")
+    assert problem.detail == (
+        f"prompt 2 of 2: id 'a' is in the pool with another {name}: "
+        f"send it under another prompt_id, or leave the {name} out"
+    )
+
+
+def test_one_id_with_two_texts_in_one_call_is_refused(caller: Caller) -> None:
+    body = {"prompts": [{"prompt_id": "a", "text": "A?"}, {"prompt_id": "b"}, {"prompt_id": "a", "text": "B?"}]}
+
+    problem = caller.refused("POST", prompts_path(caller), json=body)
+
+    assert (problem.status, problem.code) == (409, "prompt_conflict")
+    assert problem.detail == (
+        "prompt 3 of 3: id 'a' stands earlier in this call with another text: "
+        "send it under another prompt_id, or leave the text out"
+    )
+
+
+@without_the_database
+@pytest.mark.parametrize(
+    ("prompt", "detail"),
+    [
+        ({}, ": a prompt needs a prompt_id, a text, or both"),
+        ({"text": ""}, ".text: String should have at least 1 character, got ''"),
+        ({"prompt_id": ""}, ".prompt_id: String should have at least 1 character, got ''"),
+        ({"prompt_id": 5}, ".prompt_id: Input should be a valid string, got 5"),
+        ({"text": "a\x00b"}, r".text: a NUL character (\u0000) cannot be stored: remove it, got 'a\x00b'"),
+        ({"prompt_id": "\x00"}, r".prompt_id: a NUL character (\u0000) cannot be stored: remove it, got '\x00'"),
+        (
+            {"prompt_id": "a", "group": "\x00"},
+            r".group: a NUL character (\u0000) cannot be stored: remove it, got '\x00'",
+        ),
+        ({"prompt_id": "a", "prior_rate": 1.5}, ".prior_rate: Input should be less than or equal to 1, got 1.5"),
+        (
+            {"prompt_id": "a", "features": {"x": "many"}},
+            ".features.x: Input should be a valid number, unable to parse string as a number, got 'many'",
+        ),
+        (
+            {"prompt_id": "a", "features": {f"f{i}": 1 for i in range(65)}},
+            ".features: Dictionary should have at most 64 items after validation, not more",
+        ),
+        (
+            {"prompt_id": "a", "embedding": []},
+            ".embedding: Tuple should have at least 1 item after validation, not 0",
+        ),
+        ({"prompt_id": "a", "difficulty": 1}, ".difficulty: Extra inputs are not permitted, got 1"),
+        ("a", ": Input should be an object, got 'a'"),
+    ],
+)
+def test_a_faulty_prompt_is_named_and_none_is_added(caller: Caller, prompt: Any, detail: str) -> None:
+    problem = caller.refused("POST", prompts_path(caller), json={"prompts": [{"prompt_id": "good"}, prompt]})
+
+    assert (problem.status, problem.code, problem.detail) == (422, "malformed", f"prompts[1]{detail}")
+
+
+def test_too_long_ids_and_texts_are_refused_and_shown_in_part(caller: Caller) -> None:
+    body = {"prompts": [{"prompt_id": "x" * 257}, {"text": "x" * 200_001}]}
+
+    problem = caller.refused("POST", prompts_path(caller), json=body)
+
+    assert problem.errors[0].startswith("prompts[0].prompt_id: String should have at most 256 characters, got 'xxx")
+    assert problem.errors[1].startswith("prompts[1].text: String should have at most 200000 characters, got 'xxx")
+    assert all(len(line) < 200 for line in problem.errors)
+
+
+@without_the_database
+@pytest.mark.parametrize("field", ["prompt_id", "text", "group"])
+def test_half_of_a_surrogate_pair_is_refused(caller: Caller, field: str) -> None:
+    content = b'{"prompts": [{"prompt_id": "a", "text": "b", "%s": "\\ud800"}]}' % field.encode()
+
+    problem = caller.refused("POST", prompts_path(caller), content=content)
+
+    assert (problem.status, problem.code) == (422, "malformed")
+    assert problem.detail.startswith("body: Invalid JSON: ")
+
+
+@without_the_database
+@pytest.mark.parametrize(
+    ("n", "detail"),
+    [
+        (0, "prompts: Tuple should have at least 1 item after validation, not 0"),
+        (10_001, "prompts: Tuple should have at most 10000 items after validation, not 10001"),
+    ],
+)
+def test_lists_of_wrong_length_are_refused(caller: Caller, n: int, detail: str) -> None:
+    problem = caller.refused("POST", prompts_path(caller), json={"prompts": [{"text": "a"}] * n})
+
+    assert (problem.status, problem.code, problem.detail) == (422, "malformed", detail)
+
+
+def test_the_client_loads_pools_larger_than_one_call(caller: Caller) -> None:
+    reply = caller.client.add_prompts(caller.run, [{"prompt_id": f"p{i}"} for i in range(10_005)])
+
+    assert (reply.added, reply.pool_size, reply.log_position) == (10_005, 10_005, 2)
+
+
+def test_pages_follow_each_other_without_gap_or_repetition(caller: Caller) -> None:
+    names = [f"p{i}" for i in range(7)]
+    caller.load_texts(*names)
+    pages = []
+    cursor: str | None = "0"
+    while cursor is not None:
+        page = caller.ok("GET", f"{prompts_path(caller)}?limit=3&cursor={cursor}")
+        pages.append([prompt["prompt_id"] for prompt in page["prompts"]])
+        cursor = page["next_cursor"]
+
+    assert pages == [names[:3], names[3:6], names[6:]]
+
+
+def test_a_full_last_page_has_no_next(caller: Caller) -> None:
+    caller.load_texts("a", "b")
+
+    assert caller.ok("GET", f"{prompts_path(caller)}?limit=2")["next_cursor"] is None
+    assert caller.ok("GET", f"{prompts_path(caller)}?cursor=2")["prompts"] == []
+
+
+@without_the_database
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("cursor=x", "cursor: Input should be a valid integer, unable to parse string as an integer, got 'x'"),
+        ("cursor=-1", "cursor: Input should be greater than or equal to 0, got '-1'"),
+        ("cursor=99999999999", "cursor: Input should be less than or equal to 2147483647, got '99999999999'"),
+        ("limit=0", "limit: Input should be greater than or equal to 1, got '0'"),
+        ("limit=1001", "limit: Input should be less than or equal to 1000, got '1001'"),
+    ],
+)
+def test_a_bad_page_is_refused(caller: Caller, query: str, detail: str) -> None:
+    problem = caller.refused("GET", f"{prompts_path(caller)}?{query}")
+
+    assert (problem.status, problem.code, problem.detail) == (422, "malformed", detail)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_pool_of_an_unknown_run_is_404(caller: Caller, method: str) -> None:
+    problem = caller.refused(method, "/runs/nowhere/prompts", json={"prompts": [{"prompt_id": "a"}]})
+
+    assert (problem.status, problem.code) == (404, "run_unknown")

