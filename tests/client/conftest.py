@@ -66,19 +66,13 @@ class Conversation:
 
     def call(self, name: str, *args: object, **kwargs: object) -> Any:
         """The result of one method of a fresh client; a list where the method iterates."""
-        return (
-            asyncio.run(self._await(name, args, kwargs))
-            if self.asynchronous
-            else self._block(name, args, kwargs)
-        )
+        return asyncio.run(self._await(name, args, kwargs)) if self.asynchronous else self._block(name, args, kwargs)
 
     def body(self, index: int = -1) -> Any:
         return json.loads(self.requests[index].content)
 
     def _block(self, name: str, args: Sequence[object], kwargs: dict[str, object]) -> Any:
-        with Client(
-            self.base_url, transport=self._transport(), sleep=self.waits.append, **self.options
-        ) as client:
+        with Client(self.base_url, transport=self._transport(), sleep=self.waits.append, **self.options) as client:
             result = getattr(client, name)(*args, **kwargs)
             return list(result) if isinstance(result, Iterator) else result
 
@@ -86,9 +80,7 @@ class Conversation:
         async def sleep(seconds: float) -> None:
             self.waits.append(seconds)
 
-        async with AsyncClient(
-            self.base_url, transport=self._transport(), sleep=sleep, **self.options
-        ) as client:
+        async with AsyncClient(self.base_url, transport=self._transport(), sleep=sleep, **self.options) as client:
             result = getattr(client, name)(*args, **kwargs)
             return [item async for item in result] if hasattr(result, "__aiter__") else await result
 

@@ -186,8 +186,7 @@ def test_one_faulty_prompt_and_none_is_sent(talk: Conversation) -> None:
         talk.call("add_prompts", "r", prompts)
 
     assert str(caught.value) == (
-        "add_prompts was not sent: prompts[10000].prior_rate: "
-        "Input should be less than or equal to 1, got 1.5"
+        "add_prompts was not sent: prompts[10000].prior_rate: Input should be less than or equal to 1, got 1.5"
     )
     assert talk.requests == []
 
@@ -224,9 +223,7 @@ AWKWARD_IDS = [
 
 
 @pytest.mark.parametrize("prompt_id", AWKWARD_IDS)
-def test_any_prompt_id_reaches_the_service_as_it_is(
-    talk: Conversation, server: LoopbackServer, prompt_id: str
-) -> None:
+def test_any_prompt_id_reaches_the_service_as_it_is(talk: Conversation, server: LoopbackServer, prompt_id: str) -> None:
     """The service reads the path after one percent-decoding; nothing may have resolved or split it before."""
     server.body = PROMPT
     talk.base_url = f"{server.base_url}/prefix/"
@@ -307,9 +304,7 @@ def test_select_batch_sends_its_options(talk: Conversation) -> None:
 
 
 @pytest.mark.parametrize("name", ["healthz", "readyz"])
-def test_an_unavailable_service_is_an_answer_to_the_question_of_its_health(
-    talk: Conversation, name: str
-) -> None:
+def test_an_unavailable_service_is_an_answer_to_the_question_of_its_health(talk: Conversation, name: str) -> None:
     talk.replies_with({"status": "unavailable", "reasons": ["database is locked"]}, status=503)
 
     assert talk.call(name) == Health(status="unavailable", reasons=("database is locked",))

@@ -104,9 +104,7 @@ def test_an_error_without_a_body_still_says_what_it_is(talk: Conversation) -> No
         (307, "", "reply 307 not understood: redirected to https://elsewhere/runs/r (request "),
     ],
 )
-def test_a_reply_of_another_kind_is_not_taken_for_one(
-    talk: Conversation, status: int, content: str, text: str
-) -> None:
+def test_a_reply_of_another_kind_is_not_taken_for_one(talk: Conversation, status: int, content: str, text: str) -> None:
     headers = {"Location": "https://elsewhere/runs/r"} if status == 307 else None
     talk.replies.append(httpx.Response(status, text=content, headers=headers))
 

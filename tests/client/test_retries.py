@@ -145,9 +145,7 @@ def test_the_same_seed_waits_the_same(talk: Conversation) -> None:
 @pytest.mark.parametrize(
     ("retry_after", "seconds"), [("0", 0), ("7", 7), ("30", 30), ("31", 30), ("86400", 30), ("9" * 400, 30)]
 )
-def test_retry_after_is_honoured_up_to_thirty_seconds(
-    talk: Conversation, retry_after: str, seconds: float
-) -> None:
+def test_retry_after_is_honoured_up_to_thirty_seconds(talk: Conversation, retry_after: str, seconds: float) -> None:
     talk.refuses(503, "not_ready", "starting", headers={"Retry-After": retry_after})
     talk.replies_with_run()
 

@@ -41,7 +41,7 @@ _ARRAYS = (
     "selected_N",
     "last_selected_N",
 )
-_BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
+_BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 
@@ -58,12 +58,8 @@ def to_bytes(state: State) -> bytes:
     arrays = {name: getattr(state, name) for name in _ARRAYS} | {"log_weights": state.mixture.log_weights}
     arrays |= {f"recent_{i}": batch for i, batch in enumerate(state.recent_batches)}
     if state.basis is not None:
-        header["basis"] = {
-            "n_prompts": state.basis.n_prompts,
-            "numeric_names": state.basis.numeric_names,
-            "group_names": state.basis.group_names,
-        }
-        arrays |= {f"basis_{name}": getattr(state.basis, name) for name in _BASIS_ARRAYS}
+        header["basis"], basis_arrays = state.basis.to_arrays()
+        arrays |= {f"{_BASIS}{name}": array for name, array in basis_arrays.items()}
     for which in _REGRESSIONS:
         regression = getattr(state, which)
         if regression is not None:
@@ -92,13 +88,8 @@ def from_bytes(content: bytes) -> State:
     state.mixture = Mixture(arrays["log_weights"], header["log_guard"])
     state.recent_batches = tuple(arrays[f"recent_{i}"] for i in range(header["n_recent"]))
     if "basis" in header:
-        basis = header["basis"]
-        state.basis = Basis(
-            n_prompts=basis["n_prompts"],
-            numeric_names=tuple(basis["numeric_names"]),
-            group_names=tuple(basis["group_names"]),
-            **{name: arrays[f"basis_{name}"] for name in _BASIS_ARRAYS},
-        )
+        parts = {name.removeprefix(_BASIS): array for name, array in arrays.items() if name.startswith(_BASIS)}
+        state.basis = Basis.from_arrays(header["basis"], parts)
     for which in _REGRESSIONS:
         if f"{which}_weights" in arrays:
             setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ COMPONENT_SCALE = 1.0
 _SAMPLE = 20_000
 _MAX_EIGEN_WIDTH = 512
 _CLIP = 4.0
+_BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
 _CHUNK = 512
 
@@ -188,6 +190,25 @@ class Basis:
             scales=scales,
             embedding_mean_D=mean_D,
             components_D_P=components_D_P,
+        )
+
+    def to_arrays(self) -> tuple[dict[str, Any], dict[str, FloatArray]]:
+        """The basis as JSON-ready values and as arrays; `from_arrays` takes both back."""
+        header = {
+            "n_prompts": self.n_prompts,
+            "numeric_names": self.numeric_names,
+            "group_names": self.group_names,
+        }
+        return header, {name: getattr(self, name) for name in _BASIS_ARRAYS}
+
+    @staticmethod
+    def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, FloatArray]) -> Basis:
+        """The basis that `to_arrays` took apart."""
+        return Basis(
+            n_prompts=header["n_prompts"],
+            numeric_names=tuple(header["numeric_names"]),
+            group_names=tuple(header["group_names"]),
+            **{name: arrays[name] for name in _BASIS_ARRAYS},
         )
 
     def project(self, block: RawBlock) -> FloatArray:

@@ -115,7 +115,7 @@ def _open_builtin(prompt: str) -> Embedder:
                     vectors_N_D[row] = weights_V_D.take(np.array(encoding.ids), axis=0).mean(axis=0)
         return vectors_N_D
 
-    return Embedder(_storage_name(BUILTIN_NAME, prompt), width, encode)
+    return Embedder(storage_name(BUILTIN, prompt), width, encode)
 
 
 def _open_sentence_transformer(model_name: str, prompt: str) -> Embedder:
@@ -135,7 +135,7 @@ def _open_sentence_transformer(model_name: str, prompt: str) -> Embedder:
         raise EmbedderUnavailable(_unavailable(model_name, f"{type(error).__name__}: {error}")) from error
     if len(shape) != 2:
         raise EmbedderUnavailable(_unavailable(model_name, "it does not give one vector for a text"))
-    return Embedder(_storage_name(model_name, prompt), shape[1], encode)
+    return Embedder(storage_name(model_name, prompt), shape[1], encode)
 
 
 def _unavailable(model_name: str, reason: str) -> str:
@@ -148,10 +148,12 @@ def _unavailable(model_name: str, reason: str) -> str:
     )
 
 
-def _storage_name(model_name: str, prompt: str) -> str:
+def storage_name(setting: str, prompt: str | None = None) -> str:
+    """The name under which the vectors of this setting are stored; `Embedder.name` without opening the model."""
+    name = BUILTIN_NAME if setting == BUILTIN else setting
     if not prompt:
-        return model_name
-    return f"{model_name}#{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
+        return name
+    return f"{name}#{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
 
 
 def _encodable(text: str) -> str:
