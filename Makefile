@@ -13,8 +13,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)
 
-serve: $(STAMP)  ## run the service on SQLite
-	$(BIN)/evenodds serve
+serve: $(STAMP)  ## run the service on SQLite, with its worker
+	$(BIN)/evenodds serve --with-worker
 
 # One thread in each matrix product: two test processes on two cores are faster than threads that wait for each other.
 test test-all: export OPENBLAS_NUM_THREADS = 1

@@ -48,8 +48,9 @@ TargetRate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Vector = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MAX_VECTOR)]
 Features = Annotated[dict[Key, Finite], Field(max_length=MAX_FEATURES)]
 
-Predictor = Literal["gps", "mopps", "uniform"]
-Acquisition = Literal["yield", "thompson", "uniform"]
+Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
+Acquisition = Literal["yield", "paper", "thompson", "uniform"]
+RefitStatus = Literal["pending", "running", "done", "failed"]
 
 
 class Request(BaseModel):
@@ -69,6 +70,17 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class RefitPolicy(Request):
+    """When the worker fits the shared model anew. A refit is due when either limit is reached."""
+
+    every_observations: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        default=2_048, description="new observations since the last fit; sooner while there are few"
+    )
+    every_seconds: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        default=600, description="since the last fit, if anything was observed"
+    )
+
+
 class RunUpdate(Request):
     """Settings of a run. On an existing run, a field that is left out keeps its value."""
 
@@ -76,7 +88,8 @@ class RunUpdate(Request):
 
     predictor: Predictor | None = Field(
         default=None,
-        description="gps: shared model fused with own evidence; mopps: per-prompt Beta; uniform: chance",
+        description="gps: shared model fused with own evidence; gps-paper: the published model alone; "
+        "mopps: per-prompt Beta; uniform: chance",
     )
     group_size: GroupSize | None = Field(default=None, description="attempts per prompt in training; 8 by default")
     target_rate: TargetRate | None = Field(
@@ -91,7 +104,8 @@ class RunUpdate(Request):
         default=None, description="instruction that the embedder puts before each text"
     )
     acquisition: Acquisition | None = Field(
-        default=None, description="yield by default under gps, thompson (as published) under mopps"
+        default=None,
+        description="yield by default under gps, paper under gps-paper, thompson (as published) under mopps",
     )
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
         default=None, description="weight of the uncertainty in the yield score; 0.5 by default"
@@ -102,6 +116,31 @@ class RunUpdate(Request):
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
     )
+    refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
+
+
+class RefitState(Reply):
+    """One fit of the shared model."""
+
+    refit_id: int
+    status: RefitStatus
+    worker: str | None = Field(description="who works or worked on it")
+    attempts: int = Field(description="how often a worker has claimed it")
+    requested_at: datetime
+    finished_at: datetime | None
+    model_version: int | None = Field(description="the snapshot that it published")
+    report: dict[str, float] | None = Field(description="figures of the fit")
+    error: str | None
+
+
+class RefitRequest(Request):
+    wait_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = Field(
+        default=0.0, description="wait so long for the refit to end"
+    )
+
+
+class RefitList(Reply):
+    refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
 
 
 class RunState(Reply):
@@ -117,6 +156,8 @@ class RunState(Reply):
     optimism: float
     cooldown_steps: int
     max_visits: int
+    refit: RefitPolicy
+    last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
     pool_size: int = Field(description="prompts that may be selected")
     log_position: int = Field(description="entries in the run's log")
     head_step: int | None = Field(description="the highest step seen")

@@ -1,4 +1,4 @@
-"""The command line: `evenodds serve | migrate | replay`. The only place where objects are built.
+"""The command line: `evenodds serve | work | migrate | replay`. The only place where objects are built.
 
 Imports what a command needs inside the command: the thin client is installed without the service's libraries.
 """
@@ -8,8 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenodds_service.settings import Settings
+    from evenodds_service.storage.store import Store
 
 _EXIT_FAULT = 1
 
@@ -35,7 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the HTTP service (settings: EVENODDS_* variables)")
+    serve.add_argument("--with-worker", action="store_true", help="run a worker beside it, as a process of its own")
     serve.set_defaults(command=_serve)
+
+    work = commands.add_parser("work", help="refit shared models in the background, on a GPU where there is one")
+    work.add_argument("--exit-with-parent", action="store_true", help="end when the process that started it ends")
+    work.set_defaults(command=_work)
 
     migrate = commands.add_parser("migrate", help="bring the database to this release's schema")
     migrate.set_defaults(command=_migrate)
@@ -55,15 +67,97 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(_: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> int:
     # The matrices of one request are small: threads inside them cost more than they give, and requests run side by
     # side anyway. Has to be said before numpy is imported.
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     import uvicorn
-    from pydantic import ValidationError
 
     from evenodds_service.api.app import create_app
+
+    try:
+        settings, store = _opened()
+    except _Refused as error:
+        return _fault(str(error))
+    worker = None
+    if options.with_worker:
+        environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+        environment |= {"OPENBLAS_NUM_THREADS": threads} if threads else {}
+        command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with-parent"]
+        worker = subprocess.Popen(command, env=environment)
+    try:
+        app = create_app(store, live_runs=settings.live_runs)
+        uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=10)
+    finally:
+        store.close()
+        if worker is not None:
+            worker.terminate()
+            worker.wait()
+    return 0
+
+
+def _work(options: argparse.Namespace) -> int:
+    import logging
+    import signal
+    import socket
+    import threading
+    from datetime import datetime, timedelta, timezone
+
+    import torch
+
+    from evenodds_service.model.network import default_device
+    from evenodds_service.model.refit import fit_shared_model
+    from evenodds_service.worker import Worker
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        settings, store = _opened()
+    except _Refused as error:
+        return _fault(str(error))
+    device = torch.device(settings.device) if settings.device else default_device()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if options.exit_with_parent:
+        threading.Thread(target=_stop_with_parent, args=(stop, os.getppid()), daemon=True).start()
+    worker = Worker(
+        store,
+        name=f"{socket.gethostname()}-{os.getpid()}",
+        clock=lambda: datetime.now(timezone.utc),
+        fit=lambda material: fit_shared_model(material, device=device),
+        lease=timedelta(seconds=settings.worker_lease_seconds),
+        poll_seconds=settings.worker_poll_seconds,
+    )
+    logging.info("worker %s fits on %s", f"{socket.gethostname()}-{os.getpid()}", device)
+    try:
+        worker.run(stop)
+    finally:
+        store.close()
+    return 0
+
+
+def _stop_with_parent(stop: threading.Event, parent: int) -> None:
+    """Where a process dies, the system gives its children another parent."""
+    while not stop.wait(1.0):
+        if os.getppid() != parent:
+            stop.set()
+
+
+class _Refused(Exception):
+    """A setting or the database does not allow a start. The message says why and what to do."""
+
+
+def _opened() -> tuple[Settings, Store]:
+    """Settings and the store over a database with this release's schema.
+
+    Raises:
+        _Refused: a bad setting, no database, or another schema on PostgreSQL. (SQLite is migrated here.)
+    """
+    from pydantic import ValidationError
+
     from evenodds_service.settings import Settings
     from evenodds_service.storage import migration
     from evenodds_service.storage.engine import open_engine
@@ -78,14 +172,8 @@ def _serve(_: argparse.Namespace) -> int:
         else:
             migration.check_schema(engine)
     except (StoreError, ValidationError) as error:
-        return _fault(_explained(error))
-    store = Store(engine)
-    app = create_app(store, live_runs=settings.live_runs)
-    try:
-        uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=10)
-    finally:
-        store.close()
-    return 0
+        raise _Refused(_explained(error)) from error
+    return settings, Store(engine)
 
 
 def _migrate(_: argparse.Namespace) -> int:

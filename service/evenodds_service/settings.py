@@ -18,4 +18,9 @@ class Settings(BaseSettings):
     )
     pool_size: int = Field(default=10, ge=1, le=1_000, description="database connections of one process")
     live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
+    worker_lease_seconds: float = Field(
+        default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"
+    )
+    worker_poll_seconds: float = Field(default=1.0, gt=0, le=3_600, description="how often a worker looks for work")
+    device: str | None = Field(default=None, description="torch device of the worker; CUDA where there is one")
     data: str | None = Field(default=None, description="folder of recorded success rates for benchmarks and replay")

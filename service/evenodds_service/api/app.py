@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
-from evenodds_service.api import errors, loop, operations, runs
+from evenodds_service.api import errors, loop, operations, refits, runs
 from evenodds_service.api.features import Featurizer
-from evenodds_service.api.live_run import LiveRuns
 from evenodds_service.api.services import Services
+from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import Store
 
 _DESCRIPTION = """
@@ -53,10 +53,10 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
-        live_runs=LiveRuns(store, featurizer, capacity=live_runs),
+        live_runs=LiveRuns(store, capacity=live_runs),
         registry=registry,
     )
-    for room in (loop, runs, operations):
+    for room in (loop, refits, runs, operations):
         app.include_router(room.router)
     errors.install(app)
     app.add_middleware(_Observed, registry=registry)

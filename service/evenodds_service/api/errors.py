@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
 from evenodds_service.api.features import EmbeddingRefused
-from evenodds_service.api.live_run import UnknownPrompts
 from evenodds_service.domain.acquisition import NotEnoughPrompts
+from evenodds_service.live_run import UnknownPrompts
 from evenodds_service.model.errors import ModelError
 from evenodds_service.storage.errors import StoreError, StoreUnavailable
 

@@ -23,7 +23,7 @@ from evenodds_service.domain.types import (
     Vector,
     text_key,
 )
-from evenodds_service.model.embedder import Embedder, open_embedder, storage_name
+from evenodds_service.model.embedder import Embedder, open_embedder
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
 from evenodds_service.storage.store import Run, Store
 
@@ -81,14 +81,6 @@ class Featurizer:
             if key not in self._embedders:
                 self._embedders[key] = open_embedder(setting, settings.embedder_prompt)
             return self._embedders[key]
-
-    @staticmethod
-    def vector_name(settings: RunSettings) -> str | None:
-        """Under which name the run's vectors are stored; None where there are none."""
-        setting = settings.embedder or BUILTIN
-        if setting == NO_EMBEDDER:
-            return None
-        return CALLER if setting == CALLER else storage_name(setting, settings.embedder_prompt)
 
     def prepare(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> Prepared:
         """Prompts with ids and keys, and those of their vectors that the store lacks.

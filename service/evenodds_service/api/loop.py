@@ -22,9 +22,9 @@ from evenodds.schemas import (
     SelectRequest,
 )
 from evenodds_service.api.features import new_prompt
-from evenodds_service.api.live_run import LiveRun, SelectArguments, UnknownPrompts
 from evenodds_service.api.services import PROBLEMS, Hands, content_hash, mean_and_std, now, predictions
 from evenodds_service.domain.types import NewObservation
+from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
 from evenodds_service.storage.store import Run
 
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
@@ -112,7 +112,9 @@ def predict(body: PredictRequest, hands: Hands) -> PredictReply:
             a[inside], b[inside] = live.beliefs(run.settings.predictor, rows)
             seen[inside] = live.state.attempts_N[rows]
         if block is not None:
-            a[outside], b[outside] = live.new_beliefs(run.settings.predictor, block)
+            a[outside], b[outside] = live.new_beliefs(
+                run.settings.predictor, [body.prompts[i].text for i in outside], block
+            )
     return PredictReply(
         run=body.run,
         model_version=model_version,

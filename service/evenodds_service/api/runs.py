@@ -26,15 +26,17 @@ from evenodds.schemas import (
     PromptsAdded,
     PromptsIn,
     PromptState,
+    RefitPolicy,
     RunPage,
     RunState,
     RunUpdate,
     Visit,
 )
+from evenodds_service.api.refits import refit_state
 from evenodds_service.api.services import PROBLEMS, Hands, RunPath, Services, now, predictions
 from evenodds_service.domain.types import Prompt, RunSettings
 from evenodds_service.storage.errors import PromptConflict, RunUnknown
-from evenodds_service.storage.store import Run
+from evenodds_service.storage.store import Run, Store
 
 _NDJSON = "application/x-ndjson"
 _NDJSON_BLOCK = 2_000
@@ -67,12 +69,15 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     except RunUnknown:
         settings = RunSettings()
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
-    sent = {name: getattr(body, name) for name in body.model_fields_set}
+    sent: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set - {"refit"}}
+    if "refit" in body.model_fields_set:
+        policy = body.refit or RefitPolicy()
+        sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
     changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
     settings = replace(settings, **changes)
     hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
     stored, created = hands.store.put_run(run, settings, now=now())
-    return JSONResponse(_run_state(stored).model_dump(mode="json"), 201 if created else 200)
+    return JSONResponse(_run_state(hands.store, stored).model_dump(mode="json"), 201 if created else 200)
 
 
 @router.get("/runs", tags=["runs"], summary="List runs")
@@ -84,7 +89,7 @@ def list_runs(
     """Runs by name, in pages."""
     runs = hands.store.runs(after=cursor or "", limit=limit + 1)
     return RunPage(
-        runs=tuple(_run_state(run) for run in runs[:limit]),
+        runs=tuple(_run_state(hands.store, run) for run in runs[:limit]),
         next_cursor=runs[limit - 1].name if len(runs) > limit else None,
     )
 
@@ -92,7 +97,7 @@ def list_runs(
 @router.get("/runs/{run}", tags=["runs"], summary="State of a run")
 def get_run(run: RunPath, hands: Hands) -> RunState:
     """Settings, pool size, head of the log and model version."""
-    return _run_state(hands.store.run(run))
+    return _run_state(hands.store, hands.store.run(run))
 
 
 @router.delete("/runs/{run}", tags=["runs"], summary="Delete a run", status_code=204)
@@ -246,8 +251,8 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], hands: Hand
     )
 
 
-def _run_state(run: Run) -> RunState:
-    settings = run.settings
+def _run_state(store: Store, run: Run) -> RunState:
+    settings, refits = run.settings, store.refits(run.id, limit=1)
     return RunState(
         run=run.name,
         predictor=settings.predictor,
@@ -259,6 +264,10 @@ def _run_state(run: Run) -> RunState:
         optimism=settings.optimism,
         cooldown_steps=settings.cooldown_steps,
         max_visits=settings.max_visits,
+        refit=RefitPolicy(
+            every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
+        ),
+        last_refit=refit_state(refits[0]) if refits else None,
         pool_size=run.n_prompts,
         log_position=run.log_position,
         head_step=run.head_step,

@@ -15,9 +15,9 @@ from scipy.special import betaincinv
 
 from evenodds.schemas import RUN_PATTERN, Prediction, Problem
 from evenodds_service.api.features import Featurizer
-from evenodds_service.api.live_run import LiveRuns
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.types import FloatArray
+from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import Store
 
 _INTERVAL = (0.05, 0.95)

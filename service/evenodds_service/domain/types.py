@@ -19,8 +19,8 @@ FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-Predictor = Literal["gps", "mopps", "uniform"]
-Acquisition = Literal["yield", "thompson", "uniform"]
+Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
+Acquisition = Literal["yield", "paper", "thompson", "uniform"]
 
 BUILTIN, CALLER, NO_EMBEDDER = "builtin", "caller", "none"
 
@@ -30,17 +30,20 @@ class RunSettings:
     """What a caller may set on a run.
 
     Attributes:
-        predictor: Which belief answers: `gps` the mixture of section 3, `mopps` a flat prior with the prompt's
-            own evidence, `uniform` none.
+        predictor: Which belief answers: `gps` the mixture of section 3, `gps-paper` the published model alone,
+            `mopps` a flat prior with the prompt's own evidence, `uniform` none.
         group_size: Attempts per prompt in training, at least 1.
         target_rate: Success rate in (0, 1) to aim at; None aims at the likeliest to be informative.
         embedder: `builtin`, `caller`, `none`, or a sentence-transformers model; None until the first prompt
             decides between `builtin` and `caller`.
         embedder_prompt: Instruction put before each text by the embedder.
-        acquisition: None follows the predictor (`yield`; `thompson` under `mopps`; `uniform` under `uniform`).
+        acquisition: None follows the predictor (`yield`; `paper` under `gps-paper`, `thompson` under `mopps`,
+            `uniform` under `uniform`).
         optimism: Weight of the standard deviation in the yield score.
         cooldown_steps: Steps that a chosen prompt rests.
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
+        refit_every_observations: A refit is due after so many new observations (sooner while there are few).
+        refit_every_seconds: A refit is due so long after the one before, if anything was observed since.
     """
 
     predictor: Predictor = "gps"
@@ -52,6 +55,8 @@ class RunSettings:
     optimism: float = 0.5
     cooldown_steps: int = 0
     max_visits: int = 0
+    refit_every_observations: int = 2_048
+    refit_every_seconds: int = 600
 
     @property
     def effective_acquisition(self) -> Acquisition:
@@ -59,6 +64,7 @@ class RunSettings:
             return self.acquisition
         by_predictor: dict[Predictor, Acquisition] = {
             "gps": "yield",
+            "gps-paper": "paper",
             "mopps": "thompson",
             "uniform": "uniform",
         }

@@ -21,8 +21,8 @@ from evenodds_service.model.network import SMALL, NetworkSize, PaperModel
 LEARNING_RATE = 1e-3
 UPDATES_PER_STEP = 10
 DRAWS = 32
-MAX_BATCHES = 256
-"""A first fit on a long history starts with its newest so many batches; the model conditions on the last one only."""
+MAX_BATCHES = 128
+"""A fit on a long history starts with its newest so many batches; the model conditions on the last one only."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +47,12 @@ def fit_paper(
     size: NetworkSize = SMALL,
     before: History | None = None,
     warm_start: Mapping[str, NDArray[np.float32]] | None = None,
+    max_batches: int = MAX_BATCHES,
 ) -> FittedPaper:
     """Ten updates of Adam on the ELBO (Eq. 8) for each batch in order, conditioned on the batch before it.
 
     Deterministic in its arguments on a CPU. Weights carry over from batch to batch and from the warm start; Adam's
-    moments start anew with each call. Takes the newest `MAX_BATCHES` batches.
+    moments start anew with each call.
 
     Args:
         batches: One history per step, in the order of the steps (`History.batches`); may be empty.
@@ -60,6 +61,7 @@ def fit_paper(
         size: Sizes of a model without a warm start; a warm start brings its own.
         before: The batch before the first one; None if there was none.
         warm_start: Weights of an earlier fit on embeddings of the same width.
+        max_batches: Older batches than the newest so many, at least 1, are left out.
 
     Raises:
         ValueError: the warm start is not of this model or of another embedding width.
@@ -68,8 +70,8 @@ def fit_paper(
     model = _open(warm_start, width, device) if warm_start else PaperModel(width, size, seed=seed).to(device)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    if len(batches) > MAX_BATCHES:
-        before, batches = batches[-MAX_BATCHES - 1], batches[-MAX_BATCHES:]
+    if len(batches) > max_batches:
+        before, batches = batches[-max_batches - 1], batches[-max_batches:]
     last = before or History.empty()
     elbos = []
     for batch in batches:

@@ -7,6 +7,7 @@ S draws, D embedding width, Z latent width, W layer width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,11 +27,11 @@ _SIZE_KEY = "size"
 
 @dataclass(frozen=True, slots=True)
 class NetworkSize:
-    """Sizes of the three networks.
+    """Sizes of the networks.
 
     Attributes:
         width: W, of every hidden layer, a multiple of `heads`.
-        layers: Transformer layers of each encoder, and hidden layers of the decoder.
+        layers: Transformer layers of the encoder, and hidden layers of the decoder.
         heads: Attention heads.
         latent_width: Z.
     """
@@ -48,14 +49,14 @@ class NetworkSize:
 
 
 SMALL = NetworkSize()
-"""For a CPU: about 0.25 million parameters."""
+"""For a CPU: about 0.15 million parameters."""
 
-PUBLISHED = NetworkSize(width=512, layers=3, heads=8, latent_width=64)
+PUBLISHED = NetworkSize(width=512, layers=6, heads=8, latent_width=64)
 """About 20 million parameters, the size that the paper names."""
 
 
 class SetEncoder(nn.Module):
-    """A set of (prompt embedding, rate) tokens becomes a Gaussian over the difficulty context z.
+    """A set of (prompt embedding, rate) tokens becomes one vector.
 
     A Transformer without positions, read at one learned token of its own: the order of the set does not matter, and the
     empty set has an answer too.
@@ -64,20 +65,33 @@ class SetEncoder(nn.Module):
     def __init__(self, embedding_width: int, size: NetworkSize) -> None:
         super().__init__()
         w = size.width
-        self.token = nn.Linear(embedding_width + 1, w)
+        # The first layer on the concatenation, split so that a rate starts with the weight of a whole embedding.
+        self.from_embedding = nn.Linear(embedding_width, w)
+        self.from_rate = nn.Linear(1, w, bias=False)
         self.reader = nn.Parameter(torch.zeros(1, w))
         layer = nn.TransformerEncoderLayer(
             w, size.heads, 4 * w, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, size.layers, nn.LayerNorm(w), enable_nested_tensor=False)
-        self.head = nn.Linear(w, 2 * size.latent_width)
 
-    def forward(self, embeddings_C_D: Tensor, rates_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [Z] and standard deviation [Z] in (0.1, 1), sigma = 0.1 + 0.9 sigmoid(.); C may be 0."""
-        inputs = torch.cat([embeddings_C_D, 2.0 * rates_C[:, None] - 1.0], dim=-1)  # [C, D + 1]
-        tokens = torch.cat([self.reader, self.token(inputs)])  # [1 + C, W]
-        read = self.layers(tokens[None])[0, 0]  # [W]
-        mean, raw = self.head(read).chunk(2)  # [Z], [Z]
+    def forward(self, embeddings_C_D: Tensor, rates_C: Tensor) -> Tensor:
+        """The set's vector [W]; C may be 0."""
+        by_prompt, by_rate = self.from_embedding(embeddings_C_D), self.from_rate(2.0 * rates_C[:, None] - 1.0)
+        tokens = torch.cat([self.reader, by_prompt + by_rate])  # [1 + C, W]
+        read: Tensor = self.layers(tokens[None])[0, 0]  # [W]
+        return read
+
+
+class GaussianHead(nn.Module):
+    """A set's vector becomes a diagonal Gaussian over the difficulty context z."""
+
+    def __init__(self, size: NetworkSize) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size.width, 2 * size.latent_width)
+
+    def forward(self, read_W: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [Z] and standard deviation [Z] in (0.1, 1), sigma = 0.1 + 0.9 sigmoid(.)."""
+        mean, raw = self.linear(read_W).chunk(2)  # [Z], [Z]
         return mean, _MIN_SIGMA + (1.0 - _MIN_SIGMA) * torch.sigmoid(raw)
 
 
@@ -105,6 +119,8 @@ class Decoder(nn.Module):
 class PaperModel(nn.Module):
     """Prior p_eta(z_t | H_{t-1}), posterior q_phi(z_t | H_t) and decoder p_psi(rate | prompt, z_t), Eq. 6 to 10.
 
+    Prior and posterior have one encoder and a head each (ours): with an encoder of its own, the prior, which learns
+    from the small divergence term alone, hardly came to follow the outcomes of the last batch.
     Embeddings are unit vectors; they are scaled by sqrt(D) inside, so that their entries are of the order of one.
     """
 
@@ -113,10 +129,21 @@ class PaperModel(nn.Module):
         super().__init__()
         self.embedding_width = embedding_width
         self.size = size
-        self.prior = SetEncoder(embedding_width, size)
-        self.posterior = SetEncoder(embedding_width, size)
+        self.encoder = SetEncoder(embedding_width, size)
+        self.prior_head = GaussianHead(size)
+        self.posterior_head = GaussianHead(size)
         self.decoder = Decoder(embedding_width, size)
         _initialise(self, torch.Generator().manual_seed(seed))
+
+    def prior(self, embeddings_C_D: Tensor, rates_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [Z] and standard deviation [Z] of p_eta(z_t | H_{t-1}); C may be 0."""
+        gaussian: tuple[Tensor, Tensor] = self.prior_head(self.encoder(self._scaled(embeddings_C_D), rates_C))
+        return gaussian
+
+    def posterior(self, embeddings_C_D: Tensor, rates_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [Z] and standard deviation [Z] of q_phi(z_t | H_t)."""
+        gaussian: tuple[Tensor, Tensor] = self.posterior_head(self.encoder(self._scaled(embeddings_C_D), rates_C))
+        return gaussian
 
     def elbo(
         self,
@@ -138,16 +165,14 @@ class PaperModel(nn.Module):
             embeddings_C_D, successes_C, attempts_C: H_t, 0 <= successes <= attempts.
             noise_Z: A standard normal draw.
         """
-        scaled = self._scaled(embeddings_C_D)
-        prior_mean, prior_sigma = self.prior(self._scaled(before[0]), before[1])
-        mean, sigma = self.posterior(scaled, successes_C / attempts_C)
-        logits_C = self.decoder((mean + sigma * noise_Z)[None], scaled)[0]
+        prior_mean, prior_sigma = self.prior(*before)
+        mean, sigma = self.posterior(embeddings_C_D, successes_C / attempts_C)
+        logits_C = self.decoder((mean + sigma * noise_Z)[None], self._scaled(embeddings_C_D))[0]
         log_p, log_q = functional.logsigmoid(logits_C), functional.logsigmoid(-logits_C)
         likelihood = (successes_C * log_p + (attempts_C - successes_C) * log_q).sum()
         elbo: Tensor = likelihood - kl_weight * gaussian_kl(mean, sigma, prior_mean, prior_sigma)
         return elbo
 
-    @torch.no_grad()
     def rates(self, before: tuple[Tensor, Tensor], embeddings_N_D: Tensor, *, noise_S_Z: Tensor) -> Tensor:
         """Eq. 10: the decoded rate averaged over S draws z ~ p_eta(. | H_{t-1}), [N] in (0, 1).
 
@@ -155,16 +180,19 @@ class PaperModel(nn.Module):
             before: H_{t-1} as in `elbo`.
             noise_S_Z: Standard normal draws.
         """
-        mean, sigma = self.prior(self._scaled(before[0]), before[1])
-        z_S_Z = mean + sigma * noise_S_Z
-        rows = max(1, _DECODED_AT_ONCE // (len(noise_S_Z) * self.size.width))
-        parts = [
-            torch.sigmoid(self.decoder(z_S_Z, self._scaled(part))).mean(dim=0) for part in embeddings_N_D.split(rows)
-        ]
-        return torch.cat(parts)
+        with torch.no_grad():
+            mean, sigma = self.prior(*before)
+            z_S_Z = mean + sigma * noise_S_Z
+            n_rows = max(1, _DECODED_AT_ONCE // (len(noise_S_Z) * self.size.width))
+            parts = [
+                torch.sigmoid(self.decoder(z_S_Z, self._scaled(embeddings_N_D[first : first + n_rows]))).mean(dim=0)
+                for first in range(0, len(embeddings_N_D), n_rows)
+            ]
+        rates_N: Tensor = torch.cat([embeddings_N_D.new_zeros(0), *parts])
+        return rates_N
 
     def _scaled(self, embeddings_N_D: Tensor) -> Tensor:
-        return embeddings_N_D * self.embedding_width**0.5
+        return embeddings_N_D * math.sqrt(self.embedding_width)
 
     def to_weights(self) -> dict[str, NDArray[np.float32]]:
         """Everything that `from_weights` needs, as arrays that safetensors can save."""

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, RowMapping, and_, insert, or_, select, upd
 
 from evenodds_service.domain.types import SnapshotEntry
 from evenodds_service.storage.entries import append_entry
-from evenodds_service.storage.errors import RefitLost, SnapshotUnknown
+from evenodds_service.storage.errors import RefitLost, RunUnknown, SnapshotUnknown
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import refits, snapshots
 from evenodds_service.storage.transactions import Transactions
@@ -126,6 +126,14 @@ class RefitMethods(Transactions):
         statement = update(refits).where(_is_held(refit_id, worker, attempt)).values(failed).returning(refits.c.id)
         with self._writing() as connection:
             return connection.execute(statement).scalar() is not None
+
+    def refit(self, refit_id: int) -> Refit:
+        """Raises RunUnknown where the refit went with its run."""
+        with self._reading() as connection:
+            row = connection.execute(select(refits).where(refits.c.id == refit_id)).mappings().one_or_none()
+        if row is None:
+            raise RunUnknown(f"refit {refit_id} does not exist: its run was deleted")
+        return _refit_of(row)
 
     def refits(self, run_id: int, *, limit: int = 100) -> tuple[Refit, ...]:
         """Newest first."""

@@ -40,6 +40,14 @@ class RunMethods(Transactions):
         with self._reading() as connection:
             return find_run(connection, name)
 
+    def run_with_id(self, run_id: int) -> Run:
+        """Raises RunUnknown."""
+        with self._reading() as connection:
+            row = connection.execute(select(runs).where(runs.c.id == run_id)).mappings().one_or_none()
+        if row is None:
+            raise _unknown(f"with id {run_id}")
+        return _run_of(row)
+
     def runs(self, *, after: str = "", limit: int = 100) -> tuple[Run, ...]:
         """Runs by name, those after `after`. The order of names is the database's."""
         statement = select(runs).where(runs.c.name > after).order_by(runs.c.name).limit(limit)

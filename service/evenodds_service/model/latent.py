@@ -1,0 +1,89 @@
+"""What a fitted latent-context prior says: features of a prompt times the inferred context, in numpy alone.
+
+The decoder is bilinear in features of the prompt and the context: g(x, z) = phi(x)' z. phi holds the surface features
+and radial kernels to landmark prompts, so that a million prompts are predicted by one matrix product. A Beta-binomial
+calibration turns g into a success rate and the probability that a group is informative. How z and the calibration are
+found is the business of `latent_fit`.
+
+Axes: N prompts, d inputs, F features phi, O = 2 heads (rate, informative).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.types import FloatArray
+
+UNIT = 0.1
+"""The order of g."""
+SLOPE = 4.0 * UNIT
+"""Of the log-odds of the rate in units of g, at one half."""
+RATES = (1e-3, 1.0 - 1e-3)
+LOG_CONCENTRATIONS = (-3.0, 4.0)
+ROWS_AT_ONCE = 16_384
+
+_BANDWIDTH = 0.5
+
+
+def predict_latent(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Success rate and informative probability of prompts outside the pool, float32 [N] each, in (0, 1).
+
+    Args:
+        weights: Of a fit.
+        x_N_d: Inputs under the basis of that fit.
+
+    Raises:
+        ValueError: the inputs are not as wide as the fit's.
+    """
+    width = weights["landmarks"].shape[1]
+    if x_N_d.shape[1] != width:
+        raise ValueError(f"the model was fitted on {width} inputs, these have {x_N_d.shape[1]}: refit it")
+    parts = [
+        design(weights, x_N_d[first : first + ROWS_AT_ONCE]) @ weights["coefficients"]
+        for first in range(0, len(x_N_d), ROWS_AT_ONCE)
+    ]
+    return outputs(weights["calibration"], np.concatenate([np.zeros((0, 2), np.float32), *parts]))
+
+
+def design(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray) -> NDArray[np.float32]:
+    """The scaled surface features and the kernels between prompts and landmarks, float32 [N, F]."""
+    scales = weights["scales"]
+    surface = np.flatnonzero(scales[0])
+    blocks = [x_N_d[:, surface] * scales[0, surface]]
+    blocks += [kernel(x_N_d * scale, weights["landmarks"] * scale) for scale in scales]
+    return np.concatenate(blocks, axis=1).astype(np.float32, copy=False)
+
+
+def outputs(calibration: FloatArray, held_n_O: FloatArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean rate and informative probability from the two heads, float32 [n] each.
+
+    mean = sigmoid(level + t0 g_rate + t1), log(a + b) = t2 + t3 g_shape, and the log-odds of V_G are shifted by
+    t4 + t5 g_shape, with g in units of a tenth.
+
+    Args:
+        calibration: Group size, level, t0 .. t5.
+        held_n_O: g of each prompt, [n, 2].
+    """
+    group_size, level, *t = (float(value) for value in calibration)
+    g = held_n_O.astype(np.float64) / UNIT
+    mean = np.clip(_sigmoid(level + t[0] * SLOPE * g[:, 0] + t[1]), *RATES)
+    concentration = np.exp(np.clip(t[2] + t[3] * g[:, 1], *LOG_CONCENTRATIONS))
+    silent, _ = informative_moments(mean * concentration, (1.0 - mean) * concentration, max(round(group_size), 2))
+    silent = np.clip(1.0 - silent, *RATES)
+    informative = _sigmoid(np.log1p(-silent) - np.log(silent) + t[4] + t[5] * g[:, 1])
+    return mean.astype(np.float32), informative.astype(np.float32)
+
+
+def _sigmoid(z: FloatArray) -> FloatArray:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30.0, 30.0))))
+
+
+def kernel(rows_N_d: FloatArray, landmarks_M_d: FloatArray) -> FloatArray:
+    """exp(-|a - b|^2 / (2 bandwidth^2)), [N, M]."""
+    squares = (rows_N_d * rows_N_d).sum(axis=1)[:, None] + (landmarks_M_d * landmarks_M_d).sum(axis=1)[None]
+    squares -= 2.0 * rows_N_d @ landmarks_M_d.T
+    return np.asarray(np.exp(np.maximum(squares, 0.0) * (-0.5 / _BANDWIDTH**2)))

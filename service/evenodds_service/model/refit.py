@@ -1,0 +1,176 @@
+"""One refit: a run's history and pool in, its shared model out. The only entrance of the worker to what is learned.
+
+Deterministic in its arguments on a CPU. Knows no store, no clock and no lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from evenodds_service.domain.fold import PAPER
+from evenodds_service.domain.pool import Basis
+from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, Predictor
+from evenodds_service.model import ngrams
+from evenodds_service.model.fitting import fit_paper, predict_paper
+from evenodds_service.model.history import History
+from evenodds_service.model.latent_fit import fit_latent
+from evenodds_service.model.shared_model import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
+
+MEMORY_STEPS = 100.0
+"""An outcome counts exp(-age / memory) in the labels of the n-gram prior."""
+
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """What a refit works on.
+
+    Attributes:
+        embedder: Under which name the pool's vectors are stored; empty without vectors.
+        predictor: Which predictor the run answers with: `gps-paper` has a model of its own, all others share one.
+        group_size: G, attempts per prompt in training.
+        basis: Under which x_N_d was projected.
+        x_N_d: Inputs of the pool's N prompts.
+        embeddings_N_D: Their vectors; D may be 0.
+        ngrams: Their n-grams, from `ngrams.ngram_matrix`.
+        history: Observations of these prompts.
+        warm_start: The model that is in use, if any.
+    """
+
+    embedder: str
+    predictor: Predictor
+    group_size: int
+    basis: Basis
+    x_N_d: FloatArray
+    embeddings_N_D: FloatArray
+    ngrams: sparse.csr_matrix
+    history: History
+    warm_start: SharedModel | None = None
+
+
+def fit_shared_model(material: Material, *, device: torch.device) -> SharedModel:
+    """Fit every prior that has enough to learn from.
+
+    A prior of an observed prompt never contains the prompt's own outcomes: those come in as its evidence.
+    """
+    if material.predictor == "gps-paper":
+        return _fit_published(material, device)
+    priors: dict[str, FittedPrior] = {}
+    weights: dict[str, Weights] = {}
+    report: dict[str, float] = {}
+    labels = _labels(material.history)
+    if len(labels.prompts) >= ngrams.MIN_LABELS:
+        sparse_fit = ngrams.fit(
+            material.ngrams,
+            material.x_N_d[:, 1:],
+            labelled=labels.prompts,
+            successes=labels.successes,
+            attempts=labels.attempts,
+            informative_share=labels.informative_share,
+            group_size=material.group_size,
+            seed=_SEED,
+        )
+        priors["ngrams"] = shaped(sparse_fit.mean_N, sparse_fit.informative_N, material.group_size)
+        weights["ngrams"] = sparse_fit.weights
+        report |= {f"ngrams.{name}": float(value) for name, value in sparse_fit.report.items()}
+        latent_fit = fit_latent(
+            material.history,
+            material.x_N_d,
+            n_surface=material.basis.n_surface,
+            group_size=material.group_size,
+            seed=_SEED,
+            device=device,
+        )
+        priors["latent"] = shaped(latent_fit.mean_N, latent_fit.informative_N, material.group_size)
+        weights["latent"] = dict(latent_fit.weights)
+        report |= {f"latent.{name}": float(value) for name, value in latent_fit.report.items()}
+    return SharedModel(
+        embedder=material.embedder,
+        group_size=material.group_size,
+        basis=material.basis,
+        priors=priors,
+        weights=weights,
+        report=report,
+    )
+
+
+def _fit_published(material: Material, device: torch.device) -> SharedModel:
+    """The published model: fitted on the batches since its last fit, predicting from the newest one."""
+    before = material.warm_start
+    warm = before.weights.get(PAPER) if before is not None else None
+    last_step = int(before.report.get("paper.last_step", -1)) if before is not None and warm is not None else -1
+    batches = material.history.batches()
+    fresh = [batch for batch in batches if int(batch.steps[0]) > last_step]
+    earlier = [batch for batch in batches if int(batch.steps[0]) <= last_step]
+    fitted = fit_paper(
+        fresh,
+        material.embeddings_N_D,
+        seed=_SEED,
+        device=device,
+        before=earlier[-1] if earlier else None,
+        warm_start=warm,
+    )
+    newest = batches[-1] if batches else None
+    pool = material.embeddings_N_D
+    means_N = predict_paper(fitted.weights, newest, pool, pool, seed=_SEED, device=device)
+    report = {"paper.last_step": float(newest.steps[0]) if newest is not None else -1.0}
+    if fitted.elbo_per_attempt:
+        report["paper.elbo_per_attempt"] = fitted.elbo_per_attempt[-1]
+    concentrations_N = np.full(len(means_N), PAPER_CONCENTRATION, dtype=np.float32)
+    return SharedModel(
+        embedder=material.embedder,
+        group_size=material.group_size,
+        basis=material.basis,
+        priors={PAPER: FittedPrior(means_N, concentrations_N)},
+        weights={PAPER: dict(fitted.weights), PAPER_CONTEXT: _context(newest, pool)},
+        report=report,
+    )
+
+
+def _context(newest: History | None, embeddings_N_D: FloatArray) -> Weights:
+    """The batch that predictions are conditioned on, for prompts outside the pool."""
+    batch = newest if newest is not None else History.empty()
+    return {
+        "embeddings_C_D": embeddings_N_D[batch.prompts].astype(np.float32),
+        "successes_C": batch.successes,
+        "attempts_C": batch.attempts,
+    }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Labels:
+    """Per observed prompt: discounted successes and attempts, and the discounted share of informative groups."""
+
+    prompts: IntArray
+    successes: FloatArray
+    attempts: FloatArray
+    informative_share: FloatArray
+
+
+def _labels(history: History) -> _Labels:
+    prompts, row_n = np.unique(history.prompts, return_inverse=True)
+    age_n = (history.steps.max(initial=0) - history.steps) / MEMORY_STEPS
+    worth_n = np.exp(-age_n)
+    successes, attempts, informative, worth = (np.zeros(len(prompts)) for _ in range(4))
+    np.add.at(successes, row_n, worth_n * history.successes)
+    np.add.at(attempts, row_n, worth_n * history.attempts)
+    np.add.at(informative, row_n, worth_n * history.informative)
+    np.add.at(worth, row_n, worth_n)
+    # A single attempt shows no group: it says nothing of informativeness.
+    groups = np.bincount(row_n, weights=history.attempts > 1, minlength=len(prompts)) > 0
+    share = np.where(groups, informative / np.maximum(worth, 1e-300), np.nan)
+    return _Labels(prompts, successes, attempts, share)
+
+
+def gather(observations: Sequence[History]) -> History:
+    """Several pieces of a history as one."""
+    if not observations:
+        return History.empty()
+    columns = ("prompts", "steps", "successes", "attempts", "informative")
+    return History(*(np.concatenate([getattr(piece, column) for piece in observations]) for column in columns))

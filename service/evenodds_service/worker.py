@@ -1,0 +1,260 @@
+"""The other hand: watches runs, claims refits, fits their shared model and publishes it as a snapshot.
+
+Any number of workers may run: a lease and the number of the claim let one of them work on a refit and fence the others.
+No transaction is open while a model fits. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from scipy import sparse
+
+from evenodds_service.domain.checkpoint import to_bytes
+from evenodds_service.domain.types import ObserveEntry
+from evenodds_service.live_run import LiveRun, vector_name
+from evenodds_service.model.history import History
+from evenodds_service.model.ngrams import ngram_matrix
+from evenodds_service.model.refit import Material, gather
+from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.storage.errors import RefitLost, RunUnknown, StoreError
+from evenodds_service.storage.store import Refit, Run, Store
+
+logger = logging.getLogger(__name__)
+
+FIRST_FIT_OBSERVATIONS = 128
+RETRY_SECONDS = 30
+_PAGE = 1_000
+_KEPT_RUNS = 4
+
+Fit = Callable[[Material], SharedModel]
+"""What a worker does with the material; the device is chosen by whoever builds the worker."""
+
+
+class Worker:
+    """Works off refits until it is told to stop.
+
+    Args:
+        name: Names the worker in refits; unique among those that run.
+        clock: The present time, aware.
+        fit: Fits one run's shared model.
+        lease: How long a claim holds without a sign of life.
+        poll_seconds: How long to wait where nothing is due.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        name: str,
+        clock: Callable[[], datetime],
+        fit: Fit,
+        lease: timedelta = timedelta(seconds=60),
+        poll_seconds: float = 1.0,
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._clock = clock
+        self._fit = fit
+        self._lease = lease
+        self._poll_seconds = poll_seconds
+        self._views: OrderedDict[int, _View] = OrderedDict()
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set; a fit that has begun is finished and published first."""
+        while not stop.is_set():
+            try:
+                worked = self.work_once()
+            except StoreError as error:
+                logger.warning("%s: %s", self._name, error)
+                worked = False
+            if not worked:
+                stop.wait(self._poll_seconds)
+
+    def work_once(self) -> bool:
+        """Ask for the refits that are due, and work on one. Returns whether there was one.
+
+        Raises:
+            StoreUnavailable: the database did not answer; nothing was published.
+        """
+        self._request_due()
+        refit = self._store.claim_refit(worker=self._name, lease=self._lease, now=self._clock())
+        if refit is None:
+            return False
+        with self._heartbeat(refit):
+            try:
+                self._work(refit)
+            except (RefitLost, RunUnknown) as error:
+                logger.warning("%s: %s", self._name, error)
+            except StoreError:
+                raise  # the lease runs out, and the refit is taken up again
+            except Exception as error:  # one run's bad data must not keep the others from being fitted
+                logger.exception("%s: refit %d failed", self._name, refit.id)
+                self._store.fail_refit(
+                    refit.id,
+                    worker=self._name,
+                    attempt=refit.attempts,
+                    error=f"{type(error).__name__}: {error}"[:1_000],
+                    now=self._clock(),
+                )
+        return True
+
+    def _request_due(self) -> None:
+        after = ""
+        while True:
+            runs = self._store.runs(after=after, limit=_PAGE)
+            for run in runs:
+                if run.n_observations and is_due(run, self._store.refits(run.id, limit=10), now=self._clock()):
+                    self._store.request_refit(run.id, now=self._clock())
+            if len(runs) < _PAGE:
+                return
+            after = runs[-1].name
+
+    def _work(self, refit: Refit) -> None:
+        started = time.monotonic()
+        run = self._store.run_with_id(refit.run_id)
+        view = self._views.setdefault(run.id, _View(run.id))
+        self._views.move_to_end(run.id)
+        while len(self._views) > _KEPT_RUNS:
+            self._views.popitem(last=False)
+        material = view.material(self._store, run)
+        fitted = _Fitted(view.live.state.position, view.live.state.n_observations)
+        loaded = time.monotonic()
+        model = self._fit(material)
+        seconds = {"seconds_loading": loaded - started, "seconds_fitting": time.monotonic() - loaded}
+        snapshot = self._store.publish_refit(
+            refit.id,
+            worker=self._name,
+            attempt=refit.attempts,
+            embedder=model.embedder,
+            weights=model.to_bytes(),
+            fitted_position=fitted.position,
+            report={**model.report, **seconds, "observations": fitted.n_observations},
+            now=self._clock(),
+        )
+        logger.info("%s: run %r has snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
+        run = self._store.run_with_id(refit.run_id)
+        view.live.catch_up(self._store, run)
+        state = view.live.state
+        self._store.save_checkpoint(run.id, position=state.position, state=to_bytes(state), now=self._clock())
+
+    @contextmanager
+    def _heartbeat(self, refit: Refit) -> Iterator[None]:
+        """Extend the lease from a thread of its own for as long as the body runs."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self._lease.total_seconds() / 3):
+                self._extend(refit)
+
+        thread = threading.Thread(target=beat, name=f"lease-{refit.id}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _extend(self, refit: Refit) -> None:
+        try:
+            self._store.extend_lease(refit.id, worker=self._name, lease=self._lease, now=self._clock())
+        except StoreError as error:
+            logger.warning("%s: lease of refit %d not extended: %s", self._name, refit.id, error)
+
+
+def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:
+    """Whether the run should be refitted: enough new observations, or enough time since the last fit.
+
+    While there are few observations, their doubling is enough. After a failure it waits for half a minute at least.
+
+    Args:
+        refits: The run's newest ones, newest first.
+    """
+    if refits and refits[0].status in ("pending", "running"):
+        return False
+    retry = timedelta(seconds=max(RETRY_SECONDS, run.settings.refit_every_seconds / 10))
+    newest = refits[0] if refits else None
+    if newest and newest.status == "failed" and newest.finished_at and now - newest.finished_at < retry:
+        return False
+    done = next((refit for refit in refits if refit.status == "done"), None)
+    fitted = _observations(done)
+    new = run.n_observations - fitted
+    if new >= min(run.settings.refit_every_observations, max(FIRST_FIT_OBSERVATIONS, fitted)):
+        return True
+    if done is None or done.finished_at is None or new <= 0:
+        return False
+    return now - done.finished_at >= timedelta(seconds=run.settings.refit_every_seconds)
+
+
+def _observations(refit: Refit | None) -> int:
+    """How many observations the refit had seen."""
+    value = (refit.report or {}).get("observations", 0) if refit is not None else 0
+    return int(value) if isinstance(value, (int, float)) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What a fit has seen: the log up to a position, with so many observations."""
+
+    position: int
+    n_observations: int
+
+
+class _View:
+    """What a worker keeps of a run between refits: the folded view, the history, and the texts' n-grams."""
+
+    def __init__(self, run_id: int) -> None:
+        self.live = LiveRun(run_id)
+        self._observations: list[History] = []
+        self._read_to = 0
+        self._ngrams = sparse.csr_matrix((0, 0))
+
+    def material(self, store: Store, run: Run) -> Material:
+        """Everything up to the log position of the live view, which is at least the one that `run` shows."""
+        self.live.catch_up(store, run)
+        state, pool = self.live.state, self.live.pool
+        while self._read_to < state.position:
+            page = store.entries(run.id, after=self._read_to)
+            entries = [entry for entry in page if entry.position <= state.position]
+            if not entries:
+                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
+            self._observations += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
+            self._read_to = entries[-1].position
+        self._read_texts(store, run)
+        assert state.basis is not None  # a run with observations has prompts
+        return Material(
+            embedder=vector_name(run.settings) or "",
+            predictor=run.settings.predictor,
+            group_size=run.settings.group_size,
+            basis=state.basis,
+            x_N_d=pool.matrix(state.basis, state.n_prompts),
+            embeddings_N_D=pool.raw(0, state.n_prompts).embedding_N_D,
+            ngrams=self._ngrams[: state.n_prompts],
+            history=gather(self._observations),
+            warm_start=self.live.model,
+        )
+
+    def _read_texts(self, store: Store, run: Run) -> None:
+        n = self._ngrams.shape[0]
+        while n < self.live.state.n_prompts:
+            prompts = store.prompts(run.id, first=n, limit=_PAGE)
+            block = ngram_matrix([prompt.text or "" for prompt in prompts])
+            self._ngrams = block if n == 0 else sparse.vstack([self._ngrams, block], format="csr")
+            n = self._ngrams.shape[0]
+
+
+def _history(entry: ObserveEntry) -> History:
+    return History(
+        prompts=entry.prompts,
+        steps=entry.prompts * 0 + entry.step,
+        successes=entry.successes,
+        attempts=entry.attempts,
+        informative=entry.informative,
+    )
