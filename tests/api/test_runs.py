@@ -134,7 +134,7 @@ def test_the_embedder_is_fixed_once_prompts_exist(caller: Caller, change: dict[s
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
-        ({"predictor": "best"}, "predictor: Input should be 'gps', 'mopps' or 'uniform', got 'best'"),
+        ({"predictor": "best"}, "predictor: Input should be 'gps', 'gps-paper', 'mopps' or 'uniform', got 'best'"),
         ({"group_size": 0}, "group_size: Input should be greater than or equal to 1, got 0"),
         ({"target_rate": 0}, "target_rate: Input should be greater than 0, got 0"),
         ({"optimism": -1}, "optimism: Input should be greater than or equal to 0, got -1"),

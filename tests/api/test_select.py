@@ -210,7 +210,7 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"seed": 2**63}, f"seed: Input should be less than {2**63}, got {2**63}"),
         ({"target_rate": 1}, "target_rate: Input should be less than 1, got 1"),
         ({"group_size": 1025}, "group_size: Input should be less than or equal to 1024, got 1025"),
-        ({"acquisition": "best"}, "acquisition: Input should be 'yield', 'thompson' or 'uniform', got 'best'"),
+        ({"acquisition": "best"}, "acquisition: Input should be 'yield', 'paper', 'thompson' or 'uniform', got 'best'"),
         ({"optimism": 11}, "optimism: Input should be less than or equal to 10, got 11"),
         ({"max_visits": -1}, "max_visits: Input should be greater than or equal to 0, got -1"),
         ({"candidates": []}, "candidates: Tuple should have at least 1 item after validation, not 0"),

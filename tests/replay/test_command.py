@@ -41,7 +41,7 @@ def test_replay_compares_predictors_and_leaves_no_runs_behind(
     running: Service, sums_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "figures.json"
-    arguments = ["--url", running.base_url, "--predictors", "gps,mopps", "--json", str(written)]
+    arguments = ["--url", running.base_url, "--predictors", "gps,mopps,mopps-yield", "--json", str(written)]
 
     status = main(["replay", str(sums_folder), *arguments, *SMALL])
 

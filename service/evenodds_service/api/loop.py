@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
+from fastapi.responses import Response
 
 from evenodds.schemas import (
     Forecast,
@@ -123,8 +124,8 @@ def predict(body: PredictRequest, hands: Hands) -> PredictReply:
     )
 
 
-@router.post("/select_batch", summary="Choose the prompts of a step")
-def select_batch(body: SelectRequest, hands: Hands) -> SelectReply:
+@router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
+def select_batch(body: SelectRequest, hands: Hands) -> Response:
     """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409."""
     run = hands.store.run(body.run)
     arguments_hash = content_hash(body.model_dump_json())
@@ -140,10 +141,11 @@ def select_batch(body: SelectRequest, hands: Hands) -> SelectReply:
             step=body.step,
             arguments_hash=arguments_hash,
             prompts=indices,
-            reply=reply.model_dump_json(),
+            reply=reply.model_dump_json(exclude={"replayed"}),
             now=now(),
         )
-    return SelectReply.model_validate_json(recorded.reply).model_copy(update={"replayed": replayed})
+    # The recorded reply is JSON already; only `replayed` differs from call to call.
+    return Response(f'{{"replayed":{str(replayed).lower()},{recorded.reply[1:]}', media_type="application/json")
 
 
 def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, list[int]]:

@@ -241,8 +241,9 @@ def greedy_diverse(
 
 def _standardised(distances_S: FloatArray) -> FloatArray:
     """Distances in units of their spread; zeros where they do not differ beyond rounding."""
-    spread = float(distances_S.std())
-    return (distances_S - distances_S.mean()) / spread if spread > 1e-6 else np.zeros_like(distances_S)
+    centred = distances_S - distances_S.mean()
+    spread = math.sqrt(float(centred @ centred) / len(centred))
+    return np.asarray(centred / spread if spread > 1e-6 else np.zeros_like(centred))
 
 
 def _pad_to(scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArray, prompts: IntArray) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evenodds_service.domain.distributions import beta_binomial_log_likelihood, beta_from_moments
+from evenodds_service.domain.distributions import beta_from_moments, log_rising
 from evenodds_service.domain.types import BoolArray, FloatArray
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -126,13 +126,22 @@ def batch_log_likelihoods(
         k_n, counts_n: Outcomes, 0 <= k <= counts.
         scales_C_n: What each prior's strengths are multiplied with; 1 without it.
     """
-    s = np.asarray(STRENGTHS)[None, :, None, None]
-    if scales_C_n is not None:
-        s = s * scales_C_n[:, None, None, :]
-    m = np.clip(means_C_n, *_PRIOR_RANGE)[:, None, None, :]
-    a = m * s + successes_L_n[None, None]  # [C, S, L, n]
-    b = (1.0 - m) * s + failures_L_n[None, None]
-    return np.asarray(beta_binomial_log_likelihood(k_n, counts_n, a, b).sum(axis=-1))
+    unseen_n = ~(successes_L_n.any(axis=0) | failures_L_n.any(axis=0))
+    total = np.zeros((len(means_C_n), len(STRENGTHS), len(MEMORIES)))
+    # Without evidence of its own a prompt is the same under every memory.
+    for rows_n, memories in ((unseen_n, slice(0, 1)), (~unseen_n, slice(None))):
+        if not rows_n.any():
+            continue
+        s = np.asarray(STRENGTHS)[None, :, None, None]
+        if scales_C_n is not None:
+            s = s * scales_C_n[:, None, None, rows_n]
+        m = np.clip(means_C_n[:, rows_n], *_PRIOR_RANGE)[:, None, None, :].astype(np.float64)
+        own, lost = successes_L_n[None, None, memories, rows_n], failures_L_n[None, None, memories, rows_n]
+        k, n = k_n[rows_n], counts_n[rows_n]
+        success = log_rising(m * s + own, k)  # [C, S, L, n]
+        failure = log_rising((1.0 - m) * s + lost, n - k)
+        total += (success + failure - log_rising(s + own + lost, n)).sum(axis=-1)
+    return total
 
 
 def predict(

@@ -15,6 +15,7 @@ from evenodds_service.domain.types import FloatArray
 _SHIFT = 8
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680)
 _MAX_PRODUCT = 64
+_MAX_FACTORS, _MAX_FACTOR = 32, 1e8
 _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-2, 1e6
@@ -39,6 +40,19 @@ def log_gamma(x: FloatArray) -> FloatArray:
     return np.asarray(stirling - np.where(small, np.log(product), 0.0))
 
 
+def log_rising(x: FloatArray, m: FloatArray) -> FloatArray:
+    """log (x)_m, the log of the rising factorial, for x > 0 and m >= 0, m possibly fractional; broadcasts."""
+    m = np.asarray(m, dtype=np.float64)
+    most = float(m.max(initial=0.0))
+    if most > _MAX_FACTORS or not np.array_equal(m, np.floor(m)) or float(np.max(x, initial=0.0)) > _MAX_FACTOR:
+        return np.asarray(log_gamma(x + m) - log_gamma(x))
+    # Whole numbers of attempts are the rule: a few products cost less than two log-Gammas.
+    product = np.ones(np.broadcast_shapes(np.shape(x), m.shape))
+    for factor in range(int(most)):
+        product *= np.where(factor < m, x + factor, 1.0)
+    return np.asarray(np.log(product))
+
+
 def beta_binomial_log_likelihood(k: FloatArray, n: FloatArray, a: FloatArray, b: FloatArray) -> FloatArray:
     """log B(a + k, b + n - k) - log B(a, b): the log probability of one order of k successes in n attempts.
 
@@ -48,10 +62,7 @@ def beta_binomial_log_likelihood(k: FloatArray, n: FloatArray, a: FloatArray, b:
         k, n: 0 <= k <= n, broadcastable to a and b.
         a, b: Positive parameters.
     """
-    success = log_gamma(a + k) - log_gamma(a)
-    failure = log_gamma(b + (n - k)) - log_gamma(b)
-    total = log_gamma(a + b + n) - log_gamma(a + b)
-    return np.asarray(success + failure - total)
+    return np.asarray(log_rising(a, k) + log_rising(b, n - k) - log_rising(a + b, n))
 
 
 def beta_from_moments(mean: FloatArray, variance: FloatArray) -> tuple[FloatArray, FloatArray]:

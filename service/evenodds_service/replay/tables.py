@@ -122,6 +122,7 @@ def document(plan: Plan, results: Sequence[Result]) -> dict[str, object]:
                 "milliseconds": {
                     call: {"calls": len(times), "median": float(np.median(times)), "p95": _p95(times)}
                     for call, times in result.watch.milliseconds.items()
+                    if times
                 },
             }
             for result in results
