@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all check bench openapi migration
+.PHONY: setup serve test test-all check bench bench-quality openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/latency.py
+
+bench-quality: $(STAMP)  ## EVENODDS_DATA names the folder of recorded success rates
+	$(BIN)/python -m benchmarks.quality
 
 openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
 	$(BIN)/python -m evenodds_service openapi > openapi.json

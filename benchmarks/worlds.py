@@ -1,0 +1,80 @@
+"""Recorded worlds with their features, in process: what `quality` replays. No HTTP, no store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from evenodds_service.domain.pool import Pool
+from evenodds_service.domain.types import BUILTIN, BoolArray, FloatArray, RawBlock
+from evenodds_service.model.embedder import open_embedder
+from evenodds_service.model.ngrams import ngram_matrix
+from evenodds_service.model.surface import surface_features
+from evenodds_service.replay.recordings import Recording, read_recording
+
+GROUP_SIZE = 8
+TRAJECTORY = "dsr_sub_rl_trajectory"
+LARGE = "deepscaler_qwen25math7b_k128"
+MATH = "math_qwen_multisample"
+TASKS = "reasoning_gym_models"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class World:
+    """A recording and the features of its prompts.
+
+    Attributes:
+        texts: N texts.
+        embeddings_N_D: float32 unit vectors of the built-in embedder.
+        ngrams: Of `ngram_matrix`.
+    """
+
+    recording: Recording
+    texts: tuple[str, ...]
+    surface_N_S: FloatArray
+    embeddings_N_D: FloatArray
+    ngrams: sparse.csr_matrix
+    group_size: int = field(default=GROUP_SIZE)
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.texts)
+
+    def pool(self) -> Pool:
+        """The prompts as the service holds them."""
+        n = self.n_prompts
+        pool = Pool(surface_width=self.surface_N_S.shape[1], embedding_width=self.embeddings_N_D.shape[1])
+        pool.append(
+            RawBlock(
+                first=0,
+                prompt_ids=tuple(str(prompt.prompt_id) for prompt in self.recording.prompts),
+                groups=tuple(prompt.group for prompt in self.recording.prompts),
+                numeric=(None,) * n,
+                prior_rates_N=np.full(n, np.nan, dtype=np.float32),
+                surface_N_S=self.surface_N_S,
+                embedding_N_D=self.embeddings_N_D,
+            )
+        )
+        return pool
+
+    def held_out(self, seed: int, share: float) -> BoolArray:
+        """The prompts of a random share of the groups, bool [N]; none without groups."""
+        groups = [prompt.group for prompt in self.recording.prompts]
+        names = sorted({group for group in groups if group is not None})
+        n = round(share * len(names))
+        out = set(np.random.default_rng([seed, len(names)]).permutation(names)[:n]) if n else set()
+        return np.array([group in out for group in groups], dtype=bool)
+
+
+def open_world(folder: Path, *, models: str = "") -> World:
+    """Read a data set and compute its features.
+
+    Raises:
+        RecordingError: a file is missing or malformed.
+    """
+    recording = read_recording(folder, models=models)
+    texts = tuple(prompt.text or "" for prompt in recording.prompts)
+    return World(recording, texts, surface_features(texts), open_embedder(BUILTIN).embed(texts), ngram_matrix(texts))
