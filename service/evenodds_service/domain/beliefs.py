@@ -18,17 +18,7 @@ from evenodds_service.domain.types import BoolArray, FloatArray
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MEMORIES = (1.0, 0.9, 0.8, 0.65, 0.5)
-PRIORS = (
-    "flat",
-    "running mean",
-    "surface",
-    "embedding",
-    "surface shaped",
-    "embedding shaped",
-    "caller",
-    "ngrams",
-    "latent",
-)
+PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent")
 FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
 MATCHED = 2.0

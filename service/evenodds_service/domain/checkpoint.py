@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evenodds_service.domain.beliefs import Mixture
-from evenodds_service.domain.fold import REGRESSIONS, State
+from evenodds_service.domain.fold import State
 from evenodds_service.domain.pool import Basis
 from evenodds_service.domain.regression import OnlineLogistic
 
@@ -27,8 +27,6 @@ _SCALARS = (
     "model_version",
     "running_successes",
     "running_counts",
-    "group_attempts",
-    "n_groups",
     "gap_steps",
     "n_gaps",
     "log_likelihood",
@@ -44,6 +42,7 @@ _ARRAYS = (
     "last_selected_N",
 )
 _BASIS = "basis_"
+_REGRESSIONS = ("surface", "embedding")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 
 
@@ -61,7 +60,7 @@ def to_bytes(state: State) -> bytes:
     if state.basis is not None:
         header["basis"], basis_arrays = state.basis.to_arrays()
         arrays |= {f"{_BASIS}{name}": array for name, array in basis_arrays.items()}
-    for which in REGRESSIONS:
+    for which in _REGRESSIONS:
         regression = getattr(state, which)
         if regression is not None:
             arrays |= {f"{which}_{name}": getattr(regression, name) for name in _REGRESSION_ARRAYS}
@@ -91,7 +90,7 @@ def from_bytes(content: bytes) -> State:
     if "basis" in header:
         parts = {name.removeprefix(_BASIS): array for name, array in arrays.items() if name.startswith(_BASIS)}
         state.basis = Basis.from_arrays(header["basis"], parts)
-    for which in REGRESSIONS:
+    for which in _REGRESSIONS:
         if f"{which}_weights" in arrays:
             setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))
     return state

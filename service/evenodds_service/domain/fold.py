@@ -15,7 +15,6 @@ from evenodds_service.domain import beliefs
 from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
 from evenodds_service.domain.pool import Basis, Pool
 from evenodds_service.domain.regression import OnlineLogistic, effective_count
-from evenodds_service.domain.shape import looked_up_concentration
 from evenodds_service.domain.types import (
     BoolArray,
     Entry,
@@ -30,8 +29,6 @@ from evenodds_service.domain.types import (
 REGRESSION_KEEP = 0.98
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
-REGRESSIONS = ("surface", "embedding", "surface_informative", "embedding_informative")
-"""Attributes of a state that hold an online regression, or None."""
 _MEMORIES_L = np.asarray(MEMORIES)
 
 
@@ -43,10 +40,7 @@ class State:
         successes_L_N, failures_L_N: float32 own evidence under each memory.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never).
-        surface, embedding: Online regressions of the success rate on surface features, and on all features.
-        surface_informative, embedding_informative: The same of whether a group was informative.
         running_successes, running_counts: The discounted outcomes of all prompts.
-        group_attempts, n_groups: Mean attempts of the observed groups of two attempts or more, and their number.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
         log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
     """
@@ -57,13 +51,9 @@ class State:
     n_observations: int = 0
     model_version: int = 0
     basis: Basis | None = None
-    mixture: Mixture = field(
-        default_factory=lambda: Mixture.new(present("embedding", "embedding shaped", "caller", *FITTED))
-    )
+    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED)))
     surface: OnlineLogistic | None = None
     embedding: OnlineLogistic | None = None
-    surface_informative: OnlineLogistic | None = None
-    embedding_informative: OnlineLogistic | None = None
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))
@@ -73,8 +63,6 @@ class State:
     last_selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     running_successes: float = 0.0
     running_counts: float = 0.0
-    group_attempts: float = 0.0
-    n_groups: int = 0
     gap_steps: float = 1.0
     n_gaps: int = 0
     recent_batches: tuple[IntArray, ...] = ()
@@ -140,19 +128,10 @@ def shared_priors(
     priors = {name: prior for name, prior in fitted.items() if name in FITTED and wanted[PRIORS.index(name)]}
     newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
-    surface = (state.surface, state.surface_informative, x_n_d[:, : state.basis.n_surface])
-    for name, (rate, informative, x) in {
-        "surface": surface,
-        "embedding": (state.embedding, state.embedding_informative, x_n_d),
-    }.items():
-        plain, shaped = PRIORS.index(name), PRIORS.index(f"{name} shaped")
-        if rate is None or not (wanted[plain] or wanted[shaped] or (newer and plain == stand_in)):
-            continue
-        means_C_n[plain] = means_C_n[shaped] = rate.predict(x)
-        if wanted[shaped] and informative is not None and state.n_groups:
-            group_size = max(2, round(state.group_attempts))
-            concentrations = looked_up_concentration(means_C_n[shaped], informative.predict(x), group_size)
-            scales_C_n[shaped] = concentrations / MATCHED
+    if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
+        means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
+    if state.embedding is not None and (wanted[PRIORS.index("embedding")] or newer):
+        means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
     for name, prior in priors.items():
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
@@ -218,7 +197,8 @@ def new_paper_beliefs(n: int, fitted: Mapping[str, FittedPrior]) -> tuple[FloatA
     if PAPER not in fitted:
         return np.ones(n), np.ones(n)
     prior = fitted[PAPER]
-    means_n = np.where(np.isfinite(prior.means_N), prior.means_N, 0.5).astype(np.float64)
+    # A rate that was rounded to 0 or 1 would leave no Beta.
+    means_n = np.clip(np.nan_to_num(prior.means_N.astype(np.float64), nan=0.5), 1e-3, 1.0 - 1e-3)
     return means_n * prior.concentrations_N, (1.0 - means_n) * prior.concentrations_N
 
 
@@ -295,19 +275,9 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     state.running_successes += float(worth @ (k / counts))
     state.running_counts += float(worth.sum())
     if x is not None and state.basis is not None and state.surface is not None:
-        groups = counts > 1
-        informative = (np.bincount(position, weights=entry.informative) > 0) | ((k > 0) & (k < counts))
-        state.n_groups += int(groups.sum())
-        if groups.any():
-            state.group_attempts += float((counts[groups] - state.group_attempts).sum()) / state.n_groups
-        x_surface = x[:, : state.basis.n_surface]
-        for rate, shape, features in (
-            (state.surface, state.surface_informative, x_surface),
-            (state.embedding, state.embedding_informative, x),
-        ):
-            if rate is not None and shape is not None:
-                rate.update(features, k, counts)
-                shape.update(features[groups], informative[groups].astype(np.float64), np.ones(int(groups.sum())))
+        state.surface.update(x[:, : state.basis.n_surface], k, counts)
+        if state.embedding is not None:
+            state.embedding.update(x, k, counts)
     state.n_observations += len(entry.prompts)
 
 
@@ -316,8 +286,7 @@ def _forget(state: State) -> None:
     state.mixture.forget()
     state.running_successes *= REGRESSION_KEEP
     state.running_counts *= REGRESSION_KEEP
-    for name in REGRESSIONS:
-        regression = getattr(state, name)
+    for regression in (state.surface, state.embedding):
         if regression is not None:
             regression.forget(REGRESSION_KEEP)
 
@@ -352,25 +321,22 @@ def _ensure_basis(state: State, pool: Pool) -> None:
     if basis is not None and (basis.n_prompts >= BASIS_ENOUGH or state.n_prompts < BASIS_GROWTH * basis.n_prompts):
         return
     fresh = Basis.of(pool.raw(0, state.n_prompts))
-    block = pool.raw(0, min(state.n_prompts, BASIS_ENOUGH))
-    new_x = fresh.project(block)
-    old_x = basis.project(block) if basis is not None else new_x
-    for name in REGRESSIONS:
-        is_surface = name.startswith("surface")
-        width = fresh.n_surface if is_surface else fresh.width
-        regression = OnlineLogistic.new(width) if is_surface or width > fresh.n_surface else None
-        before = getattr(state, name)
-        if regression is not None and before is not None:
-            regression.adopt(before, old_x[:, : len(before.weights)], new_x[:, :width])
-        setattr(state, name, regression)
-    state.basis = fresh
+    surface = OnlineLogistic.new(fresh.n_surface)
+    embedding = OnlineLogistic.new(fresh.width) if fresh.width > fresh.n_surface else None
+    if basis is not None and state.surface is not None:
+        block = pool.raw(0, min(state.n_prompts, BASIS_ENOUGH))
+        old_x, new_x = basis.project(block), fresh.project(block)
+        surface.adopt(state.surface, old_x[:, : basis.n_surface], new_x[:, : fresh.n_surface])
+        if embedding is not None and state.embedding is not None:
+            embedding.adopt(state.embedding, old_x, new_x)
+    state.basis, state.surface, state.embedding = fresh, surface, embedding
 
 
 def _admit(state: State, pool: Pool) -> None:
     """Let the priors that have something to say since take part in the mixture."""
     absent = set(FITTED) - set(_mixed(state, pool))
     if state.embedding is None:
-        absent |= {"embedding", "embedding shaped"}
+        absent.add("embedding")
     if not np.isfinite(pool.prior_rates(state.n_prompts)).any():
         absent.add("caller")
     state.mixture.admit(present(*absent))

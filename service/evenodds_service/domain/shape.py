@@ -9,7 +9,6 @@ arrays, elementwise, and knows nothing of prompts or runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -26,7 +25,6 @@ MIN_MATCHED, MAX_MATCHED = 0.05, 64.0
 SLAB_CONCENTRATION = 1.0
 
 _HALVINGS = 24
-_GRID = 129
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
 _LOG_NEVER = -1e30
 
@@ -74,39 +72,6 @@ def matched_concentration(mean: FloatArray, informative: FloatArray, group_size:
         short = _informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative
         low, high = np.where(short, middle, low), np.where(short, high, middle)
     return np.asarray(np.exp(0.5 * (low + high)))
-
-
-def looked_up_concentration(mean: FloatArray, informative: FloatArray, group_size: int) -> FloatArray:
-    """`matched_concentration` from a table, within a few per cent and much faster: for whole pools per request.
-
-    Args:
-        mean, informative, group_size: As for `matched_concentration`, of shape [n].
-    """
-    table = _table(group_size)
-    last = _GRID - 1
-    mean = np.clip(mean, *_MEAN_RANGE)
-    share = np.clip(informative / np.maximum(_highest(mean, group_size), 1e-12), 0.0, 1.0)
-    row, column = mean * last, share * last
-    i, j = np.minimum(row.astype(np.int64), last - 1), np.minimum(column.astype(np.int64), last - 1)
-    u, v = row - i, column - j
-    low = (1.0 - v) * table[i, j] + v * table[i, j + 1]
-    high = (1.0 - v) * table[i + 1, j] + v * table[i + 1, j + 1]
-    return np.asarray(np.exp((1.0 - u) * low + u * high))
-
-
-@lru_cache(maxsize=16)
-def _table(group_size: int) -> FloatArray:
-    """log s over a grid of the mean and of the informative probability's share of its highest value."""
-    mean, share = np.meshgrid(np.linspace(0.0, 1.0, _GRID), np.linspace(0.0, 1.0, _GRID), indexing="ij")
-    mean = np.clip(mean, *_MEAN_RANGE)
-    return np.log(matched_concentration(mean, share * _highest(mean, group_size), group_size))
-
-
-def _highest(mean: FloatArray, group_size: int) -> FloatArray:
-    """The informative probability of a rate that is known exactly."""
-    if group_size == 1:
-        return 2.0 * mean * (1.0 - mean)
-    return np.asarray(1.0 - mean**group_size - (1.0 - mean) ** group_size)
 
 
 def matched_inflated(
