@@ -31,6 +31,10 @@ from evenodds.schemas import (
     PromptRef,
     PromptsAdded,
     PromptState,
+    RefitList,
+    RefitPolicy,
+    RefitRequest,
+    RefitState,
     Request,
     RunName,
     RunPage,
@@ -67,20 +71,23 @@ class Calls(Protocol):
         optimism: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
+        refit: RefitPolicy | Mapping[str, object] | None = None,
     ) -> Exchange[RunState]:
         """Create a run, or change settings of an existing one. What is left out keeps its value.
 
         Args:
             run: Name of the run: letters, digits, `.`, `_`, `-`; at most 128 characters.
-            predictor: `gps`, shared model and own evidence; `mopps`, own evidence alone; `uniform`, chance.
+            predictor: `gps`, shared model and own evidence; `gps-paper`, the published model alone; `mopps`, own
+                evidence alone; `uniform`, chance.
             group_size: Attempts per prompt in training, in [1, 1024].
             target_rate: Success rate to aim at, in (0, 1), instead of the likeliest to be informative.
             embedder: `builtin`, `caller`, `none`, or a sentence-transformers model.
             embedder_prompt: Instruction that the embedder puts before each text.
-            acquisition: `yield`, `thompson` or `uniform`.
+            acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
             cooldown_steps: Steps that a chosen prompt rests.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.
+            refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
 
         Returns:
             The run as it stands afterwards.
@@ -89,16 +96,19 @@ class Calls(Protocol):
             Conflict: The run holds prompts already, and the change would not fit them.
         """
         with _contract("put_run"):
-            update = RunUpdate(
-                predictor=predictor,
-                group_size=group_size,
-                target_rate=target_rate,
-                embedder=embedder,
-                embedder_prompt=embedder_prompt,
-                acquisition=acquisition,
-                optimism=optimism,
-                cooldown_steps=cooldown_steps,
-                max_visits=max_visits,
+            update = RunUpdate.model_validate(
+                {
+                    "predictor": predictor,
+                    "group_size": group_size,
+                    "target_rate": target_rate,
+                    "embedder": embedder,
+                    "embedder_prompt": embedder_prompt,
+                    "acquisition": acquisition,
+                    "optimism": optimism,
+                    "cooldown_steps": cooldown_steps,
+                    "max_visits": max_visits,
+                    "refit": refit,
+                }
             )
         path = _run_path("put_run", run)
         return (yield from self.call("PUT", path, RunState, content=_json(update)))
@@ -122,6 +132,34 @@ class Calls(Protocol):
             NotFound: There is no such run.
         """
         return (yield from self.delete(_run_path("delete_run", run)))
+
+    def refit(self, run: str, *, wait_seconds: float = 0.0) -> Exchange[RefitState]:
+        """Ask for a fit of the shared model. A run has at most one that is open: if there is one, that is it.
+
+        A worker (`evenodds work`) does it. A repeat after a lost reply asks for one more fit at most.
+
+        Args:
+            wait_seconds: Wait so long for it to end, in [0, 300]. The reply may take that much longer than
+                `timeout_seconds`.
+
+        Returns:
+            The refit, ended (`done` or `failed`) or as it stands when the time is up.
+
+        Raises:
+            NotFound: There is no such run, or it was deleted meanwhile.
+        """
+        path = f"{_run_path('refit', run)}/refit"
+        with _contract("refit"):
+            request = RefitRequest(wait_seconds=wait_seconds)
+        return (yield from self.call("POST", path, RefitState, content=_json(request), silence_seconds=wait_seconds))
+
+    def refits(self, run: str) -> Exchange[RefitList]:
+        """The newest refits of a run, at most 100, and what came of them.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        return (yield from self.call("GET", f"{_run_path('refits', run)}/refits", RefitList))
 
     def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
         """Add prompts to the pool, in as many requests as needed. Repeating it is safe.
@@ -314,7 +352,8 @@ def _cursor(cursor: str | None) -> dict[str, str]:
 
 
 def _json(request: Request) -> bytes:
-    return request.model_dump_json(exclude_none=True).encode()
+    """What was given and no more: what is left out is the service's to decide."""
+    return request.model_dump_json(exclude_none=True, exclude_unset=True).encode()
 
 
 def _references(prompts: Iterable[str | PromptRef | Mapping[str, object]]) -> object:

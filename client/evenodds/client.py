@@ -66,7 +66,8 @@ class Client:
 
     Args:
         base_url: Where the service is: http or https, a path prefix if it has one.
-        timeout_seconds: Longest silence in one attempt: to connect, and to wait for the next bytes. Above 0.
+        timeout_seconds: Longest silence in one attempt: to connect, and to wait for the next bytes. Above 0. What
+            a call waits for on purpose (`wait_seconds`) comes on top.
         retries: Repeats after the first attempt, at least 0.
         transport: Carries the requests; a connection pool by default.
         sleep: Waits for so many seconds.
@@ -99,6 +100,8 @@ class Client:
     run = _blocking(Calls.run)
     runs_page = _blocking(Calls.runs_page)
     delete_run = _blocking(Calls.delete_run)
+    refit = _blocking(Calls.refit)
+    refits = _blocking(Calls.refits)
     add_prompts = _blocking(Calls.add_prompts)
     prompts_page = _blocking(Calls.prompts_page)
     prompt = _blocking(Calls.prompt)
@@ -197,6 +200,8 @@ class AsyncClient:
     run = _awaited(Calls.run)
     runs_page = _awaited(Calls.runs_page)
     delete_run = _awaited(Calls.delete_run)
+    refit = _awaited(Calls.refit)
+    refits = _awaited(Calls.refits)
     add_prompts = _awaited(Calls.add_prompts)
     prompts_page = _awaited(Calls.prompts_page)
     prompt = _awaited(Calls.prompt)
@@ -298,7 +303,15 @@ def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Reques
     headers = {"X-Request-ID": send.request_id}
     if send.content is not None:
         headers["Content-Type"] = "application/json"
-    return http.build_request(send.method, send.path, params=send.query, content=send.content, headers=headers)
+    usual = http.timeout.read or 0.0  # all four are `timeout_seconds`
+    return http.build_request(
+        send.method,
+        send.path,
+        params=send.query,
+        content=send.content,
+        headers=headers,
+        timeout=httpx.Timeout(usual, read=usual + send.silence_seconds),
+    )
 
 
 def _received(response: httpx.Response) -> Received:

@@ -46,13 +46,20 @@ _PROBLEMS: dict[int, type[ProblemError]] = {
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send this request. `path` is percent-encoded; `content` is JSON."""
+    """Send this request.
+
+    Attributes:
+        path: Percent-encoded.
+        content: JSON.
+        silence_seconds: How much longer than usual the reply may take, at least 0.
+    """
 
     method: str
     path: str
     request_id: str
     query: Mapping[str, str]
     content: bytes | None
+    silence_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +113,21 @@ class Protocol:
         query: Mapping[str, str] | None = None,
         content: bytes | None = None,
         replying: Collection[int] = (),
+        silence_seconds: float = 0.0,
     ) -> Exchange[ReplyT]:
         """Make a call whose repetition is safe, and read its reply.
 
         Args:
             reply: What the reply holds.
             replying: Statuses of 400 and above that hold `reply` too; they are not retried.
+            silence_seconds: How much longer than usual the reply may take, at least 0.
 
         Raises:
             TransportError: No attempt brought a reply.
             ProblemError: The service replied with an error.
             ReplyInvalid: The reply was not understood.
         """
-        send = Send(method, path, uuid4().hex, query or {}, content)
+        send = Send(method, path, uuid4().hex, query or {}, content, silence_seconds)
         received, _ = yield from self._attempts(send, replying)
         if received.status >= 400 and received.status not in replying:
             raise problem(send, received)

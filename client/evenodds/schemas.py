@@ -134,6 +134,8 @@ class RefitState(Reply):
 
 
 class RefitRequest(Request):
+    model_config = _example(wait_seconds=30)
+
     wait_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = Field(
         default=0.0, description="wait so long for the refit to end"
     )

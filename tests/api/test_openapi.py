@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from evenodds.schemas import ObserveRequest, PredictRequest, PromptIn, PromptsIn, RunUpdate, SelectRequest
+from evenodds.schemas import (
+    ObserveRequest,
+    PredictRequest,
+    PromptIn,
+    PromptsIn,
+    RefitRequest,
+    RunUpdate,
+    SelectRequest,
+)
 from evenodds_service.api.app import create_app
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
@@ -26,6 +34,7 @@ BODIES: dict[str, type[Request]] = {
     "POST /select_batch": SelectRequest,
     "PUT /runs/{run}": RunUpdate,
     "POST /runs/{run}/prompts": PromptsIn,
+    "POST /runs/{run}/refit": RefitRequest,
 }
 
 
@@ -69,6 +78,7 @@ def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) ->
         "DELETE /runs/{run}",
         "GET /runs/{run}/prompts",
         "GET /runs/{run}/prompts/{prompt_id}",
+        "GET /runs/{run}/refits",
         "GET /healthz",
         "GET /readyz",
         "GET /metrics",

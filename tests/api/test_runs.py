@@ -27,6 +27,8 @@ DEFAULTS = {
     "optimism": 0.5,
     "cooldown_steps": 0,
     "max_visits": 0,
+    "refit": {"every_observations": 2_048, "every_seconds": 600},
+    "last_refit": None,
     "pool_size": 0,
     "log_position": 0,
     "head_step": None,
@@ -86,7 +88,8 @@ def test_null_resets_a_field(caller: Caller, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("predictor", "acquisition"), [("gps", "yield"), ("mopps", "thompson"), ("uniform", "uniform")]
+    ("predictor", "acquisition"),
+    [("gps", "yield"), ("gps-paper", "paper"), ("mopps", "thompson"), ("uniform", "uniform")],
 )
 def test_acquisition_follows_the_predictor(caller: Caller, predictor: str, acquisition: str) -> None:
     assert caller.create(predictor=predictor)["acquisition"] == acquisition

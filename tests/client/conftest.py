@@ -27,6 +27,8 @@ RUN: dict[str, object] = {
     "optimism": 0.5,
     "cooldown_steps": 0,
     "max_visits": 0,
+    "refit": {"every_observations": 2048, "every_seconds": 600},
+    "last_refit": None,
     "pool_size": 3,
     "log_position": 1,
     "head_step": None,

@@ -19,6 +19,7 @@ from evenodds import (
     Observation,
     PromptIn,
     PromptRef,
+    RefitPolicy,
     RunState,
     Unavailable,
 )
@@ -55,6 +56,17 @@ SELECTED = {
     "forecast": {"informative_share": 0.5, "informative_groups": 0.5, "pad_to": None},
     "prompts": [{"prompt_id": "a", "success_rate": 0.25, "std": 0.1, "informative_probability": 0.9}],
 }
+REFIT = {
+    "refit_id": 5,
+    "status": "done",
+    "worker": "w",
+    "attempts": 1,
+    "requested_at": "2026-01-02T03:04:05Z",
+    "finished_at": "2026-01-02T03:04:06Z",
+    "model_version": 2,
+    "report": {"seconds_fitting": 0.5},
+    "error": None,
+}
 PROMPT = {
     "run": "r",
     "prompt_id": "a",
@@ -84,6 +96,16 @@ def test_put_run_sends_only_what_was_given(talk: Conversation) -> None:
     assert talk.body() == {"predictor": "gps", "group_size": 16}
     assert isinstance(state, RunState)
     assert state.group_size == 16
+
+
+@pytest.mark.parametrize("policy", [RefitPolicy(every_seconds=60), {"every_seconds": 60}])
+def test_put_run_sends_the_part_of_a_refit_policy_that_was_given(talk: Conversation, policy: object) -> None:
+    talk.replies_with_run()
+
+    state = talk.call("put_run", "math-7b", refit=policy)
+
+    assert talk.body() == {"refit": {"every_seconds": 60}}
+    assert state.refit == RefitPolicy(every_observations=2_048, every_seconds=600)
 
 
 def test_a_reply_may_hold_fields_that_this_release_does_not_know(talk: Conversation) -> None:
@@ -142,6 +164,42 @@ def test_a_run_that_was_never_there_cannot_be_deleted(talk: Conversation) -> Non
 
     with pytest.raises(NotFound):
         talk.call("delete_run", "math-7b")
+
+
+def test_refit_asks_and_reads_the_refit(talk: Conversation) -> None:
+    talk.replies_with({**REFIT, "status": "pending", "finished_at": None, "model_version": None, "report": None})
+
+    refit = talk.call("refit", "math-7b")
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("POST", "/runs/math-7b/refit")
+    assert talk.body() == {"wait_seconds": 0.0}
+    assert (refit.refit_id, refit.status, refit.model_version) == (5, "pending", None)
+
+
+@pytest.mark.parametrize("wait_seconds", [0.0, 90.0])
+def test_the_reply_of_refit_may_take_as_long_as_was_asked_on_top(talk: Conversation, wait_seconds: float) -> None:
+    talk.options["timeout_seconds"] = 7.0
+    talk.replies_with(REFIT)
+
+    refit = talk.call("refit", "math-7b", wait_seconds=wait_seconds)
+
+    assert talk.body() == {"wait_seconds": wait_seconds}
+    timeout = talk.requests[0].extensions["timeout"]
+    assert timeout == {"connect": 7.0, "read": 7.0 + wait_seconds, "write": 7.0, "pool": 7.0}
+    assert (refit.status, refit.model_version, refit.report) == ("done", 2, {"seconds_fitting": 0.5})
+
+
+def test_refits_lists_what_came_of_them(talk: Conversation) -> None:
+    failed = {**REFIT, "refit_id": 6, "status": "failed", "model_version": None, "error": "ValueError: no"}
+    talk.replies_with({"refits": [failed, REFIT]})
+
+    found = talk.call("refits", "math-7b").refits
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("GET", "/runs/math-7b/refits")
+    assert [(refit.refit_id, refit.status, refit.error) for refit in found] == [
+        (6, "failed", "ValueError: no"),
+        (5, "done", None),
+    ]
 
 
 def test_add_prompts_takes_models_and_mappings(talk: Conversation) -> None:
@@ -336,6 +394,24 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         ("r",),
         {"group_size": 0},
         "put_run was not sent: group_size: Input should be greater than or equal to 1, got 0",
+    ),
+    "wait": (
+        "refit",
+        ("r",),
+        {"wait_seconds": 301},
+        "refit was not sent: wait_seconds: Input should be less than or equal to 300, got 301",
+    ),
+    "endless wait": (
+        "refit",
+        ("r",),
+        {"wait_seconds": float("inf")},
+        "refit was not sent: wait_seconds: Input should be a finite number, got inf",
+    ),
+    "refit policy": (
+        "put_run",
+        ("r",),
+        {"refit": {"every_second": 5}},
+        "put_run was not sent: refit.every_second: Extra inputs are not permitted, got 5",
     ),
     "NaN": (
         "observe",

@@ -39,6 +39,8 @@ CALLS: dict[str, tuple[object, ...]] = {
     "run": ("r",),
     "runs_page": (),
     "delete_run": ("r",),
+    "refit": ("r",),
+    "refits": ("r",),
     "add_prompts": ("r", [{"prompt_id": "a"}]),
     "prompts_page": ("r",),
     "prompt": ("r", "a"),
