@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(command=_serve)
 
     work = commands.add_parser("work", help="refit shared models in the background, on a GPU where there is one")
-    work.add_argument("--exit-with-parent", action="store_true", help="end when the process that started it ends")
+    work.add_argument("--exit-with", type=int, metavar="PID", help="end when the parent process, PID, ends")
     work.set_defaults(command=_work)
 
     migrate = commands.add_parser("migrate", help="bring the database to this release's schema")
@@ -85,7 +85,7 @@ def _serve(options: argparse.Namespace) -> int:
     if options.with_worker:
         environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
         environment |= {"OPENBLAS_NUM_THREADS": threads} if threads else {}
-        command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with-parent"]
+        command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
         worker = subprocess.Popen(command, env=environment)
     try:
         app = create_app(store, live_runs=settings.live_runs)
@@ -105,9 +105,8 @@ def _work(options: argparse.Namespace) -> int:
     import threading
     from datetime import datetime, timedelta, timezone
 
-    import torch
-
-    from evenodds_service.model.network import default_device
+    from evenodds_service.model.errors import DeviceUnavailable
+    from evenodds_service.model.network import open_device
     from evenodds_service.model.refit import fit_shared_model
     from evenodds_service.worker import Worker
 
@@ -117,12 +116,16 @@ def _work(options: argparse.Namespace) -> int:
         settings, store = _opened()
     except _Refused as error:
         return _fault(str(error))
-    device = torch.device(settings.device) if settings.device else default_device()
+    try:
+        device = open_device(settings.device)
+    except DeviceUnavailable as error:
+        store.close()
+        return _fault(f"EVENODDS_DEVICE: {error}")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if options.exit_with_parent:
-        threading.Thread(target=_stop_with_parent, args=(stop, os.getppid()), daemon=True).start()
+    if options.exit_with is not None:
+        threading.Thread(target=_stop_with_parent, args=(stop, options.exit_with), daemon=True).start()
     worker = Worker(
         store,
         name=f"{socket.gethostname()}-{os.getpid()}",
@@ -140,7 +143,7 @@ def _work(options: argparse.Namespace) -> int:
 
 
 def _stop_with_parent(stop: threading.Event, parent: int) -> None:
-    """Where a process dies, the system gives its children another parent."""
+    """Where a process dies, the system gives its children another parent, also before they ask who it is."""
     while not stop.wait(1.0):
         if os.getppid() != parent:
             stop.set()

@@ -24,7 +24,7 @@ from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import Material, gather
 from evenodds_service.model.shared_model import SharedModel
-from evenodds_service.storage.errors import RefitLost, RunUnknown, StoreError
+from evenodds_service.storage.errors import RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.storage.store import Refit, Run, Store
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Worker:
                 self._work(refit)
             except (RefitLost, RunUnknown) as error:
                 logger.warning("%s: %s", self._name, error)
-            except StoreError:
+            except StoreUnavailable:
                 raise  # the lease runs out, and the refit is taken up again
             except Exception as error:  # one run's bad data must not keep the others from being fitted
                 logger.exception("%s: refit %d failed", self._name, refit.id)
@@ -217,9 +217,16 @@ class _View:
         self._ngrams = sparse.csr_matrix((0, 0))
 
     def material(self, store: Store, run: Run) -> Material:
-        """Everything up to the log position of the live view, which is at least the one that `run` shows."""
+        """Everything up to the log position of the live view, which is at least the one that `run` shows.
+
+        Raises:
+            ValueError: the run has no prompts.
+            RunUnknown: the run was deleted since `run` was read.
+        """
         self.live.catch_up(store, run)
         state, pool = self.live.state, self.live.pool
+        if state.basis is None:
+            raise ValueError(f"run {run.name!r} has no prompts to fit: load them with POST /runs/{{run}}/prompts")
         while self._read_to < state.position:
             page = store.entries(run.id, after=self._read_to)
             entries = [entry for entry in page if entry.position <= state.position]
@@ -228,7 +235,6 @@ class _View:
             self._observations += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
             self._read_to = entries[-1].position
         self._read_texts(store, run)
-        assert state.basis is not None  # a run with observations has prompts
         return Material(
             embedder=vector_name(run.settings) or "",
             predictor=run.settings.predictor,
@@ -243,11 +249,14 @@ class _View:
 
     def _read_texts(self, store: Store, run: Run) -> None:
         n = self._ngrams.shape[0]
+        blocks = [self._ngrams] if n else []
         while n < self.live.state.n_prompts:
             prompts = store.prompts(run.id, first=n, limit=_PAGE)
-            block = ngram_matrix([prompt.text or "" for prompt in prompts])
-            self._ngrams = block if n == 0 else sparse.vstack([self._ngrams, block], format="csr")
-            n = self._ngrams.shape[0]
+            if not prompts:
+                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
+            blocks.append(ngram_matrix([prompt.text or "" for prompt in prompts]))
+            n += len(prompts)
+        self._ngrams = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
 
 
 def _history(entry: ObserveEntry) -> History:

@@ -13,3 +13,9 @@ class EmbedderUnavailable(ModelError):
     """The embedding model could not be opened, or gave no usable vectors when it was tried."""
 
     code = "embedder_unavailable"
+
+
+class DeviceUnavailable(ModelError):
+    """The named torch device does not exist here, or cannot be used."""
+
+    code = "device_unavailable"

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evenodds_service.model.errors import DeviceUnavailable
+
 KL_WEIGHT = 0.01
 """beta of Eq. 8: ours, as in the authors' earlier open code."""
 
@@ -229,9 +231,21 @@ def gaussian_kl(mean_Z: Tensor, sigma_Z: Tensor, other_mean_Z: Tensor, other_sig
     return 0.5 * (ratio + shift - 1.0 - ratio.log()).sum()
 
 
-def default_device() -> torch.device:
-    """CUDA if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def open_device(name: str | None) -> torch.device:
+    """The device of this name; without one, CUDA if there is one, else the CPU.
+
+    Raises:
+        DeviceUnavailable: torch knows no such device, or cannot use it here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceUnavailable(f"device {name!r} cannot be used here ({reason}): use cpu or cuda") from error
+    return device
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:

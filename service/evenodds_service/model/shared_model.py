@@ -90,7 +90,7 @@ class SharedModel:
             arrays = load(content)
             header = json.loads(arrays.pop(_HEADER).tobytes())
             found = header["format"]
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SnapshotUnusable(f"{len(content)} bytes are no snapshot ({error}): refit the run") from error
         if found != FORMAT:
             raise SnapshotUnusable(f"the snapshot has format {found}, this release reads {FORMAT}: refit the run")

@@ -1,0 +1,187 @@
+"""A store with runs in it, a clock that tests turn, and workers with a fit of the test's own."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sqlalchemy import Engine, delete, text
+
+from evenodds import PromptIn
+from evenodds_service.api.features import Featurizer
+from evenodds_service.domain.types import FittedPrior, NewObservation, RunSettings, SnapshotEntry
+from evenodds_service.model.refit import Material, fit_shared_model
+from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.storage.engine import WRITES, open_engine
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.store import Refit, Run, Store
+from evenodds_service.storage.tables import checkpoints
+from evenodds_service.worker import Fit, Worker
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks is a folder of scripts, not an installed package
+
+LEASE = timedelta(seconds=60)
+GROUP_SIZE = 8
+
+
+def text_of(i: int) -> str:
+    return f"{'Prove' if i % 2 else 'Compute'} something about the number {i}."
+
+
+def real_fit(material: Material) -> SharedModel:
+    return fit_shared_model(material, device=torch.device("cpu"))
+
+
+def constant(rate: float) -> Fit:
+    """A fit that finds the same rate for every prompt of the pool, and knows nothing of others."""
+
+    def fit(material: Material) -> SharedModel:
+        n = len(material.x_N_d)
+        prior = FittedPrior(np.full(n, rate, np.float32), np.full(n, 4.0, np.float32))
+        return SharedModel(
+            embedder=material.embedder,
+            group_size=material.group_size,
+            basis=material.basis,
+            priors={"ngrams": prior},
+            weights={},
+            report={"rate": rate},
+        )
+
+    return fit
+
+
+def failing(message: str) -> Fit:
+    def fit(material: Material) -> SharedModel:
+        raise ArithmeticError(message)
+
+    return fit
+
+
+@dataclass
+class Clock:
+    """Stands still unless it is turned."""
+
+    now: datetime = field(default_factory=lambda: datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc))
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+class Stalled:
+    """A fit that says when it has begun and goes on when it is told to."""
+
+    def __init__(self, then: Fit) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self._then = then
+
+    def __call__(self, material: Material) -> SharedModel:
+        self.began.set()
+        assert self.go_on.wait(timeout=60)
+        return self._then(material)
+
+
+@dataclass
+class Bench:
+    """A database with its store and clock."""
+
+    database_url: str
+    engine: Engine
+    store: Store
+    clock: Clock
+
+    def load(self, name: str, n: int, *, first: int = 0, **settings: Any) -> Run:
+        """The run with prompts p<first> .. p<first + n - 1>: every other one says Prove, the rest Compute."""
+        run, _ = self.store.put_run(name, RunSettings(**{"group_size": GROUP_SIZE, **settings}), now=self.clock())
+        items = [PromptIn(prompt_id=f"p{i}", text=text_of(i)) for i in range(first, first + n)]
+        prepared = Featurizer(self.store).prepare(run, items, names=[str(i) for i in range(n)])
+        self.store.add_prompts(
+            run.id,
+            prepared.prompts,
+            prepared.vectors,
+            embedder=prepared.embedder,
+            embedding_width=prepared.embedding_width,
+            now=self.clock(),
+        )
+        return self.store.run(name)
+
+    def observe(self, name: str, step: int, prompts: Iterable[int]) -> None:
+        """Compute is mostly solved and Prove mostly not, each prompt a little differently."""
+        run = self.store.run(name)
+        rows = [NewObservation.of_counts(i, i % 3 if i % 2 else GROUP_SIZE - i % 4, GROUP_SIZE) for i in prompts]
+        self.store.append_observations(
+            run.id, step=step, observations=rows, model_version=run.model_version, now=self.clock()
+        )
+
+    def learned(self, name: str, n: int = 160, n_observed: int = 128, **settings: Any) -> Run:
+        """A loaded run with as many observations, in four steps, as make its first refit due."""
+        self.load(name, n, **settings)
+        for step in range(4):
+            self.observe(name, step, range(step * n_observed // 4, (step + 1) * n_observed // 4))
+        return self.store.run(name)
+
+    def worker(self, fit: Fit | None = None, *, name: str = "w", store: Store | None = None, **more: Any) -> Worker:
+        """With the real fit by default."""
+        options = {"clock": self.clock, "lease": LEASE, "poll_seconds": 0.01, **more}
+        return Worker(store or self.store, name=name, fit=fit or real_fit, **options)
+
+    def refits(self, name: str) -> tuple[Refit, ...]:
+        return self.store.refits(self.store.run(name).id)
+
+    def snapshots(self, name: str) -> list[int]:
+        """Versions in the order of the log."""
+        entries = self.store.entries(self.store.run(name).id, after=0)
+        return [entry.version for entry in entries if isinstance(entry, SnapshotEntry)]
+
+    def forget_checkpoints(self, name: str, *, above: int = 0) -> None:
+        """Remove the run's checkpoints behind this log position."""
+        here = (checkpoints.c.run_id == self.store.run(name).id, checkpoints.c.position > above)
+        with self.engine.begin() as connection:
+            connection.execute(delete(checkpoints).where(*here))
+
+    @contextmanager
+    def without_writes(self) -> Iterator[None]:
+        """Nobody else can write to the database for as long as the body runs."""
+        other = open_engine(self.database_url)
+        with other.execution_options(**{WRITES: True}).begin() as connection:
+            if other.dialect.name != "sqlite":
+                connection.execute(text("LOCK TABLE runs, refits IN SHARE MODE"))
+            yield
+        other.dispose()
+
+    # What a test's worker may fit.
+
+    real = staticmethod(real_fit)
+    constant = staticmethod(constant)
+    failing = staticmethod(failing)
+    stalled = Stalled
+
+    @staticmethod
+    def until(is_true: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Ask again and again until it is true; fail after so many seconds."""
+        deadline = time.monotonic() + seconds
+        pause = threading.Event()
+        while not is_true():
+            assert time.monotonic() < deadline, "it did not come true in time"
+            pause.wait(0.01)
+
+
+@pytest.fixture
+def bench(database_url: str) -> Iterator[Bench]:
+    """Over a migrated database of the test's own, once for each backend; a lock is waited for a second."""
+    engine = open_engine(database_url, pool_size=10, timeout_seconds=1)
+    upgrade(engine)
+    yield Bench(database_url, engine, Store(engine), Clock())
+    engine.dispose()

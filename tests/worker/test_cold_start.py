@@ -1,0 +1,139 @@
+"""A process that starts from a checkpoint and the log's tail answers bit for bit as one that read the whole log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from evenodds_service.domain.checkpoint import to_bytes
+from evenodds_service.domain.types import Entry, FloatArray, Predictor
+from evenodds_service.live_run import LiveRun
+from evenodds_service.storage.store import Store
+from evenodds_service.worker import Fit
+
+if TYPE_CHECKING:
+    from tests.worker.conftest import Bench
+
+PREDICTORS: tuple[Predictor, ...] = ("gps", "gps-paper", "mopps")
+
+
+class Watched(Store):
+    """Keeps from which position the log was first read."""
+
+    read_from: int | None = None
+
+    def entries(self, run_id: int, *, after: int, limit: int = 1_000) -> tuple[Entry, ...]:
+        if self.read_from is None:
+            self.read_from = after
+        return super().entries(run_id, after=after, limit=limit)
+
+
+def started(bench: Bench) -> tuple[LiveRun, int | None]:
+    """The view of a process that starts now, and from which position it read the log."""
+    store = Watched(bench.engine)
+    run = store.run("math")
+    live = LiveRun(run.id)
+    live.catch_up(store, run)
+    return live, store.read_from
+
+
+def beliefs(live: LiveRun) -> list[FloatArray]:
+    """About the pool, and about its first prompts as if they were new, under every predictor."""
+    block = live.pool.raw(0, 5)
+    texts = [f"Compute {i}" for i in range(5)]
+    known = [array for predictor in PREDICTORS for array in live.beliefs(predictor)]
+    return [*known, *(array for predictor in PREDICTORS for array in live.new_beliefs(predictor, texts, block))]
+
+
+def assert_same(one: LiveRun, other: LiveRun) -> None:
+    assert to_bytes(one.state) == to_bytes(other.state)
+    for ours, theirs in zip(beliefs(one), beliefs(other), strict=True):
+        assert np.isfinite(ours).all()
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def grown(bench: Bench, fit: Fit, *, predictor: Predictor = "gps") -> int:
+    """A run with a snapshot and its checkpoint, to which prompts, observations and a further snapshot were added.
+
+    Returns the position of the first checkpoint.
+    """
+    bench.learned("math", predictor=predictor)
+    worker = bench.worker(fit)
+    worker.work_once()
+    position = bench.store.run("math").log_position
+    bench.load("math", 40, first=160)
+    bench.observe("math", 4, range(100, 200))
+    bench.store.request_refit(bench.store.run("math").id, now=bench.clock())
+    worker.work_once()
+    bench.observe("math", 5, range(0, 200, 3))
+    return position
+
+
+@pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
+def test_every_refit_leaves_a_checkpoint_from_which_a_process_starts(bench: Bench, predictor: Predictor) -> None:
+    checkpoint = grown(bench, bench.real, predictor=predictor)
+    run = bench.store.run("math")
+    assert run.model_version == 2
+
+    newest, read_from = started(bench)
+    bench.forget_checkpoints("math", above=checkpoint)
+    older, read_from_older = started(bench)
+    bench.forget_checkpoints("math")
+    whole, read_from_beginning = started(bench)
+
+    assert (read_from, read_from_older, read_from_beginning) == (run.log_position - 1, checkpoint, 0)
+    assert_same(newest, whole)
+    assert_same(older, whole)
+
+
+def test_what_comes_later_is_folded_alike(bench: Bench) -> None:
+    grown(bench, bench.constant(0.3))
+    cold, _ = started(bench)
+    bench.forget_checkpoints("math")
+    whole, _ = started(bench)
+
+    bench.load("math", 8, first=200)
+    bench.observe("math", 6, range(150, 208))
+    bench.store.request_refit(bench.store.run("math").id, now=bench.clock())
+    bench.worker().work_once()
+    for live in (cold, whole):
+        live.catch_up(bench.store, bench.store.run("math"))
+
+    assert cold.state.model_version == 3
+    assert_same(cold, whole)
+
+
+def test_an_unusable_checkpoint_is_logged_and_the_whole_log_is_read(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = grown(bench, bench.constant(0.3))
+    bench.forget_checkpoints("math")
+    whole, _ = started(bench)
+    bench.store.save_checkpoint(
+        bench.store.run("math").id, position=checkpoint, state=b"of another release", now=bench.clock()
+    )
+
+    cold, read_from = started(bench)
+
+    assert read_from == 0
+    assert_same(cold, whole)
+    (warning,) = [message for message in caplog.messages if "checkpoint" in message]
+    assert warning.startswith("run 'math': 18 bytes are no checkpoint")
+    assert warning.endswith("; folding its log from the beginning")
+
+
+def test_a_reader_does_not_start_from_a_checkpoint_behind_the_position_that_it_knows(bench: Bench) -> None:
+    grown(bench, bench.constant(0.3))
+    store = Watched(bench.engine)
+    run = store.run("math")
+    bench.observe("math", 7, range(10))
+    bench.store.request_refit(run.id, now=bench.clock())
+    bench.worker().work_once()
+
+    live = LiveRun(run.id)
+    live.catch_up(store, run)
+
+    assert live.state.position >= run.log_position
+    assert store.read_from == run.log_position - 1
