@@ -50,6 +50,7 @@ Features = Annotated[dict[Key, Finite], Field(max_length=MAX_FEATURES)]
 
 Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
 Acquisition = Literal["yield", "paper", "thompson", "uniform"]
+ModelSize = Literal["small", "published"]
 RefitStatus = Literal["pending", "running", "done", "failed"]
 
 
@@ -116,6 +117,11 @@ class RunUpdate(Request):
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
     )
+    model_size: ModelSize | None = Field(
+        default=None,
+        description="of the networks of gps-paper: small (0.15 million parameters, the default) or published "
+        "(20 million, for a GPU worker); applies from the next refit on",
+    )
     refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
 
 
@@ -158,6 +164,7 @@ class RunState(Reply):
     optimism: float
     cooldown_steps: int
     max_visits: int
+    model_size: ModelSize
     refit: RefitPolicy
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
     pool_size: int = Field(description="prompts that may be selected")

@@ -239,6 +239,7 @@ class _View:
             embedder=vector_name(run.settings) or "",
             predictor=run.settings.predictor,
             group_size=run.settings.group_size,
+            model_size=run.settings.model_size,
             basis=state.basis,
             x_N_d=pool.matrix(state.basis, state.n_prompts),
             embeddings_N_D=pool.raw(0, state.n_prompts).embedding_N_D,

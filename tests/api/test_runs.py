@@ -27,6 +27,7 @@ DEFAULTS = {
     "optimism": 0.5,
     "cooldown_steps": 0,
     "max_visits": 0,
+    "model_size": "small",
     "refit": {"every_observations": 2_048, "every_seconds": 600},
     "last_refit": None,
     "pool_size": 0,
@@ -45,6 +46,7 @@ CHANGED = {
     "optimism": 0.0,
     "cooldown_steps": 3,
     "max_visits": 2,
+    "model_size": "published",
 }
 
 

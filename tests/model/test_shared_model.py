@@ -176,6 +176,18 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
     assert any(moved)
 
 
+def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(models: dict[str, SharedModel]) -> None:
+    given = replace(material("gps-paper"), model_size="published")
+
+    after_small = fitted(replace(given, warm_start=models["gps-paper"]))
+
+    n_parameters = sum(array.size for name, array in after_small.weights[PAPER].items() if name != "size")
+    assert 18e6 < n_parameters < 22e6
+    cold = fitted(given)
+    for name, array in after_small.weights[PAPER].items():
+        np.testing.assert_array_equal(array, cold.weights[PAPER][name])
+
+
 def test_the_bytes_are_safetensors_and_no_pickle(model: SharedModel) -> None:
     content = model.to_bytes()
 

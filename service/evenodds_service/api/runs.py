@@ -264,6 +264,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         optimism=settings.optimism,
         cooldown_steps=settings.cooldown_steps,
         max_visits=settings.max_visits,
+        model_size=settings.model_size,
         refit=RefitPolicy(
             every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
         ),

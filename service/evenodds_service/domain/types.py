@@ -21,6 +21,7 @@ BoolArray = NDArray[np.bool_]
 
 Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
 Acquisition = Literal["yield", "paper", "thompson", "uniform"]
+ModelSize = Literal["small", "published"]
 
 BUILTIN, CALLER, NO_EMBEDDER = "builtin", "caller", "none"
 
@@ -42,6 +43,7 @@ class RunSettings:
         optimism: Weight of the standard deviation in the yield score.
         cooldown_steps: Steps that a chosen prompt rests.
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
+        model_size: Of the networks of `gps-paper`: `small` for a CPU, `published` has 20 million parameters.
         refit_every_observations: A refit is due after so many new observations (sooner while there are few).
         refit_every_seconds: A refit is due so long after the one before, if anything was observed since.
     """
@@ -55,6 +57,7 @@ class RunSettings:
     optimism: float = 0.5
     cooldown_steps: int = 0
     max_visits: int = 0
+    model_size: ModelSize = "small"
     refit_every_observations: int = 2_048
     refit_every_seconds: int = 600
 

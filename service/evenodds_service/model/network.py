@@ -231,6 +231,12 @@ def gaussian_kl(mean_Z: Tensor, sigma_Z: Tensor, other_mean_Z: Tensor, other_sig
     return 0.5 * (ratio + shift - 1.0 - ratio.log()).sum()
 
 
+def size_of(weights: Mapping[str, NDArray[np.float32]]) -> NetworkSize:
+    """Sizes of the model that these weights are of."""
+    _, *sizes = (int(value) for value in weights[_SIZE_KEY])
+    return NetworkSize(*sizes)
+
+
 def open_device(name: str | None) -> torch.device:
     """The device of this name; without one, CUDA if there is one, else the CPU.
 

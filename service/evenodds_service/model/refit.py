@@ -5,7 +5,7 @@ Deterministic in its arguments on a CPU. Knows no store, no clock and no lease.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,19 @@ from scipy import sparse
 
 from evenodds_service.domain.fold import PAPER
 from evenodds_service.domain.pool import Basis
-from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, Predictor
+from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, ModelSize, Predictor
 from evenodds_service.model import ngrams
 from evenodds_service.model.fitting import fit_paper, predict_paper
 from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent
+from evenodds_service.model.network import PUBLISHED, SMALL, NetworkSize, size_of
 from evenodds_service.model.shared_model import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
 
 MEMORY_STEPS = 100.0
 """An outcome counts exp(-age / memory) in the labels of the n-gram prior."""
 
 _SEED = 0
+_SIZES: Mapping[ModelSize, NetworkSize] = {"small": SMALL, "published": PUBLISHED}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +42,7 @@ class Material:
         embeddings_N_D: Their vectors; D may be 0.
         ngrams: Their n-grams, from `ngrams.ngram_matrix`.
         history: Observations of these prompts.
+        model_size: Of the networks of `gps-paper`.
         warm_start: The model that is in use, if any.
     """
 
@@ -51,6 +54,7 @@ class Material:
     embeddings_N_D: FloatArray
     ngrams: sparse.csr_matrix
     history: History
+    model_size: ModelSize = "small"
     warm_start: SharedModel | None = None
 
 
@@ -103,7 +107,10 @@ def fit_shared_model(material: Material, *, device: torch.device) -> SharedModel
 def _fit_published(material: Material, device: torch.device) -> SharedModel:
     """The published model: fitted on the batches since its last fit, predicting from the newest one."""
     before = material.warm_start
+    size = _SIZES[material.model_size]
     warm = before.weights.get(PAPER) if before is not None else None
+    if warm is not None and size_of(warm) != size:
+        warm = None  # the setting was changed: a model of the other size starts anew, on the whole history
     last_step = int(before.report.get("paper.last_step", -1)) if before is not None and warm is not None else -1
     batches = material.history.batches()
     fresh = [batch for batch in batches if int(batch.steps[0]) > last_step]
@@ -113,6 +120,7 @@ def _fit_published(material: Material, device: torch.device) -> SharedModel:
         material.embeddings_N_D,
         seed=_SEED,
         device=device,
+        size=size,
         before=earlier[-1] if earlier else None,
         warm_start=warm,
     )
