@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
@@ -92,14 +93,14 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def start_service() -> Iterator[Callable[[str], Service]]:
+def start_service() -> Iterator[Callable[..., Service]]:
     """Starts services over a database of the test's own and migrates it; all are stopped after the test."""
     with ExitStack() as stack:
-        yield lambda database_url: stack.enter_context(_serving(database_url))
+        yield lambda database_url, **options: stack.enter_context(_serving(database_url, **options))
 
 
 @contextmanager
-def _serving(database_url: str) -> Iterator[Service]:
+def _serving(database_url: str, **options: Any) -> Iterator[Service]:
     engine = open_engine(database_url, pool_size=10)
     upgrade(engine)
     store = Store(engine)
@@ -108,7 +109,9 @@ def _serving(database_url: str) -> Iterator[Service]:
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    config = uvicorn.Config(create_app(store), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        create_app(store, **options), log_config=None, access_log=False, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()  # who connects before it is up waits in the backlog

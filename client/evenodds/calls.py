@@ -71,6 +71,7 @@ class Calls(Protocol):
         optimism: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
+        keep_text: bool | None = None,
         model_size: str | None = None,
         refit: RefitPolicy | Mapping[str, object] | None = None,
     ) -> Exchange[RunState]:
@@ -88,6 +89,7 @@ class Calls(Protocol):
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
             cooldown_steps: Steps that a chosen prompt rests.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.
+            keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
             model_size: Of the networks of `gps-paper`: `small` or `published`.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
 
@@ -109,6 +111,7 @@ class Calls(Protocol):
                     "optimism": optimism,
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
+                    "keep_text": keep_text,
                     "model_size": model_size,
                     "refit": refit,
                 }

@@ -68,6 +68,7 @@ class Client:
         base_url: Where the service is: http or https, a path prefix if it has one.
         timeout_seconds: Longest silence in one attempt: to connect, and to wait for the next bytes. Above 0. What
             a call waits for on purpose (`wait_seconds`) comes on top.
+        api_key: Sent with every request, where the service asks for one.
         retries: Repeats after the first attempt, at least 0.
         transport: Carries the requests; a connection pool by default.
         sleep: Waits for so many seconds.
@@ -82,6 +83,7 @@ class Client:
         base_url: str = "http://127.0.0.1:8000",
         *,
         timeout_seconds: float = 10.0,
+        api_key: str | None = None,
         retries: int = 3,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -92,7 +94,7 @@ class Client:
         self._http = httpx.Client(
             base_url=_checked_url(base_url),
             timeout=_checked_timeout(timeout_seconds),
-            headers=_HEADERS,
+            headers=_headers(api_key),
             transport=transport,
         )
 
@@ -182,6 +184,7 @@ class AsyncClient:
         base_url: str = "http://127.0.0.1:8000",
         *,
         timeout_seconds: float = 10.0,
+        api_key: str | None = None,
         retries: int = 3,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -192,7 +195,7 @@ class AsyncClient:
         self._http = httpx.AsyncClient(
             base_url=_checked_url(base_url),
             timeout=_checked_timeout(timeout_seconds),
-            headers=_HEADERS,
+            headers=_headers(api_key),
             transport=transport,
         )
 
@@ -270,9 +273,6 @@ class AsyncClient:
             return _failed(error, request, self._http.timeout)
 
 
-_HEADERS = {"User-Agent": f"evenodds/{__version__}", "Accept": "application/json"}
-
-
 def _checked_url(base_url: str) -> httpx.URL:
     try:
         url = httpx.URL(base_url)
@@ -283,6 +283,18 @@ def _checked_url(base_url: str) -> httpx.URL:
     if url.query or url.fragment:
         raise ConfigurationError(f"base_url {base_url!r} must end before '?' and '#'")
     return url
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    """Of every request. A key that no header can hold is refused here, and not shown."""
+    headers = {"User-Agent": f"evenodds/{__version__}", "Accept": "application/json"}
+    if api_key is not None:
+        if not api_key or not all("!" <= character <= "~" for character in api_key):
+            raise ConfigurationError(
+                "api_key must be printable ASCII without blanks, as `evenodds keys create` prints it"
+            )
+        headers["Authorization"] = f"Bearer {api_key}"
+    return headers
 
 
 def _checked_timeout(timeout_seconds: float) -> httpx.Timeout:

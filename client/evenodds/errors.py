@@ -7,6 +7,8 @@
     │   ├── Unreachable       no connection: nothing was sent
     │   └── TimedOut          no reply in time; the service may have done the work
     ├── ProblemError          the service replied with an error
+    │   ├── Unauthorized      401: no API key, or none that is valid
+    │   ├── Forbidden         403: the API key may not do this
     │   ├── NotFound          404: no such run or prompt
     │   ├── Conflict          409: the call contradicts what the service holds
     │   ├── TooLarge          413: more than one call may carry
@@ -125,6 +127,14 @@ class ProblemError(EvenOddsError):
     def __str__(self) -> str:
         lines = f" [{_joined(self.errors)}]" if self.errors else ""
         return f"{self.method} {self.path}: {self.status} {self.code}: {self.detail}{lines} (request {self.request_id})"
+
+
+class Unauthorized(ProblemError):
+    """401: the service asks for an API key, or this one is not valid (any more)."""
+
+
+class Forbidden(ProblemError):
+    """403: the API key may not do this."""
 
 
 class NotFound(ProblemError):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from evenodds.errors import (
     Conflict,
+    Forbidden,
     Invalid,
     NotFound,
     ProblemError,
@@ -24,6 +25,7 @@ from evenodds.errors import (
     ServerError,
     TooLarge,
     TransportError,
+    Unauthorized,
     Unavailable,
 )
 from evenodds.faults import fault_lines
@@ -36,6 +38,8 @@ MAX_RETRY_AFTER_SECONDS = 30.0
 """A longer Retry-After is cut to this."""
 
 _PROBLEMS: dict[int, type[ProblemError]] = {
+    401: Unauthorized,
+    403: Forbidden,
     404: NotFound,
     409: Conflict,
     413: TooLarge,

@@ -117,6 +117,10 @@ class RunUpdate(Request):
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
     )
+    keep_text: bool | None = Field(
+        default=None,
+        description="false: texts are embedded and forgotten, only hashes and vectors are stored; true by default",
+    )
     model_size: ModelSize | None = Field(
         default=None,
         description="of the networks of gps-paper: small (0.15 million parameters, the default) or published "
@@ -164,6 +168,7 @@ class RunState(Reply):
     optimism: float
     cooldown_steps: int
     max_visits: int
+    keep_text: bool
     model_size: ModelSize
     refit: RefitPolicy
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")

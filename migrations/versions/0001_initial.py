@@ -1,4 +1,4 @@
-"""The first tables: runs, pools, the log, selections, refits, snapshots and checkpoints."""
+"""The first tables: runs, pools, the log, selections, refits, snapshots, checkpoints and API keys."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_table(
+        "api_keys",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("secret_hash", sa.Text(), nullable=False),
+        sa.Column("scopes", sa.Text(), nullable=False),
+        sa.Column("runs", sa.Text(), nullable=False),
+        sa.Column("requests_per_minute", sa.Integer(), nullable=True),
+        sa.Column("max_body_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("revoked_at", sa.DateTime(timezone=True), nullable=True),
+        sa.CheckConstraint("length(secret_hash) = 64", name=op.f("ck_api_keys_secret_hash")),
+        sa.CheckConstraint("requests_per_minute >= 1 AND max_body_bytes >= 1", name=op.f("ck_api_keys_limits")),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_api_keys")),
+        sa.UniqueConstraint("secret_hash", name=op.f("uq_api_keys_secret_hash")),
+    )
+    op.create_table(
         "checkpoints",
         sa.Column("run_id", sa.Integer(), nullable=False),
         sa.Column("position", sa.BigInteger(), nullable=False),
@@ -86,7 +101,7 @@ def upgrade() -> None:
         sa.Column("prior_rate", sa.Double(), nullable=True),
         sa.Column("vector_key", sa.Text(), nullable=True),
         sa.CheckConstraint('"index" >= 0', name=op.f("ck_prompts_index")),
-        sa.CheckConstraint("(text IS NULL) = (text_key IS NULL)", name=op.f("ck_prompts_text_key")),
+        sa.CheckConstraint("text IS NULL OR text_key IS NOT NULL", name=op.f("ck_prompts_text_key")),
         sa.CheckConstraint("prior_rate >= 0 AND prior_rate <= 1", name=op.f("ck_prompts_prior_rate")),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_prompts_run_id_runs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run_id", "index", name=op.f("pk_prompts")),
@@ -166,3 +181,4 @@ def downgrade() -> None:
     op.drop_table("checkpoints")
     op.drop_table("runs")
     op.drop_table("embeddings")
+    op.drop_table("api_keys")

@@ -1,4 +1,4 @@
-"""The command line: `evenodds serve | work | migrate | replay`. The only place where objects are built.
+"""The command line: `evenodds serve | work | keys | migrate | replay`. The only place where objects are built.
 
 Imports what a command needs inside the command: the thin client is installed without the service's libraries.
 """
@@ -49,6 +49,33 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--exit-with", type=int, metavar="PID", help="end when the parent process, PID, ends")
     work.set_defaults(command=_work)
 
+    keys = commands.add_parser("keys", help="create, list and revoke API keys")
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="create a key and show its secret, once")
+    create.add_argument("name", help="names the key for ever, also in logs")
+    create.add_argument(
+        "--scope",
+        action="append",
+        choices=("read", "write", "admin"),
+        help="read: predict and look; write: observe, select, load, refit; admin: delete. May be repeated (default: "
+        "read and write)",
+    )
+    create.add_argument(
+        "--runs", default="*", metavar="PATTERN", help="run names it may touch, with * and ? (default: all)"
+    )
+    create.add_argument(
+        "--requests-per-minute", type=_positive, metavar="N", help="in each process (default: no limit)"
+    )
+    create.add_argument(
+        "--max-body-mb", type=_positive, metavar="N", help="of one request (default: the service's limit)"
+    )
+    create.set_defaults(command=_create_key)
+    listing = actions.add_parser("list", help="show the keys, not their secrets")
+    listing.set_defaults(command=_list_keys)
+    revoke = actions.add_parser("revoke", help="revoke a key for good; it works for 2 seconds more at most")
+    revoke.add_argument("name")
+    revoke.set_defaults(command=_revoke_key)
+
     migrate = commands.add_parser("migrate", help="bring the database to this release's schema")
     migrate.set_defaults(command=_migrate)
 
@@ -81,6 +108,11 @@ def _serve(options: argparse.Namespace) -> int:
         settings, store = _opened()
     except _Refused as error:
         return _fault(str(error))
+    try:
+        asks_for_keys = _asks_for_keys(settings, store)
+    except _Refused as error:
+        store.close()
+        return _fault(str(error))
     worker = None
     if options.with_worker:
         environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
@@ -88,7 +120,7 @@ def _serve(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
         worker = subprocess.Popen(command, env=environment)
     try:
-        app = create_app(store, live_runs=settings.live_runs)
+        app = create_app(store, live_runs=settings.live_runs, asks_for_keys=asks_for_keys)
         uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=10)
     finally:
         store.close()
@@ -96,6 +128,26 @@ def _serve(options: argparse.Namespace) -> int:
             worker.terminate()
             worker.wait()
     return 0
+
+
+def _asks_for_keys(settings: Settings, store: Store) -> bool:
+    """Whether callers need an API key. Raises _Refused where nobody could call, or everybody could unasked."""
+    is_loopback = settings.host == "localhost" or settings.host.startswith("127.") or settings.host == "::1"
+    if settings.access == "open" or (settings.access == "auto" and is_loopback):
+        whoever = "on this machine" if is_loopback else f"who can reach {settings.host}"
+        print(
+            f"evenodds: no API key is asked for: anyone {whoever} may read and change every run "
+            "(EVENODDS_ACCESS=keys asks for keys)",
+            file=sys.stderr,
+        )
+        return False
+    if all(key.revoked_at is not None for key in store.api_keys()):
+        raise _Refused(
+            f"EVENODDS_HOST {settings.host} with EVENODDS_ACCESS={settings.access} asks for API keys, and there is "
+            "none: create one with `evenodds keys create NAME`, or set EVENODDS_ACCESS=open where the network keeps "
+            "strangers out"
+        )
+    return True
 
 
 def _work(options: argparse.Namespace) -> int:
@@ -177,6 +229,75 @@ def _opened() -> tuple[Settings, Store]:
     except (StoreError, ValidationError) as error:
         raise _Refused(_explained(error)) from error
     return settings, Store(engine)
+
+
+def _create_key(options: argparse.Namespace) -> int:
+    from datetime import datetime, timezone
+
+    from evenodds_service.api.access import hash_of, new_secret
+    from evenodds_service.storage.errors import StoreError
+
+    secret = new_secret()
+    megabytes = options.max_body_mb
+    try:
+        _, store = _opened()
+        key = store.create_key(
+            options.name,
+            secret_hash=hash_of(secret),
+            scopes=frozenset(options.scope or ("read", "write")),
+            runs=options.runs,
+            requests_per_minute=options.requests_per_minute,
+            max_body_bytes=megabytes * 1_000_000 if megabytes is not None else None,
+            now=datetime.now(timezone.utc),
+        )
+    except (_Refused, StoreError) as error:
+        return _fault(str(error))
+    store.close()
+    print(
+        f"key {key.name!r} for runs {key.runs!r}, scopes {', '.join(sorted(key.scopes))}; it is not shown again:",
+        file=sys.stderr,
+    )
+    print(secret)
+    return 0
+
+
+def _list_keys(_: argparse.Namespace) -> int:
+    from evenodds_service.storage.errors import StoreError
+
+    try:
+        _settings, store = _opened()
+        keys = store.api_keys()
+    except (_Refused, StoreError) as error:
+        return _fault(str(error))
+    store.close()
+    print(f"{'name':24} {'scopes':18} {'runs':24} {'created':12} revoked")
+    for key in keys:
+        revoked = f"{key.revoked_at:%Y-%m-%d}" if key.revoked_at is not None else ""
+        scopes = ",".join(sorted(key.scopes))
+        print(f"{key.name:24} {scopes:18} {key.runs:24} {key.created_at:%Y-%m-%d}   {revoked}".rstrip())
+    return 0
+
+
+def _revoke_key(options: argparse.Namespace) -> int:
+    from datetime import datetime, timezone
+
+    from evenodds_service.storage.errors import StoreError
+
+    try:
+        _, store = _opened()
+        key = store.revoke_key(options.name, now=datetime.now(timezone.utc))
+    except (_Refused, StoreError) as error:
+        return _fault(str(error))
+    store.close()
+    print(f"key {key.name!r} is revoked since {key.revoked_at:%Y-%m-%d %H:%M} UTC")
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _migrate(_: argparse.Namespace) -> int:

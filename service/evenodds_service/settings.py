@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -17,6 +19,9 @@ class Settings(BaseSettings):
         default="sqlite:///evenodds.db", description="sqlite:///FILE or postgresql://user:password@host/database"
     )
     pool_size: int = Field(default=10, ge=1, le=1_000, description="database connections of one process")
+    access: Literal["auto", "keys", "open"] = Field(
+        default="auto", description="who may call: auto asks for API keys unless it listens on loopback only"
+    )
     live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
     worker_lease_seconds: float = Field(
         default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"

@@ -27,6 +27,7 @@ DEFAULTS = {
     "optimism": 0.5,
     "cooldown_steps": 0,
     "max_visits": 0,
+    "keep_text": True,
     "model_size": "small",
     "refit": {"every_observations": 2_048, "every_seconds": 600},
     "last_refit": None,
@@ -46,6 +47,7 @@ CHANGED = {
     "optimism": 0.0,
     "cooldown_steps": 3,
     "max_visits": 2,
+    "keep_text": False,
     "model_size": "published",
 }
 

@@ -27,6 +27,7 @@ RUN: dict[str, object] = {
     "optimism": 0.5,
     "cooldown_steps": 0,
     "max_visits": 0,
+    "keep_text": True,
     "model_size": "small",
     "refit": {"every_observations": 2048, "every_seconds": 600},
     "last_refit": None,

@@ -12,7 +12,7 @@ from evenodds_service.domain.types import RunSettings
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store
-from evenodds_service.storage.tables import embeddings, runs
+from evenodds_service.storage.tables import api_keys, embeddings, runs
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def engine(migrated_engine: Engine) -> Engine:
     with migrated_engine.begin() as connection:
         connection.execute(delete(runs))  # and with them all that they own
         connection.execute(delete(embeddings))
+        connection.execute(delete(api_keys))
     return migrated_engine
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Callable
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
 from evenodds_service.api import errors, loop, operations, refits, runs
+from evenodds_service.api.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
@@ -34,11 +37,15 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
+def create_app(
+    store: Store, *, live_runs: int = 32, asks_for_keys: bool = False, clock: Callable[[], float] = time.monotonic
+) -> FastAPI:
     """The ASGI application over this store.
 
     Args:
         live_runs: How many runs' states the process keeps in memory.
+        asks_for_keys: Whether a caller needs an API key of the store.
+        clock: Seconds that never go back, for the limits of keys.
     """
     featurizer = Featurizer(store)
     registry = CollectorRegistry()
@@ -56,9 +63,12 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
         live_runs=LiveRuns(store, capacity=live_runs),
         registry=registry,
     )
+    bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     for room in (loop, refits, runs, operations):
-        app.include_router(room.router)
+        app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     errors.install(app)
+    if asks_for_keys:
+        app.add_middleware(Access, ring=KeyRing(store, clock), refused=errors.refused)
     app.add_middleware(_Observed, registry=registry)
     return app
 

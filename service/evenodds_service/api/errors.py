@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
+from evenodds_service.api.access import AccessRefused
 from evenodds_service.api.features import EmbeddingRefused
 from evenodds_service.domain.acquisition import NotEnoughPrompts
 from evenodds_service.live_run import UnknownPrompts
@@ -73,9 +74,20 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
     for kind in (StoreError, ModelError):
         app.add_exception_handler(kind, _coded)
+    app.add_exception_handler(AccessRefused, _refused)
     app.add_exception_handler(UnknownPrompts, _fact(404, "prompt_unknown"))
     app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
+
+
+def refused(request: Request, refusal: AccessRefused) -> Response:
+    """The reply to a call that is not allowed."""
+    return problem(request, refusal.status, refusal.code, str(refusal), **refusal.headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AccessRefused)
+    return refused(request, error)
 
 
 async def _malformed(request: Request, error: Exception) -> Response:

@@ -32,6 +32,7 @@ from evenodds.schemas import (
     RunUpdate,
     Visit,
 )
+from evenodds_service.api.access import Caller, may_touch
 from evenodds_service.api.refits import refit_state
 from evenodds_service.api.services import PROBLEMS, Hands, RunPath, Services, now, predictions
 from evenodds_service.domain.types import Prompt, RunSettings
@@ -83,13 +84,14 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
 @router.get("/runs", tags=["runs"], summary="List runs")
 def list_runs(
     hands: Hands,
+    caller: Caller,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     cursor: Annotated[str | None, Query(pattern=RUN_PATTERN, description="from the page before")] = None,
 ) -> RunPage:
-    """Runs by name, in pages."""
+    """Runs by name, in pages. A key that is bound to certain runs sees those; a page may then be short."""
     runs = hands.store.runs(after=cursor or "", limit=limit + 1)
     return RunPage(
-        runs=tuple(_run_state(hands.store, run) for run in runs[:limit]),
+        runs=tuple(_run_state(hands.store, run) for run in runs[:limit] if may_touch(caller, run.name)),
         next_cursor=runs[limit - 1].name if len(runs) > limit else None,
     )
 
@@ -264,6 +266,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         optimism=settings.optimism,
         cooldown_steps=settings.cooldown_steps,
         max_visits=settings.max_visits,
+        keep_text=settings.keep_text,
         model_size=settings.model_size,
         refit=RefitPolicy(
             every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds

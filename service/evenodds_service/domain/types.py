@@ -43,6 +43,7 @@ class RunSettings:
         optimism: Weight of the standard deviation in the yield score.
         cooldown_steps: Steps that a chosen prompt rests.
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
+        keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
         model_size: Of the networks of `gps-paper`: `small` for a CPU, `published` has 20 million parameters.
         refit_every_observations: A refit is due after so many new observations (sooner while there are few).
         refit_every_seconds: A refit is due so long after the one before, if anything was observed since.
@@ -57,6 +58,7 @@ class RunSettings:
     optimism: float = 0.5
     cooldown_steps: int = 0
     max_visits: int = 0
+    keep_text: bool = True
     model_size: ModelSize = "small"
     refit_every_observations: int = 2_048
     refit_every_seconds: int = 600

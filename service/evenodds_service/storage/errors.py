@@ -15,7 +15,9 @@
     ├── SelectionUnknown         selection_unknown
     ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
     ├── SnapshotUnknown          snapshot_unknown
-    └── RefitLost                refit_lost           another worker has taken the refit over
+    ├── RefitLost                refit_lost           another worker has taken the refit over
+    ├── KeyConflict              key_conflict         the name of an API key is taken
+    └── KeyUnknown               key_unknown
 
 `code` is stable and meant for programs, the message for people. Knows no HTTP: status numbers belong to the
 API.
@@ -115,3 +117,11 @@ class SnapshotUnknown(StoreError):
 
 class RefitLost(StoreError):
     code = "refit_lost"
+
+
+class KeyConflict(StoreError):
+    code = "key_conflict"
+
+
+class KeyUnknown(StoreError):
+    code = "key_unknown"

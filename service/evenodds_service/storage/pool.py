@@ -183,7 +183,7 @@ def grow_pool(
         if twin is None:
             index = run.n_prompts + len(rows)
             known[prompt.prompt_id] = _Known(index, prompt.text_key, prompt.group, prompt.features, prompt.prior_rate)
-            rows.append(_row_of(run.id, index, prompt))
+            rows.append(_row_of(run, index, prompt))
             continue
         attribute = _difference(twin, prompt)
         if attribute is not None:
@@ -276,12 +276,12 @@ def _difference(known: _Known, prompt: NewPrompt) -> str | None:
     return None
 
 
-def _row_of(run_id: int, index: int, prompt: NewPrompt) -> dict[str, object]:
+def _row_of(run: Run, index: int, prompt: NewPrompt) -> dict[str, object]:
     return {
-        "run_id": run_id,
+        "run_id": run.id,
         "index": index,
         "prompt_id": prompt.prompt_id,
-        "text": prompt.text,
+        "text": prompt.text if run.settings.keep_text else None,
         "text_key": prompt.text_key,
         "group": prompt.group,
         "features": json.dumps(dict(prompt.features), allow_nan=False) if prompt.features else None,

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, delete, select, up
 
 from evenodds_service.domain.types import CALLER, RunSettings
 from evenodds_service.storage.errors import EmbedderFixed, RunUnknown
-from evenodds_service.storage.tables import embeddings, runs
+from evenodds_service.storage.tables import embeddings, prompts, runs
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run
 
@@ -19,7 +19,8 @@ class RunMethods(Transactions):
     def put_run(self, name: str, settings: RunSettings, *, now: datetime) -> tuple[Run, bool]:
         """Create the run or replace its settings. Returns the run and whether it is new.
 
-        Where `settings.embedder` is None, the embedder that the pool's prompts have stays.
+        Where `settings.embedder` is None, the embedder that the pool's prompts have stays. Where `keep_text` is
+        taken back, the texts that are stored are erased.
 
         Raises:
             EmbedderFixed: the embedder or its prompt differs although the pool has prompts.
@@ -32,6 +33,8 @@ class RunMethods(Transactions):
             if is_new:
                 return run, True
             kept = _settings_that_stand(run, settings)
+            if run.settings.keep_text and not kept.keep_text:
+                connection.execute(update(prompts).where(prompts.c.run_id == run.id).values(text=None))
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
             return find_run(connection, name), False
 

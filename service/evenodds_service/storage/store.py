@@ -5,40 +5,46 @@ that writes takes the write lock first: SQLite's as the transaction begins, so t
 be upgraded; on PostgreSQL the row of the run, so that log positions are gapless and a reader which has seen
 position p has seen everything up to p. `now` is an argument: the store has no clock.
 
-The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py.
+The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
+keys.py.
 """
 
 from __future__ import annotations
 
 from evenodds_service.storage.checkpoints import CheckpointMethods
+from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
 from evenodds_service.storage.runs import RunMethods
 from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
+    ApiKey,
     Appended,
     PromptsAdded,
     PromptVisit,
     Refit,
     Run,
+    Scope,
     Selection,
     Snapshot,
 )
 
 __all__ = [
+    "ApiKey",
     "Appended",
     "PromptVisit",
     "PromptsAdded",
     "Refit",
     "Run",
+    "Scope",
     "Selection",
     "Snapshot",
     "Store",
 ]
 
 
-class Store(RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods):
+class Store(RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods, KeyMethods):
     """The store of one database, safe to share between threads.
 
     Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the

@@ -103,7 +103,7 @@ prompts = Table(
     UniqueConstraint("run_id", "prompt_id"),
     CheckConstraint('"index" >= 0', name="index"),
     CheckConstraint("prior_rate >= 0 AND prior_rate <= 1", name="prior_rate"),
-    CheckConstraint("(text IS NULL) = (text_key IS NULL)", name="text_key"),
+    CheckConstraint("text IS NULL OR text_key IS NOT NULL", name="text_key"),  # a run may keep no texts
 )
 
 embeddings = Table(
@@ -195,6 +195,22 @@ snapshots = Table(
     PrimaryKeyConstraint("run_id", "version"),
     CheckConstraint("version >= 1", name="version"),
     CheckConstraint("fitted_position >= 0 AND fitted_position < log_position", name="positions"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("name", Text, nullable=False),
+    Column("secret_hash", Text, nullable=False, unique=True),  # SHA-256, hexadecimal
+    Column("scopes", Text, nullable=False),  # joined by blanks
+    Column("runs", Text, nullable=False),
+    Column("requests_per_minute", Integer),
+    Column("max_body_bytes", BigInteger),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("revoked_at", UtcDateTime),
+    PrimaryKeyConstraint("name"),
+    CheckConstraint("length(secret_hash) = 64", name="secret_hash"),
+    CheckConstraint("requests_per_minute >= 1 AND max_body_bytes >= 1", name="limits"),
 )
 
 checkpoints = Table(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from evenodds_service.domain.types import RunSettings
 
+Scope = Literal["read", "write", "admin"]
 RefitStatus = Literal["pending", "running", "done", "failed"]
 
 
@@ -98,3 +99,24 @@ class Snapshot:
     fitted_position: int  # the log position whose history it was fitted on
     log_position: int  # of the log entry that switches it on
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """Who may call. Only the hash of the secret is known.
+
+    Attributes:
+        name: Unique, also among revoked keys.
+        secret_hash: Hexadecimal SHA-256.
+        runs: Pattern of the run names that it may touch, with `*` and `?`.
+        requests_per_minute, max_body_bytes: Limits; None sets none.
+    """
+
+    name: str
+    secret_hash: str
+    scopes: frozenset[Scope]
+    runs: str
+    requests_per_minute: int | None
+    max_body_bytes: int | None
+    created_at: datetime
+    revoked_at: datetime | None

@@ -1,0 +1,70 @@
+"""API keys: who may call, and what. Only a hash of each secret is stored."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import RowMapping, insert, select, update
+
+from evenodds_service.storage.errors import KeyConflict, KeyUnknown
+from evenodds_service.storage.tables import api_keys
+from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.values import ApiKey, Scope
+
+
+class KeyMethods(Transactions):
+    def create_key(
+        self,
+        name: str,
+        *,
+        secret_hash: str,
+        scopes: frozenset[Scope],
+        runs: str,
+        requests_per_minute: int | None,
+        max_body_bytes: int | None,
+        now: datetime,
+    ) -> ApiKey:
+        """Store a key. A revoked key keeps its name, so that a log line means one key for ever.
+
+        Args:
+            secret_hash: Hexadecimal SHA-256 of the secret, which has 256 random bits.
+            runs: Pattern of run names, with `*` and `?`.
+
+        Raises:
+            KeyConflict: the name is taken.
+        """
+        row = {
+            "name": name,
+            "secret_hash": secret_hash,
+            "scopes": " ".join(sorted(scopes)),
+            "runs": runs,
+            "requests_per_minute": requests_per_minute,
+            "max_body_bytes": max_body_bytes,
+            "created_at": now,
+        }
+        with self._writing() as connection:
+            taken = connection.execute(select(api_keys.c.created_at).where(api_keys.c.name == name)).scalar()
+            if taken is not None:
+                raise KeyConflict(f"key {name!r} exists since {taken:%Y-%m-%d}: choose another name")
+            created = connection.execute(insert(api_keys).values(row).returning(api_keys)).mappings().one()
+        return _key_of(created)
+
+    def api_keys(self) -> tuple[ApiKey, ...]:
+        """All keys by name, also the revoked ones."""
+        with self._reading() as connection:
+            rows = connection.execute(select(api_keys).order_by(api_keys.c.name)).mappings().all()
+        return tuple(_key_of(row) for row in rows)
+
+    def revoke_key(self, name: str, *, now: datetime) -> ApiKey:
+        """Revoke it for good; a key that was revoked before stays as it is. Raises KeyUnknown."""
+        is_meant = api_keys.c.name == name
+        with self._writing() as connection:
+            connection.execute(update(api_keys).where(is_meant, api_keys.c.revoked_at.is_(None)).values(revoked_at=now))
+            row = connection.execute(select(api_keys).where(is_meant)).mappings().one_or_none()
+        if row is None:
+            raise KeyUnknown(f"there is no key {name!r}: `evenodds keys list` shows those that exist")
+        return _key_of(row)
+
+
+def _key_of(row: RowMapping) -> ApiKey:
+    return ApiKey(**{**row, "scopes": frozenset(row["scopes"].split())})

@@ -1,0 +1,274 @@
+"""API keys: who gets in, to which runs, with which scope and how often; and what nobody learns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from evenodds import Client, ConfigurationError, Forbidden, Unauthorized
+from evenodds_service.api.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.store import Scope, Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Service
+
+NOW = datetime(2026, 11, 1, tzinfo=timezone.utc)
+ALL: frozenset[Scope] = frozenset({"read", "write", "admin"})
+
+
+@dataclass
+class Guarded:
+    """A service that asks for keys."""
+
+    store: Store
+    http: httpx.Client
+
+    def key(self, name: str = "somebody", scopes: frozenset[Scope] = ALL, runs: str = "*", **limits: int) -> str:
+        secret = new_secret()
+        self.store.create_key(
+            name,
+            secret_hash=hash_of(secret),
+            scopes=scopes,
+            runs=runs,
+            requests_per_minute=limits.get("requests_per_minute"),
+            max_body_bytes=limits.get("max_body_bytes"),
+            now=NOW,
+        )
+        return secret
+
+    def call(self, secret: str | None, method: str, path: str, **request: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
+        return self.http.request(method, path, headers=headers, **request)
+
+
+@pytest.fixture
+def guard(database_url: str, start_service: Callable[..., Service]) -> Iterator[Callable[..., Guarded]]:
+    """Starts a service that asks for keys; `clock` counts the seconds of its limits."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> Guarded:
+            running = start_service(database_url, asks_for_keys=True, **options)
+            store = Store(open_engine(database_url))
+            stack.callback(store.close)
+            return Guarded(store, running.http)
+
+        yield start
+
+
+@pytest.fixture
+def guarded(guard: Callable[..., Guarded]) -> Guarded:
+    return guard()
+
+
+def refusal(reply: httpx.Response) -> tuple[int, str, str]:
+    assert reply.headers["content-type"] == "application/problem+json"
+    problem = reply.json()
+    assert problem["request_id"] == reply.headers["x-request-id"]
+    return reply.status_code, problem["code"], problem["detail"]
+
+
+@pytest.mark.parametrize("path", ["/runs", "/runs/math", "/metrics", "/no-such-path"])
+def test_without_a_key_nothing_is_answered(guarded: Guarded, path: str) -> None:
+    reply = guarded.call(None, "GET", path)
+
+    status, code, detail = refusal(reply)
+    assert (status, code) == (401, "key_missing")
+    assert "Authorization: Bearer" in detail
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json"])
+def test_health_and_documentation_ask_for_no_key(guarded: Guarded, path: str) -> None:
+    assert guarded.call(None, "GET", path).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["Basic c29tZWJvZHk6cGFzcw==", "Bearer", "eo_x"])
+def test_other_ways_to_authorise_are_no_key(guarded: Guarded, header: str) -> None:
+    guarded.key()
+
+    reply = guarded.http.get("/runs", headers={"Authorization": header})
+
+    assert refusal(reply)[:2] == (401, "key_missing")
+
+
+def test_a_wrong_key_is_refused_and_neither_shown_nor_logged(
+    guarded: Guarded, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded.key()
+    wrong = new_secret()
+
+    with caplog.at_level(logging.DEBUG):
+        reply = guarded.call(wrong, "GET", "/runs")
+
+    assert refusal(reply)[:2] == (401, "key_invalid")
+    assert wrong not in reply.text
+    assert wrong not in caplog.text
+
+
+def test_the_database_holds_no_secret(guarded: Guarded) -> None:
+    secret = guarded.key()
+
+    (key,) = guarded.store.api_keys()
+
+    assert secret not in repr(key)
+    assert key.secret_hash == hash_of(secret)
+
+
+CALLS = {
+    "read": [("GET", "/runs"), ("POST", "/predict")],
+    "write": [("PUT", "/runs/math"), ("POST", "/observe"), ("POST", "/select_batch"), ("POST", "/runs/math/prompts")],
+    "admin": [("DELETE", "/runs/math")],
+}
+
+
+@pytest.mark.parametrize(("needed", "method", "path"), [(s, m, p) for s, calls in CALLS.items() for m, p in calls])
+def test_a_call_needs_its_scope_and_no_other(guarded: Guarded, needed: Scope, method: str, path: str) -> None:
+    assert scope_of(method, path) == needed
+    lacking = guarded.key("lacking", ALL - {needed})
+    having = guarded.key("having", frozenset({needed}))
+
+    refused = guarded.call(lacking, method, path, json={})
+    allowed = guarded.call(having, method, path, json={})
+
+    assert refusal(refused)[:2] == (403, "scope_missing")
+    assert f"{method} {path} needs the scope {needed!r}, key 'lacking' has" in refusal(refused)[2]
+    assert allowed.status_code not in (401, 403)
+
+
+def test_a_key_that_is_bound_to_runs_may_name_no_other(guarded: Guarded) -> None:
+    bound, free = guarded.key("bound", runs="math-*"), guarded.key("free")
+    for run in ("math-1", "code-1"):
+        assert guarded.call(free, "PUT", f"/runs/{run}", json={}).status_code == 201
+
+    inside = guarded.call(bound, "GET", "/runs/math-1")
+    others = [
+        guarded.call(bound, "GET", "/runs/code-1"),
+        guarded.call(bound, "PUT", "/runs/code-2", json={}),
+        guarded.call(bound, "DELETE", "/runs/code-1"),
+        guarded.call(bound, "POST", "/runs/code-1/prompts", json={"prompts": [{"text": "a"}]}),
+        guarded.call(bound, "POST", "/runs/code-1/refit", json={}),
+        guarded.call(bound, "POST", "/predict", json={"run": "code-1", "prompts": [{"text": "a"}]}),
+        guarded.call(bound, "POST", "/select_batch", json={"run": "code-1", "step": 0, "batch_size": 1}),
+        guarded.call(
+            bound,
+            "POST",
+            "/observe",
+            json={"run": "code-1", "step": 0, "observations": [{"prompt_id": "a", "rewards": [1]}]},
+        ),
+        guarded.call(bound, "GET", "/metrics"),
+    ]
+
+    assert inside.status_code == 200
+    assert {refusal(reply)[:2] for reply in others} == {(403, "run_forbidden")}
+    assert [run["run"] for run in guarded.call(bound, "GET", "/runs").json()["runs"]] == ["math-1"]
+    assert guarded.store.run("code-1").n_prompts == 0
+
+
+def test_a_key_may_only_call_so_often(guard: Callable[..., Guarded]) -> None:
+    now = [0.0]
+    guarded = guard(clock=lambda: now[0])
+    secret, other = guarded.key("limited", requests_per_minute=3), guarded.key("other")
+
+    replies = [guarded.call(secret, "GET", "/runs") for _ in range(4)]
+    elsewhere = guarded.call(other, "GET", "/runs")
+    now[0] = 20.0
+    after = [guarded.call(secret, "GET", "/runs").status_code for _ in range(2)]
+
+    assert [reply.status_code for reply in replies] == [200, 200, 200, 429]
+    assert refusal(replies[3])[1:] == ("rate_limited", "key 'limited' may make 3 requests a minute: wait 20 s")
+    assert replies[3].headers["retry-after"] == "20"
+    assert elsewhere.status_code == 200
+    assert after == [200, 429]
+
+
+def test_a_key_may_only_send_so_much(guarded: Guarded) -> None:
+    secret = guarded.key("small", max_body_bytes=200)
+    guarded.call(secret, "PUT", "/runs/math", json={"embedder": "none"})
+
+    small = guarded.call(secret, "POST", "/runs/math/prompts", json={"prompts": [{"text": "a"}]})
+    large = guarded.call(secret, "POST", "/runs/math/prompts", json={"prompts": [{"text": "a" * 300}]})
+    lines = guarded.call(
+        secret,
+        "POST",
+        "/runs/math/prompts",
+        content=b'{"text": "b"}\n' * 100,
+    )
+
+    assert small.status_code == 200
+    assert refusal(large)[:2] == refusal(lines)[:2] == (413, "too_large")
+    assert "key 'small' may send bodies of up to 200 bytes" in refusal(large)[2]
+    assert guarded.store.run("math").n_prompts == 1
+
+
+def test_a_revoked_key_is_refused_within_two_seconds(guard: Callable[..., Guarded]) -> None:
+    now = [0.0]
+    guarded = guard(clock=lambda: now[0])
+    secret = guarded.key("gone")
+    before = guarded.call(secret, "GET", "/runs").status_code
+    guarded.store.revoke_key("gone", now=NOW)
+    now[0] = KEYS_SECONDS + 0.1
+
+    after = guarded.call(secret, "GET", "/runs")
+
+    assert before == 200
+    assert refusal(after)[:2] == (401, "key_invalid")
+
+
+def test_no_other_site_may_call_from_a_browser(guarded: Guarded) -> None:
+    reply = guarded.http.options(
+        "/runs", headers={"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "GET"}
+    )
+
+    assert not [name for name in reply.headers if name.startswith("access-control-")]
+
+
+def test_the_client_sends_its_key_and_tells_refusals_apart(tmp_path: Path, start_service: Callable[..., Any]) -> None:
+    url = f"sqlite:///{tmp_path}/evenodds.db"
+    running = start_service(url, asks_for_keys=True)
+    store = Store(open_engine(url))
+    secret = Guarded(store, running.http).key("reader", frozenset({"read"}))
+    store.close()
+
+    with Client(running.base_url, api_key=secret) as client:
+        assert client.runs_page().runs == ()
+        with pytest.raises(Forbidden, match="needs the scope 'write'"):
+            client.put_run("math")
+    with Client(running.base_url) as client, pytest.raises(Unauthorized, match="asks for an API key"):
+        client.runs_page()
+
+
+@pytest.mark.parametrize("api_key", ["", "two words", "eo_\n", "eo_ä"])
+def test_the_client_refuses_a_key_that_no_header_holds_and_does_not_show_it(api_key: str) -> None:
+    with pytest.raises(ConfigurationError, match="api_key must be printable ASCII") as caught:
+        Client(api_key=api_key)
+
+    assert not api_key or api_key not in str(caught.value)
+
+
+def test_keys_are_kept_through_an_outage_of_the_database(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
+    upgrade(engine)
+    store = Store(engine)
+    now = [0.0]
+    ring = KeyRing(store, clock=lambda: now[0])
+    secret = Guarded(store, httpx.Client()).key("kept")
+
+    assert asyncio.run(ring.check(secret, "GET", "/runs")).name == "kept"
+    store.close()
+    (tmp_path / "evenodds.db").rename(tmp_path / "away.db")
+    (tmp_path / "evenodds.db").mkdir()
+    now[0] = 60.0
+
+    assert asyncio.run(ring.check(secret, "GET", "/runs")).name == "kept"
