@@ -108,6 +108,7 @@ def _serve(options: argparse.Namespace) -> int:
         settings, store = _opened()
     except _Refused as error:
         return _fault(str(error))
+    _configure_logging(settings)
     try:
         asks_for_keys = _asks_for_keys(settings, store)
     except _Refused as error:
@@ -120,8 +121,15 @@ def _serve(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
         worker = subprocess.Popen(command, env=environment)
     try:
-        app = create_app(store, live_runs=settings.live_runs, asks_for_keys=asks_for_keys)
-        uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=10)
+        app = create_app(store, live_runs=settings.live_runs, asks_for_keys=asks_for_keys, telemetry=settings.telemetry)
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=10,
+        )
     finally:
         store.close()
         if worker is not None:
@@ -162,12 +170,11 @@ def _work(options: argparse.Namespace) -> int:
     from evenodds_service.model.refit import fit_shared_model
     from evenodds_service.worker import Worker
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         settings, store = _opened()
     except _Refused as error:
         return _fault(str(error))
+    _configure_logging(settings)
     try:
         device = open_device(settings.device)
     except DeviceUnavailable as error:
@@ -199,6 +206,12 @@ def _stop_with_parent(stop: threading.Event, parent: int) -> None:
     while not stop.wait(1.0):
         if os.getppid() != parent:
             stop.set()
+
+
+def _configure_logging(settings: Settings) -> None:
+    from evenodds_service.logs import configure_logging
+
+    configure_logging(settings.log_format or ("text" if sys.stderr.isatty() else "json"), settings.log_level.upper())
 
 
 class _Refused(Exception):

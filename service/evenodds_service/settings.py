@@ -27,5 +27,12 @@ class Settings(BaseSettings):
         default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"
     )
     worker_poll_seconds: float = Field(default=1.0, gt=0, le=3_600, description="how often a worker looks for work")
+    log_format: Literal["json", "text"] | None = Field(
+        default=None, description="of log lines: text at a terminal, else json"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least level of a log line; a request is info"
+    )
+    telemetry: bool = Field(default=False, description="send OpenTelemetry traces by OTLP, as the variables OTEL_* say")
     device: str | None = Field(default=None, description="torch device of the worker; CUDA where there is one")
     data: str | None = Field(default=None, description="folder of recorded success rates for benchmarks and replay")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from evenodds.version import __version__
 from evenodds_service.api import errors, loop, operations, refits, runs
@@ -18,7 +21,9 @@ from evenodds_service.api.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
-from evenodds_service.storage.store import Store
+from evenodds_service.storage.store import ApiKey, Store
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """
 Even Odds predicts how hard each prompt is for one language model as it is right now, and chooses which prompts to
@@ -34,17 +39,25 @@ _TAGS = [
 ]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Asked every few seconds by machines."""
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 def create_app(
-    store: Store, *, live_runs: int = 32, asks_for_keys: bool = False, clock: Callable[[], float] = time.monotonic
+    store: Store,
+    *,
+    live_runs: int = 32,
+    asks_for_keys: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    telemetry: bool = False,
 ) -> FastAPI:
     """The ASGI application over this store.
 
     Args:
         live_runs: How many runs' states the process keeps in memory.
         asks_for_keys: Whether a caller needs an API key of the store.
+        telemetry: Whether traces go out by OTLP; the variables `OTEL_*` say where.
         clock: Seconds that never go back, for the limits of keys.
     """
     featurizer = Featurizer(store)
@@ -56,6 +69,8 @@ def create_app(
         openapi_tags=_TAGS,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
+        # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
+        telemetry={"auto_configure": telemetry, "metrics": False, "logs": False, "exclude": _is_quiet},
     )
     app.state.services = Services(
         store=store,
@@ -71,6 +86,10 @@ def create_app(
         app.add_middleware(Access, ring=KeyRing(store, clock), refused=errors.refused)
     app.add_middleware(_Observed, registry=registry)
     return app
+
+
+def _is_quiet(scope: MutableMapping[str, Any]) -> bool:
+    return scope["path"] in _QUIET_ROUTES
 
 
 class _Observed:
@@ -109,10 +128,38 @@ class _Observed:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            with bound_contextvars(request_id=request_id):
+                await self._app(scope, receive, send_with_id)
         finally:
+            seconds = time.perf_counter() - started
             # The route's template, not the path, and known methods only: label values must stay few.
             route = getattr(scope.get("route"), "path_format", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._requests.labels(method, route, str(status)).inc()
-            self._seconds.labels(method, route).observe(time.perf_counter() - started)
+            self._seconds.labels(method, route).observe(seconds)
+            _log(scope, method, route, status, seconds)
+
+
+def _log(scope: Scope, method: str, route: str, status: int, seconds: float) -> None:
+    """One line a request, of what it asked and how it went; never its body, its query or its key's secret."""
+    level = logging.INFO
+    if status >= 500:
+        level = logging.WARNING
+    elif route in _QUIET_ROUTES:
+        level = logging.DEBUG
+    if not logger.isEnabledFor(level):
+        return
+    fields: dict[str, object] = {
+        "request_id": scope["request_id"],
+        "method": method,
+        "route": route,
+        "status": status,
+        "milliseconds": round(seconds * 1_000, 3),
+    }
+    key: ApiKey | None = scope.get("state", {}).get("api_key")
+    if key is not None:
+        fields["api_key"] = key.name
+    run = scope.get("path_params", {}).get("run")
+    if run is not None:
+        fields["run"] = run
+    logger.log(level, "request", extra=fields)

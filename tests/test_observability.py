@@ -1,0 +1,125 @@
+"""What an operator sees of a running service: log lines with request ids, and traces where they are asked for."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tests.test_command_line import evenodds, serve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.test_command_line import Server
+
+__all__ = ["serve"]  # a fixture
+
+SECRET = "a text that nobody else may read"
+
+
+def lines(server: Server) -> list[dict[str, Any]]:
+    server.end(signal.SIGTERM)
+    return [json.loads(line) for line in server.said if line.startswith("{")]
+
+
+def test_every_request_is_one_line_with_its_id_and_without_its_body(serve: Callable[..., Server]) -> None:
+    server = serve()
+    with httpx.Client(base_url=server.base_url) as http:
+        http.put("/runs/math", json={"embedder": "none"}, headers={"X-Request-ID": "first"})
+        http.post("/runs/math/prompts", json={"prompts": [{"prompt_id": "a", "text": SECRET}]})
+        http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
+        refused = http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET, "colour": "red"}]})
+        http.get("/healthz")
+
+    said = lines(server)
+
+    requests = [line for line in said if line["event"] == "request"]
+    assert [(line["method"], line["route"], line["status"]) for line in requests] == [
+        ("PUT", "/runs/{run}", 201),
+        ("POST", "/runs/{run}/prompts", 200),
+        ("POST", "/predict", 200),
+        ("POST", "/predict", 422),
+    ]
+    assert requests[0]["request_id"] == "first"
+    assert requests[0]["run"] == "math"
+    assert requests[3]["request_id"] == refused.headers["x-request-id"]
+    assert all(line["milliseconds"] > 0 and line["timestamp"] and line["level"] == "info" for line in requests)
+    assert not [line for line in server.said if SECRET in line]
+
+
+def test_text_is_for_people_and_the_level_is_a_setting(serve: Callable[..., Server]) -> None:
+    server = serve(EVENODDS_LOG_FORMAT="text", EVENODDS_LOG_LEVEL="debug")
+    httpx.get(f"{server.base_url}/healthz")
+
+    server.end(signal.SIGTERM)
+
+    assert not [line for line in server.said if line.startswith("{")]
+    assert [line for line in server.said if "request" in line and "route=/healthz" in line]
+
+
+class Collector:
+    """Receives traces as an OpenTelemetry collector does."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        self.arrived = threading.Event()
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/v1/traces":
+                    export = ExportTraceServiceRequest.FromString(body)
+                    for resource in export.resource_spans:
+                        for scope in resource.scope_spans:
+                            collector.spans += scope.spans
+                    collector.arrived.set()
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    thread = threading.Thread(target=collector.server.serve_forever)
+    thread.start()
+    yield collector
+    collector.server.shutdown()
+    thread.join()
+    collector.server.server_close()
+
+
+def test_traces_go_out_where_they_are_asked_for(serve: Callable[..., Server], collector: Collector) -> None:
+    server = serve(EVENODDS_TELEMETRY="true", OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100")
+    httpx.put(f"{server.base_url}/runs/math", json={"embedder": "none"})
+    httpx.post(f"{server.base_url}/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
+    httpx.get(f"{server.base_url}/healthz")
+
+    server.end(signal.SIGTERM)
+
+    assert collector.arrived.is_set()
+    names = {span.name for span in collector.spans}
+    assert {"PUT /runs/{run}", "POST /predict"} <= names
+    assert not [name for name in names if "healthz" in name]
+    assert not [span for span in collector.spans if SECRET in str(span)]
+
+
+def test_a_bad_level_is_named(tmp_path: Path) -> None:
+    refused = evenodds("serve", cwd=tmp_path, EVENODDS_LOG_LEVEL="loud")
+
+    assert refused.returncode == 1
+    assert "EVENODDS_LOG_LEVEL" in refused.stderr
+    assert "'loud'" in refused.stderr
