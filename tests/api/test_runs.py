@@ -28,12 +28,18 @@ DEFAULTS = {
     "cooldown_steps": 0,
     "max_visits": 0,
     "refit": {"every_observations": 2_048, "every_seconds": 600},
+    "control_share": 0.0,
+    "reprobe_share": 0.05,
+    "groups": None,
+    "groups_at_most": None,
+    "fallback": True,
     "last_refit": None,
     "pool_size": 0,
     "log_position": 0,
     "head_step": None,
     "model_version": 0,
     "observations": 0,
+    "alarms": [],
 }
 CHANGED = {
     "predictor": "mopps",
@@ -45,6 +51,11 @@ CHANGED = {
     "optimism": 0.0,
     "cooldown_steps": 3,
     "max_visits": 2,
+    "control_share": 0.25,
+    "reprobe_share": 0.125,
+    "groups": {"a": 0.5},
+    "groups_at_most": {"a": 0.75, "b": 0.25},
+    "fallback": False,
 }
 
 
@@ -83,7 +94,7 @@ def test_null_resets_a_field(caller: Caller, field: str) -> None:
 
     after = caller.create(**{field: None})
 
-    defaults = {**DEFAULTS, "acquisition": "thompson"}  # under mopps
+    defaults = {**DEFAULTS, "acquisition": "thompson", "reprobe_share": 0.0}  # under mopps; of uniform choice
     assert after.items() >= {**CHANGED, field: defaults[field]}.items()
 
 
