@@ -38,10 +38,12 @@ from evenodds.schemas import (
     Request,
     RunName,
     RunPage,
+    RunReport,
     RunState,
     RunUpdate,
     SelectReply,
     SelectRequest,
+    Step,
 )
 
 MAX_CALL_BYTES = 8_000_000
@@ -49,6 +51,7 @@ MAX_CALL_BYTES = 8_000_000
 
 _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _PROMPT_ID: TypeAdapter[str] = TypeAdapter(PromptId)
+_STEP: TypeAdapter[int] = TypeAdapter(Step)
 
 
 class Calls(Protocol):
@@ -74,6 +77,11 @@ class Calls(Protocol):
         keep_text: bool | None = None,
         model_size: str | None = None,
         refit: RefitPolicy | Mapping[str, object] | None = None,
+        control_share: float | None = None,
+        reprobe_share: float | None = None,
+        groups: Mapping[str, float] | None = None,
+        groups_at_most: Mapping[str, float] | None = None,
+        fallback: bool | None = None,
     ) -> Exchange[RunState]:
         """Create a run, or change settings of an existing one. What is left out keeps its value.
 
@@ -92,12 +100,18 @@ class Calls(Protocol):
             keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
             model_size: Of the networks of `gps-paper`: `small` or `published`.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
+            control_share: Share of each batch drawn uniformly, in [0, 0.5], from which `report` estimates the lift.
+            reprobe_share: Least share of each batch for the prompts least recently seen, in [0, 1].
+            groups: Least share of each batch by group; the shares sum to at most 1.
+            groups_at_most: Largest share of each batch by group.
+            fallback: Choose uniformly while the model's skill against flat MoPPS stays negative.
 
         Returns:
             The run as it stands afterwards.
 
         Raises:
-            Conflict: The run holds prompts already, and the change would not fit them.
+            Conflict: The run holds prompts already, and the change would not fit them; or a group's least share is
+                above its largest.
         """
         with _contract("put_run"):
             update = RunUpdate.model_validate(
@@ -114,6 +128,11 @@ class Calls(Protocol):
                     "keep_text": keep_text,
                     "model_size": model_size,
                     "refit": refit,
+                    "control_share": control_share,
+                    "reprobe_share": reprobe_share,
+                    "groups": groups,
+                    "groups_at_most": groups_at_most,
+                    "fallback": fallback,
                 }
             )
         path = _run_path("put_run", run)
@@ -166,6 +185,21 @@ class Calls(Protocol):
             NotFound: There is no such run.
         """
         return (yield from self.call("GET", f"{_run_path('refits', run)}/refits", RefitList))
+
+    def report(self, run: str, *, since_step: int | None = None) -> Exchange[RunReport]:
+        """How good the run's forecasts are, and what choosing brought: calibration, ranks, arms, lift, coverage.
+
+        Args:
+            since_step: Leave out what ended before this step, in windows; coverage and groups are of the whole run.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        path = f"{_run_path('report', run)}/report"
+        with _contract("report", "since_step"):
+            since = None if since_step is None else _STEP.validate_python(since_step)
+        query = {} if since is None else {"since_step": str(since)}
+        return (yield from self.call("GET", path, RunReport, query=query))
 
     def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
         """Add prompts to the pool, in as many requests as needed. Repeating it is safe.
@@ -284,6 +318,7 @@ class Calls(Protocol):
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         groups: Mapping[str, float] | None = None,
+        groups_at_most: Mapping[str, float] | None = None,
         target_rate: float | None = None,
         group_size: int | None = None,
         acquisition: Acquisition | None = None,
@@ -299,12 +334,14 @@ class Calls(Protocol):
             seed: Seed of all chance in the choice, in [0, 2**63).
             candidates: Prompt ids to choose among; the whole pool by default.
             exclude: Prompt ids to leave out.
-            groups: Least share of the batch for each group; the shares sum to at most 1.
+            groups: Least share of the batch for each group; the shares sum to at most 1. Instead of the run's.
+            groups_at_most: Largest share of the batch for each group. Instead of the run's.
             target_rate: Instead of the run's, for this batch; so are the arguments after it.
 
         Raises:
             NotFound: There is no such run, candidate or group.
-            Conflict: The step has a batch already, by other arguments; or too few prompts may be chosen.
+            Conflict: The step has a batch already, by other arguments; too few prompts may be chosen; or a group's
+                least share is above its largest.
         """
         with _contract("select_batch"):
             request = SelectRequest.model_validate(
@@ -316,6 +353,7 @@ class Calls(Protocol):
                     "candidates": candidates,
                     "exclude": exclude,
                     "groups": groups,
+                    "groups_at_most": groups_at_most,
                     "target_rate": target_rate,
                     "group_size": group_size,
                     "acquisition": acquisition,

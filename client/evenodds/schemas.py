@@ -45,6 +45,7 @@ Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 GroupSize = Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE, description="attempts per prompt in training")]
 TargetRate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+GroupShares = Annotated[dict[Key, Rate], Field(min_length=1, max_length=1_000)]
 Vector = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MAX_VECTOR)]
 Features = Annotated[dict[Key, Finite], Field(max_length=MAX_FEATURES)]
 
@@ -127,6 +128,43 @@ class RunUpdate(Request):
         "(20 million, for a GPU worker); applies from the next refit on",
     )
     refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
+    control_share: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="share of each batch that is drawn uniformly from the eligible prompts and marked, from which the "
+        "report estimates what choosing brings; 0 by default",
+    )
+    reprobe_share: Rate | None = Field(
+        default=None,
+        description="least share of each batch for the prompts least recently seen, a quarter of it for those seen "
+        "before, however hopeless they are believed to be; 0.05 by default under yield and paper, else 0",
+    )
+    groups: GroupShares | None = Field(
+        default=None,
+        description="least share of each batch for a group, as far as its prompts go; the shares sum to at most 1",
+    )
+    groups_at_most: GroupShares | None = Field(default=None, description="largest share of each batch for a group")
+    fallback: bool | None = Field(
+        default=None,
+        description="choose uniformly while the gps predictor's skill against flat MoPPS stays negative; true by "
+        "default",
+    )
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> RunUpdate:
+        _check_shares(self.groups, self.groups_at_most)
+        return self
+
+
+def _check_shares(least: dict[str, float] | None, most: dict[str, float] | None) -> None:
+    """Raises ValueError: least shares that sum to more than 1, or one that is above its group's largest."""
+    if least is not None and sum(least.values()) > 1 + 1e-9:
+        raise ValueError(f"groups: the shares sum to {sum(least.values()):g}, the limit is 1")
+    for group in (least or {}).keys() & (most or {}).keys():
+        if (least or {})[group] > (most or {})[group]:
+            raise ValueError(
+                f"groups.{group}: {(least or {})[group]:g} is more than groups_at_most allows, "
+                f"{(most or {})[group]:g}: lower the one or raise the other"
+            )
 
 
 class RefitState(Reply):
@@ -155,6 +193,20 @@ class RefitList(Reply):
     refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
 
 
+class Alarm(Reply):
+    """Something that a person should look at."""
+
+    code: str = Field(
+        description="group_silent, outcomes_stopped, skill_not_positive, fallback or coverage_stalls; a newer service "
+        "may know more",
+        examples=["outcomes_stopped"],
+    )
+    message: str = Field(description="what was seen, and what to check")
+    since_step: int = Field(description="since when")
+    value: float = Field(description="what was measured")
+    limit: float = Field(description="where the alarm begins")
+
+
 class RunState(Reply):
     """A run as it stands."""
 
@@ -171,6 +223,11 @@ class RunState(Reply):
     keep_text: bool
     model_size: ModelSize
     refit: RefitPolicy
+    control_share: float = 0.0
+    reprobe_share: float = 0.05
+    groups: dict[str, float] | None = None
+    groups_at_most: dict[str, float] | None = None
+    fallback: bool = True
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
     pool_size: int = Field(description="prompts that may be selected")
     log_position: int = Field(description="entries in the run's log")
@@ -178,6 +235,9 @@ class RunState(Reply):
     model_version: int = Field(description="the snapshot in use; 0 while only streaming beliefs exist")
     observations: int = Field(description="observations accepted")
     created_at: datetime
+    alarms: tuple[Alarm, ...] | None = Field(
+        default=None, description="what a person should look at now; null in lists, which do not look"
+    )
 
 
 class RunPage(Reply):
@@ -345,8 +405,13 @@ class SelectRequest(Request):
         default=None, description="choose among these only; the whole pool otherwise"
     )
     exclude: Annotated[tuple[PromptId, ...], Field(max_length=MAX_ITEMS)] | None = None
-    groups: Annotated[dict[Key, Rate], Field(min_length=1, max_length=1_000)] | None = Field(
-        default=None, description="least share of the batch for each group; the shares sum to at most 1"
+    groups: GroupShares | None = Field(
+        default=None,
+        description="least share of the batch for each group; the shares sum to at most 1. Instead of the run's, and "
+        "unlike those an error where a group has too few prompts",
+    )
+    groups_at_most: GroupShares | None = Field(
+        default=None, description="largest share of the batch for each group; the run's by default"
     )
     target_rate: TargetRate | None = None
     group_size: GroupSize | None = None
@@ -357,8 +422,7 @@ class SelectRequest(Request):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SelectRequest:
-        if self.groups is not None and sum(self.groups.values()) > 1 + 1e-9:
-            raise ValueError(f"groups: the shares sum to {sum(self.groups.values()):g}, the limit is 1")
+        _check_shares(self.groups, self.groups_at_most)
         return self
 
 
@@ -368,7 +432,9 @@ class SelectedPrompt(Reply):
     success_rate: float
     std: float
     informative_probability: float
-    arm: Literal["policy", "control"] = "policy"
+    arm: Literal["policy", "control"] = Field(
+        default="policy", description="control: drawn uniformly, whatever is believed about it"
+    )
 
 
 class Forecast(Reply):
@@ -380,6 +446,14 @@ class Forecast(Reply):
     )
 
 
+class FallbackNotice(Reply):
+    """What the service does instead of what was asked, and why."""
+
+    to: Literal["uniform"] = "uniform"
+    reason: str
+    since_step: int
+
+
 class SelectReply(Reply):
     run: RunName
     step: int
@@ -388,7 +462,154 @@ class SelectReply(Reply):
     log_position: int = Field(description="the state that the choice was made in")
     replayed: bool = Field(description="this (run, step) was chosen before; the same batch is returned")
     forecast: Forecast
+    fallback: FallbackNotice | None = Field(
+        default=None, description="the batch is a uniform choice, because the model's skill stays negative"
+    )
     prompts: tuple[SelectedPrompt, ...]
+
+
+class Share(Reply):
+    """A share in [0, 1] with its 95% interval (Wilson's), of so many observations."""
+
+    value: float
+    interval: tuple[float, float]
+    observations: int = Field(description="rounded, where observations are weighted")
+
+
+class ReliabilityBin(Reply):
+    """Forecasts in [from_forecast, to_forecast), and what came of them."""
+
+    from_forecast: float
+    to_forecast: float
+    count: int
+    mean_forecast: float | None = Field(description="null where count is 0")
+    mean_outcome: float | None
+
+
+class ForecastQuality(Reply):
+    """How forecasts, made before the outcomes were known, met them."""
+
+    count: int = Field(description="observations: one prompt's attempts under one selection or in one call")
+    mean_forecast: float | None
+    mean_outcome: float | None
+    calibration_error: float | None = Field(description="mean over the bins of |mean forecast - mean outcome|")
+    squared_error: float | None = Field(description="mean of (forecast - outcome)^2; the Brier score of 0-1 outcomes")
+    reliability: tuple[ReliabilityBin, ...] = Field(description="in tenths of the forecast")
+
+
+class WindowReport(Reply):
+    """What happened in some consecutive steps. Outcomes of a selection count at its step."""
+
+    first_step: int
+    last_step: int
+    observations: int
+    rank_correlation: float | None = Field(
+        description="Spearman's, of forecast and observed success rate, from 50 bins of the forecast and 17 of the "
+        "rate; null with fewer than 8 observations"
+    )
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None = Field(description="of all observations of two attempts or more")
+    informative_share: float | None
+    policy_informative_share: Share | None
+    control_informative_share: Share | None
+    chosen: int = Field(description="prompts in selections")
+    fresh: int = Field(description="of these, never chosen or observed before")
+    skill: float | None = Field(description="nats per observation against flat MoPPS; see skill")
+
+
+class ArmReport(Reply):
+    """One arm of the selections: the policy's choice, or the uniform control."""
+
+    arm: Literal["policy", "control"]
+    selected: int
+    observed: int = Field(description="selected prompts with outcomes of two attempts or more")
+    attempts: int
+    informative_forecast: float | None = Field(description="mean forecast of the observed ones")
+    informative_share: Share | None
+
+
+class LiftReport(Reply):
+    """The policy's choice against the control arm, over the selections that had one. Intervals hold 95%."""
+
+    policy_share: Share
+    control_share: Share = Field(description="weighted where the run's control_share was changed meanwhile")
+    difference: float = Field(description="of the two informative shares: the lift")
+    difference_interval: tuple[float, float]
+    rollouts_saved_share: float | None = Field(
+        description="share saved of the rollouts that uniform choice would have needed for as many informative groups"
+    )
+    rollouts_saved_share_interval: tuple[float | None, float | None] = Field(description="null: not finite")
+    rollouts_saved: float | None = Field(description="as a number of rollouts, by the policy arm so far")
+    rollouts_saved_interval: tuple[float | None, float | None] = Field(description="null: not finite")
+
+
+class VisitCount(Reply):
+    from_visits: int
+    to_visits: int | None = Field(description="null: no limit")
+    prompts: int
+
+
+class Coverage(Reply):
+    """How much of the pool was tried, and how often. A visit is a selection or an observed step."""
+
+    pool_size: int
+    chosen: int = Field(description="prompts ever selected")
+    observed: int = Field(description="prompts ever observed")
+    tried_share: float = Field(description="share of the pool that was either")
+    mean_visits: float
+    visits: tuple[VisitCount, ...]
+
+
+class GroupReport(Reply):
+    """One group of prompts, over the whole run."""
+
+    group: str | None = Field(description="null: prompts without a group")
+    prompts: int
+    tried: int
+    chosen: int
+    chosen_control: int
+    observed: int
+    attempts: int
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None
+    informative_share: Share | None
+
+
+class SkillReport(Reply):
+    """Log likelihood of outcomes under the gps mixture less that under flat MoPPS, in nats, before they were known."""
+
+    per_observation: float | None
+    observations: int
+    recent: float = Field(description="summed over the newest observations, which alarms and fallback look at")
+    recent_observations: int
+
+
+class RunReport(Reply):
+    """How good the forecasts of a run are, and what choosing brought. Outcomes count once they are observed."""
+
+    run: RunName
+    log_position: int = Field(description="what the report has seen")
+    model_version: int
+    observations: int = Field(description="observations accepted")
+    selections: int
+    since_step: int | None = Field(description="first step of the first window that counts; null before any")
+    window_steps: int = Field(description="width of a window; it doubles as the run grows, to at most 32 windows")
+    success_rate: ForecastQuality
+    informative: ForecastQuality = Field(
+        description="of groups of two attempts or more; the forecast is for the number of attempts that were made"
+    )
+    rank_correlation: float | None = Field(description="as in windows, over all that count")
+    windows: tuple[WindowReport, ...] = Field(description="those in which something happened, oldest first")
+    arms: tuple[ArmReport, ...]
+    lift: LiftReport | None
+    lift_missing: str | None = Field(description="why there is no lift, and what to do")
+    coverage: Coverage
+    groups: tuple[GroupReport, ...] = Field(description="the first 500 groups, in the order in which they came")
+    other_groups: GroupReport | None = Field(description="all later groups together")
+    skill: SkillReport
+    fallback: FallbackNotice | None
 
 
 class Visit(Reply):

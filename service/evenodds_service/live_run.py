@@ -25,8 +25,10 @@ from evenodds_service.domain.fold import (
     new_paper_beliefs,
     new_prompt_beliefs,
     paper_beliefs,
+    unseen_share,
 )
 from evenodds_service.domain.pool import Pool, directions
+from evenodds_service.domain.rails import Alarm, Fallback
 from evenodds_service.domain.types import (
     BUILTIN,
     CALLER,
@@ -40,6 +42,7 @@ from evenodds_service.domain.types import (
     RawBlock,
     RunSettings,
     SnapshotEntry,
+    check_shares,
 )
 from evenodds_service.model.embedder import storage_name
 from evenodds_service.model.shared_model import SharedModel, SnapshotUnusable
@@ -77,6 +80,11 @@ class SelectArguments:
     candidates: Sequence[str] | None
     exclude: Sequence[str]
     groups: Mapping[str, float]
+    groups_at_most: Mapping[str, float]
+    are_groups_strict: bool
+    reprobe_share: float
+    control_share: float
+    may_fall_back: bool
 
 
 class LiveRun:
@@ -175,13 +183,31 @@ class LiveRun:
         outside.append(block)
         return new_prompt_beliefs(self.state, outside, fitted)
 
-    def choose(self, run: str, arguments: SelectArguments) -> tuple[Choice, FloatArray, FloatArray]:
-        """Choose a batch in the present state. Returns it with the beliefs (a, b) about its prompts, [B].
+    def fallback(self, predictor: Predictor) -> Fallback | None:
+        """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
+        return self.state.rails.fallback() if predictor == "gps" else None
+
+    def alarms(self, predictor: Predictor, *, may_fall_back: bool) -> tuple[Alarm, ...]:
+        """What a person should look at in the present state."""
+        return self.state.rails.alarms(
+            self.pool.group_names,
+            unseen_share=unseen_share(self.state),
+            is_mixed=predictor == "gps",
+            may_fall_back=may_fall_back,
+        )
+
+    def choose(self, run: str, arguments: SelectArguments) -> tuple[Choice, FloatArray, FloatArray, Fallback | None]:
+        """Choose a batch in the present state.
+
+        Returns:
+            The batch, the beliefs (a, b) about its prompts, [B], and why it is uniform, if it was to be another.
 
         Raises:
             UnknownPrompts: among the candidates or exclusions.
             NotEnoughPrompts: fewer may be selected than were asked for.
+            SharesConflict: a group's least share is above its largest.
         """
+        check_shares(arguments.groups, arguments.groups_at_most)
         state = self.state
         eligible = acquisition.eligible(
             state.selected_N,
@@ -200,6 +226,10 @@ class LiveRun:
         if arguments.exclude:
             eligible[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
         generator = np.random.default_rng([arguments.seed, arguments.step])
+        acquired, fallback = arguments.acquisition, None
+        if arguments.may_fall_back and acquired != "uniform":
+            fallback = self.fallback(arguments.predictor)
+            acquired = acquired if fallback is None else "uniform"
         a, b = self.beliefs(arguments.predictor)
         informative, informative_std = informative_moments(a, b, arguments.group_size)
         scores = acquisition.scores(
@@ -207,7 +237,7 @@ class LiveRun:
             b,
             informative,
             informative_std,
-            acquisition=arguments.acquisition,
+            acquisition=acquired,
             target_rate=arguments.target_rate,
             optimism=arguments.optimism,
             generator=generator,
@@ -220,9 +250,13 @@ class LiveRun:
                 batch_size=arguments.batch_size,
                 last_seen_N=np.maximum(state.last_selected_N, state.last_step_N),
                 generator=generator,
-                directions_of=self._directions if arguments.acquisition in ("yield", "paper") else None,
+                directions_of=self._directions if acquired in ("yield", "paper") else None,
                 recent_batches=state.recent_batches,
-                groups={group: (share, self._members(group)) for group, share in arguments.groups.items()},
+                groups=self._members(arguments.groups),
+                groups_at_most=self._members(arguments.groups_at_most),
+                are_groups_strict=arguments.are_groups_strict,
+                reprobe_share=arguments.reprobe_share if fallback is None else 0.0,
+                control_share=arguments.control_share,
             )
         except NotEnoughPrompts as error:
             raise NotEnoughPrompts(
@@ -230,16 +264,23 @@ class LiveRun:
                 eligible=error.eligible,
                 group=error.group,
                 advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
-                f"{arguments.max_visits or 'none'}): ask for fewer, load more prompts, or loosen what rules them out",
+                f"{arguments.max_visits or 'none'}{_in_words(arguments.groups_at_most)}): ask for fewer, load more "
+                "prompts, or loosen what rules them out",
             ) from None
-        return choice, a[choice.prompts], b[choice.prompts]
+        return choice, a[choice.prompts], b[choice.prompts], fallback
 
     def _directions(self, prompts: IntArray) -> FloatArray:
         assert self.state.basis is not None  # a pool with a prompt to choose has one
         return directions(self.pool.rows(self.state.basis, prompts))
 
-    def _members(self, group: str) -> BoolArray:
-        return np.fromiter((g == group for g in self.pool.groups), dtype=bool, count=self.state.n_prompts)
+    def _members(self, shares: Mapping[str, float]) -> dict[str, tuple[float, BoolArray]]:
+        return {group: (share, self.pool.members(group, self.state.n_prompts)) for group, share in shares.items()}
+
+
+def _in_words(groups_at_most: Mapping[str, float]) -> str:
+    shares = ", ".join(f"{group!r}: {share:g}" for group, share in list(groups_at_most.items())[:5])
+    more = ", ..." if len(groups_at_most) > 5 else ""
+    return f", groups_at_most {{{shares}{more}}}" if groups_at_most else ""
 
 
 def vector_name(settings: RunSettings) -> str | None:

@@ -30,12 +30,18 @@ DEFAULTS = {
     "keep_text": True,
     "model_size": "small",
     "refit": {"every_observations": 2_048, "every_seconds": 600},
+    "control_share": 0.0,
+    "reprobe_share": 0.05,
+    "groups": None,
+    "groups_at_most": None,
+    "fallback": True,
     "last_refit": None,
     "pool_size": 0,
     "log_position": 0,
     "head_step": None,
     "model_version": 0,
     "observations": 0,
+    "alarms": [],
 }
 CHANGED = {
     "predictor": "mopps",
@@ -49,6 +55,11 @@ CHANGED = {
     "max_visits": 2,
     "keep_text": False,
     "model_size": "published",
+    "control_share": 0.25,
+    "reprobe_share": 0.125,
+    "groups": {"a": 0.5},
+    "groups_at_most": {"a": 0.75, "b": 0.25},
+    "fallback": False,
 }
 
 
@@ -87,7 +98,7 @@ def test_null_resets_a_field(caller: Caller, field: str) -> None:
 
     after = caller.create(**{field: None})
 
-    defaults = {**DEFAULTS, "acquisition": "thompson"}  # under mopps
+    defaults = {**DEFAULTS, "acquisition": "thompson", "reprobe_share": 0.0}  # under mopps; of uniform choice
     assert after.items() >= {**CHANGED, field: defaults[field]}.items()
 
 

@@ -109,7 +109,7 @@ def test_put_run_sends_the_part_of_a_refit_policy_that_was_given(talk: Conversat
 
 
 def test_a_reply_may_hold_fields_that_this_release_does_not_know(talk: Conversation) -> None:
-    talk.replies_with_run(alarms=["drift"])
+    talk.replies_with_run(mood=["drift"])
 
     state = talk.call("run", "math-7b")
 

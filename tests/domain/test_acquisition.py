@@ -219,8 +219,9 @@ def test_five_in_a_hundred_are_the_least_recently_seen() -> None:
 
     assert set(forgotten + never) <= set(shop.choose(100).prompts.tolist())
     assert not set(forgotten + never) & set(shop.choose(100, diverse=False).prompts.tolist())
-    of_twenty = [set(shop.choose(20, seed=seed).prompts.tolist()) for seed in range(10)]
-    assert all(len(batch & set(never)) == 1 for batch in of_twenty)
+    of_twenty = [set(shop.choose(20, seed=seed).prompts.tolist()) for seed in range(40)]
+    assert all(len(batch & set(forgotten + never)) == 1 for batch in of_twenty)
+    assert 4 <= sum(bool(batch & set(forgotten)) for batch in of_twenty) <= 16
 
 
 def test_in_the_long_run_every_prompt_is_chosen_however_hopeless() -> None:

@@ -20,6 +20,7 @@ from evenodds.schemas import Problem
 from evenodds_service.api.access import AccessRefused
 from evenodds_service.api.features import EmbeddingRefused
 from evenodds_service.domain.acquisition import NotEnoughPrompts
+from evenodds_service.domain.types import SharesConflict
 from evenodds_service.live_run import UnknownPrompts
 from evenodds_service.model.errors import ModelError
 from evenodds_service.storage.errors import StoreError, StoreUnavailable
@@ -77,6 +78,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(AccessRefused, _refused)
     app.add_exception_handler(UnknownPrompts, _fact(404, "prompt_unknown"))
     app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
+    app.add_exception_handler(SharesConflict, _fact(409, "shares_conflict"))
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
 
 

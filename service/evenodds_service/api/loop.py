@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from evenodds.schemas import (
+    FallbackNotice,
     Forecast,
     ObserveReply,
     ObserveRequest,
@@ -24,7 +25,8 @@ from evenodds.schemas import (
 )
 from evenodds_service.api.features import new_prompt
 from evenodds_service.api.services import PROBLEMS, Hands, content_hash, mean_and_std, now, predictions
-from evenodds_service.domain.types import NewObservation
+from evenodds_service.domain.acquisition import Choice
+from evenodds_service.domain.types import FloatArray, NewObservation
 from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
 from evenodds_service.storage.store import Run
 
@@ -134,33 +136,37 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
     if recorded is None:
         live = hands.live_runs.at_head(run)
         with live.lock:
-            reply, indices = _choose(body, run, live)
+            reply, choice, beliefs = _choose(body, run, live)
         recorded, replayed = hands.store.record_selection(
             run.id,
             selection_id=reply.selection_id,
             step=body.step,
             arguments_hash=arguments_hash,
-            prompts=indices,
+            prompts=choice.prompts.tolist(),
             reply=reply.model_dump_json(exclude={"replayed"}),
             now=now(),
+            control_share=run.settings.control_share,
+            control=choice.control.tolist(),
+            beliefs=beliefs,
         )
     # The recorded reply is JSON already; only `replayed` differs from call to call.
     return Response(f'{{"replayed":{str(replayed).lower()},{recorded.reply[1:]}', media_type="application/json")
 
 
-def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, list[int]]:
+def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, Choice, tuple[FloatArray, FloatArray]]:
     settings = run.settings
 
     def setting(name: str) -> Any:
         given = getattr(body, name)
         return getattr(settings, name) if given is None else given
 
+    acquisition = body.acquisition or settings.effective_acquisition
     arguments = SelectArguments(
         step=body.step,
         batch_size=body.batch_size,
         seed=body.seed,
         predictor=settings.predictor,
-        acquisition=body.acquisition or settings.effective_acquisition,
+        acquisition=acquisition,
         group_size=setting("group_size"),
         target_rate=setting("target_rate"),
         optimism=setting("optimism"),
@@ -168,9 +174,14 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         max_visits=setting("max_visits"),
         candidates=body.candidates,
         exclude=body.exclude or (),
-        groups=body.groups or {},
+        groups=setting("groups") or {},
+        groups_at_most=setting("groups_at_most") or {},
+        are_groups_strict=body.groups is not None,
+        reprobe_share=settings.reprobe_share_under(acquisition),
+        control_share=settings.control_share,
+        may_fall_back=settings.fallback,
     )
-    choice, a, b = live.choose(run.name, arguments)
+    choice, a, b, fallback = live.choose(run.name, arguments)
     mean, std = mean_and_std(a, b)
     informative = choice.informative_probabilities
     ids = [live.pool.prompt_ids[i] for i in choice.prompts]
@@ -186,6 +197,7 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
             informative_groups=float(informative.sum()),
             pad_to=choice.pad_to,
         ),
+        fallback=FallbackNotice(reason=fallback.reason, since_step=fallback.since_step) if fallback else None,
         prompts=tuple(
             SelectedPrompt(
                 prompt_id=prompt_id,
@@ -193,10 +205,17 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
                 success_rate=rate,
                 std=deviation,
                 informative_probability=probability,
+                arm="control" if is_control else "policy",
             )
-            for prompt_id, index, rate, deviation, probability in zip(
-                ids, choice.prompts, mean.tolist(), std.tolist(), informative.tolist(), strict=True
+            for prompt_id, index, rate, deviation, probability, is_control in zip(
+                ids,
+                choice.prompts,
+                mean.tolist(),
+                std.tolist(),
+                informative.tolist(),
+                choice.control.tolist(),
+                strict=True,
             )
         ),
     )
-    return reply, choice.prompts.tolist()
+    return reply, choice, (a, b)

@@ -19,6 +19,7 @@ from starlette.convertors import Convertor, register_url_convertor
 
 from evenodds.schemas import (
     RUN_PATTERN,
+    Alarm,
     PromptId,
     PromptIn,
     PromptInfo,
@@ -35,7 +36,7 @@ from evenodds.schemas import (
 from evenodds_service.api.access import Caller, may_touch
 from evenodds_service.api.refits import refit_state
 from evenodds_service.api.services import PROBLEMS, Hands, RunPath, Services, now, predictions
-from evenodds_service.domain.types import Prompt, RunSettings
+from evenodds_service.domain.types import Prompt, RunSettings, check_shares
 from evenodds_service.storage.errors import PromptConflict, RunUnknown
 from evenodds_service.storage.store import Run, Store
 
@@ -76,9 +77,10 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
         sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
     changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
     settings = replace(settings, **changes)
+    check_shares(settings.groups or {}, settings.groups_at_most or {})
     hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
     stored, created = hands.store.put_run(run, settings, now=now())
-    return JSONResponse(_run_state(hands.store, stored).model_dump(mode="json"), 201 if created else 200)
+    return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
 
 
 @router.get("/runs", tags=["runs"], summary="List runs")
@@ -98,8 +100,8 @@ def list_runs(
 
 @router.get("/runs/{run}", tags=["runs"], summary="State of a run")
 def get_run(run: RunPath, hands: Hands) -> RunState:
-    """Settings, pool size, head of the log and model version."""
-    return _run_state(hands.store, hands.store.run(run))
+    """Settings, pool size, head of the log, model version, and alarms: what a person should look at."""
+    return _watched(hands, hands.store.run(run))
 
 
 @router.delete("/runs/{run}", tags=["runs"], summary="Delete a run", status_code=204)
@@ -253,6 +255,17 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], hands: Hand
     )
 
 
+def _watched(hands: Services, run: Run) -> RunState:
+    """The run with its alarms, which need its folded view."""
+    live = hands.live_runs.at_head(run)
+    with live.lock:
+        found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
+    alarms = tuple(
+        Alarm(code=a.code, message=a.message, since_step=a.since_step, value=a.value, limit=a.limit) for a in found
+    )
+    return _run_state(hands.store, run).model_copy(update={"alarms": alarms})
+
+
 def _run_state(store: Store, run: Run) -> RunState:
     settings, refits = run.settings, store.refits(run.id, limit=1)
     return RunState(
@@ -271,6 +284,11 @@ def _run_state(store: Store, run: Run) -> RunState:
         refit=RefitPolicy(
             every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
         ),
+        control_share=settings.control_share,
+        reprobe_share=settings.reprobe_share_under(settings.effective_acquisition),
+        groups=dict(settings.groups) if settings.groups else None,
+        groups_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
+        fallback=settings.fallback,
         last_refit=refit_state(refits[0]) if refits else None,
         pool_size=run.n_prompts,
         log_position=run.log_position,

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from evenodds_service.domain.distributions import target_moments
-from evenodds_service.domain.types import Acquisition, BoolArray, FloatArray, IntArray
+from evenodds_service.domain.types import REPROBE_SHARE, Acquisition, BoolArray, FloatArray, IntArray
 
-LEAST_RECENTLY_SEEN_SHARE = 0.05
+REPROBE_SEEN = 0.25
 DIVERSITY_SHARE = 0.1
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
@@ -39,11 +39,13 @@ class Choice:
         informative_probabilities: Of these prompts, [B].
         pad_to: How many prompts to take, by score, for B informative groups in expectation; None if all eligible
             prompts together do not give that many.
+        control: bool [B], which were chosen uniformly; they stand last.
     """
 
     prompts: IntArray
     informative_probabilities: FloatArray
     pad_to: int | None
+    control: BoolArray
 
     @property
     def informative_share(self) -> float:
@@ -117,8 +119,17 @@ def choose(
     directions_of: Callable[[IntArray], FloatArray] | None = None,
     recent_batches: Sequence[IntArray] = (),
     groups: Mapping[str, tuple[float, BoolArray]] | None = None,
+    groups_at_most: Mapping[str, tuple[float, BoolArray]] | None = None,
+    are_groups_strict: bool = True,
+    reprobe_share: float | None = None,
+    control_share: float = 0.0,
 ) -> Choice:
-    """Choose a batch: group minima, the least recently seen, then score plus diversity.
+    """Choose a batch: the control arm, group minima, the least recently seen, then score plus diversity.
+
+    The least recently seen are a floor that no belief lowers. Those never seen come first; but a quarter of the floor
+    is kept for prompts that were seen before, however hopeless (or solved) they are believed to be, so that these are
+    tried again though a large pool is not yet through.
+    The limits of groups hold for the batch as a whole, the control arm with it.
 
     Args:
         scores_N: From `scores`.
@@ -127,16 +138,28 @@ def choose(
         batch_size: B, at least 1.
         last_seen_N: Step of the last selection or observation, -1 for never.
         generator: Breaks ties and draws among the equally long unseen.
-        directions_of: Unit feature vectors [n, D] of n prompts; None switches diversity and the least-recently-seen
-            quota off, as a purely random or published acquisition wants.
+        directions_of: Unit feature vectors [n, D] of n prompts; None switches diversity off, as a purely random or
+            published acquisition wants.
         recent_batches: The previous batches, the anchors of diversity.
-        groups: Least share of the batch and membership by group name.
+        groups: Least share of the batch and membership by group name; at least floor(share B) prompts.
+        groups_at_most: Largest share, likewise; at most ceil(share B) prompts.
+        are_groups_strict: Whether a group with too few eligible prompts for its least share is an error; else it
+            gets what there is.
+        reprobe_share: Share of the batch for the least recently seen; None is .05 with diversity and 0 without.
+        control_share: Share of the batch drawn uniformly from the eligible prompts, before all others.
 
     Raises:
         NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
     """
-    if int(eligible_N.sum()) < batch_size:
-        raise NotEnoughPrompts(asked=batch_size, eligible=int(eligible_N.sum()))
+    least = {g: (math.floor(share * batch_size + 1e-9), members) for g, (share, members) in (groups or {}).items()}
+    most = {
+        g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in (groups_at_most or {}).items()
+    }
+    fitting = int(eligible_N.sum())
+    for cap, members_N in most.values():
+        fitting -= max(0, int((eligible_N & members_N).sum()) - cap)
+    if fitting < batch_size:
+        raise NotEnoughPrompts(asked=batch_size, eligible=fitting)
     anchor_D = None
     if directions_of is not None and len(recent_batches):
         # 1 - x'anchor is the mean cosine distance of x to the previous batches.
@@ -149,27 +172,79 @@ def choose(
         taken[prompts] = True
         chosen.append(prompts)
 
-    for group, (share, members_N) in (groups or {}).items():
-        wanted = math.floor(share * batch_size + 1e-9)
-        allowed = eligible_N & members_N & ~taken
-        if int(allowed.sum()) < wanted:
-            raise NotEnoughPrompts(asked=wanted, eligible=int(allowed.sum()), group=group)
-        take(_best(scores_N, ties_N, allowed, wanted, directions_of, anchor_D))
-    if directions_of is not None:
-        free = batch_size - int(taken.sum())
-        quota = min(free, math.floor(LEAST_RECENTLY_SEEN_SHARE * batch_size + generator.random()))
-        take(_first(last_seen_N, ties_N, eligible_N & ~taken, quota))
-    free = batch_size - int(taken.sum())
-    take(_best(scores_N, ties_N, eligible_N & ~taken, free, directions_of, anchor_D))
+    def free() -> int:
+        return batch_size - int(taken.sum())
 
-    prompts = np.concatenate(chosen)
-    return Choice(prompts, informative_N[prompts], _pad_to(scores_N, informative_N, eligible_N, prompts))
+    def allowed(order_N: FloatArray, among_N: BoolArray) -> BoolArray:
+        """Who of these may still be taken: where a group has little room left, its first by this order."""
+        return _with_room(eligible_N & among_N & ~taken, taken, most, order_N, ties_N)
+
+    control = np.empty(0, dtype=np.int64)
+    if control_share > 0.0:
+        wanted = math.floor(control_share * batch_size + generator.random())
+        control = _uniform(eligible_N, min(wanted, batch_size), batch_size, least, most, generator)
+        taken[control] = True
+    for group, (wanted, members_N) in least.items():
+        missing = max(0, wanted - int((taken & members_N).sum()))
+        available = int((eligible_N & members_N & ~taken).sum())
+        if available < missing and are_groups_strict:
+            raise NotEnoughPrompts(asked=wanted, eligible=wanted - missing + available, group=group)
+        missing = min(missing, available)
+        take(_best(scores_N, ties_N, eligible_N & members_N & ~taken, missing, directions_of, anchor_D))
+    if reprobe_share is None:
+        reprobe_share = REPROBE_SHARE if directions_of is not None else 0.0
+    if reprobe_share > 0.0:
+        quota = min(free(), math.floor(reprobe_share * batch_size + generator.random()))
+        rest = free() - quota
+        of_seen = math.floor(REPROBE_SEEN * quota + generator.random())
+        longest_N = -last_seen_N.astype(np.float64)
+        take(_top(np.flatnonzero(allowed(longest_N, last_seen_N >= 0)), longest_N, ties_N, min(of_seen, quota)))
+        take(_top(np.flatnonzero(allowed(longest_N, eligible_N)), longest_N, ties_N, free() - rest))
+    take(_best(scores_N, ties_N, allowed(scores_N, eligible_N), free(), directions_of, anchor_D))
+
+    prompts = np.concatenate((*chosen, control))
+    is_control = np.arange(batch_size) >= batch_size - len(control)
+    return Choice(prompts, informative_N[prompts], _pad_to(scores_N, informative_N, eligible_N, prompts), is_control)
 
 
-def _first(last_seen_N: IntArray, ties_N: FloatArray, allowed_N: BoolArray, n: int) -> IntArray:
-    """The n least recently seen."""
-    candidates = np.flatnonzero(allowed_N)
-    return _top(candidates, -last_seen_N.astype(np.float64), ties_N, n)
+def _uniform(
+    eligible_N: BoolArray,
+    n: int,
+    batch_size: int,
+    least: Mapping[str, tuple[int, BoolArray]],
+    most: Mapping[str, tuple[int, BoolArray]],
+    generator: np.random.Generator,
+) -> IntArray:
+    """Up to n eligible prompts, all equally likely as far as the groups' limits leave the choice."""
+    order = generator.permutation(np.flatnonzero(eligible_N))
+    may, is_owed = np.ones(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
+    for cap, members_N in most.values():
+        members = members_N[order]
+        may &= ~members | (np.cumsum(members) <= cap)
+    for owed, members_N in least.values():
+        members = members_N[order]
+        is_owed |= members & (np.cumsum(members) <= owed)
+    # What is not owed to a group must leave room for what is.
+    spends = may & ~is_owed
+    may &= ~(spends & (np.cumsum(spends) > batch_size - sum(owed for owed, _ in least.values())))
+    return np.asarray(order[may][:n])
+
+
+def _with_room(
+    allowed_N: BoolArray,
+    taken_N: BoolArray,
+    most: Mapping[str, tuple[int, BoolArray]],
+    order_N: FloatArray,
+    ties_N: FloatArray,
+) -> BoolArray:
+    """Those allowed, of each limited group only so many as it has room for: the highest by `order`."""
+    for cap, members_N in most.values():
+        room = max(0, cap - int((taken_N & members_N).sum()))
+        candidates = np.flatnonzero(allowed_N & members_N)
+        if len(candidates) > room:
+            allowed_N[candidates] = False
+            allowed_N[_top(candidates, order_N, ties_N, room)] = True
+    return allowed_N
 
 
 def _best(

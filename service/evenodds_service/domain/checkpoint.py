@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import numpy as np
 from evenodds_service.domain.beliefs import Mixture
 from evenodds_service.domain.fold import State
 from evenodds_service.domain.pool import Basis
+from evenodds_service.domain.rails import Rails
+from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic
 
-FORMAT = 1
+FORMAT = 2
 _SCALARS = (
     "position",
     "n_prompts",
@@ -44,6 +47,7 @@ _ARRAYS = (
 _BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
+_COUNTED: dict[str, Any] = {"record": Record, "rails": Rails}
 
 
 class CheckpointUnusable(ValueError):
@@ -64,6 +68,10 @@ def to_bytes(state: State) -> bytes:
         regression = getattr(state, which)
         if regression is not None:
             arrays |= {f"{which}_{name}": getattr(regression, name) for name in _REGRESSION_ARRAYS}
+    for which in _COUNTED:
+        values = {field.name: getattr(getattr(state, which), field.name) for field in fields(_COUNTED[which])}
+        arrays |= {f"{which}.{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
+        header[which] = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
     buffer = io.BytesIO()
     np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
     return buffer.getvalue()
@@ -93,4 +101,8 @@ def from_bytes(content: bytes) -> State:
     for which in _REGRESSIONS:
         if f"{which}_weights" in arrays:
             setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))
+    for which, kind in _COUNTED.items():
+        sums = {name.removeprefix(f"{which}."): arrays[name] for name in arrays if name.startswith(f"{which}.")}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in header[which].items()}
+        setattr(state, which, kind(**sums, **values))
     return state

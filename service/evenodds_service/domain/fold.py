@@ -14,6 +14,8 @@ import numpy as np
 from evenodds_service.domain import beliefs
 from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
 from evenodds_service.domain.pool import Basis, Pool
+from evenodds_service.domain.rails import Rails
+from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic, effective_count
 from evenodds_service.domain.types import (
     BoolArray,
@@ -43,6 +45,7 @@ class State:
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
         log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
+        record, rails: What the report is made of, and what alarms and the fallback are read from.
     """
 
     position: int = 0
@@ -68,6 +71,8 @@ class State:
     recent_batches: tuple[IntArray, ...] = ()
     log_likelihood: float = 0.0
     mopps_log_likelihood: float = 0.0
+    record: Record = field(default_factory=Record)
+    rails: Rails = field(default_factory=Rails)
 
 
 def fold(state: State, entry: Entry, pool: Pool) -> State:
@@ -90,7 +95,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _observe(state, entry, pool)
     elif isinstance(entry, SelectEntry):
         _known(state, entry.prompts)
-        _select(state, entry)
+        _select(state, entry, pool)
     else:
         state.model_version = entry.version
         _admit(state, pool)
@@ -244,10 +249,23 @@ def _grow(state: State, n_prompts: int) -> None:
     state.n_prompts = n_prompts
 
 
-def _select(state: State, entry: SelectEntry) -> None:
+def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
+    fresh_B, groups_B = ~_is_tried(state, entry.prompts), pool.group_codes(entry.prompts)
+    state.record.select(entry, fresh_B, groups_B)
+    state.rails.select(entry.step, fresh_B, groups_B)
     state.selected_N[entry.prompts] += 1
     state.last_selected_N[entry.prompts] = np.maximum(state.last_selected_N[entry.prompts], entry.step)
     state.recent_batches = (*state.recent_batches, entry.prompts)[-RECENT_BATCHES:]
+
+
+def unseen_share(state: State) -> float:
+    """Share of the pool that was never chosen or observed; 0 for an empty one."""
+    return float((~_is_tried(state, slice(0, state.n_prompts))).mean()) if state.n_prompts else 0.0
+
+
+def _is_tried(state: State, rows: IntArray | slice) -> BoolArray:
+    """Which of these prompts were chosen or observed before."""
+    return np.asarray((state.selected_N[rows] > 0) | (state.visits_N[rows] > 0))
 
 
 def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
@@ -255,6 +273,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     k, counts = np.zeros(len(prompts)), np.zeros(len(prompts))
     np.add.at(k, position, entry.successes)
     np.add.at(counts, position, entry.attempts)
+    informative = _is_informative(entry, position, len(prompts))
     if entry.step > state.head_step:
         if state.head_step >= 0:
             _forget(state)
@@ -264,9 +283,24 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     here = state.mixture.present()
     means_C_n, scales_C_n = _priors_of(state, pool, prompts, x, here)
     own, lost = state.successes_L_N[:, prompts], state.failures_L_N[:, prompts]
+
+    def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
+        weights = state.mixture.kept()
+        return beliefs.predict_rows(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
+
+    groups = pool.group_codes(prompts)
+    informative = state.record.observe(
+        entry.step, entry.selection_id, prompts, k, counts, informative, groups, forecast_of
+    )
+    state.rails.observe(entry.step, counts, informative, groups)
+
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = beliefs.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
+    log_guard = state.mixture.log_guard
     ours, mopps = state.mixture.update(likelihoods)
+    skill = log_guard - state.mixture.log_guard  # of the mixture without its guard
+    state.record.compare(entry.step, skill, len(prompts))
+    state.rails.compare(entry.step, skill, len(prompts))
     state.log_likelihood += ours
     state.mopps_log_likelihood += mopps
 
@@ -279,6 +313,19 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         if state.embedding is not None:
             state.embedding.update(x, k, counts)
     state.n_observations += len(entry.prompts)
+
+
+def _is_informative(entry: ObserveEntry, position: IntArray, n: int) -> BoolArray:
+    """Whether the attempts on each of the n distinct prompts were not all equal; `position` is each row's prompt."""
+    informative = np.zeros(n, dtype=np.bool_)
+    np.logical_or.at(informative, position, entry.informative)
+    if len(position) > n:
+        rates = entry.successes / entry.attempts
+        least, most = np.full(n, np.inf), np.full(n, -np.inf)
+        np.minimum.at(least, position, rates)
+        np.maximum.at(most, position, rates)
+        informative |= most - least > 1e-9
+    return informative
 
 
 def _forget(state: State) -> None:

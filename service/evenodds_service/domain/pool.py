@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, RawBlock
+from evenodds_service.domain.types import BoolArray, FittedPrior, FloatArray, IntArray, RawBlock
+
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64
@@ -38,6 +41,8 @@ class Pool:
         self.prompt_ids: list[str] = []
         self.index: dict[str, int] = {}
         self.groups: list[str | None] = []
+        self._group_codes: dict[str | None, int] = {}
+        self._codes = np.empty(0, dtype=np.int32)
         self._numeric: list[Mapping[str, float] | None] = []
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
@@ -65,6 +70,8 @@ class Pool:
             self.index[prompt_id] = self.n + offset
         self.prompt_ids.extend(block.prompt_ids)
         self.groups.extend(block.groups)
+        codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in block.groups]
+        self._codes = _append(self._codes, self.n, np.asarray(codes, dtype=np.int32))
         self._numeric.extend(block.numeric)
         self.n += n
 
@@ -98,6 +105,19 @@ class Pool:
             )
         return self._fitted[1]
 
+    @property
+    def group_names(self) -> tuple[str | None, ...]:
+        """Groups by code: in the order in which they first appeared. None stands for prompts without one."""
+        return tuple(self._group_codes)
+
+    def group_codes(self, rows: IntArray | slice) -> IntArray:
+        """Group codes of these prompts, int64 [n]."""
+        return self._codes[rows].astype(np.int64)
+
+    def members(self, group: str, n: int) -> BoolArray:
+        """Which of the first n prompts are in this group, bool [n]."""
+        return np.asarray(self._codes[:n] == self._group_codes.get(group, -1))
+
     def prior_rates(self, n: int) -> FloatArray:
         """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
         return self._prior_rates[:n]
@@ -129,7 +149,7 @@ def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
     raise ValueError(f"{what} of width {given}, the pool holds width {width}: send vectors of one model only")
 
 
-def _append(array: FloatArray, n: int, more: FloatArray) -> FloatArray:
+def _append(array: NDArray[ScalarT], n: int, more: NDArray[ScalarT]) -> NDArray[ScalarT]:
     """Write `more` behind the first n rows, doubling the capacity where needed."""
     needed = n + len(more)
     if needed > len(array):

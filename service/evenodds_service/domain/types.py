@@ -24,6 +24,8 @@ Acquisition = Literal["yield", "paper", "thompson", "uniform"]
 ModelSize = Literal["small", "published"]
 
 BUILTIN, CALLER, NO_EMBEDDER = "builtin", "caller", "none"
+REPROBE_SHARE = 0.05
+MAX_CONTROL_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ class RunSettings:
         model_size: Of the networks of `gps-paper`: `small` for a CPU, `published` has 20 million parameters.
         refit_every_observations: A refit is due after so many new observations (sooner while there are few).
         refit_every_seconds: A refit is due so long after the one before, if anything was observed since.
+        control_share: Share of each batch that is chosen uniformly, in [0, .5].
+        reprobe_share: Least share of each batch for the prompts least recently seen, in [0, 1]; None follows the
+            acquisition (.05 under `yield` and `paper`, else none).
+        groups, groups_at_most: Least and largest share of a batch by group.
+        fallback: Choose uniformly while the mixture's skill against MoPPS stays negative.
     """
 
     predictor: Predictor = "gps"
@@ -62,6 +69,11 @@ class RunSettings:
     model_size: ModelSize = "small"
     refit_every_observations: int = 2_048
     refit_every_seconds: int = 600
+    control_share: float = 0.0
+    reprobe_share: float | None = None
+    groups: Mapping[str, float] | None = None
+    groups_at_most: Mapping[str, float] | None = None
+    fallback: bool = True
 
     @property
     def effective_acquisition(self) -> Acquisition:
@@ -74,6 +86,26 @@ class RunSettings:
             "uniform": "uniform",
         }
         return by_predictor[self.predictor]
+
+    def reprobe_share_under(self, acquisition: Acquisition) -> float:
+        """Chance needs no floor, and Thompson sampling is left as published unless a share is set."""
+        if self.reprobe_share is not None:
+            return self.reprobe_share
+        return REPROBE_SHARE if acquisition in ("yield", "paper") else 0.0
+
+
+class SharesConflict(ValueError):
+    """A group's least share of a batch is above its largest."""
+
+
+def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
+    """Raises SharesConflict."""
+    for group in least.keys() & most.keys():
+        if least[group] > most[group]:
+            raise SharesConflict(
+                f"group {group!r} is to get at least {least[group]:g} of a batch (groups) and at most {most[group]:g} "
+                "(groups_at_most): lower the one or raise the other"
+            )
 
 
 def text_key(text: str) -> str:
@@ -187,11 +219,36 @@ class ObserveEntry:
 
 @dataclass(frozen=True, slots=True)
 class SelectEntry:
-    """Log entry: the batch chosen for `step`, int64 [B] prompt indices."""
+    """Log entry: the batch chosen for `step`.
+
+    Attributes:
+        prompts: int64 [B] prompt indices.
+        control_share: The share that was asked for; .1 of 5 prompts is one in every other batch.
+        control: bool [B], which of them were chosen uniformly; None: none.
+        a, b: Parameters of the belief about each when it was chosen, [B]; None where they were not recorded.
+    """
 
     position: int
     step: int
     prompts: IntArray
+    selection_id: str | None = None
+    control_share: float = 0.0
+    control: BoolArray | None = None
+    a: FloatArray | None = None
+    b: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.control_share <= MAX_CONTROL_SHARE:
+            raise ValueError(f"log entry {self.position}: control_share {self.control_share} is not in [0, 0.5]")
+        for name in ("control", "a", "b"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.prompts):
+                raise ValueError(
+                    f"log entry {self.position}: {len(self.prompts)} prompts, {len(values)} values of {name}"
+                )
+        for values in (self.a, self.b):
+            if values is not None and not (np.isfinite(values) & (values > 0)).all():
+                raise ValueError(f"log entry {self.position}: a and b must be finite and above 0")
 
 
 @dataclass(frozen=True, slots=True)

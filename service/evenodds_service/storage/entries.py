@@ -1,8 +1,9 @@
 """Rows of the log: how an entry is written at the next position and how it is read back.
 
 The body of an entry is compact JSON. Of an observe entry: parallel lists `prompts`, `successes`, `attempts`
-and `informative` (0 or 1), and the `model_version` that was answered. Of a select entry: `prompts`. Of a pool
-entry: `n_prompts`. Of a snapshot entry: `version`.
+and `informative` (0 or 1), and the `model_version` that was answered. Of a select entry: `prompts`; `a` and `b`, the
+belief about each, in six digits; where there is a control arm, `control_share` and the places of its prompts in the
+batch, `control`. Of a pool entry: `n_prompts`. Of a snapshot entry: `version`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, RowMapping, case, insert, update
 
-from evenodds_service.domain.types import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.types import Entry, IntArray, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 from evenodds_service.storage.tables import log, runs
 
 
@@ -51,7 +52,12 @@ def append_entry(
         }
         moved["n_observations"] = runs.c.n_observations + len(entry.prompts)
     elif isinstance(entry, SelectEntry):
-        row |= {"kind": "select", "step": entry.step, "body": _compact({"prompts": entry.prompts.tolist()})}
+        row |= {
+            "kind": "select",
+            "step": entry.step,
+            "selection_id": entry.selection_id,
+            "body": _select_body(entry),
+        }
     else:
         row |= {"kind": "snapshot", "body": _compact({"version": entry.version})}
         moved["model_version"] = entry.version
@@ -71,7 +77,7 @@ def read_entry(row: RowMapping) -> Entry:
         return SnapshotEntry(position, body["version"])
     prompts = np.asarray(body["prompts"], dtype=np.int64)
     if row["kind"] == "select":
-        return SelectEntry(position, row["step"], prompts)
+        return _select_entry(row, body, prompts)
     return ObserveEntry(
         position,
         row["step"],
@@ -80,6 +86,34 @@ def read_entry(row: RowMapping) -> Entry:
         attempts=np.asarray(body["attempts"], dtype=np.float64),
         informative=np.asarray(body["informative"], dtype=np.bool_),
         selection_id=row["selection_id"],
+    )
+
+
+def _select_body(entry: SelectEntry) -> str:
+    body: dict[str, object] = {"prompts": entry.prompts.tolist()}
+    if entry.control_share:
+        body["control_share"] = entry.control_share
+    if entry.control is not None and entry.control.any():
+        body["control"] = np.flatnonzero(entry.control).tolist()
+    if entry.a is not None and entry.b is not None:
+        body |= {"a": [float(f"{a:.6g}") for a in entry.a.tolist()], "b": [float(f"{b:.6g}") for b in entry.b.tolist()]}
+    return _compact(body)
+
+
+def _select_entry(row: RowMapping, body: Mapping[str, Any], prompts: IntArray) -> SelectEntry:
+    control = None
+    if "control" in body:
+        control = np.zeros(len(prompts), dtype=np.bool_)
+        control[body["control"]] = True
+    return SelectEntry(
+        row["position"],
+        row["step"],
+        prompts,
+        selection_id=row["selection_id"],
+        control_share=body.get("control_share", 0.0),
+        control=control,
+        a=np.asarray(body["a"], dtype=np.float64) if "a" in body else None,
+        b=np.asarray(body["b"], dtype=np.float64) if "b" in body else None,
     )
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 import numpy as np
 from sqlalchemy import Connection, insert, select
 
-from evenodds_service.domain.types import SelectEntry
+from evenodds_service.domain.types import FloatArray, SelectEntry
 from evenodds_service.storage.entries import append_entry
 from evenodds_service.storage.errors import SelectionConflict
 from evenodds_service.storage.runs import lock_run
@@ -37,12 +37,17 @@ class SelectionMethods(Transactions):
         prompts: Sequence[int],
         reply: str,
         now: datetime,
+        control_share: float = 0.0,
+        control: Sequence[bool] | None = None,
+        beliefs: tuple[FloatArray, FloatArray] | None = None,
     ) -> tuple[Selection, bool]:
         """Record the batch as a log entry, or return what stands for (run, step). The flag says: replayed.
 
         Args:
             selection_id: Unique over all runs.
             prompts: Indices of the chosen prompts.
+            control_share, control: The share of the control arm, and which of the prompts are in it.
+            beliefs: Parameters (a, b) of the belief about each prompt, positive.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
@@ -54,7 +59,17 @@ class SelectionMethods(Transactions):
             if standing is not None:
                 return standing, True
             position = run.log_position + 1
-            chosen = SelectEntry(position, step, np.asarray(prompts, dtype=np.int64))
+            a, b = beliefs if beliefs is not None else (None, None)
+            chosen = SelectEntry(
+                position,
+                step,
+                np.asarray(prompts, dtype=np.int64),
+                selection_id=selection_id,
+                control_share=control_share,
+                control=None if control is None else np.asarray(control, dtype=np.bool_),
+                a=a,
+                b=b,
+            )
             append_entry(connection, run_id, chosen, now=now)
             recorded = Selection(selection_id, step, arguments_hash, reply, log_position=position)
             connection.execute(
