@@ -45,6 +45,7 @@ from evenodds.schemas import (
     SelectedPrompt,
     SelectReply,
     Visit,
+    Voided,
 )
 from evenodds.version import __version__
 
@@ -86,5 +87,6 @@ __all__ = [
     "Unavailable",
     "Unreachable",
     "Visit",
+    "Voided",
     "__version__",
 ]
