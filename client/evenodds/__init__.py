@@ -59,6 +59,7 @@ from evenodds.schemas import (
     SkillReport,
     Visit,
     VisitCount,
+    Voided,
     WindowReport,
 )
 from evenodds.version import __version__
@@ -72,8 +73,8 @@ __all__ = [
     "Conflict",
     "Coverage",
     "EvenOddsError",
-    "Forbidden",
     "FallbackNotice",
+    "Forbidden",
     "Forecast",
     "ForecastQuality",
     "GroupReport",
@@ -115,6 +116,7 @@ __all__ = [
     "Unreachable",
     "Visit",
     "VisitCount",
+    "Voided",
     "WindowReport",
     "__version__",
 ]

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from evenodds.version import __version__
-from evenodds_service.api import errors, loop, operations, refits, reports, runs
+from evenodds_service.api import errors, loop, operations, refits, reports, runs, voids
 from evenodds_service.api.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
@@ -79,7 +79,7 @@ def create_app(
         registry=registry,
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    for room in (loop, refits, reports, runs, operations):
+    for room in (loop, refits, reports, runs, voids, operations):
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     errors.install(app)
     if asks_for_keys:

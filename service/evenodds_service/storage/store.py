@@ -6,7 +6,7 @@ be upgraded; on PostgreSQL the row of the run, so that log positions are gapless
 position p has seen everything up to p. `now` is an argument: the store has no clock.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py.
+keys.py, voids.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from evenodds_service.storage.values import (
     Scope,
     Selection,
     Snapshot,
+    Voided,
 )
+from evenodds_service.storage.voids import VoidMethods
 
 __all__ = [
     "ApiKey",
@@ -41,10 +43,13 @@ __all__ = [
     "Selection",
     "Snapshot",
     "Store",
+    "Voided",
 ]
 
 
-class Store(RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods, KeyMethods):
+class Store(
+    RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods, VoidMethods, KeyMethods
+):
     """The store of one database, safe to share between threads.
 
     Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the
