@@ -28,6 +28,8 @@ from evenodds.errors import (
 from evenodds.schemas import (
     Alarm,
     ArmReport,
+    BeliefReport,
+    BelievedPrompt,
     Coverage,
     FallbackNotice,
     Forecast,
@@ -68,6 +70,8 @@ __all__ = [
     "Alarm",
     "ArmReport",
     "AsyncClient",
+    "BeliefReport",
+    "BelievedPrompt",
     "Client",
     "ConfigurationError",
     "Conflict",

@@ -18,6 +18,7 @@ from evenodds.protocol import Exchange, Protocol
 from evenodds.schemas import (
     MAX_ITEMS,
     Acquisition,
+    BeliefReport,
     Health,
     Observation,
     ObserveReply,
@@ -203,6 +204,18 @@ class Calls(Protocol):
             since = None if since_step is None else _STEP.validate_python(since_step)
         query = {} if since is None else {"since_step": str(since)}
         return (yield from self.call("GET", path, RunReport, query=query))
+
+    def beliefs(self, run: str, *, shown: int = 8) -> Exchange[BeliefReport]:
+        """How the beliefs about the whole pool are spread, and its hardest and easiest prompts.
+
+        Args:
+            shown: How many of each, in [0, 100].
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        query = {"shown": str(shown)}
+        return (yield from self.call("GET", f"{_run_path('beliefs', run)}/beliefs", BeliefReport, query=query))
 
     def rewind(self, run: str, step: int) -> Exchange[Voided]:
         """Forget everything observed or selected with a step above `step`: the trainer restarted from its checkpoint.

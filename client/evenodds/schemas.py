@@ -650,6 +650,28 @@ class RunReport(Reply):
     fallback: FallbackNotice | None
 
 
+class BelievedPrompt(Reply):
+    prompt_id: PromptId
+    group: str | None
+    text: str | None = Field(description="its first 500 characters")
+    success_rate: float
+    informative_probability: float
+    attempts_seen: int
+
+
+class BeliefReport(Reply):
+    """How the beliefs about the whole pool are spread."""
+
+    run: RunName
+    model_version: int
+    log_position: int
+    pool_size: int
+    success_rate_counts: tuple[int, ...] = Field(description="prompts by believed success rate, in 20 equal bins")
+    informative_counts: tuple[int, ...] = Field(description="prompts by informative probability, in 20 equal bins")
+    hardest: tuple[BelievedPrompt, ...] = Field(description="hardest first")
+    easiest: tuple[BelievedPrompt, ...] = Field(description="easiest first")
+
+
 class Visit(Reply):
     """One observation of a prompt, as the log keeps it."""
 

@@ -260,7 +260,9 @@ def test_a_run_deleted_while_it_is_read_is_no_trouble(bench: Bench) -> None:
     class Deleting(Store):
         """Another caller deletes the run just before its texts are read."""
 
-        def prompts(self, run_id: int, *, first: int = 0, limit: int = 100) -> tuple[Prompt, ...]:
+        def prompts(
+            self, run_id: int, *, first: int = 0, limit: int = 100, containing: str | None = None
+        ) -> tuple[Prompt, ...]:
             self.delete_run("math")
             return super().prompts(run_id, first=first, limit=limit)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PREFIX = "eo_"
 KEYS_SECONDS = 2.0
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"})
+_OPEN_FOLDERS = ("/page/", "/docs-files/")
 """Say nothing of any run: they ask for no key."""
 
 _READS = frozenset({"/predict", "/allocate", "/budget", "/v1/chat/completions"})
@@ -152,7 +153,7 @@ class Access:
         self._refused = refused
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDERS):
             await self._app(scope, receive, send)
             return
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
@@ -19,6 +20,7 @@ from evenodds.version import __version__
 from evenodds_service.api import errors, loop, operations, refits, reports, runs, voids
 from evenodds_service.api.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.features import Featurizer
+from evenodds_service.api.page import router as page
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import ApiKey, Store
@@ -37,6 +39,7 @@ _TAGS = [
     {"name": "prompts", "description": "The pool of a run."},
     {"name": "operations", "description": "Health and metrics."},
 ]
+DOCS_FILES = "/docs-files"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -62,7 +65,9 @@ def create_app(
     """
     featurizer = Featurizer(store)
     registry = CollectorRegistry()
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url=DOCS_FILES,
         title="Even Odds",
         version=__version__,
         description=_DESCRIPTION,
@@ -81,6 +86,7 @@ def create_app(
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     for room in (loop, refits, reports, runs, voids, operations):
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
+    app.include_router(page)
     errors.install(app)
     if asks_for_keys:
         app.add_middleware(Access, ring=KeyRing(store, clock), refused=errors.refused)

@@ -211,10 +211,13 @@ def list_prompts(
     hands: Hands,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     cursor: Annotated[int, Query(ge=0, le=2**31 - 1, description="from the page before")] = 0,
+    search: Annotated[
+        str | None, Query(min_length=1, max_length=200, description="a part of the id or text, in any case")
+    ] = None,
 ) -> PromptPage:
-    """Prompts in the order in which they came, in pages."""
+    """Prompts in the order in which they came, in pages; with `search`, those that have it in their id or text."""
     stored = hands.store.run(run)
-    prompts = hands.store.prompts(stored.id, first=cursor, limit=limit + 1)
+    prompts = hands.store.prompts(stored.id, first=cursor, limit=limit + 1, containing=search)
     return PromptPage(
         prompts=tuple(PromptInfo(**_prompt_fields(prompt)) for prompt in prompts[:limit]),
         next_cursor=str(prompts[limit].index) if len(prompts) > limit else None,

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, RowMapping, and_, insert, null, select, update
+from sqlalchemy import Connection, RowMapping, and_, insert, null, or_, select, update
 
 from evenodds_service.domain.types import CALLER, NewPrompt, PoolEntry, Prompt, RawBlock, Vector
 from evenodds_service.storage.entries import append_entry
@@ -71,17 +71,33 @@ class PoolMethods(Transactions):
             log_position=grown.log_position,
         )
 
-    def prompts(self, run_id: int, *, first: int = 0, limit: int = 100) -> tuple[Prompt, ...]:
-        """Prompts with index >= first, in order of index."""
+    def prompts(
+        self, run_id: int, *, first: int = 0, limit: int = 100, containing: str | None = None
+    ) -> tuple[Prompt, ...]:
+        """Prompts with index >= first, in order of index; those whose id or text contains `containing`, in any case."""
         statement = (
             select(prompts)
             .where(prompts.c.run_id == run_id, prompts.c.index >= first)
             .order_by(prompts.c.index)
             .limit(limit)
         )
+        if containing is not None:
+            statement = statement.where(
+                or_(
+                    prompts.c.prompt_id.icontains(containing, autoescape=True),
+                    prompts.c.text.icontains(containing, autoescape=True),
+                )
+            )
         with self._reading() as connection:
             rows = connection.execute(statement).mappings().all()
         return tuple(_prompt_of(row) for row in rows)
+
+    def prompts_at(self, run_id: int, indices: Sequence[int]) -> tuple[Prompt, ...]:
+        """The prompts of these indices, in this order; those that do not exist are left out. At most 500."""
+        statement = select(prompts).where(prompts.c.run_id == run_id, prompts.c.index.in_(indices))
+        with self._reading() as connection:
+            found = {row["index"]: _prompt_of(row) for row in connection.execute(statement).mappings()}
+        return tuple(found[index] for index in indices if index in found)
 
     def prompt(self, run_id: int, prompt_id: str) -> Prompt:
         """Raises PromptUnknown."""

@@ -7,6 +7,7 @@ const view = document.getElementById("view");
 const statusLine = document.getElementById("status");
 const beliefsSeen = new Map(); // run -> histograms that this page has seen, oldest first
 const KEPT_HISTOGRAMS = 12;
+let lastShown = ""; // the state of the run that is drawn
 let generation = 0; // of the route that is shown; what comes for an older one is dropped
 
 // Building blocks.
@@ -262,8 +263,12 @@ async function showRuns(current) {
 
 async function showRun(run, current) {
   const path = `runs/${encodeURIComponent(run)}`;
-  const [state, report, beliefs, refits] = await Promise.all([ask(path), ask(`${path}/report`), ask(`${path}/beliefs`), ask(`${path}/refits`)]);
+  const state = await ask(path);
+  const shown = `${current} ${JSON.stringify(state)}`;
+  if (shown === lastShown) return; // nothing has happened since
+  const [report, beliefs, refits] = await Promise.all([ask(`${path}/report`), ask(`${path}/beliefs`), ask(`${path}/refits`)]);
   if (current !== generation) return;
+  lastShown = shown;
   document.title = `${run} · Even Odds`;
   const lift = report.lift;
   const policy = report.arms.find((arm) => arm.arm === "policy")?.informative_share;
@@ -292,7 +297,7 @@ async function showRun(run, current) {
       coveragePanel(report.coverage),
       refitsPanel(refits.refits),
     ),
-    element("div", { class: "grid" }, groupsPanel(report.groups), promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
+    element("div", { class: "grid pair" }, groupsPanel(report.groups), promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
     searchPanel(run),
   );
 }
