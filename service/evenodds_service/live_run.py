@@ -320,6 +320,11 @@ class LiveRuns:
         live.catch_up(self._store, run)
         return live
 
+    def in_memory(self) -> tuple[LiveRun, ...]:
+        """The views that are held at present. They may be behind the log."""
+        with self._lock:
+            return tuple(self._runs.values())
+
     def drop(self, run_id: int) -> None:
         """Forget the view of a deleted run."""
         with self._lock:

@@ -21,7 +21,8 @@ from evenodds_service.api import errors, loop, operations, refits, reports, runs
 from evenodds_service.api.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.page import router as page
-from evenodds_service.api.services import Services
+from evenodds_service.api.run_metrics import RunMetrics
+from evenodds_service.api.services import Services, now
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import ApiKey, Store
 
@@ -77,10 +78,12 @@ def create_app(
         # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
         telemetry={"auto_configure": telemetry, "metrics": False, "logs": False, "exclude": _is_quiet},
     )
+    views = LiveRuns(store, capacity=live_runs)
+    registry.register(RunMetrics(store, views, now))
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
-        live_runs=LiveRuns(store, capacity=live_runs),
+        live_runs=views,
         registry=registry,
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")

@@ -31,5 +31,5 @@ def readyz(hands: Hands) -> JSONResponse:
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 def metrics(hands: Hands) -> Response:
-    """Requests and latencies in the Prometheus text format."""
+    """Requests, latencies and the runs that this process serves, in the Prometheus text format."""
     return Response(generate_latest(hands.registry), media_type=CONTENT_TYPE_LATEST)
