@@ -306,6 +306,13 @@ def test_limits_that_leave_too_few_prompts_are_refused() -> None:
         shop.choose(40)
 
 
+def test_a_share_of_nought_of_an_empty_group_is_no_fault() -> None:
+    shop = Shop(0)
+    shop.groups = {"empty": (0.01, np.zeros(shop.n, dtype=bool))}
+
+    assert len(shop.choose(40).prompts) == 40
+
+
 def test_a_loose_least_share_takes_what_there_is() -> None:
     shop = Shop(0)
     few = np.zeros(shop.n, dtype=bool)
