@@ -83,6 +83,7 @@ def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) ->
         "GET /runs/{run}/prompts",
         "GET /runs/{run}/prompts/{prompt_id}",
         "GET /runs/{run}/refits",
+        "GET /runs/{run}/report",
         "GET /healthz",
         "GET /readyz",
         "GET /metrics",

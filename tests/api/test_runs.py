@@ -148,6 +148,26 @@ def test_the_embedder_is_fixed_once_prompts_exist(caller: Caller, change: dict[s
     )
 
 
+def test_shares_that_conflict_with_what_stands_are_refused(caller: Caller) -> None:
+    caller.create(groups={"math": 0.5})
+
+    problem = caller.refused("PUT", f"/runs/{caller.run}", json={"groups_at_most": {"math": 0.25}})
+
+    assert (problem.status, problem.code) == (409, "shares_conflict")
+    assert problem.detail == (
+        "group 'math' is to get at least 0.5 of a batch (groups) and at most 0.25 (groups_at_most): lower the one or "
+        "raise the other"
+    )
+
+
+@pytest.mark.parametrize(
+    ("acquisition", "share"), [("yield", 0.05), ("paper", 0.05), ("thompson", 0.0), ("uniform", 0.0)]
+)
+def test_the_floor_follows_the_acquisition_until_it_is_set(caller: Caller, acquisition: str, share: float) -> None:
+    assert caller.create(acquisition=acquisition)["reprobe_share"] == share
+    assert caller.create(reprobe_share=0.5)["reprobe_share"] == 0.5
+
+
 @without_the_database
 @pytest.mark.parametrize(
     ("body", "detail"),
@@ -157,6 +177,18 @@ def test_the_embedder_is_fixed_once_prompts_exist(caller: Caller, change: dict[s
         ({"target_rate": 0}, "target_rate: Input should be greater than 0, got 0"),
         ({"optimism": -1}, "optimism: Input should be greater than or equal to 0, got -1"),
         ({"cooldown_steps": -1}, "cooldown_steps: Input should be greater than or equal to 0, got -1"),
+        ({"control_share": 0.6}, "control_share: Input should be less than or equal to 0.5, got 0.6"),
+        ({"reprobe_share": 1.1}, "reprobe_share: Input should be less than or equal to 1, got 1.1"),
+        ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),
+        ({"groups": {}}, "groups: Dictionary should have at least 1 item after validation, not 0"),
+        (
+            {"groups": {"a": 0.5}, "groups_at_most": {"a": 0.25}},
+            "groups.a: 0.5 is more than groups_at_most allows, 0.25: lower the one or raise the other",
+        ),
+        (
+            {"fallback": "perhaps"},
+            "fallback: Input should be a valid boolean, unable to interpret input, got 'perhaps'",
+        ),
         ({"embedder": ""}, "embedder: String should have at least 1 character, got ''"),
         ({"embeder": "none"}, "embeder: Extra inputs are not permitted, got 'none'"),
         ([], "body: Input should be a valid dictionary or object to extract fields from"),

@@ -47,6 +47,75 @@ def test_a_group_gets_its_share_though_its_prompts_score_low(caller: Caller, poo
     assert sum(prompt["group"] == "hard" for prompt in shared) >= 4
 
 
+def test_a_group_gets_no_more_than_its_largest_share(caller: Caller, pool: list[str]) -> None:
+    chosen = caller.chosen(3, 6, groups_at_most={"easy": 0.5})
+
+    assert sum(i.startswith("easy") for i in chosen) == 3
+
+
+def test_the_runs_shares_hold_where_a_selection_states_none(caller: Caller, pool: list[str]) -> None:
+    caller.create(groups={"hard": 0.25}, groups_at_most={"easy": 0.5})
+
+    by_run = caller.chosen(3, 8)
+    by_request = caller.chosen(4, 8, groups={"easy": 0.75}, groups_at_most={"easy": 0.75})
+
+    assert sum(i.startswith("easy") for i in by_run) == 4
+    assert sum(i.startswith("easy") for i in by_request) == 6
+
+
+def test_the_runs_least_share_does_not_stop_a_trainer_when_the_group_runs_out(caller: Caller, pool: list[str]) -> None:
+    caller.create(groups={"hard": 0.5, "poetry": 0.25})
+
+    chosen = caller.chosen(3, 12)
+
+    assert sum(i.startswith("hard") for i in chosen) == 4
+
+
+def test_a_least_share_above_the_runs_largest_is_a_conflict(caller: Caller, pool: list[str]) -> None:
+    caller.create(groups_at_most={"hard": 0.25})
+    body = {"run": caller.run, "step": 3, "batch_size": 4, "groups": {"hard": 0.5}}
+
+    problem = caller.refused("POST", "/select_batch", json=body)
+
+    assert (problem.status, problem.code) == (409, "shares_conflict")
+    assert problem.detail == (
+        "group 'hard' is to get at least 0.5 of a batch (groups) and at most 0.25 (groups_at_most): lower the one or "
+        "raise the other"
+    )
+
+
+def test_the_control_arm_is_marked_and_ignores_what_is_known(caller: Caller, pool: list[str]) -> None:
+    caller.create(control_share=0.5)
+
+    prompts = [prompt for step in range(3, 43) for prompt in caller.select(step, 4)["prompts"]]
+
+    control = [prompt["group"] == "hard" for prompt in prompts if prompt["arm"] == "control"]
+    policy = [prompt["group"] == "hard" for prompt in prompts if prompt["arm"] == "policy"]
+    assert len(control) == len(policy) == 80
+    assert 0.12 < sum(control) / 80 < 0.4  # a quarter of the pool
+    assert sum(policy) / 80 < 0.12
+
+
+def test_a_repeated_selection_keeps_its_arms(caller: Caller, pool: list[str]) -> None:
+    caller.create(control_share=0.25)
+    first = caller.select(3, 8)
+
+    caller.create(control_share=0.0)
+
+    assert caller.select(3, 8) == {**first, "replayed": True}
+    assert {prompt["arm"] for prompt in caller.select(4, 8)["prompts"]} == {"policy"}
+
+
+def test_the_floor_tries_hopeless_prompts_again(caller: Caller, pool: list[str]) -> None:
+    chosen = {}
+    for first, share in ((3, 0.0), (23, 0.25)):
+        caller.create(reprobe_share=share)
+        chosen[share] = {i for step in range(first, first + 16) for i in caller.chosen(step, 4)}
+
+    assert not any(i.startswith("hard") for i in chosen[0.0])
+    assert sum(i.startswith("hard") for i in chosen[0.25]) == 4
+
+
 def test_prompts_half_solved_are_preferred_to_those_that_always_fail(caller: Caller, pool: list[str]) -> None:
     forecast = {p["prompt_id"]: p["informative_probability"] for p in caller.select(3, 16)["prompts"]}
 
@@ -151,6 +220,11 @@ def test_a_pool_that_cannot_fill_a_batch_with_informative_groups_has_no_pad(call
             {"batch_size": 10, "groups": {"hard": 0.5}},
             "groups: the share of 'hard' asks for 5 prompts, 4 may be selected (pool 16, cooldown_steps 0,",
         ),
+        (
+            {"batch_size": 10, "groups_at_most": {"easy": 0.5}},
+            "batch_size asks for 10 prompts, 9 may be selected (pool 16, cooldown_steps 0, max_visits none, "
+            "groups_at_most {'easy': 0.5}): ask for",
+        ),
         ({"batch_size": 4, "groups": {"other": 0.5}}, "groups: the share of 'other' asks for 2 prompts, 0 may"),
         ({"batch_size": 1, "cooldown_steps": 9}, "batch_size asks for 1 prompts, 0 may be selected (pool 16, coold"),
     ],
@@ -216,6 +290,11 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"candidates": []}, "candidates: Tuple should have at least 1 item after validation, not 0"),
         ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),
         ({"groups": {"a": 1.5}}, "groups.a: Input should be less than or equal to 1, got 1.5"),
+        ({"groups_at_most": {"a": -1}}, "groups_at_most.a: Input should be greater than or equal to 0, got -1"),
+        (
+            {"groups": {"a": 0.5}, "groups_at_most": {"a": 0.25}},
+            "groups.a: 0.5 is more than groups_at_most allows, 0.25: lower the one or raise the other",
+        ),
         ({"temperature": 1}, "temperature: Extra inputs are not permitted, got 1"),
     ],
 )

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from evenodds import (
+    Alarm,
     AsyncClient,
     Client,
     Health,
@@ -46,6 +47,35 @@ PREDICTED = {
             "attempts_seen": 8,
         }
     ],
+}
+NOTHING: dict[str, object] = {
+    "count": 0,
+    "mean_forecast": None,
+    "mean_outcome": None,
+    "calibration_error": None,
+    "squared_error": None,
+    "reliability": [],
+}
+REPORTED = {
+    "run": "math-7b",
+    "log_position": 0,
+    "model_version": 0,
+    "observations": 0,
+    "selections": 0,
+    "since_step": None,
+    "window_steps": 1,
+    "success_rate": NOTHING,
+    "informative": NOTHING,
+    "rank_correlation": None,
+    "windows": [],
+    "arms": [],
+    "lift": None,
+    "lift_missing": "none",
+    "coverage": {"pool_size": 0, "chosen": 0, "observed": 0, "tried_share": 0, "mean_visits": 0, "visits": []},
+    "groups": [],
+    "other_groups": None,
+    "skill": {"per_observation": None, "observations": 0, "recent": 0, "recent_observations": 0},
+    "fallback": None,
 }
 SELECTED = {
     "run": "r",
@@ -372,7 +402,9 @@ def test_predict_takes_ids_references_and_mappings(talk: Conversation) -> None:
 def test_select_batch_sends_its_options(talk: Conversation) -> None:
     talk.replies_with(SELECTED)
 
-    result = talk.call("select_batch", "r", 3, 1, seed=5, candidates=["a", "b"], groups={"easy": 0.5})
+    result = talk.call(
+        "select_batch", "r", 3, 1, seed=5, candidates=["a", "b"], groups={"easy": 0.5}, groups_at_most={"b": 0.25}
+    )
 
     assert talk.requests[0].url.path == "/select_batch"
     assert talk.body() == {
@@ -382,7 +414,9 @@ def test_select_batch_sends_its_options(talk: Conversation) -> None:
         "seed": 5,
         "candidates": ["a", "b"],
         "groups": {"easy": 0.5},
+        "groups_at_most": {"b": 0.25},
     }
+    assert result.fallback is None
     assert result.prompts[0].arm == "policy"
     assert result.forecast.pad_to is None
 
@@ -400,6 +434,39 @@ def test_a_503_of_another_hand_is_no_answer_of_readyz(talk: Conversation) -> Non
 
     with pytest.raises(Unavailable, match=r"503 http_503: no problem\+json, but '<h1>no upstream</h1>'"):
         talk.call("readyz")
+
+
+def test_put_run_sends_shares_and_rails(talk: Conversation) -> None:
+    sent = {
+        "control_share": 0.1,
+        "reprobe_share": 0.2,
+        "groups": {"a": 0.5},
+        "groups_at_most": {"b": 0.5},
+        "fallback": False,
+    }
+    alarm = {"code": "fallback", "message": "m", "since_step": 3, "value": -4.0, "limit": -3.0}
+    talk.replies_with_run(**sent, alarms=[alarm])
+
+    state = talk.call("put_run", "math-7b", **sent)
+
+    assert talk.body() == sent
+    assert (state.control_share, state.fallback) == (0.1, False)
+    assert state.alarms == (Alarm(code="fallback", message="m", since_step=3, value=-4.0, limit=-3.0),)
+
+
+def test_report_asks_for_the_steps_that_are_wanted(talk: Conversation) -> None:
+    for _ in range(2):
+        talk.replies_with(REPORTED)
+
+    first = talk.call("report", "math-7b")
+    talk.call("report", "math-7b", since_step=12)
+
+    assert [str(request.url.raw_path, "ascii") for request in talk.requests] == [
+        "/runs/math-7b/report",
+        "/runs/math-7b/report?since_step=12",
+    ]
+    assert {request.method for request in talk.requests} == {"GET"}
+    assert first.lift_missing == "none"
 
 
 REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = {
@@ -420,6 +487,18 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         ("r",),
         {"group_size": 0},
         "put_run was not sent: group_size: Input should be greater than or equal to 1, got 0",
+    ),
+    "step of a report": (
+        "report",
+        ("r",),
+        {"since_step": -1},
+        "report was not sent: since_step: Input should be greater than or equal to 0, got -1",
+    ),
+    "shares of a run": (
+        "put_run",
+        ("r",),
+        {"groups": {"a": 0.75, "b": 0.5}},
+        "put_run was not sent: groups: the shares sum to 1.25, the limit is 1",
     ),
     "wait": (
         "refit",

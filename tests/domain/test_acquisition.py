@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from evenodds_service.domain.acquisition import (
     DIVERSITY_SHARE,
@@ -42,6 +43,10 @@ class Shop:
         self.directions_N_D = unit(rng, n)
         self.recent: tuple[IntArray, ...] = (rng.integers(0, n, size=10), rng.integers(0, n, size=10))
         self.groups: dict[str, tuple[float, BoolArray]] = {}
+        self.groups_at_most: dict[str, tuple[float, BoolArray]] = {}
+        self.are_groups_strict = True
+        self.reprobe_share: float | None = None
+        self.control_share = 0.0
 
     def choose(self, batch_size: int, *, seed: int = 0, diverse: bool = True) -> Choice:
         directions_of: Callable[[IntArray], FloatArray] | None = self.directions_N_D.__getitem__ if diverse else None
@@ -55,6 +60,10 @@ class Shop:
             directions_of=directions_of,
             recent_batches=self.recent if diverse else (),
             groups=self.groups,
+            groups_at_most=self.groups_at_most,
+            are_groups_strict=self.are_groups_strict,
+            reprobe_share=self.reprobe_share,
+            control_share=self.control_share,
         )
 
 
@@ -222,6 +231,122 @@ def test_five_in_a_hundred_are_the_least_recently_seen() -> None:
     of_twenty = [set(shop.choose(20, seed=seed).prompts.tolist()) for seed in range(40)]
     assert all(len(batch & set(forgotten + never)) == 1 for batch in of_twenty)
     assert 4 <= sum(bool(batch & set(forgotten)) for batch in of_twenty) <= 16
+
+
+def test_a_quarter_of_the_floor_is_for_prompts_that_were_seen_though_many_never_were() -> None:
+    shop = Shop(0, n=1_000)
+    shop.eligible_N[:] = True
+    shop.last_seen_N[:] = -1
+    shop.last_seen_N[:50] = np.arange(50)
+    shop.scores_N[:50] = -10
+    shop.reprobe_share = 0.2
+
+    for _ in range(5):
+        batch = shop.choose(100).prompts
+        hopeless = np.sort(batch[batch < 50])
+
+        assert hopeless.tolist() == np.argsort(shop.last_seen_N[:50])[:5].tolist()
+        shop.last_seen_N[batch] = 99
+
+
+@pytest.mark.parametrize("diverse", [True, False])
+def test_the_floor_is_a_share_of_the_batch_whatever_the_acquisition(diverse: bool) -> None:
+    shop = Shop(0)
+    shop.eligible_N[:] = True
+    old = np.arange(30)
+    shop.last_seen_N[:], shop.last_seen_N[old], shop.scores_N[old] = 10, 1, -10
+
+    counts = {}
+    for shop.reprobe_share in (0.0, 0.1, 0.5):
+        counts[shop.reprobe_share] = int((shop.choose(40, diverse=diverse).prompts < 30).sum())
+
+    assert counts == {0.0: 0, 0.1: 4, 0.5: 20}
+
+
+@quick
+@given(SEED, st.integers(1, 60), st.floats(0, 0.5), st.booleans())
+def test_limits_hold_for_the_whole_batch_with_its_control_arm(
+    seed: int, batch_size: int, control_share: float, diverse: bool
+) -> None:
+    shop = Shop(seed)
+    thirds = [np.arange(shop.n) % 3 == i for i in range(3)]
+    shop.groups = {"one": (0.2, thirds[0]), "two": (0.3, thirds[1])}
+    shop.groups_at_most = {"one": (0.4, thirds[0]), "three": (0.1, thirds[2])}
+    shop.scores_N[thirds[2]] += 10
+    shop.control_share, shop.reprobe_share = control_share, 0.2
+
+    choice = shop.choose(batch_size, diverse=diverse)
+
+    prompts = choice.prompts
+    assert len(set(prompts.tolist())) == batch_size
+    assert shop.eligible_N[prompts].all()
+    one, two, three = (int(members[prompts].sum()) for members in thirds)
+    assert math.floor(0.2 * batch_size + 1e-9) <= one <= math.ceil(0.4 * batch_size - 1e-9)
+    assert two >= math.floor(0.3 * batch_size + 1e-9)
+    assert three <= math.ceil(0.1 * batch_size - 1e-9)
+    assert int(choice.control.sum()) <= math.ceil(control_share * batch_size)
+
+
+def test_a_group_at_most_nought_is_never_chosen() -> None:
+    shop = Shop(0)
+    barred = np.arange(shop.n) % 2 == 0
+    shop.scores_N[barred] += 10
+    shop.last_seen_N[barred] = -1
+    shop.groups_at_most = {"barred": (0.0, barred)}
+    shop.control_share, shop.reprobe_share = 0.3, 0.3
+
+    assert not barred[shop.choose(40).prompts].any()
+
+
+def test_limits_that_leave_too_few_prompts_are_refused() -> None:
+    shop = Shop(0)
+    shop.groups_at_most = {"all": (0.5, np.ones(shop.n, dtype=bool))}
+
+    with pytest.raises(NotEnoughPrompts, match=r"^batch_size asks for 40 prompts, 20 may be selected$"):
+        shop.choose(40)
+
+
+def test_a_share_of_nought_of_an_empty_group_is_no_fault() -> None:
+    shop = Shop(0)
+    shop.groups = {"empty": (0.01, np.zeros(shop.n, dtype=bool))}
+
+    assert len(shop.choose(40).prompts) == 40
+
+
+def test_a_loose_least_share_takes_what_there_is() -> None:
+    shop = Shop(0)
+    few = np.zeros(shop.n, dtype=bool)
+    few[np.flatnonzero(shop.eligible_N)[:3]] = True
+    shop.scores_N[few] = -10
+    shop.groups = {"few": (0.5, few)}
+
+    with pytest.raises(NotEnoughPrompts, match=r"^groups: the share of 'few' asks for 20 prompts, 3 may be selected$"):
+        shop.choose(40)
+    shop.are_groups_strict = False
+    assert few[shop.choose(40).prompts].sum() == 3
+
+
+def test_the_control_arm_is_marked_and_every_eligible_prompt_is_as_likely_to_be_in_it() -> None:
+    shop = Shop(0, n=60)
+    shop.eligible_N = np.arange(60) < 40
+    shop.control_share = 0.23
+    times, sizes = np.zeros(60), []
+
+    for seed in range(2_000):
+        choice = shop.choose(10, seed=seed)
+        times[choice.prompts[choice.control]] += 1
+        sizes.append(int(choice.control.sum()))
+
+    assert set(sizes) == {2, 3}
+    assert np.mean(sizes) == pytest.approx(2.3, abs=0.05)
+    assert times[40:].sum() == 0
+    assert stats.chisquare(times[:40]).pvalue > 0.01
+
+
+def test_without_a_control_share_nothing_else_changes_and_no_prompt_is_marked() -> None:
+    shop = Shop(0)
+
+    assert not shop.choose(20).control.any()
 
 
 def test_in_the_long_run_every_prompt_is_chosen_however_hopeless() -> None:

@@ -17,6 +17,7 @@ from evenodds_service.domain.beliefs import (
     Mixture,
     batch_log_likelihoods,
     predict,
+    predict_rows,
 )
 from evenodds_service.domain.types import FloatArray
 
@@ -75,6 +76,24 @@ def test_the_mixture_has_the_moments_of_the_explicit_sum_over_its_experts(seed: 
     slow_mean, slow_variance = slow_moments(weights, *columns)
     assert mean == pytest.approx(slow_mean, rel=1e-4)
     assert variance == pytest.approx(np.maximum(slow_variance, slow_mean * (1 - slow_mean) / 1e6), rel=1e-3)
+
+
+@quick
+@given(SEED, st.integers(0, 60), st.booleans())
+def test_few_prompts_are_believed_what_many_are(seed: int, n: int, shaped: bool) -> None:
+    rng = np.random.default_rng(seed)
+    columns = evidence(rng, n, 30)
+    scales = np.ones((len(PRIORS), n), dtype=np.float32)
+    if shaped:
+        scales[PRIORS.index("ngrams")] = rng.uniform(0.2, 5.0, size=n)
+        scales[PRIORS.index("latent"), : n // 2] = 3.0
+    weights = np.where(rng.random(SHAPE) < 0.5, 0.0, rng.random(SHAPE))
+    weights[rng.integers(0, len(PRIORS))] = 0.0
+    weights /= weights.sum()
+
+    assert predict_rows(weights, *columns, scales) == pytest.approx(
+        np.asarray(predict(weights, *columns, scales)), rel=1e-3, abs=1e-6
+    )
 
 
 @quick

@@ -43,12 +43,16 @@ def entries() -> list[Entry]:
         n = 20 if step < 5 else 120
         prompts = rng.choice(n, size=15, replace=False)
         counts = rng.choice([1.0, 8.0], size=15)
-        log.append(SelectEntry(len(log) + 1, step, prompts))
+        control = rng.random(15) < 0.3
+        a, b = rng.uniform(0.5, 4.0, size=(2, 15))
+        log.append(SelectEntry(len(log) + 1, step, prompts, f"s{step}", 0.3, control, a, b))
         log.append(
             ObserveEntry(
                 len(log) + 1, step, prompts, counts * rng.integers(0, 5, size=15) / 4, counts, np.ones(15, dtype=bool)
             )
         )
+        part = prompts[:4]  # more of the selection's outcomes, in a call of their own
+        log.append(ObserveEntry(len(log) + 1, step, part, np.ones(4), np.full(4, 2.0), np.ones(4, dtype=bool), "s0"))
         if step == 3:
             log.append(SnapshotEntry(len(log) + 1, 2))
         if step == 4:
@@ -63,7 +67,7 @@ def folded(entries: list[Entry], pool: Pool, state: State | None = None) -> Stat
     return state
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2, 9, 11, 12, 13, 19])
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 9, 13, 14, 16, 18, 27])
 def test_a_checkpoint_and_the_tail_give_the_bits_of_the_whole_log(pool: Pool, entries: list[Entry], cut: int) -> None:
     whole = folded(entries, pool)
 

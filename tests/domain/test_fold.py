@@ -21,6 +21,7 @@ from evenodds_service.domain.fold import (
     new_prompt_beliefs,
     running_mean,
     shared_priors,
+    unseen_share,
 )
 from evenodds_service.domain.pool import Pool
 from evenodds_service.domain.types import FloatArray, ObserveEntry, PoolEntry, RawBlock, SelectEntry, SnapshotEntry
@@ -604,3 +605,65 @@ def test_an_empty_pool_entry_may_come_first(make_block: MakeBlock) -> None:
     assert log.state.basis is not None
     assert log.state.basis.n_prompts == 10
     assert log.means()[0] < log.means()[1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_outcomes_outside_of_selections_are_held_against_the_belief_just_before(
+    make_block: MakeBlock, seed: int
+) -> None:
+    world = World(make_block, seed, 120)
+    log = Log(world.block)
+    forecasts, rates = [], []
+    for step in range(6):
+        prompts = world.rng.choice(120, size=30, replace=False)
+        k = world.outcomes(prompts.tolist(), 4)
+        forecasts += log.means()[prompts].tolist()
+        rates += (k / 4).tolist()
+        log.observe(step, prompts.tolist(), k.tolist(), [4.0] * 30)
+
+    sums = log.state.record.rate_bins.sum(axis=(0, 1))
+
+    errors = (np.array(forecasts) - rates) ** 2
+    # Not to the last digit: with a new step older ones are forgotten a little before its outcomes come.
+    assert sums == pytest.approx((180, sum(forecasts), sum(rates), errors.sum()), rel=1e-3)
+    assert log.state.record.ranks.sum() == 180
+
+
+def test_outcomes_of_a_selection_are_held_against_what_it_forecast(make_block: MakeBlock) -> None:
+    log = Log(make_block(4))
+    chosen = SelectEntry(2, 0, np.array([0, 1]), "s", a=np.array([1.0, 3.0]), b=np.array([3.0, 1.0]))
+    fold(log.state, chosen, log.pool)
+
+    log.observe(0, [0, 1], [8, 8], [8, 8])
+
+    assert log.state.record.rate_bins[0, [2, 7], 1].tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(("second", "informative"), [(8.0, 0), (0.0, 1)])
+def test_rows_of_one_prompt_are_one_group_of_attempts(make_block: MakeBlock, second: float, informative: int) -> None:
+    log = Log(make_block(4))
+
+    log.observe(0, [2, 2], [8.0, second], [8.0, 8.0])
+
+    assert log.state.record.informative_bins[0, :, [0, 2]].sum(axis=1).tolist() == [1, informative]
+
+
+def test_the_share_of_the_pool_that_nobody_tried(make_block: MakeBlock) -> None:
+    assert unseen_share(State()) == 0
+    log = Log(make_block(8))
+    log.select(0, [0, 1])
+
+    log.observe(0, [1, 2], [1, 1], [2, 2])
+
+    assert unseen_share(log.state) == 5 / 8
+
+
+def test_the_skill_of_a_window_is_what_the_guard_gained(make_block: MakeBlock) -> None:
+    world = World(make_block, 0, 200)
+    log = Log(world.block)
+    before = log.state.mixture.log_guard
+
+    world.visit(log, range(200), attempts=8, batch=50)
+
+    assert log.state.record.skill.sum(axis=0) == pytest.approx((before - log.state.mixture.log_guard, 200))
+    assert log.state.rails.skill() == pytest.approx((before - log.state.mixture.log_guard, 200))

@@ -257,7 +257,7 @@ def _best(
 ) -> IntArray:
     """The n best by score, or by greedy score plus diversity over a shortlist."""
     candidates = np.flatnonzero(allowed_N)
-    if directions_of is None:
+    if directions_of is None or n == 0:
         return _top(candidates, scores_N, ties_N, n)
     shortlist = _top(candidates, scores_N, ties_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
     order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D)
