@@ -8,10 +8,13 @@ import uuid
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
 from evenodds_service.api import errors, loop, operations, refits, runs
+from evenodds_service.api.bodies import MAX_BODY_MB, Bodies
+from evenodds_service.api.crowding import Crowding
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
@@ -31,14 +34,16 @@ _TAGS = [
 ]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_COMPRESSED_FROM_BYTES = 100_000  # smaller replies are sent sooner than they are compressed
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
+def create_app(store: Store, *, live_runs: int = 32, max_body_mb: int = MAX_BODY_MB) -> FastAPI:
     """The ASGI application over this store.
 
     Args:
         live_runs: How many runs' states the process keeps in memory.
+        max_body_mb: Most millions of bytes in a request's body after decompression, at least 1.
     """
     featurizer = Featurizer(store)
     registry = CollectorRegistry()
@@ -59,6 +64,10 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
     for room in (loop, refits, runs, operations):
         app.include_router(room.router)
     errors.install(app)
+    # The last one that is added meets a request first.
+    app.add_middleware(Bodies, max_bytes=max_body_mb * 1_000_000)
+    app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
+    app.add_middleware(Crowding)
     app.add_middleware(_Observed, registry=registry)
     return app
 

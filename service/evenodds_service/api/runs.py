@@ -32,6 +32,7 @@ from evenodds.schemas import (
     RunUpdate,
     Visit,
 )
+from evenodds_service.api.bodies import lift_limit
 from evenodds_service.api.refits import refit_state
 from evenodds_service.api.services import PROBLEMS, Hands, RunPath, Services, now, predictions
 from evenodds_service.domain.types import Prompt, RunSettings
@@ -144,6 +145,7 @@ async def add_prompts(run: RunPath, request: Request, hands: Hands) -> PromptsAd
         body = _parsed(PromptsIn.model_validate_json, await request.body(), ())
         names = [f"prompts[{i}]" for i in range(len(body.prompts))]
         return await run_in_threadpool(_add_block, hands, stored, body.prompts, names)
+    lift_limit(request)
     request.state.done = "no line was stored"  # any error tells
     added = existing = line = 0
     last: PromptsAdded | None = None
