@@ -36,11 +36,11 @@ from typing import Any
 
 import httpx
 import psycopg
+from benchmarks.bad_weather import postgresql
+from benchmarks.kills import serving, working
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, select
 
-from benchmarks.bad_weather import postgresql
-from benchmarks.kills import serving, working
 from evenodds_service.api.app import create_app
 from evenodds_service.domain.types import Entry
 from evenodds_service.storage.engine import open_engine
@@ -264,9 +264,7 @@ def _check_log(calls: Sequence[Call], rows: Sequence[Mapping[str, Any]], engine:
         body, sent = json.loads(row["body"]), call.body or {}
         same = [float(item["successes"]) for item in sent["observations"]] == body["successes"]
         if not same or (row["position"], row["step"]) != (call.reply["log_position"], sent["step"]):
-            say(
-                f"log: {of} was answered with position {call.reply['log_position']} and is otherwise at {row['position']}"
-            )
+            say(f"log: {of} was answered with position {call.reply['log_position']}, at {row['position']} is another")
     chosen = {call.reply["selection_id"] for call in calls if call.kind == "select" and call.status < 400}
     stored = _entries_of_selections(engine)
     at = [row["position"] for row in rows if row["kind"] == "select"]
@@ -321,7 +319,7 @@ class _Past(Store):
     def selection(self, run_id: int, step: int, *, arguments_hash: str) -> Selection | None:
         return None
 
-    def record_selection(  # type: ignore[override]  # takes what it needs
+    def record_selection(
         self, run_id: int, *, selection_id: str, step: int, arguments_hash: str, reply: str, **_: Any
     ) -> tuple[Selection, bool]:
         return Selection(selection_id, step, arguments_hash, reply, log_position=self.position), False
@@ -347,9 +345,7 @@ def _check_fold(calls: Sequence[Call], engine: Engine, say: Any) -> None:
             if call.kind == "prompt":  # its history is read from the log, whose tail is there by now
                 again["history"] = theirs["history"]
             if again != theirs:
-                say(
-                    f"fold: {call.method} {call.path} {call.of} at {past.position}: {theirs} was answered, due is {again}"
-                )
+                say(f"fold: {call.method} {call.path} {call.of} at {past.position}: was {theirs}, due is {again}")
 
 
 def run(url: str, base_urls: Sequence[str], *, n_clients: int, n_requests: int, seed: int = 0) -> tuple[Verdict, float]:
@@ -389,8 +385,8 @@ def main() -> None:
             server.url, base_urls, n_clients=options.clients, n_requests=options.requests, seed=options.seed
         )
     print(
-        f"{verdict.calls.total()} requests in {seconds:.0f} s by {options.clients} clients to {options.services} services "
-        f"with {options.workers} workers: {dict(verdict.calls)}\nlog: {dict(verdict.entries)}\n"
+        f"{verdict.calls.total()} requests in {seconds:.0f} s by {options.clients} clients to {options.services} "
+        f"services with {options.workers} workers: {dict(verdict.calls)}\nlog: {dict(verdict.entries)}\n"
         f"violations: {len(verdict.violations)} {dict(Counter(v.partition(':')[0] for v in verdict.violations))}"
     )
     for violation in verdict.violations[:20]:
