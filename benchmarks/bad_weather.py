@@ -374,6 +374,11 @@ class Town:
         process.kill()
         process.join()
 
+    def pid(self, name: str) -> int:
+        pid = self._processes[name].pid
+        assert pid is not None
+        return pid
+
     def stop(self) -> None:
         for name in list(self._processes):
             self.kill(name)
