@@ -374,6 +374,9 @@ class Town:
         process.kill()
         process.join()
 
+    def signal(self, name: str, number: int) -> None:
+        os.kill(self.pid(name), number)
+
     def pid(self, name: str) -> int:
         pid = self._processes[name].pid
         assert pid is not None

@@ -1,4 +1,4 @@
-"""A disk that is full: honest 503s, a /readyz that says why, nothing half written, and on it goes when there is room."""
+"""A disk that is full: honest 503s, a /readyz that says why, nothing half written; on it goes when there is room."""
 
 from __future__ import annotations
 
