@@ -22,7 +22,7 @@ from evenodds_service.storage.tables import refits, snapshots
 from evenodds_service.storage.transactions import Transactions
 from evenodds_service.storage.values import Refit, Snapshot
 
-MAX_LEASE = timedelta(hours=1)
+_LATEST_END = timedelta(hours=2)  # from now; a lease is an hour at most, and clocks differ a little
 
 
 class RefitMethods(Transactions):
@@ -49,9 +49,9 @@ class RefitMethods(Transactions):
         later than any may was given by a clock that was ahead: it counts as run out, or nobody would come for days.
 
         Args:
-            lease: How long the claim holds, at most MAX_LEASE.
+            lease: How long the claim holds, at most an hour.
         """
-        has_run_out = or_(refits.c.lease_until <= now, refits.c.lease_until > now + MAX_LEASE)
+        has_run_out = or_(refits.c.lease_until <= now, refits.c.lease_until > now + _LATEST_END)
         is_free = or_(refits.c.status == "pending", and_(refits.c.status == "running", has_run_out))
         free = (
             select(refits.c.id)
