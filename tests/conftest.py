@@ -94,14 +94,19 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def start_service() -> Iterator[Callable[..., Service]]:
-    """Starts services over a database of the test's own and migrates it; all are stopped after the test."""
+    """Starts services over a database of the test's own and migrates it; all are stopped after the test.
+
+    Options: `pool_size` and `timeout_seconds` of the database, and those of `create_app`.
+    """
     with ExitStack() as stack:
         yield lambda database_url, **options: stack.enter_context(_serving(database_url, **options))
 
 
 @contextmanager
-def _serving(database_url: str, **options: Any) -> Iterator[Service]:
-    engine = open_engine(database_url, pool_size=10)
+def _serving(
+    database_url: str, *, pool_size: int = 10, timeout_seconds: float = 10, **options: Any
+) -> Iterator[Service]:
+    engine = open_engine(database_url, pool_size=pool_size, timeout_seconds=timeout_seconds)
     upgrade(engine)
     store = Store(engine)
     # With its protocol named, or asyncio leaves replies to Nagle's algorithm, 40 ms late.
@@ -109,9 +114,8 @@ def _serving(database_url: str, **options: Any) -> Iterator[Service]:
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    config = uvicorn.Config(
-        create_app(store, **options), log_config=None, access_log=False, timeout_graceful_shutdown=5
-    )
+    app = create_app(store, **options)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()  # who connects before it is up waits in the backlog

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gzip
 import inspect
 import math
 import time
@@ -22,6 +23,9 @@ from evenodds.errors import ConfigurationError, TimedOut, TransportError, Unreac
 from evenodds.protocol import Exchange, Failed, Received, Send, Wait
 from evenodds.schemas import PromptInfo, RunState
 from evenodds.version import __version__
+
+COMPRESSED_FROM_BYTES = 100_000
+"""Smaller bodies are sent sooner than they are compressed."""
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -321,14 +325,18 @@ def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Reques
     if http.is_closed:
         raise ConfigurationError(f"{send.method} {send.path}: this client is closed; make a new one")
     headers = {"X-Request-ID": send.request_id}
-    if send.content is not None:
+    content = send.content
+    if content is not None:
         headers["Content-Type"] = "application/json"
+        if len(content) >= COMPRESSED_FROM_BYTES:
+            headers["Content-Encoding"] = "gzip"
+            content = gzip.compress(content, compresslevel=1)
     usual = http.timeout.read or 0.0  # all four are `timeout_seconds`
     return http.build_request(
         send.method,
         send.path,
         params=send.query,
-        content=send.content,
+        content=content,
         headers=headers,
         timeout=httpx.Timeout(usual, read=usual + send.silence_seconds),
     )

@@ -121,7 +121,13 @@ def _serve(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
         worker = subprocess.Popen(command, env=environment)
     try:
-        app = create_app(store, live_runs=settings.live_runs, asks_for_keys=asks_for_keys, telemetry=settings.telemetry)
+        app = create_app(
+            store,
+            live_runs=settings.live_runs,
+            max_body_mb=settings.max_body_mb,
+            asks_for_keys=asks_for_keys,
+            telemetry=settings.telemetry,
+        )
         uvicorn.run(
             app,
             host=settings.host,
@@ -234,7 +240,11 @@ def _opened() -> tuple[Settings, Store]:
 
     try:
         settings = Settings()
-        engine = open_engine(settings.database_url, pool_size=settings.pool_size)
+        engine = open_engine(
+            settings.database_url,
+            pool_size=settings.pool_size,
+            timeout_seconds=settings.database_timeout_seconds,
+        )
         if engine.dialect.name == "sqlite":
             migration.upgrade(engine)
         else:

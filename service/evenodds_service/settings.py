@@ -22,6 +22,12 @@ class Settings(BaseSettings):
     access: Literal["auto", "keys", "open"] = Field(
         default="auto", description="who may call: auto asks for API keys unless it listens on loopback only"
     )
+    database_timeout_seconds: float = Field(
+        default=10.0, gt=0, le=3_600, description="longest wait for a lock, or for the answer to one statement"
+    )
+    max_body_mb: int = Field(
+        default=64, ge=1, le=2_000, description="most millions of bytes of a request's body after decompression"
+    )
     live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
     worker_lease_seconds: float = Field(
         default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"

@@ -181,7 +181,7 @@ def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:
         return False
     retry = timedelta(seconds=max(RETRY_SECONDS, run.settings.refit_every_seconds / 10))
     newest = refits[0] if refits else None
-    if newest and newest.status == "failed" and newest.finished_at and now - newest.finished_at < retry:
+    if newest and newest.status == "failed" and newest.finished_at and not _has_passed(retry, newest.finished_at, now):
         return False
     standing = (refit for refit in refits if refit.model_version and refit.model_version <= run.model_version)
     done = next(standing, None)  # the newest whose snapshot was not voided since
@@ -191,7 +191,12 @@ def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:
         return True
     if done is None or done.finished_at is None or new <= 0:
         return False
-    return now - done.finished_at >= timedelta(seconds=run.settings.refit_every_seconds)
+    return _has_passed(timedelta(seconds=run.settings.refit_every_seconds), done.finished_at, now)
+
+
+def _has_passed(duration: timedelta, since: datetime, now: datetime) -> bool:
+    """Whether so much time has. A moment in the future is of a clock that was ahead, and nobody waits for it."""
+    return now - since >= duration or now < since
 
 
 def _observations(refit: Refit | None) -> int:

@@ -77,6 +77,16 @@ def test_a_pool_larger_than_a_block_and_a_list_is_loaded_and_may_be_loaded_again
     assert (again["added"], again["existing"], again["log_position"]) == (0, n, first["log_position"])
 
 
+def test_long_lines_are_stored_in_smaller_blocks(caller: Caller) -> None:
+    text = "x" * 190_000
+    lines = (line(f"p{i}", text=text) for i in range(300))  # 57 MB
+
+    reply = send(caller, lines).json()
+
+    assert reply["added"] == 300
+    assert reply["log_position"] == 4  # one entry for each block of 16 MB
+
+
 @pytest.mark.parametrize(
     ("bad", "status", "code", "detail"),
     [

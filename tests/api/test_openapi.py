@@ -152,6 +152,6 @@ def test_every_reference_in_the_description_leads_somewhere(document: dict[str, 
 
 def test_errors_are_described_as_problems(operations: dict[str, dict[str, Any]]) -> None:
     for name in BODIES:
-        for status in ("404", "409", "422"):
+        for status in ("404", "409", "413", "422", "503"):
             described = json.dumps(operations[name]["responses"][status])
             assert "#/components/schemas/Problem" in described, (name, status)

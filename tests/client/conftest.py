@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,12 @@ class Conversation:
         return asyncio.run(self._await(name, args, kwargs)) if self.asynchronous else self._block(name, args, kwargs)
 
     def body(self, index: int = -1) -> Any:
-        return json.loads(self.requests[index].content)
+        return json.loads(self.content(index))
+
+    def content(self, index: int = -1) -> bytes:
+        """The body of a request, unpacked."""
+        request = self.requests[index]
+        return gzip.decompress(request.content) if "content-encoding" in request.headers else request.content
 
     def _block(self, name: str, args: Sequence[object], kwargs: dict[str, object]) -> Any:
         with Client(self.base_url, transport=self._transport(), sleep=self.waits.append, **self.options) as client:

@@ -26,6 +26,7 @@ from evenodds import (
     Voided,
 )
 from evenodds.calls import MAX_CALL_BYTES, Calls
+from evenodds.client import COMPRESSED_FROM_BYTES
 from evenodds.schemas import RunUpdate, SelectRequest
 from evenodds.version import __version__
 
@@ -288,9 +289,21 @@ def test_no_call_of_prompts_is_larger_than_its_limit(talk: Conversation) -> None
 
     talk.call("add_prompts", "r", [{"prompt_id": str(i), "text": "x" * 200_000} for i in range(n)])
 
-    sizes = [len(request.content) for request in talk.requests]
+    sizes = [len(talk.content(i)) for i in range(2)]
     assert max(sizes) <= MAX_CALL_BYTES + 100
     assert sum(len(talk.body(i)["prompts"]) for i in range(2)) == n
+
+
+def test_large_bodies_are_sent_packed_and_small_ones_plain(talk: Conversation) -> None:
+    for n_bytes in (COMPRESSED_FROM_BYTES // 2, COMPRESSED_FROM_BYTES):
+        talk.replies_with(added(1))
+        talk.call("add_prompts", "r", [{"prompt_id": "a", "text": "x" * n_bytes}])
+
+    small, large = talk.requests
+    assert "content-encoding" not in small.headers
+    assert (large.headers["content-encoding"], large.headers["content-type"]) == ("gzip", "application/json")
+    assert int(large.headers["content-length"]) == len(large.content) < len(small.content)
+    assert talk.body(1) == {"prompts": [{"prompt_id": "a", "text": "x" * COMPRESSED_FROM_BYTES}]}
 
 
 def test_one_faulty_prompt_and_none_is_sent(talk: Conversation) -> None:

@@ -112,3 +112,9 @@ def test_a_failed_refit_does_not_count_as_fitted() -> None:
 
     assert not due(run_with(1_999), failed, done)
     assert due(run_with(2_000), failed, done)
+
+
+def test_an_end_in_the_future_keeps_nothing_from_being_fitted() -> None:
+    """The clock was ahead and has been set back."""
+    assert is_due(run_with(501), (refit("done", observations=500, age=-86_400),), now=NOW)
+    assert is_due(run_with(500), (refit("failed", age=-86_400),), now=NOW)

@@ -13,12 +13,15 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from evenodds.version import __version__
 from evenodds_service.api import errors, loop, operations, refits, reports, runs, voids
 from evenodds_service.api.access import Access, KeyRing, run_is_allowed
+from evenodds_service.api.bodies import MAX_BODY_MB, Bodies
+from evenodds_service.api.crowding import Crowding
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.page import router as page
 from evenodds_service.api.run_metrics import RunMetrics
@@ -45,6 +48,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked every few seconds by machines."""
+_COMPRESSED_FROM_BYTES = 100_000  # smaller replies are sent sooner than they are compressed
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -52,6 +56,7 @@ def create_app(
     store: Store,
     *,
     live_runs: int = 32,
+    max_body_mb: int = MAX_BODY_MB,
     asks_for_keys: bool = False,
     clock: Callable[[], float] = time.monotonic,
     telemetry: bool = False,
@@ -60,6 +65,7 @@ def create_app(
 
     Args:
         live_runs: How many runs' states the process keeps in memory.
+        max_body_mb: Most millions of bytes in a request's body after decompression, at least 1.
         asks_for_keys: Whether a caller needs an API key of the store.
         telemetry: Whether traces go out by OTLP; the variables `OTEL_*` say where.
         clock: Seconds that never go back, for the limits of keys.
@@ -79,18 +85,24 @@ def create_app(
         telemetry={"auto_configure": telemetry, "metrics": False, "logs": False, "exclude": _is_quiet},
     )
     views = LiveRuns(store, capacity=live_runs)
-    registry.register(RunMetrics(store, views, now))
+    run_registry = CollectorRegistry()
+    run_registry.register(RunMetrics(store, views, now))
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
         live_runs=views,
         registry=registry,
+        run_registry=run_registry,
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     for room in (loop, refits, reports, runs, voids, operations):
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     app.include_router(page)
     errors.install(app)
+    # The last one that is added meets a request first.
+    app.add_middleware(Bodies, max_bytes=max_body_mb * 1_000_000)
+    app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
+    app.add_middleware(Crowding)
     if asks_for_keys:
         app.add_middleware(Access, ring=KeyRing(store, clock), refused=errors.refused)
     app.add_middleware(_Observed, registry=registry)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _SHOWN_FAULTS = 20
 _SOURCES = ("body", "query", "path")
-_RETRY_AFTER_SECONDS = 1
+RETRY_AFTER_SECONDS = 1
 
 _STATUS_BY_CODE: Mapping[str, int] = {
     "run_unknown": 404,
@@ -124,7 +124,7 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:  # what FastAPI makes of JSON that Python cannot hold: nested too deeply, say
         return problem(request, 422, "malformed", "body: this JSON is nested too deeply, or holds too long a number")
-    codes = {404: "route_unknown", 405: "method_not_allowed", 413: "too_large", 415: "media_type"}
+    codes = {404: "route_unknown", 405: "method_not_allowed", 413: "too_large", 415: "media_type", 422: "malformed"}
     details = {
         404: f"no route {request.method} {request.url.path}; see /docs for those that exist",
         405: f"{request.method} is not allowed on {request.url.path}; see /docs",
@@ -145,7 +145,7 @@ async def _coded(request: Request, error: Exception) -> Response:
     status = _STATUS_BY_CODE.get(error.code, 409)
     if isinstance(error, StoreUnavailable):
         logger.warning("%s", error)
-        return problem(request, status, error.code, str(error), Retry_After=str(_RETRY_AFTER_SECONDS))
+        return problem(request, status, error.code, str(error), Retry_After=str(RETRY_AFTER_SECONDS))
     return problem(request, status, error.code, str(error))
 
 

@@ -34,6 +34,7 @@ from evenodds.schemas import (
     Visit,
 )
 from evenodds_service.api.access import Caller, may_touch
+from evenodds_service.api.bodies import lift_limit
 from evenodds_service.api.refits import refit_state
 from evenodds_service.api.services import PROBLEMS, Hands, RunPath, Services, now, predictions
 from evenodds_service.domain.types import Prompt, RunSettings, check_shares
@@ -42,6 +43,7 @@ from evenodds_service.storage.store import Run, Store
 
 _NDJSON = "application/x-ndjson"
 _NDJSON_BLOCK = 2_000
+_MAX_BLOCK_BYTES = 16 * 2**20
 _MAX_LINE_BYTES = 8 * 2**20
 _HISTORY = 100
 
@@ -141,13 +143,15 @@ async def add_prompts(run: RunPath, request: Request, hands: Hands) -> PromptsAd
     """Add prompts. Repeatable: those that the pool has already, with the same content, count as existing.
 
     A JSON body is all or nothing. NDJSON (`application/x-ndjson`, one prompt a line, any number) is stored in blocks
-    of 2,000 lines: an error names its line and says which lines were stored; the same file may be sent again.
+    of 2,000 lines, fewer where they are long: an error names its line and says which lines were stored; the same file
+    may be sent again. Any body may be compressed (`Content-Encoding: gzip`).
     """
     stored = await run_in_threadpool(hands.store.run, run)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _NDJSON:
         body = _parsed(PromptsIn.model_validate_json, await request.body(), ())
         names = [f"prompts[{i}]" for i in range(len(body.prompts))]
         return await run_in_threadpool(_add_block, hands, stored, body.prompts, names)
+    lift_limit(request)
     request.state.done = "no line was stored"  # any error tells
     added = existing = line = 0
     last: PromptsAdded | None = None
@@ -189,15 +193,18 @@ def _add_block(hands: Services, run: Run, items: Sequence[PromptIn], names: Sequ
 
 
 async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    """Lines of a body in blocks of 2,000, without holding the body."""
+    """Lines of a body in blocks of 2,000, or fewer where they are long, without holding the body."""
     rest = b""
     lines: list[bytes] = []
+    n_bytes = 0
     async for chunk in stream:
         *complete, rest = (rest + chunk).split(b"\n")
-        lines += [content.strip() for content in complete]
-        while len(lines) >= _NDJSON_BLOCK:
-            yield lines[:_NDJSON_BLOCK]
-            lines = lines[_NDJSON_BLOCK:]
+        for content in complete:
+            lines.append(content.strip())
+            n_bytes += len(content)
+            if len(lines) == _NDJSON_BLOCK or n_bytes >= _MAX_BLOCK_BYTES:
+                yield lines
+                lines, n_bytes = [], 0
         if len(rest) > _MAX_LINE_BYTES:
             message = f"a line is longer than {_MAX_LINE_BYTES:,} bytes: put each prompt on a line of its own"
             raise RequestValidationError([_fault((), message)])

@@ -31,6 +31,7 @@ class Services:
     featurizer: Featurizer
     live_runs: LiveRuns
     registry: CollectorRegistry
+    run_registry: CollectorRegistry
 
 
 async def _services(request: Request) -> Services:
@@ -42,7 +43,13 @@ Hands = Annotated[Services, Depends(_services)]
 RunPath = Annotated[str, Path(pattern=RUN_PATTERN, description="name of the run")]
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}
-    for status, description in ((404, "Unknown run or prompt"), (409, "Conflict"), (422, "Malformed request"))
+    for status, description in (
+        (404, "Unknown run or prompt"),
+        (409, "Conflict"),
+        (413, "Larger than a request may be"),
+        (422, "Malformed request"),
+        (503, "Cannot answer now: repeat after Retry-After"),
+    )
 }
 
 

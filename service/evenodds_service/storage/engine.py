@@ -8,12 +8,16 @@ promise. PostgreSQL stays at READ COMMITTED: whoever writes to a run's log locks
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+import psycopg
+from psycopg.abc import RV, PQGen
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -23,12 +27,20 @@ WRITES = "evenodds_writes"
 """Execution option of an engine whose transactions write: SQLite takes the write lock as they begin."""
 
 
+POOL_WAIT_SECONDS = 2.0
+"""Longest wait for a free connection. All threads of a process may stand in this line: it has to move."""
+
+_WAKE_SECONDS = 0.1
+_GRACE_SECONDS = 2.0  # the server's own timeout comes first: it leaves the connection usable, and says more
+
+
 def open_engine(database_url: str, *, pool_size: int = 5, timeout_seconds: float = 10) -> Engine:
     """An engine for `sqlite:///FILE` or `postgresql://...`. Connects on first use, not here.
 
     Args:
-        pool_size: Most connections held at once, at least 1. A caller waits for a free one.
-        timeout_seconds: Longest wait for a connection, for a lock, and (on PostgreSQL) for one statement.
+        pool_size: Most connections held at once, at least 1. A caller waits for a free one, but not for long.
+        timeout_seconds: Longest wait for a lock, and (on PostgreSQL) for the answer to one statement, also of a server
+            that hangs or is cut off.
 
     Raises:
         DatabaseUrlUnusable: the URL cannot be read, names another database, or a SQLite database in memory.
@@ -53,9 +65,12 @@ def translated_faults() -> Iterator[None]:
     """Turns every failure to reach or use the database in time into StoreUnavailable."""
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
-        cause = error.orig if isinstance(error, OperationalError | InterfaceError) else error
-        reason = " ".join(str(cause).split())
+    except PoolTimeoutError as error:
+        reason = "all connections are in use"
+        raise StoreUnavailable(f"the database did not do its part ({reason}): repeat the call later") from error
+    except (OperationalError, InterfaceError, InternalError) as error:
+        # On PostgreSQL, an InternalError is a server that has become read-only, or a transaction that it has ended.
+        reason = " ".join(str(error.orig).split())
         raise StoreUnavailable(f"the database did not do its part ({reason}): repeat the call later") from error
 
 
@@ -66,7 +81,7 @@ def _open_sqlite(url: URL, *, pool_size: int, timeout_seconds: float) -> Engine:
         url,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=timeout_seconds,
+        pool_timeout=min(timeout_seconds, POOL_WAIT_SECONDS),
         connect_args={"timeout": timeout_seconds},  # SQLite's busy timeout
     )
 
@@ -95,14 +110,49 @@ def _open_postgresql(url: URL, *, pool_size: int, timeout_seconds: float) -> Eng
         # has grown since the last ANALYZE.
         "plan_cache_mode=force_custom_plan",
     )
-    return create_engine(
+    engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=timeout_seconds,
+        pool_timeout=min(timeout_seconds, POOL_WAIT_SECONDS),
         pool_pre_ping=True,  # a connection that died with its server is replaced, not handed out
         connect_args={
             "connect_timeout": max(2, round(timeout_seconds)),  # seconds; the driver takes no less
             "options": " ".join(f"-c {setting}" for setting in settings),
         },
     )
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Dialect, _record: ConnectionPoolEntry, _arguments: Any, options: dict[str, Any]) -> Any:
+        connection = _Impatient.connect(**options)
+        connection.patience_seconds = timeout_seconds + _GRACE_SECONDS
+        return connection
+
+    return engine
+
+
+class _Impatient(psycopg.Connection[Any]):
+    """Gives a server up that says nothing: one that hangs, or whose network swallows everything.
+
+    The driver itself would wait for ever.
+    """
+
+    patience_seconds = 10.0
+
+    def wait(self, gen: PQGen[RV], interval: float = _WAKE_SECONDS, timeout: float | None = None) -> RV:
+        patience = self.patience_seconds if timeout is None else min(timeout, self.patience_seconds)
+        return super().wait(self._until(time.monotonic() + patience, gen), interval)
+
+    def _until(self, deadline: float, generator: PQGen[RV]) -> PQGen[RV]:
+        """What the generator does; it is woken in short intervals, and after the deadline it is given up."""
+        try:
+            wanted = next(generator)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > deadline:
+                    self.close()
+                    raise psycopg.OperationalError("the server does not answer")
+                wanted = generator.send(ready)
+        except StopIteration as end:
+            result: RV = end.value
+            return result

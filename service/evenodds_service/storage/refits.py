@@ -22,6 +22,8 @@ from evenodds_service.storage.tables import refits, snapshots
 from evenodds_service.storage.transactions import Transactions
 from evenodds_service.storage.values import Refit, Snapshot
 
+_LATEST_END = timedelta(hours=2)  # from now; a lease is an hour at most, and clocks differ a little
+
 
 class RefitMethods(Transactions):
     def request_refit(self, run_id: int, *, now: datetime) -> Refit:
@@ -43,9 +45,14 @@ class RefitMethods(Transactions):
     def claim_refit(self, *, worker: str, lease: timedelta, now: datetime) -> Refit | None:
         """Claim the oldest pending refit, or a running one whose lease has run out; None if there is none.
 
-        Two workers never claim the same one: a refit that another is just claiming is passed over.
+        Two workers never claim the same one: a refit that another is just claiming is passed over. A lease that ends
+        later than any may was given by a clock that was ahead: it counts as run out, or nobody would come for days.
+
+        Args:
+            lease: How long the claim holds, at most an hour.
         """
-        is_free = or_(refits.c.status == "pending", and_(refits.c.status == "running", refits.c.lease_until <= now))
+        has_run_out = or_(refits.c.lease_until <= now, refits.c.lease_until > now + _LATEST_END)
+        is_free = or_(refits.c.status == "pending", and_(refits.c.status == "running", has_run_out))
         free = (
             select(refits.c.id)
             .where(is_free)

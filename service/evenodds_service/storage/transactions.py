@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from sqlalchemy import Connection, Engine, Insert, Table, select
+from sqlalchemy import Connection, Engine, Insert, Table, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from evenodds_service.storage.engine import WRITES, translated_faults
@@ -30,6 +30,18 @@ class Transactions:
         """Raises StoreUnavailable where the database does not answer."""
         with self._reading() as connection:
             connection.execute(select(1))
+
+    def probe(self) -> None:
+        """Raises StoreUnavailable where the database does not answer, or would not keep what is written now."""
+        with self._writing() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = version_num"))
+            if connection.dialect.name == "postgresql":
+                # The update finds room in what the database holds already. A sort that does not fit into memory needs
+                # new room on the disk, and gives it back.
+                connection.execute(text("SET LOCAL work_mem = '64kB'"))
+                connection.execute(
+                    text("SELECT count(*) FROM (SELECT g FROM generate_series(1, 9000) g ORDER BY -g) s")
+                )
 
     def _reading(self) -> AbstractContextManager[Connection]:
         return _transaction(self._engine)
