@@ -24,6 +24,9 @@ from evenodds.errors import (
     Unreachable,
 )
 from evenodds.schemas import (
+    AllocatePrompt,
+    AllocateReply,
+    Allocation,
     Forecast,
     Health,
     Observation,
@@ -49,6 +52,9 @@ from evenodds.schemas import (
 from evenodds.version import __version__
 
 __all__ = [
+    "AllocatePrompt",
+    "AllocateReply",
+    "Allocation",
     "AsyncClient",
     "Client",
     "ConfigurationError",

@@ -18,7 +18,12 @@ from evenodds.protocol import Exchange, Protocol
 from evenodds.schemas import (
     MAX_ITEMS,
     Acquisition,
+    AllocatePrompt,
+    AllocateReply,
+    AllocateRequest,
+    AllocationMethod,
     Health,
+    Objective,
     Observation,
     ObserveReply,
     ObserveRequest,
@@ -320,6 +325,45 @@ class Calls(Protocol):
             )
         return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))
 
+    def allocate(
+        self,
+        run: str,
+        prompts: Iterable[str | AllocatePrompt | Mapping[str, object]],
+        budget: float,
+        *,
+        objective: Objective = "solve",
+        method: AllocationMethod = "greedy",
+        min_attempts: int | None = None,
+        max_attempts: int | None = None,
+    ) -> Exchange[AllocateReply]:
+        """How many attempts each prompt should get out of a common budget. Nothing is stored.
+
+        Args:
+            prompts: 1 to 10,000 prompts. A string is a prompt id; `AllocatePrompt`, or a mapping with its fields, may
+                hold a new text instead, the `cost` of one attempt, and limits of its own.
+            budget: Attempts for all prompts together, or the unit of the costs; above 0.
+            objective: `solve`, one success is enough; `signal`, the chance that a training group is informative.
+            method: `greedy`, the greatest gain per cost first; `bins`, by bins of predicted difficulty.
+            min_attempts: Of each prompt; 1 by default, 2 under `signal`, where it is the least.
+            max_attempts: Of each prompt, at most 1,024; the most that may be looked through by default.
+
+        Raises:
+            NotFound: There is no such run, or no prompt of that id in its pool.
+        """
+        with _contract("allocate"):
+            request = AllocateRequest.model_validate(
+                {
+                    "run": run,
+                    "prompts": _references(prompts),
+                    "budget": budget,
+                    "objective": objective,
+                    "method": method,
+                    "min_attempts": min_attempts,
+                    "max_attempts": max_attempts,
+                }
+            )
+        return (yield from self.call("POST", "/allocate", AllocateReply, content=_json(request)))
+
     def healthz(self) -> Exchange[Health]:
         """Whether the process is alive."""
         return (yield from self.call("GET", "/healthz", Health, replying=(503,)))
@@ -356,7 +400,9 @@ def _json(request: Request) -> bytes:
     return request.model_dump_json(exclude_none=True, exclude_unset=True).encode()
 
 
-def _references(prompts: Iterable[str | PromptRef | Mapping[str, object]]) -> object:
+def _references(
+    prompts: Iterable[str | PromptRef | Mapping[str, object]] | Iterable[str | AllocatePrompt | Mapping[str, object]],
+) -> object:
     if isinstance(prompts, (str, Mapping)):
         return prompts  # one prompt is not a list of prompts: the schema refuses it
     return [{"prompt_id": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]

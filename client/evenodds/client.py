@@ -108,6 +108,7 @@ class Client:
     observe = _blocking(Calls.observe)
     predict = _blocking(Calls.predict)
     select_batch = _blocking(Calls.select_batch)
+    allocate = _blocking(Calls.allocate)
     healthz = _blocking(Calls.healthz)
     readyz = _blocking(Calls.readyz)
 
@@ -208,6 +209,7 @@ class AsyncClient:
     observe = _awaited(Calls.observe)
     predict = _awaited(Calls.predict)
     select_batch = _awaited(Calls.select_batch)
+    allocate = _awaited(Calls.allocate)
     healthz = _awaited(Calls.healthz)
     readyz = _awaited(Calls.readyz)
 

@@ -46,9 +46,7 @@ def limits(objective: Objective, n: int, minimum: int | None = None) -> tuple[In
     return np.full(n, least), np.full(n, MOST)
 
 
-def best_total(
-    gained: FloatArray, costs: FloatArray, minimum: IntArray, maximum: IntArray, budget: float
-) -> float:
+def best_total(gained: FloatArray, costs: FloatArray, minimum: IntArray, maximum: IntArray, budget: float) -> float:
     """Over every spending that keeps to the limits and the budget."""
     ranges = [range(int(low), int(high) + 1) for low, high in zip(minimum, maximum, strict=True)]
     totals = [
@@ -188,9 +186,7 @@ def test_a_dear_prompt_must_gain_more() -> None:
 
 def test_a_budget_below_the_least_is_refused() -> None:
     with pytest.raises(BudgetTooSmall) as refused:
-        spend(
-            np.ones((3, 4)), costs_N=np.ones(3), minimum_N=np.full(3, 2), maximum_N=np.full(3, 4), budget=5.0
-        )
+        spend(np.ones((3, 4)), costs_N=np.ones(3), minimum_N=np.full(3, 2), maximum_N=np.full(3, 4), budget=5.0)
 
     assert str(refused.value) == (
         "budget 5 does not pay for the least attempts of 3 prompts, which cost 6: raise it, or lower min_attempts"

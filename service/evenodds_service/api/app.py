@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
-from evenodds_service.api import errors, loop, operations, refits, runs
+from evenodds_service.api import budgets, errors, loop, operations, refits, runs
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
@@ -25,6 +25,7 @@ Errors are problem+json (RFC 9457) with a stable `code`. Repeating a call is saf
 """
 _TAGS = [
     {"name": "loop", "description": "What a trainer or gateway calls at each step."},
+    {"name": "budgets", "description": "What a gateway asks: how many attempts, or how much effort, requests deserve."},
     {"name": "runs", "description": "One policy with its own pool, history and predictor."},
     {"name": "prompts", "description": "The pool of a run."},
     {"name": "operations", "description": "Health and metrics."},
@@ -56,7 +57,7 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
         live_runs=LiveRuns(store, capacity=live_runs),
         registry=registry,
     )
-    for room in (loop, refits, runs, operations):
+    for room in (loop, budgets, refits, runs, operations):
         app.include_router(room.router)
     errors.install(app)
     app.add_middleware(_Observed, registry=registry)
