@@ -22,11 +22,18 @@ from evenodds.schemas import (
     AllocateReply,
     AllocateRequest,
     AllocationMethod,
+    BudgetMode,
+    BudgetReply,
+    BudgetRequest,
     Health,
     Objective,
     Observation,
     ObserveReply,
     ObserveRequest,
+    PolicyList,
+    PolicyName,
+    PolicyState,
+    PolicyUpdate,
     Predictor,
     PredictReply,
     PredictRequest,
@@ -47,6 +54,7 @@ from evenodds.schemas import (
     RunUpdate,
     SelectReply,
     SelectRequest,
+    Tier,
 )
 
 MAX_CALL_BYTES = 8_000_000
@@ -54,6 +62,7 @@ MAX_CALL_BYTES = 8_000_000
 
 _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _PROMPT_ID: TypeAdapter[str] = TypeAdapter(PromptId)
+_POLICY_NAME: TypeAdapter[str] = TypeAdapter(PolicyName)
 
 
 class Calls(Protocol):
@@ -363,6 +372,95 @@ class Calls(Protocol):
                 }
             )
         return (yield from self.call("POST", "/allocate", AllocateReply, content=_json(request)))
+
+    def budget(
+        self,
+        run: str,
+        prompt: str | PromptRef | Mapping[str, object],
+        *,
+        policy: str = "default",
+        failures: int = 0,
+        deadline_ms: float | None = None,
+    ) -> Exchange[BudgetReply]:
+        """How many attempts, and how much effort, one request deserves. Nothing is stored.
+
+        A hot path wants a deadline and no error: see `evenodds.gateway.GatewayBudget`.
+
+        Args:
+            prompt: A string is a prompt id; `PromptRef`, or a mapping with its fields, may hold a new text instead.
+            policy: Name of the run's budget policy.
+            failures: Attempts of this request that failed and are not reported by `observe`.
+            deadline_ms: A reply after so long is of no use, in (0, 60,000].
+
+        Raises:
+            NotFound: There is no such run or policy, or no prompt of that id in the pool.
+            Unavailable: Too many requests wait, or the deadline passed.
+        """
+        with _contract("budget"):
+            request = BudgetRequest.model_validate(
+                {
+                    "run": run,
+                    "prompt": {"prompt_id": prompt} if isinstance(prompt, str) else prompt,
+                    "policy": policy,
+                    "failures": failures,
+                    "deadline_ms": deadline_ms,
+                }
+            )
+        return (yield from self.call("POST", "/budget", BudgetReply, content=_json(request)))
+
+    def put_budget_policy(
+        self,
+        run: str,
+        policy: str = "default",
+        *,
+        mode: BudgetMode | None = None,
+        target_attempts: float | None = None,
+        min_attempts: int | None = None,
+        max_attempts: int | None = None,
+        price: float | None = None,
+        tiers: Sequence[Tier | Mapping[str, object]] | None = None,
+    ) -> Exchange[PolicyState]:
+        """Create a budget policy or replace it whole: what is left out has its default.
+
+        Args:
+            policy: Its name: letters, digits, `.`, `_`, `-`; at most 64 characters.
+            mode: `parallel` (default), all attempts at once; `sequential`, one after another until a success.
+            target_attempts: Attempts per request on average, 4 by default.
+            min_attempts, max_attempts: Of each request, 1 and 32 by default, in [1, 1024].
+            price: A fixed price in [0, 1], instead of the one that keeps to the target.
+            tiers: Efforts by falling `at_least`, the last one's 0; low, medium and high by default.
+
+        Returns:
+            The policy with its version.
+
+        Raises:
+            NotFound: There is no such run.
+            Conflict: The run holds as many policies as it may.
+        """
+        fields = {
+            "mode": mode,
+            "target_attempts": target_attempts,
+            "min_attempts": min_attempts,
+            "max_attempts": max_attempts,
+            "price": price,
+            "tiers": tiers,
+        }
+        with _contract("put_budget_policy"):
+            update = PolicyUpdate.model_validate({name: value for name, value in fields.items() if value is not None})
+        path = _run_path("put_budget_policy", run)
+        with _contract("put_budget_policy", "policy"):
+            _POLICY_NAME.validate_python(policy)
+        path = f"{path}/budget_policies/{_segment(policy)}"
+        return (yield from self.call("PUT", path, PolicyState, content=_json(update)))
+
+    def budget_policies(self, run: str) -> Exchange[PolicyList]:
+        """The budget policies of a run, by name; `default` is always there.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        path = f"{_run_path('budget_policies', run)}/budget_policies"
+        return (yield from self.call("GET", path, PolicyList))
 
     def healthz(self) -> Exchange[Health]:
         """Whether the process is alive."""

@@ -7,6 +7,7 @@ them, so that an old client keeps working against a newer service. Nothing here 
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -565,7 +566,7 @@ class PolicyUpdate(Request):
                 f"max_attempts {self.max_attempts}"
             )
         bounds = [tier.at_least for tier in self.tiers]
-        if bounds[-1] != 0.0 or any(low >= high for high, low in zip(bounds, bounds[1:], strict=False)):
+        if bounds[-1] != 0.0 or any(low >= high for high, low in pairwise(bounds)):
             raise ValueError(
                 f"tiers: at_least must fall from tier to tier and end with 0, got {', '.join(f'{b:g}' for b in bounds)}"
             )

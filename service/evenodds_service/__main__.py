@@ -88,7 +88,14 @@ def _serve(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
         worker = subprocess.Popen(command, env=environment)
     try:
-        app = create_app(store, live_runs=settings.live_runs)
+        app = create_app(
+            store,
+            live_runs=settings.live_runs,
+            predict_staleness_ms=settings.predict_staleness_ms,
+            budget_staleness_ms=settings.budget_staleness_ms,
+            budget_deadline_ms=settings.budget_deadline_ms,
+            budget_queue=settings.budget_queue,
+        )
         uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=10)
     finally:
         store.close()

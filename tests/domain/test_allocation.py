@@ -1,4 +1,4 @@
-"""Spending a budget: the gains against simulated and exact expectations, the spending against every spending there is."""
+"""Spending a budget: gains against exact expectations, spending against every spending that there is."""
 
 from __future__ import annotations
 

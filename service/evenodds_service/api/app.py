@@ -12,8 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
 from evenodds_service.api import budgets, errors, loop, operations, refits, runs
+from evenodds_service.api.desk import Desk
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
+from evenodds_service.api.views import Views
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import Store
 
@@ -35,13 +37,27 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
+def create_app(
+    store: Store,
+    *,
+    live_runs: int = 32,
+    predict_staleness_ms: float = 0.0,
+    budget_staleness_ms: float = 200.0,
+    budget_deadline_ms: float = 500.0,
+    budget_queue: int = 256,
+) -> FastAPI:
     """The ASGI application over this store.
 
     Args:
         live_runs: How many runs' states the process keeps in memory.
+        predict_staleness_ms, budget_staleness_ms: How old a view of the log may be that answers `/predict`, `/budget`;
+            0 reads the log for each answer.
+        budget_deadline_ms: After so long a request for a budget is given up.
+        budget_queue: Requests for a budget that may wait at a time.
     """
     featurizer = Featurizer(store)
+    views_of_runs = LiveRuns(store, capacity=live_runs)
+    views = Views(store, views_of_runs)
     registry = CollectorRegistry()
     app = FastAPI(
         title="Even Odds",
@@ -54,7 +70,16 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
-        live_runs=LiveRuns(store, capacity=live_runs),
+        live_runs=views_of_runs,
+        views=views,
+        desk=Desk(
+            views,
+            featurizer,
+            staleness_seconds=budget_staleness_ms / 1_000,
+            deadline_seconds=budget_deadline_ms / 1_000,
+            capacity=budget_queue,
+        ),
+        predict_staleness_seconds=predict_staleness_ms / 1_000,
         registry=registry,
     )
     for room in (loop, budgets, refits, runs, operations):

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
+from evenodds_service.api.desk import DeadlinePassed, DeskFull
 from evenodds_service.api.features import EmbeddingRefused
 from evenodds_service.domain.acquisition import NotEnoughPrompts
 from evenodds_service.live_run import UnknownPrompts
@@ -35,6 +36,7 @@ _STATUS_BY_CODE: Mapping[str, int] = {
     "prompt_unknown": 404,
     "selection_unknown": 404,
     "snapshot_unknown": 404,
+    "policy_unknown": 404,
     "store_unavailable": 503,
     "schema_mismatch": 503,
 }
@@ -76,6 +78,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(UnknownPrompts, _fact(404, "prompt_unknown"))
     app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
+    app.add_exception_handler(DeskFull, _fact(503, "overloaded", Retry_After="1"))
+    app.add_exception_handler(DeadlinePassed, _fact(503, "deadline_passed"))
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
@@ -135,9 +139,9 @@ async def _coded(request: Request, error: Exception) -> Response:
     return problem(request, status, error.code, str(error))
 
 
-def _fact(status: int, code: str) -> Any:
+def _fact(status: int, code: str, **headers: str) -> Any:
     async def handler(request: Request, error: Exception) -> Response:
-        return problem(request, status, code, str(error))
+        return problem(request, status, code, str(error), **headers)
 
     return handler
 

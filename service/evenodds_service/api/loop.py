@@ -23,7 +23,8 @@ from evenodds.schemas import (
 )
 from evenodds_service.api.features import new_prompt
 from evenodds_service.api.questions import beliefs_about
-from evenodds_service.api.services import PROBLEMS, Hands, content_hash, mean_and_std, now, predictions
+from evenodds_service.api.services import PROBLEMS, Hands, content_hash, now, predictions
+from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.types import NewObservation
 from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
 from evenodds_service.storage.store import Run
@@ -88,8 +89,8 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
 @router.post("/predict", summary="Predict success rates")
 def predict(body: PredictRequest, hands: Hands) -> PredictReply:
     """The belief about prompts of the pool, or about new texts, in the order asked. Nothing is stored."""
-    run = hands.store.run(body.run)
-    live = hands.live_runs.at_head(run)
+    view = hands.views.recent(body.run, hands.predict_staleness_seconds)
+    run, live = view.run, view.live
     names = [f"prompts[{i}]" for i in range(len(body.prompts))]
     asked = beliefs_about(hands.featurizer, run, live, body.prompts, names=names)
     return PredictReply(

@@ -77,6 +77,7 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     settings = replace(settings, **changes)
     hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
     stored, created = hands.store.put_run(run, settings, now=now())
+    hands.views.forget(run)
     return JSONResponse(_run_state(hands.store, stored).model_dump(mode="json"), 201 if created else 200)
 
 
@@ -106,6 +107,7 @@ def delete_run(run: RunPath, hands: Hands) -> Response:
     stored = hands.store.run(run)
     hands.store.delete_run(run)
     hands.live_runs.drop(stored.id)
+    hands.views.forget(run)
     return Response(status_code=204)
 
 

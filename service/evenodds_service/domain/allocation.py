@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from evenodds_service.domain.distributions import log_rising
 from evenodds_service.domain.types import BudgetMode, FloatArray, IntArray
 
 Objective = Literal["solve", "signal"]
@@ -134,7 +135,7 @@ def spend(
     return Spending(attempts_N, shortfall)
 
 
-def expected(gains_N_K: FloatArray, attempts_N: FloatArray) -> FloatArray:
+def expected(gains_N_K: FloatArray, attempts_N: FloatArray | IntArray) -> FloatArray:
     """Expected total of each prompt after so many attempts, [N]; fractions of an attempt count as chances of one."""
     share = np.clip(np.asarray(attempts_N)[:, None] - np.arange(gains_N_K.shape[1]), 0.0, 1.0)
     return np.asarray((gains_N_K * share).sum(axis=1))
@@ -175,7 +176,7 @@ def verdict(expected_total: float, uniform_total: float, *, n_observations: int,
 
 
 def attempts_at_price(
-    mode: BudgetMode, a: FloatArray, b: FloatArray, price: float, *, minimum: int, maximum: int
+    mode: BudgetMode, a: FloatArray, b: FloatArray, price: float, *, minimum: int | IntArray, maximum: int | IntArray
 ) -> IntArray:
     """How many attempts the beliefs deserve at this price, int64 [N] in [minimum, maximum]; falls with the price.
 
@@ -187,7 +188,8 @@ def attempts_at_price(
     if mode == "sequential":
         affordable = np.floor(a / max(price, 1e-300) * (1.0 + _SLACK) - a - b) + 1.0
     else:
-        affordable = (gains("solve", a, b, maximum) >= price * (1.0 - _SLACK)).sum(axis=1)
+        most = max(1, int(np.max(maximum)))
+        affordable = (gains("solve", a, b, most) >= price * (1.0 - _SLACK)).sum(axis=1)
     return np.asarray(np.clip(affordable, minimum, maximum), dtype=np.int64)
 
 
@@ -206,25 +208,33 @@ def fit_price(
         The price in [0, 1], and the expected attempts per request at it.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    worth_N_K: FloatArray
+    cost_N_K: FloatArray
     if mode == "sequential":
         j = np.arange(maximum, dtype=np.float64)
         total = a[:, None] + b[:, None] + j
-        worth, cost = a[:, None] / total, _ratios(b[:, None] + j, total)
+        worth_N_K, cost_N_K = a[:, None] / total, _ratios(b[:, None] + j, total)
     else:
-        worth = gains("solve", a, b, maximum)
-        cost = np.ones_like(worth)
-    spent = float(cost[:, :minimum].sum()) / len(a)
-    worth, cost = worth[:, minimum:].ravel(), cost[:, minimum:].ravel()
-    if not len(worth):
+        worth_N_K = gains("solve", a, b, maximum)
+        cost_N_K = np.ones_like(worth_N_K)
+    spent = float(cost_N_K[:, :minimum].sum()) / len(a)
+    if minimum == maximum:
         return 0.0, spent
+    worth, cost = worth_N_K[:, minimum:].ravel(), cost_N_K[:, minimum:].ravel()
     order = np.argsort(-worth, kind="stable")
-    worth, paid = worth[order], spent + np.cumsum(cost[order]) / len(a)
-    last_of_its_worth = np.append(worth[1:] < worth[:-1] * (1.0 - 2.0 * _SLACK), True)
+    falling, paid = worth[order], spent + np.cumsum(cost[order]) / len(a)
+    last_of_its_worth = np.append(falling[1:] < falling[:-1] * (1.0 - 2.0 * _SLACK), True)
     within = np.flatnonzero(last_of_its_worth & (paid <= target * (1.0 + _SLACK)))
     if not len(within):
         return NEVER, spent
     last = int(within[-1])
-    return (0.0 if last == len(worth) - 1 else float(worth[last])), float(paid[last])
+    return (0.0 if last == len(falling) - 1 else float(falling[last])), float(paid[last])
+
+
+def solve_probability(a: FloatArray, b: FloatArray, attempts: IntArray) -> FloatArray:
+    """P(at least one of so many attempts succeeds) = 1 - (b)_k / (a+b)_k, elementwise."""
+    k = attempts.astype(np.float64)
+    return np.asarray(-np.expm1(log_rising(b, k) - log_rising(np.asarray(a) + b, k)))
 
 
 def _spend_rest(

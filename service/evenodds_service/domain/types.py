@@ -88,6 +88,7 @@ class RunSettings:
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
         refit_every_observations: A refit is due after so many new observations (sooner while there are few).
         refit_every_seconds: A refit is due so long after the one before, if anything was observed since.
+        budget_policies: By name, one of each.
     """
 
     predictor: Predictor = "gps"
@@ -101,6 +102,7 @@ class RunSettings:
     max_visits: int = 0
     refit_every_observations: int = 2_048
     refit_every_seconds: int = 600
+    budget_policies: tuple[BudgetPolicy, ...] = ()
 
     @property
     def effective_acquisition(self) -> Acquisition:

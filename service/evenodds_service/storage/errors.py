@@ -14,6 +14,8 @@
     ├── RequestConflict          request_conflict     a request id was used with another body
     ├── SelectionUnknown         selection_unknown
     ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
+    ├── PolicyUnknown            policy_unknown       a budget policy that the run has not
+    ├── PolicyLimit              policy_limit         the run holds as many budget policies as it may
     ├── SnapshotUnknown          snapshot_unknown
     └── RefitLost                refit_lost           another worker has taken the refit over
 
@@ -107,6 +109,14 @@ class SelectionUnknown(StoreError):
 
 class SelectionConflict(StoreError):
     code = "selection_conflict"
+
+
+class PolicyUnknown(StoreError):
+    code = "policy_unknown"
+
+
+class PolicyLimit(StoreError):
+    code = "policy_limit"
 
 
 class SnapshotUnknown(StoreError):
