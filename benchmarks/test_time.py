@@ -6,8 +6,8 @@ FOLDER holds `deepscaler_qwen25math7b_k128` (128 samples a prompt) and `math_qwe
 share of held-out prompts with at least one success. It is exact, not simulated: the expectation over attempts drawn
 without replacement from the recorded samples. Beliefs about a prompt rest on its text and on a history of 8,192 other
 prompts with 8 attempts each, folded and refitted as the service does; no text stands on both sides. "same": the
-history comes from the same data set. "shifted": from the other one. "adapted": shifted, and 512 prompts of the right
-one were reported since. Methods, by what they know while they spend:
+history comes from the same data set. "shifted": from the other one. "adapted": shifted, and 2,048 prompts of the
+right one were reported since, which is when the worker refits. Methods, by what they know while they spend:
 
 - no verdict until the end (one shot): uniform; the paper's bins; greedy by marginal gain; oracle (recorded rates)
 - one verdict: a probe of one attempt each, then greedy on what has failed
@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from benchmarks.worlds import LARGE, MATH, World, open_world
 from matplotlib import pyplot
+from scipy import sparse
 from scipy.stats import rankdata
 
 from evenodds_service.domain.allocation import (
@@ -57,21 +58,22 @@ from evenodds_service.domain.types import (
 )
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
-from evenodds_service.model.refit import Material, fit_shared_model
+from evenodds_service.model.refit import Material, fit_shared_model, gather
 from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.surface import SURFACE_NAMES
 
 RESULTS = Path(__file__).parent / "results"
 POLICY = "Qwen2.5-Math-7B@T1k50"
 LABELS = 8_192
 LABEL_ATTEMPTS = 8
 BATCH = 256
-REFITS = (2_048, LABELS)
+REFITS = (2_048, LABELS)  # the first one early, so that fitted priors are weighed on outcomes that come after it
 _AT_ONCE = 2_000
 BUDGETS = (2.0, 4.0, 8.0, 16.0)
 GRID = tuple(
     float(x) for x in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32)
 )
-ADAPTED_BY = 512
+ADAPTED_BY = 2_048
 _WARM_UP, _SERVED_TOGETHER = 1_024, 16
 
 Beliefs = tuple[FloatArray, FloatArray]
@@ -145,15 +147,18 @@ def measure(
     held_out = np.array([i for i in held_out if text_key(world.texts[i]) not in taken])
     recording = world.recording
     test = HeldOut.of(recording.successes_V_N[0][held_out], recording.attempts_V_N[0][held_out])
-    # Of the text's own data set, but not among those that are asked: what a gateway would report.
-    reported = labelled[:ADAPTED_BY]
-    same, _ = beliefs_from(world, labelled, world, held_out, reported, seed)
-    shifted, adapted = beliefs_from(other, elsewhere, world, held_out, reported, seed)
+    runs = {"same": Served(), "shifted": Served()}
+    runs["same"].report(world, labelled, refits=REFITS, seed=seed)
+    runs["shifted"].report(other, elsewhere, refits=REFITS, seed=seed)
+    same, shifted = (run.beliefs(world, held_out) for run in runs.values())
+    runs["shifted"].report(world, labelled[:ADAPTED_BY], refits=(ADAPTED_BY,), seed=seed)
+    adapted = runs["shifted"].beliefs(world, held_out)
     flat = (np.ones(test.n_prompts), np.ones(test.n_prompts))
     curves = {
         "uniform": one_shot(test, None),
         "bins, same": one_shot(test, bin_gains(_mean(same), test.most)),
         "bins, shifted": one_shot(test, bin_gains(_mean(shifted), test.most)),
+        "bins, adapted": one_shot(test, bin_gains(_mean(adapted), test.most)),
         "greedy, same": one_shot(test, gains("solve", *same, test.most)),
         "greedy, shifted": one_shot(test, gains("solve", *shifted, test.most)),
         "greedy, adapted": one_shot(test, gains("solve", *adapted, test.most)),
@@ -161,6 +166,7 @@ def measure(
         "probe, flat": probed(test, flat, seed),
         "probe, same": probed(test, same, seed),
         "probe, shifted": probed(test, shifted, seed),
+        "probe, adapted": probed(test, adapted, seed),
         "sequential, flat": sequential(test, flat),
         "sequential, same": sequential(test, same),
         "sequential, shifted": sequential(test, shifted),
@@ -178,63 +184,64 @@ def measure(
     return curves, rank, priced
 
 
-def beliefs_from(
-    history: World, labelled: IntArray, world: World, asked: IntArray, reported: IntArray, seed: int
-) -> tuple[Beliefs, Beliefs]:
-    """Beliefs about new texts of one world after a history in another, as a served run holds them.
+class Served:
+    """A run that learns from reported prompts as the service does, and is asked about new texts."""
 
-    Returns:
-        Before and after the outcomes of the prompts `reported` of that world came in, 8 attempts each.
-    """
-    pool = Pool(surface_width=history.surface_N_S.shape[1], embedding_width=history.embeddings_N_D.shape[1])
-    pool.append(_block(history, labelled))
-    state = fold(State(), PoolEntry(1, len(labelled)), pool)
-    successes = history.recording.successes_V_N[0][labelled]
-    samples = history.recording.attempts_V_N[0][labelled]
-    drawn = np.random.default_rng([seed, 8]).hypergeometric(successes, samples - successes, LABEL_ATTEMPTS)
-    outcomes = History(
-        prompts=np.arange(len(labelled)),
-        steps=np.zeros(len(labelled), dtype=np.int64),
-        successes=drawn.astype(np.float64),
-        attempts=np.full(len(labelled), float(LABEL_ATTEMPTS)),
-        informative=(drawn > 0) & (drawn < LABEL_ATTEMPTS),
-    )
-    model: SharedModel | None = None
-    for last in range(BATCH, len(labelled) + 1, BATCH):
-        batch = outcomes.rows(slice(last - BATCH, last))
-        position = state.position + 1
-        fold(
-            state,
-            ObserveEntry(position, 0, batch.prompts, batch.successes, batch.attempts, batch.informative),
-            pool,
+    def __init__(self) -> None:
+        self._pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
+        self._state = State()
+        self._reports: list[tuple[World, IntArray]] = []
+        self._history: list[History] = []
+        self._model: SharedModel | None = None
+
+    def report(self, world: World, rows: IntArray, *, refits: Sequence[int], seed: int) -> None:
+        """Add these prompts of a world with the outcomes of 8 attempts each; refit after so many of them."""
+        state, first = self._state, self._pool.n
+        self._pool.append(_block(world, rows, first=first))
+        self._reports.append((world, rows))
+        fold(state, PoolEntry(state.position + 1, self._pool.n), self._pool)
+        successes, samples = world.recording.successes_V_N[0][rows], world.recording.attempts_V_N[0][rows]
+        drawn = np.random.default_rng([seed, first, 8]).hypergeometric(successes, samples - successes, LABEL_ATTEMPTS)
+        for start in range(0, len(rows), BATCH):
+            k = drawn[start : start + BATCH].astype(np.float64)
+            prompts, n = first + start + np.arange(len(k)), np.full(len(k), float(LABEL_ATTEMPTS))
+            informative = (k > 0) & (k < LABEL_ATTEMPTS)
+            fold(state, ObserveEntry(state.position + 1, 0, prompts, k, n, informative), self._pool)
+            self._history.append(History(prompts, np.zeros(len(k), dtype=np.int64), k, n, informative))
+            if start + len(k) in refits:
+                self._refit()
+
+    def beliefs(self, world: World, rows: IntArray) -> Beliefs:
+        """About texts that are not in the pool."""
+        assert self._model is not None  # it was refitted
+        parts = []
+        for first in range(0, len(rows), _AT_ONCE):
+            some = rows[first : first + _AT_ONCE]
+            outside = Pool(surface_width=len(SURFACE_NAMES), embedding_width=world.embeddings_N_D.shape[1])
+            block = _block(world, some)
+            outside.append(block)
+            fitted = self._model.predict([world.texts[i] for i in some], block)
+            parts.append(new_prompt_beliefs(self._state, outside, fitted))
+        return np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])
+
+    def _refit(self) -> None:
+        """What the worker does: fit on the outcomes so far and let the snapshot enter the log."""
+        state = self._state
+        assert state.basis is not None  # the pool is not empty
+        material = Material(
+            embedder=BUILTIN_NAME,
+            predictor="gps",
+            group_size=LABEL_ATTEMPTS,
+            basis=state.basis,
+            x_N_d=self._pool.matrix(state.basis, self._pool.n),
+            embeddings_N_D=np.concatenate([world.embeddings_N_D[rows] for world, rows in self._reports]),
+            ngrams=sparse.vstack([world.ngrams[rows] for world, rows in self._reports], format="csr"),
+            history=gather(self._history),
         )
-        if last in REFITS:  # the first one early, so that the fitted priors are weighed on outcomes that come after it
-            model = _refit(history, labelled, pool, state, outcomes.rows(slice(0, last)))
-    assert model is not None
-    before = _beliefs(state, model, world, asked)
-    pool.append(_block(world, reported, first=len(labelled)))
-    fold(state, PoolEntry(state.position + 1, pool.n), pool)
-    successes, samples = (v[0][reported] for v in (world.recording.successes_V_N, world.recording.attempts_V_N))
-    drawn = np.random.default_rng([seed, 11]).hypergeometric(successes, samples - successes, LABEL_ATTEMPTS)
-    for rows in np.array_split(np.arange(len(reported)), max(1, len(reported) // BATCH)):
-        counts = np.full(len(rows), float(LABEL_ATTEMPTS))
-        informative = (drawn[rows] > 0) & (drawn[rows] < LABEL_ATTEMPTS)
-        entry = ObserveEntry(
-            state.position + 1, 0, len(labelled) + rows, drawn[rows].astype(np.float64), counts, informative
-        )
-        fold(state, entry, pool)
-    return before, _beliefs(state, model, world, asked)
-
-
-def _beliefs(state: State, model: SharedModel, world: World, asked: IntArray) -> Beliefs:
-    parts = []
-    for first in range(0, len(asked), _AT_ONCE):
-        rows = asked[first : first + _AT_ONCE]
-        outside = Pool(surface_width=world.surface_N_S.shape[1], embedding_width=world.embeddings_N_D.shape[1])
-        block = _block(world, rows)
-        outside.append(block)
-        parts.append(new_prompt_beliefs(state, outside, model.predict([world.texts[i] for i in rows], block)))
-    return np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])
+        self._model = fit_shared_model(material, device=torch.device("cpu"))
+        version = state.model_version + 1
+        self._pool.attach(version, self._model.priors)
+        fold(state, SnapshotEntry(state.position + 1, version), self._pool)
 
 
 def one_shot(test: HeldOut, worth_T_K: FloatArray | None) -> Curve:
@@ -353,26 +360,6 @@ def write(
     (RESULTS / "test_time.json").write_text(json.dumps(_rounded(document), indent=1) + "\n", encoding="utf-8")
     _plot(results)
     print(text)
-
-
-def _refit(history: World, labelled: IntArray, pool: Pool, state: State, outcomes: History) -> SharedModel:
-    """What the worker does: fit on the outcomes so far and let the snapshot enter the log."""
-    assert state.basis is not None  # the pool is not empty
-    material = Material(
-        embedder=BUILTIN_NAME,
-        predictor="gps",
-        group_size=LABEL_ATTEMPTS,
-        basis=state.basis,
-        x_N_d=pool.matrix(state.basis, len(labelled)),
-        embeddings_N_D=history.embeddings_N_D[labelled],
-        ngrams=history.ngrams[labelled],
-        history=outcomes,
-    )
-    model = fit_shared_model(material, device=torch.device("cpu"))
-    version = state.model_version + 1
-    pool.attach(version, model.priors)
-    fold(state, SnapshotEntry(state.position + 1, version), pool)
-    return model
 
 
 def _block(world: World, rows: IntArray, *, first: int = 0) -> RawBlock:

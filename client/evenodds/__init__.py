@@ -23,6 +23,7 @@ from evenodds.errors import (
     Unavailable,
     Unreachable,
 )
+from evenodds.gateway import GatewayBudget, GatewayCounts
 from evenodds.schemas import (
     AllocatePrompt,
     AllocateReply,
@@ -66,6 +67,8 @@ __all__ = [
     "Conflict",
     "EvenOddsError",
     "Forecast",
+    "GatewayBudget",
+    "GatewayCounts",
     "Health",
     "Invalid",
     "InvalidRequest",
