@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
-from evenodds_service.api import budgets, errors, loop, operations, refits, runs
+from evenodds_service.api import budgets, chat, errors, loop, operations, refits, runs
 from evenodds_service.api.desk import Desk
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
@@ -82,7 +82,7 @@ def create_app(
         predict_staleness_seconds=predict_staleness_ms / 1_000,
         registry=registry,
     )
-    for room in (loop, budgets, refits, runs, operations):
+    for room in (loop, budgets, chat, refits, runs, operations):
         app.include_router(room.router)
     errors.install(app)
     app.add_middleware(_Observed, registry=registry)

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
+from evenodds_service.api.chat import ChatRefused
 from evenodds_service.api.desk import DeadlinePassed, DeskFull
 from evenodds_service.api.features import EmbeddingRefused
 from evenodds_service.domain.acquisition import NotEnoughPrompts
@@ -78,6 +79,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(UnknownPrompts, _fact(404, "prompt_unknown"))
     app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
+    app.add_exception_handler(ChatRefused, _fact(422, "malformed"))
     app.add_exception_handler(DeskFull, _fact(503, "overloaded", Retry_After="1"))
     app.add_exception_handler(DeadlinePassed, _fact(503, "deadline_passed"))
 
