@@ -25,6 +25,7 @@ Verify = Callable[[Mapping[str, Any], Any], "Rewards | Awaitable[Rewards]"]
 
 _CALL_TYPES = frozenset({"completion", "acompletion"})
 _LIMITS = ("max_completion_tokens", "max_tokens")
+EFFORT_ONLY: tuple[Parameter, ...] = ("reasoning_effort",)
 METADATA = "evenodds"
 """Under this key of the request's metadata stands the decision, for the proxy's logs."""
 
@@ -57,7 +58,7 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
         *,
         run: str,
         policy: str = "default",
-        sets: Collection[Parameter] = ("reasoning_effort",),
+        sets: Collection[Parameter] = EFFORT_ONLY,
         default_max_tokens: int | None = None,
         verify: Verify | None = None,
         step: int = 0,
