@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,8 +49,10 @@ def litellm_python(request: pytest.FixtureRequest) -> Path:
 class ServedModel:
     """An OpenAI-compatible server on loopback that keeps what it was asked."""
 
-    base_url: str = ""
+    base_url: str
+    stop: Callable[[], None]
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def served_model() -> Iterator[ServedModel]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             model.bodies.append(body)
+            model.headers.append({name.lower(): value for name, value in self.headers.items()})
             message = {"role": "assistant", "content": "41"}
             choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(body.get("n") or 1)]
             reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
@@ -73,12 +76,17 @@ def served_model() -> Iterator[ServedModel]:
             return
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        model = ServedModel(f"http://127.0.0.1:{server.server_address[1]}/v1")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        model = ServedModel(f"http://127.0.0.1:{server.server_address[1]}/v1", stop)
         yield model
-        server.shutdown()
-        thread.join()
+        stop()
 
 
 @contextmanager
