@@ -18,11 +18,23 @@ from evenodds.protocol import Exchange, Protocol
 from evenodds.schemas import (
     MAX_ITEMS,
     Acquisition,
+    AllocatePrompt,
+    AllocateReply,
+    AllocateRequest,
+    AllocationMethod,
     BeliefReport,
+    BudgetMode,
+    BudgetReply,
+    BudgetRequest,
     Health,
+    Objective,
     Observation,
     ObserveReply,
     ObserveRequest,
+    PolicyList,
+    PolicyName,
+    PolicyState,
+    PolicyUpdate,
     Predictor,
     PredictReply,
     PredictRequest,
@@ -47,6 +59,7 @@ from evenodds.schemas import (
     SelectReply,
     SelectRequest,
     Step,
+    Tier,
     Voided,
 )
 
@@ -56,6 +69,7 @@ MAX_CALL_BYTES = 8_000_000
 _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _PROMPT_ID: TypeAdapter[str] = TypeAdapter(PromptId)
 _STEP: TypeAdapter[int] = TypeAdapter(Step)
+_POLICY_NAME: TypeAdapter[str] = TypeAdapter(PolicyName)
 
 
 class Calls(Protocol):
@@ -428,6 +442,134 @@ class Calls(Protocol):
             )
         return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))
 
+    def allocate(
+        self,
+        run: str,
+        prompts: Iterable[str | AllocatePrompt | Mapping[str, object]],
+        budget: float,
+        *,
+        objective: Objective = "solve",
+        method: AllocationMethod = "greedy",
+        min_attempts: int | None = None,
+        max_attempts: int | None = None,
+    ) -> Exchange[AllocateReply]:
+        """How many attempts each prompt should get out of a common budget. Nothing is stored.
+
+        Args:
+            prompts: 1 to 10,000 prompts. A string is a prompt id; `AllocatePrompt`, or a mapping with its fields, may
+                hold a new text instead, the `cost` of one attempt, and limits of its own.
+            budget: Attempts for all prompts together, or the unit of the costs; above 0.
+            objective: `solve`, one success is enough; `signal`, the chance that a training group is informative.
+            method: `greedy`, the greatest gain per cost first; `bins`, by bins of predicted difficulty.
+            min_attempts: Of each prompt; 1 by default, 2 under `signal`, where it is the least.
+            max_attempts: Of each prompt, at most 1,024; the most that may be looked through by default.
+
+        Raises:
+            NotFound: There is no such run, or no prompt of that id in its pool.
+        """
+        with _contract("allocate"):
+            request = AllocateRequest.model_validate(
+                {
+                    "run": run,
+                    "prompts": _references(prompts),
+                    "budget": budget,
+                    "objective": objective,
+                    "method": method,
+                    "min_attempts": min_attempts,
+                    "max_attempts": max_attempts,
+                }
+            )
+        return (yield from self.call("POST", "/allocate", AllocateReply, content=_json(request)))
+
+    def budget(
+        self,
+        run: str,
+        prompt: str | PromptRef | Mapping[str, object],
+        *,
+        policy: str = "default",
+        failures: int = 0,
+        deadline_ms: float | None = None,
+    ) -> Exchange[BudgetReply]:
+        """How many attempts, and how much effort, one request deserves. Nothing is stored.
+
+        A hot path wants a deadline and no error: see `evenodds.gateway.GatewayBudget`.
+
+        Args:
+            prompt: A string is a prompt id; `PromptRef`, or a mapping with its fields, may hold a new text instead.
+            policy: Name of the run's budget policy.
+            failures: Attempts of this request that failed and are not reported by `observe`.
+            deadline_ms: A reply after so long is of no use, in (0, 60,000].
+
+        Raises:
+            NotFound: There is no such run or policy, or no prompt of that id in the pool.
+            Unavailable: Too many requests wait, or the deadline passed.
+        """
+        with _contract("budget"):
+            request = BudgetRequest.model_validate(
+                {
+                    "run": run,
+                    "prompt": {"prompt_id": prompt} if isinstance(prompt, str) else prompt,
+                    "policy": policy,
+                    "failures": failures,
+                    "deadline_ms": deadline_ms,
+                }
+            )
+        return (yield from self.call("POST", "/budget", BudgetReply, content=_json(request)))
+
+    def put_budget_policy(
+        self,
+        run: str,
+        policy: str = "default",
+        *,
+        mode: BudgetMode | None = None,
+        target_attempts: float | None = None,
+        min_attempts: int | None = None,
+        max_attempts: int | None = None,
+        price: float | None = None,
+        tiers: Sequence[Tier | Mapping[str, object]] | None = None,
+    ) -> Exchange[PolicyState]:
+        """Create a budget policy or replace it whole: what is left out has its default.
+
+        Args:
+            policy: Its name: letters, digits, `.`, `_`, `-`; at most 64 characters.
+            mode: `parallel` (default), all attempts at once; `sequential`, one after another until a success.
+            target_attempts: Attempts per request on average, 4 by default.
+            min_attempts, max_attempts: Of each request, 1 and 32 by default, in [1, 1024].
+            price: A fixed price in [0, 1], instead of the one that keeps to the target.
+            tiers: Efforts by falling `at_least`, the last one's 0; low, medium and high by default.
+
+        Returns:
+            The policy with its version.
+
+        Raises:
+            NotFound: There is no such run.
+            Conflict: The run holds as many policies as it may.
+        """
+        fields = {
+            "mode": mode,
+            "target_attempts": target_attempts,
+            "min_attempts": min_attempts,
+            "max_attempts": max_attempts,
+            "price": price,
+            "tiers": tiers,
+        }
+        with _contract("put_budget_policy"):
+            update = PolicyUpdate.model_validate({name: value for name, value in fields.items() if value is not None})
+        path = _run_path("put_budget_policy", run)
+        with _contract("put_budget_policy", "policy"):
+            _POLICY_NAME.validate_python(policy)
+        path = f"{path}/budget_policies/{_segment(policy)}"
+        return (yield from self.call("PUT", path, PolicyState, content=_json(update)))
+
+    def budget_policies(self, run: str) -> Exchange[PolicyList]:
+        """The budget policies of a run, by name; `default` is always there.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        path = f"{_run_path('budget_policies', run)}/budget_policies"
+        return (yield from self.call("GET", path, PolicyList))
+
     def healthz(self) -> Exchange[Health]:
         """Whether the process is alive."""
         return (yield from self.call("GET", "/healthz", Health, replying=(503,)))
@@ -464,7 +606,9 @@ def _json(request: Request) -> bytes:
     return request.model_dump_json(exclude_none=True, exclude_unset=True).encode()
 
 
-def _references(prompts: Iterable[str | PromptRef | Mapping[str, object]]) -> object:
+def _references(
+    prompts: Iterable[str | PromptRef | Mapping[str, object]] | Iterable[str | AllocatePrompt | Mapping[str, object]],
+) -> object:
     if isinstance(prompts, (str, Mapping)):
         return prompts  # one prompt is not a list of prompts: the schema refuses it
     return [{"prompt_id": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -118,6 +118,10 @@ class Client:
     observe = _blocking(Calls.observe)
     predict = _blocking(Calls.predict)
     select_batch = _blocking(Calls.select_batch)
+    allocate = _blocking(Calls.allocate)
+    budget = _blocking(Calls.budget)
+    put_budget_policy = _blocking(Calls.put_budget_policy)
+    budget_policies = _blocking(Calls.budget_policies)
     healthz = _blocking(Calls.healthz)
     readyz = _blocking(Calls.readyz)
 
@@ -223,6 +227,10 @@ class AsyncClient:
     observe = _awaited(Calls.observe)
     predict = _awaited(Calls.predict)
     select_batch = _awaited(Calls.select_batch)
+    allocate = _awaited(Calls.allocate)
+    budget = _awaited(Calls.budget)
+    put_budget_policy = _awaited(Calls.put_budget_policy)
+    budget_policies = _awaited(Calls.budget_policies)
     healthz = _awaited(Calls.healthz)
     readyz = _awaited(Calls.readyz)
 

@@ -7,7 +7,8 @@ them, so that an old client keeps working against a newer service. Nothing here 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonValue
@@ -21,6 +22,11 @@ MAX_VECTOR = 8_192
 MAX_FEATURES = 64
 MAX_GROUP_SIZE = 1_024
 MAX_STEP = 2**62
+MAX_ATTEMPTS = 1_024
+"""Most attempts for one prompt."""
+MAX_ALLOCATION = 2_000_000
+"""Most attempts to choose among in one allocation: prompts times the most attempts for one of them."""
+MAX_TIERS = 16
 
 RUN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
@@ -53,6 +59,14 @@ Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
 Acquisition = Literal["yield", "paper", "thompson", "uniform"]
 ModelSize = Literal["small", "published"]
 RefitStatus = Literal["pending", "running", "done", "failed"]
+Objective = Literal["solve", "signal"]
+AllocationMethod = Literal["greedy", "bins"]
+BudgetMode = Literal["parallel", "sequential"]
+Attempts = Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)]
+PolicyName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="of a budget policy", examples=["default"])
+]
+Label = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_storable)]
 
 
 class Request(BaseModel):
@@ -692,6 +706,286 @@ class PromptState(PromptInfo):
     visits: int
     last_step: int | None
     history: tuple[Visit, ...] = Field(description="newest first, at most 100")
+
+
+class AllocatePrompt(PromptRef):
+    """A prompt to spend attempts on."""
+
+    cost: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
+        default=1.0, description="of one attempt, in the unit of the budget (expected tokens, say)"
+    )
+    min_attempts: Attempts | None = Field(default=None, description="of this prompt, instead of the call's")
+    max_attempts: Attempts | None = Field(default=None, description="of this prompt, instead of the call's")
+
+
+class AllocateRequest(Request):
+    model_config = _example(
+        run="math-7b",
+        prompts=[{"prompt_id": "sum-1"}, {"prompt_id": "root-1"}, {"text": "What is 18 + 24?"}],
+        budget=24,
+        objective="solve",
+    )
+
+    run: RunName
+    prompts: Annotated[tuple[AllocatePrompt, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    budget: Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)] = Field(
+        description="to be spent on all prompts together: attempts, or the unit of the costs"
+    )
+    objective: Objective = Field(
+        default="solve",
+        description="solve: one success is enough (best of k); signal: the chance that a training group is informative",
+    )
+    method: AllocationMethod = Field(
+        default="greedy", description="greedy: the greatest gain per cost first; bins: by bins of predicted difficulty"
+    )
+    min_attempts: Attempts | None = Field(default=None, description="of each prompt; 1 under solve, 2 under signal")
+    max_attempts: Attempts | None = Field(
+        default=None, description="of each prompt; by default 1,024, or 2,000,000 over the number of prompts"
+    )
+
+    def limits(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Least and most attempts of each prompt."""
+        usual_least = 2 if self.objective == "signal" else 1
+        least = usual_least if self.min_attempts is None else self.min_attempts
+        most = self.max_attempts
+        if most is None:
+            most = max(least, min(MAX_ATTEMPTS, MAX_ALLOCATION // len(self.prompts)))
+        return (
+            tuple(least if prompt.min_attempts is None else prompt.min_attempts for prompt in self.prompts),
+            tuple(most if prompt.max_attempts is None else prompt.max_attempts for prompt in self.prompts),
+        )
+
+    @model_validator(mode="after")
+    def _can_be_spent(self) -> AllocateRequest:
+        minimum, maximum = self.limits()
+        for i, (least, most) in enumerate(zip(minimum, maximum, strict=True)):
+            if self.objective == "signal" and least < 2:
+                raise ValueError(
+                    f"prompts[{i}]: min_attempts {least}: a training group of fewer than 2 attempts carries no signal; "
+                    "send 2 or more, and leave out prompts that should get none"
+                )
+            if least > most:
+                raise ValueError(f"prompts[{i}]: min_attempts {least} exceeds max_attempts {most}")
+        needed = sum(least * prompt.cost for least, prompt in zip(minimum, self.prompts, strict=True))
+        if needed > self.budget * (1 + 1e-9):
+            raise ValueError(
+                f"budget {self.budget:g} does not pay for the least attempts of {len(self.prompts)} prompts, which "
+                f"cost {needed:g}: raise it, or lower min_attempts"
+            )
+        if len(self.prompts) * max(maximum) > MAX_ALLOCATION:
+            raise ValueError(
+                f"max_attempts {max(maximum)} for {len(self.prompts)} prompts: at most "
+                f"{MAX_ALLOCATION // len(self.prompts)} attempts each can be looked through; lower it, or send fewer "
+                "prompts"
+            )
+        return self
+
+
+class Allocation(Reply):
+    prompt_id: PromptId | None = None
+    attempts: int
+    success_rate: float = Field(description="mean of the belief")
+    expected_gain: float = Field(
+        description="of these attempts: the probability of a success, or of an informative group"
+    )
+
+
+class AllocateReply(Reply):
+    run: RunName
+    model_version: int
+    log_position: int
+    objective: Objective
+    method: AllocationMethod
+    allocations: tuple[Allocation, ...] = Field(description="in the order asked")
+    attempts: int = Field(description="of all prompts together")
+    spent: float = Field(description="of the budget; less than all of it where the limits or the costs leave a rest")
+    expected_total: float = Field(description="expected number of solved prompts, or of informative groups")
+    uniform_total: float = Field(description="the same if every prompt got equally many attempts for the same budget")
+    shortfall: float | None = Field(
+        description="no spending of the budget has an expected total of more than this above expected_total: 0 with "
+        "equal costs; null under bins, which promises nothing"
+    )
+    worthwhile: bool = Field(description="whether to allocate at all, instead of spending uniformly")
+    reason: str
+
+
+class Tier(Request):
+    """An effort for requests of at least this predicted success rate."""
+
+    label: Label = Field(description="what the gateway sends on, a reasoning effort say", examples=["low"])
+    at_least: Rate = Field(description="predicted success rate")
+    max_tokens_scale: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
+        default=1.0, description="what to multiply the usual length limit with"
+    )
+
+
+class PolicyUpdate(Request):
+    """A budget policy, whole: what is left out has its default."""
+
+    model_config = _example(
+        mode="sequential",
+        target_attempts=4,
+        max_attempts=16,
+        tiers=[
+            {"label": "low", "at_least": 0.8, "max_tokens_scale": 0.5},
+            {"label": "high", "at_least": 0.05, "max_tokens_scale": 2},
+            {"label": "low", "at_least": 0},
+        ],
+    )
+
+    mode: BudgetMode = Field(
+        default="parallel",
+        description="parallel: all attempts at once; sequential: one after another until the first success",
+    )
+    target_attempts: Annotated[float, Field(ge=1, le=MAX_ATTEMPTS, allow_inf_nan=False)] = Field(
+        default=4.0, description="attempts per request on average; the price is fitted to recent traffic so"
+    )
+    min_attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = 1
+    max_attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = 32
+    price: Rate | None = Field(
+        default=None, description="a fixed price instead: least gain in the probability of a success per attempt"
+    )
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=MAX_TIERS)] = (
+        Tier(label="low", at_least=0.8, max_tokens_scale=0.5),
+        Tier(label="medium", at_least=0.3),
+        Tier(label="high", at_least=0.0, max_tokens_scale=2.0),
+    )
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> PolicyUpdate:
+        if not self.min_attempts <= self.target_attempts <= self.max_attempts:
+            raise ValueError(
+                f"target_attempts {self.target_attempts:g} must lie between min_attempts {self.min_attempts} and "
+                f"max_attempts {self.max_attempts}"
+            )
+        bounds = [tier.at_least for tier in self.tiers]
+        if bounds[-1] != 0.0 or any(low >= high for high, low in pairwise(bounds)):
+            raise ValueError(
+                f"tiers: at_least must fall from tier to tier and end with 0, got {', '.join(f'{b:g}' for b in bounds)}"
+            )
+        return self
+
+
+class PolicyState(Reply):
+    """A budget policy as the run stores it."""
+
+    run: RunName
+    policy: PolicyName
+    version: int = Field(description="a new one whenever the policy changes; 0 is built in")
+    mode: BudgetMode
+    target_attempts: float
+    min_attempts: int
+    max_attempts: int
+    price: float | None = Field(description="null: fitted to recent traffic")
+    tiers: tuple[Tier, ...]
+
+
+class PolicyList(Reply):
+    policies: tuple[PolicyState, ...] = Field(description="by name; default is always there")
+
+
+class BudgetRequest(Request):
+    model_config = _example(run="math-7b", prompt={"text": "What is 19 + 23?"})
+
+    run: RunName
+    prompt: PromptRef
+    policy: PolicyName = "default"
+    failures: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=0, description="attempts of this request that failed, as long as they are not reported by /observe"
+    )
+    deadline_ms: Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)] | None = Field(
+        default=None, description="a reply after so long is of no use: 503 instead; the service's own limit by default"
+    )
+
+
+class BudgetReply(Reply):
+    run: RunName
+    policy: PolicyName
+    policy_version: int
+    mode: BudgetMode
+    attempts: int = Field(
+        description="how many more to make; one after another, at most so many until the first success"
+    )
+    go_on: bool = Field(description="whether to make one more attempt; false when attempts is 0")
+    effort: str = Field(description="label of the tier")
+    max_tokens_scale: float
+    success_rate: float = Field(description="of one attempt, failures of this request included")
+    std: float
+    solve_probability: float = Field(description="that at least one of these attempts succeeds")
+    price: float = Field(description="the gain below which an attempt is not bought")
+    attempts_seen: int = Field(description="of this prompt, in the run's history")
+    model_version: int
+    log_position: int
+    age_ms: float = Field(description="how old the view of the log is that answered")
+
+
+class Lenient(BaseModel):
+    """A part of a request in another party's protocol: what we do not know we do not look at."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ChatPart(Lenient):
+    text: str | None = None
+
+
+class ChatTurn(Lenient):
+    role: str
+    content: str | tuple[ChatPart, ...] | None = None
+
+
+class ChatRequest(Lenient):
+    """As much of OpenAI's chat completion request as a classifier needs."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "math-7b",
+                    "messages": [
+                        {"role": "system", "content": "Answer with the difficulty of the request."},
+                        {"role": "user", "content": "What is 19 + 23?"},
+                    ],
+                }
+            ]
+        }
+    )
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(:[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")] = (
+        Field(description="a run, or run:policy", examples=["math-7b", "math-7b:cheap"])
+    )
+    messages: Annotated[tuple[ChatTurn, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    stream: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class ChatMessage(Reply):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Reply):
+    index: int = 0
+    message: ChatMessage
+    finish_reason: Literal["stop"] = "stop"
+
+
+class ChatUsage(Reply):
+    """Nothing is generated."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ChatReply(Reply):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: ChatUsage
+    budget: BudgetReply = Field(description="what the label rests on; not part of OpenAI's reply")
 
 
 class Health(Reply):

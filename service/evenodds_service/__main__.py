@@ -127,6 +127,10 @@ def _serve(options: argparse.Namespace) -> int:
             max_body_mb=settings.max_body_mb,
             asks_for_keys=asks_for_keys,
             telemetry=settings.telemetry,
+            predict_staleness_ms=settings.predict_staleness_ms,
+            budget_staleness_ms=settings.budget_staleness_ms,
+            budget_deadline_ms=settings.budget_deadline_ms,
+            budget_queue=settings.budget_queue,
         )
         uvicorn.run(
             app,

@@ -29,6 +29,18 @@ class Settings(BaseSettings):
         default=64, ge=1, le=2_000, description="most millions of bytes of a request's body after decompression"
     )
     live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
+    predict_staleness_ms: float = Field(
+        default=0.0, ge=0, le=60_000, description="how far behind the log /predict may answer; 0 is exact"
+    )
+    budget_staleness_ms: float = Field(
+        default=200.0, ge=0, le=60_000, description="how far behind the log /budget may answer; 0 is exact"
+    )
+    budget_deadline_ms: float = Field(
+        default=500.0, gt=0, le=60_000, description="after so long a request for a budget is given up"
+    )
+    budget_queue: int = Field(
+        default=256, ge=1, le=100_000, description="requests for a budget that may wait at a time"
+    )
     worker_lease_seconds: float = Field(
         default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"
     )

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import BaseModel
 
 from evenodds.schemas import (
+    AllocateRequest,
+    BudgetRequest,
+    ChatRequest,
     ObserveRequest,
+    PolicyUpdate,
     PredictRequest,
     PromptIn,
     PromptsIn,
@@ -27,10 +32,12 @@ from evenodds_service.storage.store import Store
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
 
-    from evenodds.schemas import Request
-
 COMMITTED = Path(__file__).parents[2] / "openapi.json"
-BODIES: dict[str, type[Request]] = {
+BODIES: dict[str, type[BaseModel]] = {
+    "POST /allocate": AllocateRequest,
+    "POST /budget": BudgetRequest,
+    "POST /v1/chat/completions": ChatRequest,
+    "PUT /runs/{run}/budget_policies/{policy}": PolicyUpdate,
     "POST /observe": ObserveRequest,
     "POST /predict": PredictRequest,
     "POST /select_batch": SelectRequest,
@@ -84,6 +91,7 @@ def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) ->
         "GET /runs/{run}/prompts/{prompt_id}",
         "GET /runs/{run}/refits",
         "GET /runs/{run}/report",
+        "GET /runs/{run}/budget_policies",
         "GET /healthz",
         "GET /readyz",
         "GET /metrics",
@@ -134,13 +142,17 @@ def test_the_examples_work_one_after_the_other(
         "POST /select_batch",
         "POST /runs/{run}/retract",
         "POST /runs/{run}/rewind",
+        "POST /allocate",
+        "PUT /runs/{run}/budget_policies/{policy}",
+        "POST /budget",
+        "POST /v1/chat/completions",
     )
     for name in order:
         method, path = name.split()
         (example,) = json_schema(document, operations[name])["examples"]
-        body = {**example, "run": caller.run} if "run" in example else example
+        body = {**example, **{name: caller.run for name in ("run", "model") if name in example}}
 
-        caller.ok(method, path.format(run=caller.run), json=body)
+        caller.ok(method, path.format(run=caller.run, policy="default"), json=body)
 
 
 def test_every_reference_in_the_description_leads_somewhere(document: dict[str, Any]) -> None:

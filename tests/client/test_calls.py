@@ -27,7 +27,7 @@ from evenodds import (
 )
 from evenodds.calls import MAX_CALL_BYTES, Calls
 from evenodds.client import COMPRESSED_FROM_BYTES
-from evenodds.schemas import RunUpdate, SelectRequest
+from evenodds.schemas import AllocateRequest, BudgetRequest, PolicyUpdate, RunUpdate, SelectRequest
 from evenodds.version import __version__
 
 if TYPE_CHECKING:
@@ -609,6 +609,20 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         {},
         "add_prompts was not sent: prompts[0]: a prompt needs a prompt_id, a text, or both",
     ),
+    "budget below the least": (
+        "allocate",
+        ("r", ["a", "b"], 3),
+        {"min_attempts": 2},
+        "allocate was not sent: budget 3 does not pay for the least attempts of 2 prompts, which cost 4: raise it, or "
+        "lower min_attempts",
+    ),
+    "name of a policy": (
+        "put_budget_policy",
+        ("r", "a/b"),
+        {},
+        "put_budget_policy was not sent: policy: String should match pattern "
+        "'^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', got 'a/b'",
+    ),
     "half a surrogate pair": (
         "add_prompts",
         ("r", [{"text": "\ud800"}]),
@@ -639,6 +653,61 @@ def test_only_the_first_faults_are_printed_and_all_are_kept(talk: Conversation) 
     assert str(caught.value).endswith("; and 7 more")
 
 
+def test_allocate_sends_prompts_by_id_or_with_their_costs(talk: Conversation) -> None:
+    talk.replies_with(
+        {
+            "run": "r",
+            "model_version": 0,
+            "log_position": 7,
+            "objective": "solve",
+            "method": "greedy",
+            "allocations": [{"prompt_id": "a", "attempts": 5, "success_rate": 0.5, "expected_gain": 0.9}],
+            "attempts": 5,
+            "spent": 5,
+            "expected_total": 0.9,
+            "uniform_total": 0.9,
+            "shortfall": 0,
+            "worthwhile": False,
+            "reason": "alike",
+        }
+    )
+
+    reply = talk.call("allocate", "r", ["a", {"text": "b", "cost": 2.5}], 20, max_attempts=8)
+
+    assert talk.requests[0].url.path == "/allocate"
+    assert talk.body() == {
+        "run": "r",
+        "prompts": [{"prompt_id": "a"}, {"text": "b", "cost": 2.5}],
+        "budget": 20,
+        "objective": "solve",
+        "method": "greedy",
+        "max_attempts": 8,
+    }
+    assert reply.allocations[0].attempts == 5
+
+
+def test_put_budget_policy_sends_only_what_was_given(talk: Conversation) -> None:
+    talk.replies_with(
+        {
+            "run": "r",
+            "policy": "p",
+            "version": 2,
+            "mode": "sequential",
+            "target_attempts": 4,
+            "min_attempts": 1,
+            "max_attempts": 32,
+            "price": None,
+            "tiers": [{"label": "x", "at_least": 0}],
+        }
+    )
+
+    state = talk.call("put_budget_policy", "r", "p", mode="sequential")
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("PUT", "/runs/r/budget_policies/p")
+    assert talk.body() == {"mode": "sequential"}
+    assert (state.version, state.tiers[0].label) == (2, "x")
+
+
 @pytest.mark.parametrize("client", [Client, AsyncClient])
 def test_methods_show_their_arguments_and_their_reply(client: type[Client] | type[AsyncClient]) -> None:
     signature = inspect.signature(client.predict)
@@ -653,8 +722,14 @@ def test_settings_of_the_contract_are_arguments_of_the_calls() -> None:
     put_run = set(inspect.signature(Client.put_run).parameters) - {"self", "run"}
     select_batch = set(inspect.signature(Client.select_batch).parameters) - {"self"}
 
+    put_policy = set(inspect.signature(Client.put_budget_policy).parameters) - {"self", "run", "policy"}
+    budget = set(inspect.signature(Client.budget).parameters) - {"self"}
+    allocate = set(inspect.signature(Client.allocate).parameters) - {"self"}
     assert put_run == set(RunUpdate.model_fields)
     assert select_batch == set(SelectRequest.model_fields)
+    assert put_policy == set(PolicyUpdate.model_fields)
+    assert budget == set(BudgetRequest.model_fields)
+    assert allocate == set(AllocateRequest.model_fields)
 
 
 def test_both_clients_have_the_same_methods() -> None:

@@ -32,7 +32,8 @@ _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect"
 _OPEN_FOLDERS = ("/page/", "/docs-files/")
 """Say nothing of any run: they ask for no key."""
 
-_READS = frozenset({"/predict", "/allocate", "/budget", "/v1/chat/completions"})
+_CHAT_PATH = "/v1/chat/completions"
+_READS = frozenset({"/predict", "/allocate", "/budget", _CHAT_PATH})
 """POSTs that store nothing."""
 
 
@@ -203,7 +204,10 @@ async def run_is_allowed(request: Request) -> None:
     named = [request.path_params.get("run")]
     if request.method == "PUT" or (request.method == "POST" and named == [None]):
         body = await request.json()  # parsed already; what is no object is refused as malformed
-        named += [body.get(field) for field in ("run", "fork_of")] if isinstance(body, dict) else []
+        if isinstance(body, dict):
+            named += [body.get("run"), body.get("fork_of")]
+            if request.url.path == _CHAT_PATH:
+                named.append(str(body.get("model")).partition(":")[0])
     for run in named:
         if isinstance(run, str) and not may_touch(key, run):
             raise AccessRefused(403, "run_forbidden", f"key {key.name!r} is bound to runs {key.runs!r}, not to {run!r}")

@@ -18,14 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from evenodds.version import __version__
-from evenodds_service.api import errors, loop, operations, refits, reports, runs, voids
+from evenodds_service.api import budgets, chat, errors, loop, operations, refits, reports, runs, voids
 from evenodds_service.api.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.bodies import MAX_BODY_MB, Bodies
 from evenodds_service.api.crowding import Crowding
+from evenodds_service.api.desk import Desk
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.page import router as page
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.services import Services, now
+from evenodds_service.api.views import Views
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import ApiKey, Store
 
@@ -39,6 +41,7 @@ Errors are problem+json (RFC 9457) with a stable `code`. Repeating a call is saf
 """
 _TAGS = [
     {"name": "loop", "description": "What a trainer or gateway calls at each step."},
+    {"name": "budgets", "description": "What a gateway asks: how many attempts, or how much effort, requests deserve."},
     {"name": "runs", "description": "One policy with its own pool, history and predictor."},
     {"name": "prompts", "description": "The pool of a run."},
     {"name": "operations", "description": "Health and metrics."},
@@ -60,6 +63,10 @@ def create_app(
     asks_for_keys: bool = False,
     clock: Callable[[], float] = time.monotonic,
     telemetry: bool = False,
+    predict_staleness_ms: float = 0.0,
+    budget_staleness_ms: float = 200.0,
+    budget_deadline_ms: float = 500.0,
+    budget_queue: int = 256,
 ) -> FastAPI:
     """The ASGI application over this store.
 
@@ -69,8 +76,14 @@ def create_app(
         asks_for_keys: Whether a caller needs an API key of the store.
         telemetry: Whether traces go out by OTLP; the variables `OTEL_*` say where.
         clock: Seconds that never go back, for the limits of keys.
+        predict_staleness_ms, budget_staleness_ms: How old a view of the log may be that answers `/predict`, `/budget`;
+            0 reads the log for each answer.
+        budget_deadline_ms: After so long a request for a budget is given up.
+        budget_queue: Requests for a budget that may wait at a time.
     """
     featurizer = Featurizer(store)
+    views_of_runs = LiveRuns(store, capacity=live_runs)
+    views = Views(store, views_of_runs)
     registry = CollectorRegistry()
     app = FastAPIOffline(
         redoc_url=None,
@@ -84,18 +97,26 @@ def create_app(
         # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
         telemetry={"auto_configure": telemetry, "metrics": False, "logs": False, "exclude": _is_quiet},
     )
-    views = LiveRuns(store, capacity=live_runs)
     run_registry = CollectorRegistry()
-    run_registry.register(RunMetrics(store, views, now))
+    run_registry.register(RunMetrics(store, views_of_runs, now))
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
-        live_runs=views,
+        live_runs=views_of_runs,
+        views=views,
+        desk=Desk(
+            views,
+            featurizer,
+            staleness_seconds=budget_staleness_ms / 1_000,
+            deadline_seconds=budget_deadline_ms / 1_000,
+            capacity=budget_queue,
+        ),
+        predict_staleness_seconds=predict_staleness_ms / 1_000,
         registry=registry,
         run_registry=run_registry,
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    for room in (loop, refits, reports, runs, voids, operations):
+    for room in (loop, budgets, chat, refits, reports, runs, voids, operations):
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     app.include_router(page)
     errors.install(app)

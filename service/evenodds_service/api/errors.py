@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
 from evenodds_service.api.access import AccessRefused
+from evenodds_service.api.chat import ChatRefused
+from evenodds_service.api.desk import DeadlinePassed, DeskFull
 from evenodds_service.api.features import EmbeddingRefused
 from evenodds_service.domain.acquisition import NotEnoughPrompts
 from evenodds_service.domain.types import SharesConflict
@@ -37,6 +39,7 @@ _STATUS_BY_CODE: Mapping[str, int] = {
     "prompt_unknown": 404,
     "selection_unknown": 404,
     "snapshot_unknown": 404,
+    "policy_unknown": 404,
     "store_unavailable": 503,
     "schema_mismatch": 503,
 }
@@ -80,6 +83,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
     app.add_exception_handler(SharesConflict, _fact(409, "shares_conflict"))
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
+    app.add_exception_handler(ChatRefused, _fact(422, "malformed"))
+    app.add_exception_handler(DeskFull, _fact(503, "overloaded", Retry_After="1"))
+    app.add_exception_handler(DeadlinePassed, _fact(503, "deadline_passed"))
 
 
 def refused(request: Request, refusal: AccessRefused) -> Response:
@@ -149,9 +155,9 @@ async def _coded(request: Request, error: Exception) -> Response:
     return problem(request, status, error.code, str(error))
 
 
-def _fact(status: int, code: str) -> Any:
+def _fact(status: int, code: str, **headers: str) -> Any:
     async def handler(request: Request, error: Exception) -> Response:
-        return problem(request, status, code, str(error))
+        return problem(request, status, code, str(error), **headers)
 
     return handler
 

@@ -6,6 +6,7 @@ Embeds only what the store has not kept yet. Holds the opened embedders; knows t
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -26,6 +27,9 @@ from evenodds_service.domain.types import (
 from evenodds_service.model.embedder import Embedder, open_embedder
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
 from evenodds_service.storage.store import Run, Store
+
+CACHED_TEXTS = 8_192
+"""Texts outside of pools whose features are kept in memory: some 10 MB with the built-in embedder."""
 
 
 class PromptLike(Protocol):
@@ -60,12 +64,13 @@ class Prepared:
 
 
 class Featurizer:
-    """Computes features once per (embedder, text)."""
+    """Computes features once per (embedder, text), as far as the store or the memory of this process has them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._embedders: dict[tuple[str, str | None], Embedder] = {}
+        self._rows: OrderedDict[tuple[str, str], tuple[FloatArray, FloatArray]] = OrderedDict()
 
     def embedder(self, settings: RunSettings) -> Embedder | None:
         """The run's text embedder; None where vectors come from the caller or there are none.
@@ -124,11 +129,10 @@ class Featurizer:
         surface = np.full((n, len(SURFACE_NAMES)), np.nan, dtype=np.float32)
         embedding = np.full((n, width), np.nan, dtype=np.float32)
         rows = [i for i, item in enumerate(items) if item.text is not None]
-        texts = [item.text for item in items if item.text is not None]
-        if texts:
-            surface[rows] = surface_features(texts)
+        if rows:
+            surface[rows], embedding_n_D = self._cached([items[i].text or "" for i in rows], embedder)
             if embedder is not None:
-                embedding[rows] = embedder.embed(texts)
+                embedding[rows] = embedding_n_D
         for i, item in enumerate(items):
             if item.embedding is not None:
                 embedding[i] = _unit(item.embedding)
@@ -141,6 +145,26 @@ class Featurizer:
             surface_N_S=surface,
             embedding_N_D=embedding,
         )
+
+    def _cached(self, texts: Sequence[str], embedder: Embedder | None) -> tuple[FloatArray, FloatArray]:
+        """Surface features [n, S] and vectors [n, D] of these texts, computed for those that were not asked lately."""
+        owner = embedder.name if embedder is not None else ""
+        keys = [(owner, text_key(text)) for text in texts]
+        with self._lock:
+            found = {key: self._rows[key] for key in keys if key in self._rows}
+            for key in found:
+                self._rows.move_to_end(key)
+        fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        if fresh:
+            surface = surface_features(list(fresh.values()))
+            width = embedder.width if embedder is not None else 0
+            vectors = embedder.embed(list(fresh.values())) if embedder is not None else np.zeros((len(fresh), width))
+            found |= {key: (surface[i], vectors[i]) for i, key in enumerate(fresh)}
+            with self._lock:
+                self._rows.update((key, found[key]) for key in fresh)
+                while len(self._rows) > CACHED_TEXTS:
+                    self._rows.popitem(last=False)
+        return np.stack([found[key][0] for key in keys]), np.stack([found[key][1] for key in keys])
 
     def _missing(self, name: str, texts: Mapping[str, str], embed: _Embed) -> list[Vector]:
         missing = sorted(self._store.missing_vectors(name, tuple(texts))) if texts else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import Response
 
@@ -24,8 +23,10 @@ from evenodds.schemas import (
     SelectRequest,
 )
 from evenodds_service.api.features import new_prompt
-from evenodds_service.api.services import PROBLEMS, Hands, content_hash, mean_and_std, now, predictions
+from evenodds_service.api.questions import beliefs_about
+from evenodds_service.api.services import PROBLEMS, Hands, content_hash, now, predictions
 from evenodds_service.domain.acquisition import Choice
+from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.types import FloatArray, NewObservation
 from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
 from evenodds_service.storage.errors import ChoiceOutdated
@@ -91,39 +92,15 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
 @router.post("/predict", summary="Predict success rates")
 def predict(body: PredictRequest, hands: Hands) -> PredictReply:
     """The belief about prompts of the pool, or about new texts, in the order asked. Nothing is stored."""
-    run = hands.store.run(body.run)
-    live = hands.live_runs.at_head(run)
-    group_size = body.group_size or run.settings.group_size
-    ids = [new_prompt(item).prompt_id for item in body.prompts]
-    with live.lock:
-        known = [live.pool.index.get(prompt_id) for prompt_id in ids]
-    outside = [i for i, index in enumerate(known) if index is None]
-    unknown = [ids[i] for i in outside if body.prompts[i].text is None]
-    if unknown:
-        hint = "send its text instead, or load it with POST /runs/{run}/prompts"
-        raise UnknownPrompts(body.run, unknown, path="prompts", hint=hint)
-    block = None
-    if outside:
-        names = [f"prompts[{i}]" for i in outside]
-        block = hands.featurizer.block(run, [body.prompts[i] for i in outside], names=names)
-    inside = [i for i, index in enumerate(known) if index is not None]
-    rows = np.array([index for index in known if index is not None], dtype=np.int64)
-    n = len(ids)
-    a, b, seen = np.ones(n), np.ones(n), np.zeros(n)
-    with live.lock:
-        position, model_version = live.state.position, live.state.model_version
-        if inside:
-            a[inside], b[inside] = live.beliefs(run.settings.predictor, rows)
-            seen[inside] = live.state.attempts_N[rows]
-        if block is not None:
-            a[outside], b[outside] = live.new_beliefs(
-                run.settings.predictor, [body.prompts[i].text for i in outside], block
-            )
+    view = hands.views.recent(body.run, hands.predict_staleness_seconds)
+    run, live = view.run, view.live
+    names = [f"prompts[{i}]" for i in range(len(body.prompts))]
+    asked = beliefs_about(hands.featurizer, run, live, body.prompts, names=names)
     return PredictReply(
         run=body.run,
-        model_version=model_version,
-        log_position=position,
-        predictions=predictions(ids, a, b, seen, group_size),
+        model_version=asked.model_version,
+        log_position=asked.log_position,
+        predictions=predictions(asked.ids, asked.a, asked.b, asked.seen, body.group_size or run.settings.group_size),
     )
 
 

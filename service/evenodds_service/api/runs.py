@@ -82,6 +82,7 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     check_shares(settings.groups or {}, settings.groups_at_most or {})
     hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
     stored, created = hands.store.put_run(run, settings, now=now())
+    hands.views.forget(run)
     return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
 
 
@@ -112,6 +113,7 @@ def delete_run(run: RunPath, hands: Hands) -> Response:
     stored = hands.store.run(run)
     hands.store.delete_run(run)
     hands.live_runs.drop(stored.id)
+    hands.views.forget(run)
     return Response(status_code=204)
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 from scipy.special import betaincinv
 
 from evenodds.schemas import RUN_PATTERN, Prediction, Problem
+from evenodds_service.api.desk import Desk
 from evenodds_service.api.features import Featurizer
-from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.api.views import Views
+from evenodds_service.domain.distributions import informative_moments, mean_and_std
 from evenodds_service.domain.types import FloatArray
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import Store
@@ -30,6 +31,9 @@ class Services:
     store: Store
     featurizer: Featurizer
     live_runs: LiveRuns
+    views: Views
+    desk: Desk
+    predict_staleness_seconds: float
     registry: CollectorRegistry
     run_registry: CollectorRegistry
 
@@ -60,12 +64,6 @@ def now() -> datetime:
 
 def content_hash(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def mean_and_std(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Of Beta(a, b), elementwise."""
-    mean = a / (a + b)
-    return mean, np.sqrt(mean * (1.0 - mean) / (a + b + 1.0))
 
 
 def predictions(

@@ -73,6 +73,12 @@ def beta_from_moments(mean: FloatArray, variance: FloatArray) -> tuple[FloatArra
     return mean * concentration, (1.0 - mean) * concentration
 
 
+def mean_and_std(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Of Beta(a, b), elementwise."""
+    mean = a / (a + b)
+    return mean, np.sqrt(mean * (1.0 - mean) / (a + b + 1.0))
+
+
 def rising_ratio(x: FloatArray, total: FloatArray, m: int) -> FloatArray:
     """(x)_m / (total)_m for 0 < x <= total: the m-th raw moment of the Beta with parameters x and total - x."""
     if m > _MAX_PRODUCT:

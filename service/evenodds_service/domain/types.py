@@ -23,9 +23,53 @@ Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
 Acquisition = Literal["yield", "paper", "thompson", "uniform"]
 ModelSize = Literal["small", "published"]
 
+BudgetMode = Literal["parallel", "sequential"]
+
 BUILTIN, CALLER, NO_EMBEDDER = "builtin", "caller", "none"
 REPROBE_SHARE = 0.05
 MAX_CONTROL_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EffortTier:
+    """What requests of a success rate of `at_least` get, down from the next tier's: an effort by its label.
+
+    `max_tokens_scale` multiplies the length limit that the caller would have used; positive.
+    """
+
+    label: str
+    at_least: float
+    max_tokens_scale: float = 1.0
+
+
+DEFAULT_TIERS = (EffortTier("low", 0.8, 0.5), EffortTier("medium", 0.3, 1.0), EffortTier("high", 0.0, 2.0))
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPolicy:
+    """How a gateway turns a belief into a budget; named, and with a new version whenever it changes.
+
+    Attributes:
+        version: From 1; 0 is the built-in policy of a run that has stored none.
+        mode: `parallel`, all attempts at once; `sequential`, one after another until the first success.
+        target_attempts: Attempts per request on average; recent traffic fits the price that keeps to it.
+        min_attempts, max_attempts: Of each request, 1 <= min <= target <= max.
+        price: A fixed price in [0, 1] instead of the fitted one.
+        tiers: By falling `at_least`, the last one's is 0.
+    """
+
+    name: str = "default"
+    version: int = 0
+    mode: BudgetMode = "parallel"
+    target_attempts: float = 4.0
+    min_attempts: int = 1
+    max_attempts: int = 32
+    price: float | None = None
+    tiers: tuple[EffortTier, ...] = DEFAULT_TIERS
+
+    def tier(self, success_rate: float) -> EffortTier:
+        """The first tier that this rate reaches."""
+        return next((tier for tier in self.tiers if success_rate >= tier.at_least), self.tiers[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +98,7 @@ class RunSettings:
             acquisition (.05 under `yield` and `paper`, else none).
         groups, groups_at_most: Least and largest share of a batch by group.
         fallback: Choose uniformly while the mixture's skill against MoPPS stays negative.
+        budget_policies: By name, one of each.
     """
 
     predictor: Predictor = "gps"
@@ -74,6 +119,7 @@ class RunSettings:
     groups: Mapping[str, float] | None = None
     groups_at_most: Mapping[str, float] | None = None
     fallback: bool = True
+    budget_policies: tuple[BudgetPolicy, ...] = ()
 
     @property
     def effective_acquisition(self) -> Acquisition:

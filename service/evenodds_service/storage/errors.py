@@ -16,6 +16,8 @@
     ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
     ├── SelectionVoided          selection_voided     a rewind has voided the selection
     ├── ChoiceOutdated           choice_outdated      voided meanwhile: what a batch was chosen on
+    ├── PolicyUnknown            policy_unknown       a budget policy that the run has not
+    ├── PolicyLimit              policy_limit         the run holds as many budget policies as it may
     ├── SnapshotUnknown          snapshot_unknown
     ├── RefitLost                refit_lost           another worker has taken the refit over
     ├── KeyConflict              key_conflict         the name of an API key is taken
@@ -121,6 +123,14 @@ class ChoiceOutdated(StoreError):
     """Observations or selections were voided after the batch was chosen: choose again."""
 
     code = "choice_outdated"
+
+
+class PolicyUnknown(StoreError):
+    code = "policy_unknown"
+
+
+class PolicyLimit(StoreError):
+    code = "policy_limit"
 
 
 class SnapshotUnknown(StoreError):

@@ -8,11 +8,14 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, select, update
 
-from evenodds_service.domain.types import CALLER, RunSettings
-from evenodds_service.storage.errors import EmbedderFixed, RunUnknown
+from evenodds_service.domain.types import CALLER, BudgetPolicy, EffortTier, RunSettings
+from evenodds_service.storage.errors import EmbedderFixed, PolicyLimit, RunUnknown
 from evenodds_service.storage.tables import embeddings, prompts, runs
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run
+
+MAX_POLICIES = 64
+"""Most budget policies of one run."""
 
 
 class RunMethods(Transactions):
@@ -20,7 +23,8 @@ class RunMethods(Transactions):
         """Create the run or replace its settings. Returns the run and whether it is new.
 
         Where `settings.embedder` is None, the embedder that the pool's prompts have stays. Where `keep_text` is
-        taken back, the texts that are stored are erased.
+        taken back, the texts that are stored are erased. Budget policies of an existing run stay as they are: see
+        `put_budget_policy`.
 
         Raises:
             EmbedderFixed: the embedder or its prompt differs although the pool has prompts.
@@ -37,6 +41,33 @@ class RunMethods(Transactions):
                 connection.execute(update(prompts).where(prompts.c.run_id == run.id).values(text=None))
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
             return find_run(connection, name), False
+
+    def put_budget_policy(self, name: str, policy: BudgetPolicy) -> BudgetPolicy:
+        """Store the policy in the run under its name, with the next version; one that is equal keeps its version.
+
+        Args:
+            policy: Its version is not looked at.
+
+        Raises:
+            RunUnknown: there is no such run.
+            PolicyLimit: the run holds as many as it may.
+        """
+        with self._writing() as connection:
+            run = lock_run(connection, runs.c.name == name, described=repr(name))
+            stored = {known.name: known for known in run.settings.budget_policies}
+            before = stored.get(policy.name)
+            if before is None and len(stored) == MAX_POLICIES:
+                raise PolicyLimit(
+                    f"run {name!r} holds {MAX_POLICIES} budget policies, the most that it may: change one of them "
+                    f"({', '.join(sorted(stored)[:5])}, ...) instead of adding {policy.name!r}"
+                )
+            policy = replace(policy, version=before.version if before is not None else 1)
+            if before is not None and policy != before:
+                policy = replace(policy, version=before.version + 1)
+            stored[policy.name] = policy
+            settings = replace(run.settings, budget_policies=tuple(stored[key] for key in sorted(stored)))
+            connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(settings)))
+        return policy
 
     def run(self, name: str) -> Run:
         """Raises RunUnknown."""
@@ -112,7 +143,17 @@ def settings_to_json(settings: RunSettings) -> str:
     return json.dumps(asdict(settings), allow_nan=False)
 
 
+def settings_from_json(content: str) -> RunSettings:
+    fields = json.loads(content)
+    policies = tuple(
+        BudgetPolicy(**{**policy, "tiers": tuple(EffortTier(**tier) for tier in policy["tiers"])})
+        for policy in fields.pop("budget_policies", ())
+    )
+    return RunSettings(**fields, budget_policies=policies)
+
+
 def _settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
+    asked = replace(asked, budget_policies=run.settings.budget_policies)
     embedder, prompt = run.settings.embedder, run.settings.embedder_prompt
     if run.n_prompts == 0 or embedder is None:
         return asked
@@ -126,7 +167,7 @@ def _settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
 
 
 def _run_of(row: RowMapping) -> Run:
-    return Run(**{**row, "settings": RunSettings(**json.loads(row["settings"]))})
+    return Run(**{**row, "settings": settings_from_json(row["settings"])})
 
 
 def _unknown(described: str) -> RunUnknown:

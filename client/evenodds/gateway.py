@@ -1,0 +1,234 @@
+"""The gateway's side: budgets for requests on a hot path, and outcomes back. Never raises, never makes anyone wait.
+
+`GatewayBudget` asks the service within a hard deadline and answers None where there is no answer: the gateway then goes
+on as if there were no service ("fail open"). After several faults in a row it stops asking for a while (a circuit
+breaker). Outcomes are kept in memory, and sent in the background when the service can take them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from uuid import uuid4
+
+import httpx
+
+from evenodds.client import AsyncClient
+from evenodds.errors import ConfigurationError, EvenOddsError, InvalidRequest, ProblemError, ServerError
+from evenodds.schemas import MAX_ITEMS, BudgetReply, Observation, PromptRef
+
+logger = logging.getLogger(__name__)
+
+FAULTS_TO_OPEN = 5
+FIRST_DELIVERY_WAIT, MAX_DELIVERY_WAIT = 0.25, 30.0
+_REPORTS_AT_ONCE = 1_000
+
+
+@dataclass(slots=True)
+class GatewayCounts:
+    """What became of the requests and outcomes of one `GatewayBudget` so far.
+
+    Attributes:
+        answered: Requests that got a budget.
+        late: Without an answer within the deadline.
+        failed: Refused, or without a connection.
+        skipped: Not asked, since the circuit was open.
+        reported: Outcomes that the service accepted.
+        dropped: Outcomes that were given up: the buffer was full, or the service refuses them for good.
+    """
+
+    answered: int = 0
+    late: int = 0
+    failed: int = 0
+    skipped: int = 0
+    reported: int = 0
+    dropped: int = 0
+
+
+class GatewayBudget:
+    """Budgets of one run for a gateway on asyncio. Tasks of one event loop share one.
+
+    Args:
+        base_url: Where the service is.
+        run: The run that stands for the served model.
+        policy: Name of the run's budget policy.
+        deadline_ms: A request waits no longer than this, whatever happens, above 0.
+        open_seconds: After five faults in a row nobody is made to wait for so long; then one request tries, above 0.
+        buffer: Outcomes that may wait for delivery, at least 1; the oldest are dropped first.
+        transport: Carries the requests; a connection pool by default.
+        clock: Monotonic, in seconds.
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        run: str,
+        policy: str = "default",
+        deadline_ms: float = 50.0,
+        open_seconds: float = 5.0,
+        buffer: int = 10_000,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value in (("deadline_ms", deadline_ms), ("open_seconds", open_seconds)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigurationError(f"{name} {value!r} must be finite and above 0")
+        if buffer < 1:
+            raise ConfigurationError(f"buffer {buffer!r} must be at least 1")
+        self._client = AsyncClient(base_url, retries=0, transport=transport)
+        self._run, self._policy, self._deadline = run, policy, deadline_ms / 1_000
+        self._open_seconds, self._clock = open_seconds, clock
+        self._faults = 0
+        self._closed_until: float | None = None  # the circuit is open up to then
+        self._reports: deque[tuple[int, Observation]] = deque(maxlen=buffer)
+        self._delivery: asyncio.Task[None] | None = None
+        self._is_closing = False
+        self.counts = GatewayCounts()
+
+    async def budget(self, prompt: str | PromptRef | Mapping[str, object], *, failures: int = 0) -> BudgetReply | None:
+        """The budget of one request; None where the service does not give one in time.
+
+        Args:
+            prompt: A string is a text; `PromptRef`, or a mapping with its fields, may name a prompt of the pool.
+            failures: Attempts of this request that failed so far, for policies that go on one by one.
+        """
+        if not self._may_ask():
+            self.counts.skipped += 1
+            return None
+        asked = {"text": prompt} if isinstance(prompt, str) else prompt
+        call = self._client.budget(
+            self._run, asked, policy=self._policy, failures=failures, deadline_ms=min(1_000 * self._deadline, 60_000)
+        )
+        try:
+            reply = await asyncio.wait_for(call, self._deadline)
+        except asyncio.TimeoutError:
+            self.counts.late += 1
+            self._fault(f"no answer within {1_000 * self._deadline:g} ms")
+        except InvalidRequest as error:  # nothing was sent, and nothing is wrong with the service
+            self.counts.failed += 1
+            logger.debug("no budget: %s", error)
+        except EvenOddsError as error:
+            self.counts.failed += 1
+            if isinstance(error, ProblemError) and error.status in (413, 422):
+                logger.debug("no budget: %s", error)
+            else:
+                self._fault(str(error))
+        except Exception as error:  # a request must never fail because of us
+            self.counts.failed += 1
+            self._fault(f"{type(error).__name__}: {error}")
+        else:
+            self.counts.answered += 1
+            self._fine()
+            return reply
+        return None
+
+    def report(self, prompt: str | Mapping[str, object], rewards: Sequence[float], *, step: int) -> None:
+        """Keep what came of the attempts at one request, to be sent soon. Needs a running event loop.
+
+        Args:
+            prompt: A string is a text; a mapping has fields of `Observation` such as `prompt_id`, `text`, `group`.
+            rewards: In [0, 1], one for each attempt that was made; none for attempts that failed for other reasons
+                than the model. Without rewards nothing is kept.
+            step: Version of the served model: a number that never falls.
+        """
+        if not rewards or self._is_closing:
+            return
+        described = {"text": prompt} if isinstance(prompt, str) else dict(prompt)
+        try:
+            observation = Observation.model_validate({**described, "rewards": list(rewards)})
+        except ValueError as error:
+            self.counts.dropped += 1
+            logger.warning("an outcome cannot be reported: %s", error)
+            return
+        if len(self._reports) == self._reports.maxlen:
+            self.counts.dropped += 1
+        self._reports.append((step, observation))
+        if self._delivery is None or self._delivery.done():
+            self._delivery = asyncio.get_running_loop().create_task(self._deliver())
+
+    async def close(self, *, seconds: float = 1.0) -> None:
+        """Try for so long to deliver what waits, then close the connections. What is left counts as dropped."""
+        self._is_closing = True
+        if self._delivery is not None and not self._delivery.done():
+            await asyncio.wait([self._delivery], timeout=seconds)
+            self._delivery.cancel()
+            await asyncio.gather(self._delivery, return_exceptions=True)
+        self.counts.dropped += len(self._reports)
+        self._reports.clear()
+        await self._client.close()
+
+    async def __aenter__(self) -> GatewayBudget:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests pass without asking at the moment."""
+        return self._closed_until is not None and self._clock() < self._closed_until
+
+    def _may_ask(self) -> bool:
+        if self._closed_until is None:
+            return True
+        if self._clock() < self._closed_until:
+            return False
+        self._closed_until = self._clock() + self._open_seconds  # one tries, all others still pass
+        return True
+
+    def _fault(self, reason: str) -> None:
+        self._faults += 1
+        if self._faults == FAULTS_TO_OPEN:
+            logger.warning(
+                "%d requests in a row got no budget (%s): requests pass without one, one tries every %g s",
+                self._faults,
+                reason,
+                self._open_seconds,
+            )
+        if self._faults >= FAULTS_TO_OPEN:
+            self._closed_until = self._clock() + self._open_seconds
+
+    def _fine(self) -> None:
+        if self._closed_until is not None:
+            logger.warning("budgets are answered again")
+        self._faults, self._closed_until = 0, None
+
+    async def _deliver(self) -> None:
+        """Send what waits, oldest first, until nothing does. A batch keeps its id, so that it is counted once."""
+        wait = FIRST_DELIVERY_WAIT
+        while self._reports:
+            await asyncio.sleep(0)  # what the same moment brings goes together
+            step = self._reports[0][0]
+            batch: list[Observation] = []
+            while self._reports and self._reports[0][0] == step and len(batch) < min(_REPORTS_AT_ONCE, MAX_ITEMS):
+                batch.append(self._reports.popleft()[1])
+            request_id = uuid4().hex
+            while True:
+                try:
+                    await self._client.observe(self._run, step, batch, request_id=request_id)
+                    self.counts.reported += len(batch)
+                    wait = FIRST_DELIVERY_WAIT
+                    break
+                except asyncio.CancelledError:
+                    self.counts.dropped += len(batch)
+                    raise
+                except EvenOddsError as error:
+                    if isinstance(error, ProblemError) and not isinstance(error, ServerError) and error.status != 429:
+                        self.counts.dropped += len(batch)
+                        logger.warning("%d outcomes are refused and given up: %s", len(batch), error)
+                        break
+                    logger.debug("%d outcomes wait: %s", len(batch), error)
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, MAX_DELIVERY_WAIT)

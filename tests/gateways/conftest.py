@@ -1,0 +1,134 @@
+"""A real LiteLLM proxy on loopback, in an environment of its own: its pins do not fit into that of the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "litellm"
+STARTUP_SECONDS = 240
+MASTER_KEY = "sk-not-secret-used-on-loopback-only-0123456789abcdef"
+
+
+@pytest.fixture(scope="session")
+def litellm_python(request: pytest.FixtureRequest) -> Path:
+    """A Python that has what `examples/litellm/requirements.txt` pins; installed once, kept in pytest's cache."""
+    if importlib.util.find_spec("litellm") and importlib.util.find_spec("openai"):
+        return Path(sys.executable)
+    pins = (EXAMPLE / "requirements.txt").read_bytes()
+    key = hashlib.sha256(pins + sys.version.encode()).hexdigest()[:12]
+    folder = request.config.cache.mkdir(f"litellm-{key}")
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
+        subprocess.run([*install, str(EXAMPLE / "requirements.txt")], check=True, timeout=900)
+        done.touch()
+    return python
+
+
+@dataclass
+class ServedModel:
+    """An OpenAI-compatible server on loopback that keeps what it was asked."""
+
+    base_url: str
+    stop: Callable[[], None]
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+
+@pytest.fixture
+def served_model() -> Iterator[ServedModel]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            model.bodies.append(body)
+            model.headers.append({name.lower(): value for name, value in self.headers.items()})
+            message = {"role": "assistant", "content": "41"}
+            choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(body.get("n") or 1)]
+            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
+            content = json.dumps({**reply, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        model = ServedModel(f"http://127.0.0.1:{server.server_address[1]}/v1", stop)
+        yield model
+        stop()
+
+
+@contextmanager
+def running_proxy(python: Path, folder: Path, *, service_url: str, model_url: str) -> Iterator[httpx.Client]:
+    """The example's proxy with one more model, `recorded`, at `model_url`. All that it says goes to `proxy.log`."""
+    config = yaml.safe_load((EXAMPLE / "config.yaml").read_text())
+    config["model_list"].append(
+        {"model_name": "recorded", "litellm_params": {"model": "hosted_vllm/m", "api_base": model_url}}
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "evenodds_hook.py").write_text((EXAMPLE / "evenodds_hook.py").read_text())
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")},
+        "PYTHONPATH": str(ROOT / "client"),
+        "EVENODDS_URL": service_url,
+        "EVENODDS_CHAT_URL": f"{service_url}/v1",
+        "EVENODDS_GATEWAY_DEADLINE_MS": "2000",  # of a busy machine
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # no download
+        "LITELLM_MASTER_KEY": MASTER_KEY,
+    }
+    command = [str(python.parent / "litellm"), "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "proxy.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        headers = {"Authorization": f"Bearer {MASTER_KEY}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
+            _wait_until_alive(http, process, folder / "proxy.log")
+            yield http
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_until_alive(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if http.get("/health/liveliness").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"the proxy did not start:\n{log.read_text(errors='replace')[-4_000:]}")

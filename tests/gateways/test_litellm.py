@@ -1,0 +1,132 @@
+"""Even Odds behind a real LiteLLM proxy, with its mock responses and with a model on loopback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from tests.gateways.conftest import ServedModel, running_proxy
+
+if TYPE_CHECKING:
+    from tests.conftest import Service
+
+pytestmark = pytest.mark.slow
+
+LABELS = ("SIMPLE", "MEDIUM", "COMPLEX", "REASONING")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    proxy: httpx.Client
+    service: Service
+    model: ServedModel
+
+    def chat(self, model: str, text: str, **more: Any) -> dict[str, Any]:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
+        reply = self.proxy.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return dict(reply.json())
+
+    def contents(self, model: str, text: str, **more: Any) -> list[str]:
+        return [choice["message"]["content"] for choice in self.chat(model, text, **more)["choices"]]
+
+
+@pytest.fixture
+def gateway(
+    start_service: Callable[[str], Service], litellm_python: Path, served_model: ServedModel, tmp_path: Path
+) -> Iterator[Gateway]:
+    """Beliefs .9 about "Easy?", .1 about "Hard?", .5 about all others; an attempt is bought that gains .09."""
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+    service.client.put_run("served", predictor="mopps", embedder="none")
+    service.client.observe("served", 0, [{"text": "Easy?", "successes": 8, "attempts": 8}])
+    service.client.observe("served", 0, [{"text": "Hard?", "successes": 0, "attempts": 8}])
+    service.client.put_budget_policy("served", price=0.09, max_attempts=8)
+    tiers = [{"label": label, "at_least": at} for label, at in zip(LABELS, (0.8, 0.4, 0.2, 0), strict=True)]
+    service.client.put_budget_policy("served", "router", tiers=tiers)
+    with running_proxy(
+        litellm_python, tmp_path, service_url=service.base_url, model_url=served_model.base_url
+    ) as proxy:
+        yield Gateway(proxy, service, served_model)
+
+
+def test_the_proxy_asks_for_budgets_reports_outcomes_and_does_without_the_service(gateway: Gateway) -> None:
+    """One proxy for all of it: starting one takes most of a minute."""
+    # Mock responses: a new text deserves two attempts, so there are two choices.
+    assert gateway.contents("served", "New?") == ["The answer is 42."] * 2
+    assert gateway.contents("served", "Easy?") == ["The answer is 42."]
+    assert gateway.contents("served", "New?", n=1) == ["The answer is 42."]  # the caller's own stays
+
+    # What reaches a model.
+    gateway.chat("recorded", "Easy?")
+    gateway.chat("recorded", "Hard?", max_tokens=100)
+    gateway.chat("recorded", "New?", reasoning_effort="low", max_completion_tokens=300)
+    sent = [
+        (body.get("n"), body.get("reasoning_effort"), body.get("max_completion_tokens") or body.get("max_tokens"))
+        for body in gateway.model.bodies
+    ]
+    assert sent == [(1, "low", 500), (1, "high", 200), (2, "low", 300)]
+
+    # Outcomes: two right answers of the mock, then one wrong one of the model, on the log soon after.
+    before = gateway.service.client.run("served").observations
+    gateway.chat("served", "What is 6 * 7?", metadata={"answer": "42"})
+    gateway.chat("recorded", "Hard?", metadata={"answer": "42"})
+    _until(lambda: gateway.service.client.run("served").observations == before + 2)
+    predictions = gateway.service.client.predict("served", [{"text": "What is 6 * 7?"}, {"text": "Hard?"}]).predictions
+    assert [p.attempts_seen for p in predictions] == [2, 9]
+    assert [p.success_rate for p in predictions] == pytest.approx([3 / 4, 1 / 11])
+    assert gateway.service.client.run("served").head_step == 1
+
+    # LiteLLM's own complexity router takes the label of the chat facade.
+    assert gateway.contents("routed", "Easy?", n=1) == ["small"]
+    assert gateway.contents("routed", "Hard?", n=1) == ["large"]
+
+    # Without the service every request passes as it came, also once the circuit is open.
+    gateway.service.stop()
+    gateway.model.bodies.clear()
+    for _ in range(10):
+        gateway.chat("recorded", "New?")
+    assert all("reasoning_effort" not in body and "n" not in body for body in gateway.model.bodies)
+    assert len(gateway.model.bodies) == 10
+
+
+def test_openais_own_client_reads_the_label(
+    start_service: Callable[[str], Service], litellm_python: Path, tmp_path: Path
+) -> None:
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+    service.client.put_run("served", predictor="mopps", embedder="none")
+    service.client.observe("served", 0, [{"text": "Easy?", "successes": 8, "attempts": 8}])
+    program = """
+import sys, json, openai
+client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", max_retries=0)
+reply = client.chat.completions.create(
+    model="served",
+    messages=[{"role": "system", "content": "Judge."}, {"role": "user", "content": "Easy?"}],
+    temperature=0,
+)
+try:
+    client.chat.completions.create(model="nowhere", messages=[{"role": "user", "content": "Easy?"}])
+except openai.NotFoundError as error:
+    print(json.dumps([reply.choices[0].message.content, reply.choices[0].finish_reason, error.status_code]))
+"""
+
+    asked = subprocess.run(
+        [str(litellm_python), "-c", program, service.base_url], capture_output=True, text=True, check=False
+    )
+
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout) == ["low", "stop", 404]
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come about within 30 seconds")

@@ -1,0 +1,136 @@
+"""The example for any gateway that forwards HTTP, between a caller and a model, both on loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import uvicorn
+import yaml
+from tests.gateways.conftest import ROOT, ServedModel
+
+if TYPE_CHECKING:
+    from tests.conftest import Service
+
+EXAMPLE = ROOT / "examples" / "http_shim"
+
+
+@pytest.fixture
+def service(start_service: Callable[[str], Service], tmp_path: Path) -> Service:
+    """Beliefs .9 about "Easy?", .1 about "Hard?"."""
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+    service.client.put_run("served", predictor="mopps", embedder="none")
+    service.client.observe("served", 0, [{"text": "Easy?", "successes": 8, "attempts": 8}])
+    service.client.observe("served", 0, [{"text": "Hard?", "successes": 0, "attempts": 8}])
+    return service
+
+
+@pytest.fixture
+def shim(service: Service, served_model: ServedModel) -> Iterator[httpx.Client]:
+    spec = importlib.util.spec_from_file_location("shim", EXAMPLE / "shim.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    upstream = served_model.base_url.removesuffix("/v1")
+    app = module.create_app(upstream, service.base_url, "served", deadline_ms=5_000)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as http:
+        yield http
+    server.should_exit = True
+    thread.join()
+
+
+def chat(shim: httpx.Client, text: str, **more: Any) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": text}], **more}
+    reply = shim.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer x"})
+    assert reply.status_code == 200, reply.text
+    return reply
+
+
+def test_a_chat_request_goes_on_with_its_difficulty(shim: httpx.Client, served_model: ServedModel) -> None:
+    reply = chat(shim, "Hard?", metadata={"cohort": "beta"}, temperature=0.5)
+    chat(shim, "Easy?")
+
+    assert reply.json()["choices"][0]["message"]["content"] == "41"
+    hard, easy = served_model.bodies
+    assert hard["metadata"] == {"cohort": "beta", "difficulty": "high"}
+    assert (hard["temperature"], hard["messages"]) == (0.5, [{"role": "user", "content": "Hard?"}])
+    assert easy["metadata"] == {"difficulty": "low"}
+    hard_headers, easy_headers = served_model.headers
+    assert (hard_headers["x-evenodds-effort"], easy_headers["x-evenodds-effort"]) == ("high", "low")
+    assert easy_headers["x-evenodds-success-rate"] == "0.900"
+    assert hard_headers["authorization"] == "Bearer x"
+
+
+def test_without_the_service_requests_go_on_as_they_came(
+    shim: httpx.Client, service: Service, served_model: ServedModel
+) -> None:
+    service.stop()
+
+    for _ in range(10):
+        chat(shim, "Hard?")
+
+    assert all("metadata" not in body for body in served_model.bodies)
+    assert all("x-evenodds-effort" not in headers for headers in served_model.headers)
+    assert len(served_model.bodies) == 10
+
+
+@pytest.mark.parametrize("body", [{"model": "m"}, {"messages": []}, {"messages": [{"role": "user", "content": 3}]}])
+def test_what_is_no_chat_request_is_the_models_to_judge(
+    shim: httpx.Client, served_model: ServedModel, body: dict[str, Any]
+) -> None:
+    shim.post("/v1/chat/completions", json=body)
+
+    assert served_model.bodies == [body]
+
+
+def test_a_model_that_is_not_there_is_named(shim: httpx.Client, served_model: ServedModel) -> None:
+    served_model.stop()
+
+    reply = shim.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hard?"}]})
+
+    assert reply.status_code == 502
+    assert reply.text.startswith(f"upstream {served_model.base_url.removesuffix('/v1')}: ")
+
+
+def test_the_router_example_names_the_labels_and_the_key_that_the_shim_writes() -> None:
+    routing = yaml.safe_load((EXAMPLE / "semantic_router.yaml").read_text())["routing"]
+
+    signals = {signal["name"]: signal for signal in routing["signals"]["metadata"]}
+    assert [signal["predicate"]["equals"] for signal in signals.values()] == ["low", "medium", "high"]
+    assert {signal["key"] for signal in signals.values()} == {"difficulty"}
+    conditions = [condition for decision in routing["decisions"] for condition in decision["rules"]["conditions"]]
+    assert [condition["name"] for condition in conditions] == list(signals)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the shell example needs jq")
+def test_the_shell_example_has_a_default_for_when_there_is_no_answer(service: Service) -> None:
+    (script,) = [block for block in (EXAMPLE / "README.md").read_text().split("```")[1::2] if block.startswith("sh\n")]
+    script = script.removeprefix("sh\n").replace("--max-time 0.1", "--max-time 10").replace("50}", "5000}")
+
+    def effort(text: str) -> str:
+        command = ["bash", "-o", "pipefail", "-c", f'{script}\nbudget "{text}"']
+        done = subprocess.run(
+            command,
+            env={"PATH": "/usr/bin:/bin", "EVENODDS_URL": service.base_url},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    assert (effort("Easy?"), effort("Hard?")) == ("low", "high")
+    service.stop()
+    assert effort("Easy?") == "medium"
