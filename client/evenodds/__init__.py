@@ -23,6 +23,7 @@ from evenodds.errors import (
     Unavailable,
     Unreachable,
 )
+from evenodds.record import Counts
 from evenodds.schemas import (
     Forecast,
     Health,
@@ -46,13 +47,16 @@ from evenodds.schemas import (
     SelectReply,
     Visit,
 )
+from evenodds.selector import Batch, PromptSelector
 from evenodds.version import __version__
 
 __all__ = [
     "AsyncClient",
+    "Batch",
     "Client",
     "ConfigurationError",
     "Conflict",
+    "Counts",
     "EvenOddsError",
     "Forecast",
     "Health",
@@ -69,6 +73,7 @@ __all__ = [
     "PromptInfo",
     "PromptPage",
     "PromptRef",
+    "PromptSelector",
     "PromptState",
     "PromptsAdded",
     "RefitList",
