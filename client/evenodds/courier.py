@@ -27,7 +27,7 @@ from evenodds.schemas import PromptIn
 
 T = TypeVar("T")
 
-LONGEST_PAUSE_SECONDS = 10.0
+LONGEST_PAUSE_SECONDS = 5.0
 """Between two attempts to deliver."""
 LOOK_SECONDS = 1.0
 """Between two looks at what other processes have put into the same outbox."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -149,14 +148,25 @@ def test_a_selector_works_on_without_a_usable_disk(tmp_path: Path, caplog: pytes
         assert "is kept in memory until delivered" in record.getMessage()
 
 
-def test_a_full_disk_costs_nothing_that_fits_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with PromptSelector(None, "r", ["a"], outbox=tmp_path) as selector:
-        selector.observe(1, {"a": [1]})
-        with sqlite3.connect(tmp_path / "r.outbox") as other:
-            other.execute(
-                "CREATE TRIGGER full BEFORE INSERT ON deliveries BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
-            )
-        selector.observe(2, {"a": [0]})
+FULL = """
+import resource, sys
+from pathlib import Path
+from evenodds import PromptSelector
 
-        assert [waiting["step"] for waiting in selector.state_dict()["undelivered"]] == [1, 2]
-    assert "disk is full" in caplog.records[0].getMessage()
+folder = Path(sys.argv[1])
+with PromptSelector(None, "r", ["a"], outbox=folder) as selector:
+    selector.observe(1, {"a": [1]})
+    size = (folder / "r.outbox").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    for step in range(2, 2_000):
+        selector.observe(step, {"a": [0]})
+    assert [waiting["step"] for waiting in selector.state_dict()["undelivered"]] == list(range(1, 2_000))
+"""
+
+
+def test_a_full_disk_costs_nothing_that_fits_in_memory(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("what cannot be kept there is kept in memory until delivered") == 1
+    assert len(Outbox(tmp_path, "r").waiting()) >= 1
