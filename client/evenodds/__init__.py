@@ -46,6 +46,7 @@ from evenodds.schemas import (
     SelectedPrompt,
     SelectReply,
     Visit,
+    Voided,
 )
 from evenodds.selector import Batch, PromptSelector
 from evenodds.version import __version__
@@ -91,5 +92,6 @@ __all__ = [
     "Unavailable",
     "Unreachable",
     "Visit",
+    "Voided",
     "__version__",
 ]

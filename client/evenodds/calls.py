@@ -36,12 +36,15 @@ from evenodds.schemas import (
     RefitRequest,
     RefitState,
     Request,
+    RetractRequest,
+    RewindRequest,
     RunName,
     RunPage,
     RunState,
     RunUpdate,
     SelectReply,
     SelectRequest,
+    Voided,
 )
 
 MAX_CALL_BYTES = 8_000_000
@@ -160,6 +163,54 @@ class Calls(Protocol):
             NotFound: There is no such run.
         """
         return (yield from self.call("GET", f"{_run_path('refits', run)}/refits", RefitList))
+
+    def rewind(self, run: str, step: int) -> Exchange[Voided]:
+        """Forget everything observed or selected with a step above `step`: the trainer restarted from its checkpoint.
+
+        Afterwards the run stands as if none of it had happened: a step above may be selected and reported anew, under
+        the same request ids too. Call it before the restarted trainer's first other call. Repeating it is safe: what
+        is forgotten already is not counted again.
+
+        Args:
+            step: The step of the checkpoint.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        path = f"{_run_path('rewind', run)}/rewind"
+        with _contract("rewind"):
+            request = RewindRequest(step=step)
+        return (yield from self.call("POST", path, Voided, content=_json(request)))
+
+    def retract(
+        self,
+        run: str,
+        *,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        prompt_ids: Sequence[str] | None = None,
+        request_id: str | None = None,
+    ) -> Exchange[Voided]:
+        """Drop observations, because a verifier was down, say. At least one condition; several narrow it together.
+
+        Afterwards the run stands as if they had never been reported. Selections stay. Repeating it is safe.
+
+        Args:
+            from_step: The first step whose observations are dropped.
+            to_step: The last one.
+            prompt_ids: Prompts whose observations are dropped, 1 to 10,000.
+            request_id: The `observe` call whose observations are dropped. Dropped as a whole, it may be sent anew
+                under the same id.
+
+        Raises:
+            NotFound: There is no such run, or no prompt of that id in its pool.
+        """
+        path = f"{_run_path('retract', run)}/retract"
+        with _contract("retract"):
+            request = RetractRequest.model_validate(
+                {"from_step": from_step, "to_step": to_step, "prompt_ids": prompt_ids, "request_id": request_id}
+            )
+        return (yield from self.call("POST", path, Voided, content=_json(request)))
 
     def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
         """Add prompts to the pool, in as many requests as needed. Repeating it is safe.

@@ -168,6 +168,44 @@ class RunState(Reply):
     created_at: datetime
 
 
+class RewindRequest(Request):
+    model_config = _example(step=11)
+
+    step: Step = Field(description="the step of the checkpoint that the trainer restarted from")
+
+
+class RetractRequest(Request):
+    """At least one condition; several narrow it together."""
+
+    model_config = _example(from_step=10, to_step=12, prompt_ids=["sum-1"])
+
+    from_step: Step | None = Field(default=None, description="the first step whose observations are dropped")
+    to_step: Step | None = Field(default=None, description="the last one")
+    prompt_ids: Annotated[tuple[PromptId, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
+        default=None, description="prompts whose observations are dropped"
+    )
+    request_id: Key | None = Field(default=None, description="the observe request whose observations are dropped")
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> RetractRequest:
+        given = (self.from_step, self.to_step, self.prompt_ids, self.request_id)
+        if all(condition is None for condition in given):
+            raise ValueError("send at least one of from_step, to_step, prompt_ids and request_id")
+        if self.from_step is not None and self.to_step is not None and self.from_step > self.to_step:
+            raise ValueError(f"from_step {self.from_step} is behind to_step {self.to_step}")
+        return self
+
+
+class Voided(Reply):
+    """What a run has forgotten."""
+
+    run: RunName
+    log_position: int = Field(description="head of the run's log afterwards")
+    head_step: int | None = Field(description="the highest step that is left")
+    voided_observations: int
+    voided_selections: int
+
+
 class RunPage(Reply):
     runs: tuple[RunState, ...]
     next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")

@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("head_step", sa.BigInteger(), nullable=True),
         sa.Column("n_observations", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("model_version", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("void_position", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("embedding_width > 0", name=op.f("ck_runs_embedding_width")),
         sa.CheckConstraint("head_step >= 0", name=op.f("ck_runs_head_step")),
@@ -39,6 +40,7 @@ def upgrade() -> None:
             "n_prompts >= 0 AND log_position >= 0 AND n_observations >= 0 AND model_version >= 0",
             name=op.f("ck_runs_counts"),
         ),
+        sa.CheckConstraint("void_position >= 0 AND void_position <= log_position", name=op.f("ck_runs_void_position")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_runs")),
         sa.UniqueConstraint("name", name=op.f("uq_runs_name")),
         sqlite_autoincrement=True,
@@ -62,17 +64,36 @@ def upgrade() -> None:
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.Column("request_hash", sa.Text(), nullable=True),
         sa.Column("selection_id", sa.Text(), nullable=True),
+        sa.Column("n_observations", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("voided_at", sa.BigInteger(), nullable=True),
+        sa.Column("voided_rows", sa.Text(), nullable=True),
         sa.Column("body", sa.Text(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
             "(step IS NOT NULL AND step >= 0) = (kind IN ('observe', 'select'))", name=op.f("ck_log_step")
         ),
-        sa.CheckConstraint("kind IN ('pool', 'observe', 'select', 'snapshot')", name=op.f("ck_log_kind")),
+        sa.CheckConstraint(
+            "kind IN ('pool', 'observe', 'select', 'snapshot', 'rewind', 'retract')", name=op.f("ck_log_kind")
+        ),
         sa.CheckConstraint("(request_id IS NULL) = (request_hash IS NULL)", name=op.f("ck_log_request")),
         sa.CheckConstraint("position >= 1", name=op.f("ck_log_position")),
+        sa.CheckConstraint(
+            "n_observations >= 0 AND (n_observations = 0 OR kind = 'observe')", name=op.f("ck_log_n_observations")
+        ),
+        sa.CheckConstraint(
+            "voided_at IS NULL OR (voided_at > position AND kind IN ('observe', 'select', 'snapshot'))",
+            name=op.f("ck_log_voided_at"),
+        ),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_log_run_id_runs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run_id", "position", name=op.f("pk_log")),
-        sa.UniqueConstraint("run_id", "request_id", name=op.f("uq_log_run_id_request_id")),
+    )
+    op.create_index(
+        "uq_log_request_id",
+        "log",
+        ["run_id", "request_id"],
+        unique=True,
+        sqlite_where=sa.text("request_id IS NOT NULL AND voided_at IS NULL"),
+        postgresql_where=sa.text("request_id IS NOT NULL AND voided_at IS NULL"),
     )
     op.create_table(
         "prompts",
@@ -135,9 +156,18 @@ def upgrade() -> None:
         sa.Column("arguments_hash", sa.Text(), nullable=False),
         sa.Column("reply", sa.Text(), nullable=False),
         sa.Column("log_position", sa.BigInteger(), nullable=False),
+        sa.Column("voided_at", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint("voided_at > log_position", name=op.f("ck_selections_voided_at")),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_selections_run_id_runs"), ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("selection_id", name=op.f("pk_selections")),
-        sa.UniqueConstraint("run_id", "step", name=op.f("uq_selections_run_id_step")),
+        sa.PrimaryKeyConstraint("run_id", "selection_id", name=op.f("pk_selections")),
+    )
+    op.create_index(
+        "uq_selections_step",
+        "selections",
+        ["run_id", "step"],
+        unique=True,
+        sqlite_where=sa.text("voided_at IS NULL"),
+        postgresql_where=sa.text("voided_at IS NULL"),
     )
     op.create_table(
         "snapshots",

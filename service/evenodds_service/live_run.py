@@ -80,7 +80,10 @@ class SelectArguments:
 
 
 class LiveRun:
-    """State, pool and shared model of one run, and the lock that serialises access to them."""
+    """State, pool and shared model of one run, and the lock that serialises access to them.
+
+    `void_position` is that of the newest rewind or retract that the state knows of.
+    """
 
     def __init__(self, run_id: int) -> None:
         self.run_id = run_id
@@ -88,20 +91,24 @@ class LiveRun:
         self.state = State()
         self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
         self.model: SharedModel | None = None
+        self.void_position = 0
         self._is_started = False
 
     def catch_up(self, store: Store, run: Run) -> None:
         """Fold the log's tail up to the position that `run` shows; the first time, from the newest checkpoint on.
+
+        The state is that of the log as it stood at this position. Where something was voided since the last time, the
+        state is folded again, from the newest checkpoint that is left.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
         """
         embedder = vector_name(run.settings)
         with self.lock:
-            if not self._is_started:
+            if not self._is_started or run.void_position > self.state.position:
                 self._start(store, run, embedder)
             while self.state.position < run.log_position:
-                tail = store.entries(self.run_id, after=self.state.position)
+                tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
                 if not tail:  # its log went with it
                     raise RunUnknown(f"run {run.name!r} was deleted meanwhile: create it first")
                 for entry in tail:
@@ -112,6 +119,8 @@ class LiveRun:
                     fold(self.state, entry, self.pool)
 
     def _start(self, store: Store, run: Run, embedder: str | None) -> None:
+        self._is_started = False  # until the end: who fails on the way starts over
+        self.state, self.model = State(), None
         checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
         if checkpoint is not None:
             try:
@@ -121,6 +130,7 @@ class LiveRun:
             self._extend_pool(store, self.state.n_prompts, embedder)
             if self.state.model_version:
                 self._attach(store, self.state.model_version, embedder)
+        self.void_position = run.void_position
         self._is_started = True
 
     def _extend_pool(self, store: Store, n_prompts: int, embedder: str | None) -> None:

@@ -183,7 +183,8 @@ def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:
     newest = refits[0] if refits else None
     if newest and newest.status == "failed" and newest.finished_at and now - newest.finished_at < retry:
         return False
-    done = next((refit for refit in refits if refit.status == "done"), None)
+    standing = (refit for refit in refits if refit.model_version and refit.model_version <= run.model_version)
+    done = next(standing, None)  # the newest whose snapshot was not voided since
     fitted = _observations(done)
     new = run.n_observations - fitted
     if new >= min(run.settings.refit_every_observations, max(FIRST_FIT_OBSERVATIONS, fitted)):
@@ -214,6 +215,7 @@ class _View:
         self.live = LiveRun(run_id)
         self._observations: list[History] = []
         self._read_to = 0
+        self._void_position = 0
         self._ngrams = sparse.csr_matrix((0, 0))
 
     def material(self, store: Store, run: Run) -> Material:
@@ -227,9 +229,11 @@ class _View:
         state, pool = self.live.state, self.live.pool
         if state.basis is None:
             raise ValueError(f"run {run.name!r} has no prompts to fit: load them with POST /runs/{{run}}/prompts")
+        if self._void_position != self.live.void_position:
+            self._observations, self._read_to = [], 0
+            self._void_position = self.live.void_position
         while self._read_to < state.position:
-            page = store.entries(run.id, after=self._read_to)
-            entries = [entry for entry in page if entry.position <= state.position]
+            entries = store.entries(run.id, after=self._read_to, as_of=state.position)
             if not entries:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
             self._observations += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]

@@ -15,6 +15,8 @@ from evenodds.schemas import (
     PromptIn,
     PromptsIn,
     RefitRequest,
+    RetractRequest,
+    RewindRequest,
     RunUpdate,
     SelectRequest,
 )
@@ -35,6 +37,8 @@ BODIES: dict[str, type[Request]] = {
     "PUT /runs/{run}": RunUpdate,
     "POST /runs/{run}/prompts": PromptsIn,
     "POST /runs/{run}/refit": RefitRequest,
+    "POST /runs/{run}/rewind": RewindRequest,
+    "POST /runs/{run}/retract": RetractRequest,
 }
 
 
@@ -121,7 +125,15 @@ def test_the_examples_work_one_after_the_other(
     caller: Caller, document: dict[str, Any], operations: dict[str, dict[str, Any]]
 ) -> None:
     """As they stand in the documentation, on one run."""
-    order = ("PUT /runs/{run}", "POST /runs/{run}/prompts", "POST /observe", "POST /predict", "POST /select_batch")
+    order = (
+        "PUT /runs/{run}",
+        "POST /runs/{run}/prompts",
+        "POST /observe",
+        "POST /predict",
+        "POST /select_batch",
+        "POST /runs/{run}/retract",
+        "POST /runs/{run}/rewind",
+    )
     for name in order:
         method, path = name.split()
         (example,) = json_schema(document, operations[name])["examples"]

@@ -22,6 +22,7 @@ from evenodds import (
     RefitPolicy,
     RunState,
     Unavailable,
+    Voided,
 )
 from evenodds.calls import MAX_CALL_BYTES, Calls
 from evenodds.schemas import RunUpdate, SelectRequest
@@ -67,6 +68,7 @@ REFIT = {
     "report": {"seconds_fitting": 0.5},
     "error": None,
 }
+VOIDED = {"run": "r", "log_position": 9, "head_step": None, "voided_observations": 3, "voided_selections": 1}
 PROMPT = {
     "run": "r",
     "prompt_id": "a",
@@ -200,6 +202,30 @@ def test_refits_lists_what_came_of_them(talk: Conversation) -> None:
         (6, "failed", "ValueError: no"),
         (5, "done", None),
     ]
+
+
+def test_rewind_sends_the_step_and_reads_what_was_forgotten(talk: Conversation) -> None:
+    talk.replies_with(VOIDED)
+
+    voided = talk.call("rewind", "math-7b", 11)
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("POST", "/runs/math-7b/rewind")
+    assert talk.body() == {"step": 11}
+    assert voided == Voided(run="r", log_position=9, head_step=None, voided_observations=3, voided_selections=1)
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [{"from_step": 0, "to_step": 4}, {"prompt_ids": ["a", "b"]}, {"request_id": "q", "from_step": 2}],
+)
+def test_retract_sends_the_conditions_that_were_given(talk: Conversation, conditions: dict[str, object]) -> None:
+    talk.replies_with(VOIDED)
+
+    voided = talk.call("retract", "math-7b", **conditions)
+
+    assert (talk.requests[0].method, talk.requests[0].url.path) == ("POST", "/runs/math-7b/retract")
+    assert talk.body() == conditions
+    assert (voided.voided_observations, voided.voided_selections) == (3, 1)
 
 
 def test_add_prompts_takes_models_and_mappings(talk: Conversation) -> None:
@@ -406,6 +432,18 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         ("r",),
         {"wait_seconds": float("inf")},
         "refit was not sent: wait_seconds: Input should be a finite number, got inf",
+    ),
+    "retraction of nothing": (
+        "retract",
+        ("r",),
+        {},
+        "retract was not sent: send at least one of from_step, to_step, prompt_ids and request_id",
+    ),
+    "steps the wrong way round": (
+        "retract",
+        ("r",),
+        {"from_step": 5, "to_step": 4},
+        "retract was not sent: from_step 5 is behind to_step 4",
     ),
     "refit policy": (
         "put_run",

@@ -34,6 +34,8 @@ FAILURES = {
     "reset": httpx.ReadError("[Errno 104] Connection reset by peer"),
 }
 
+NAMED: dict[str, dict[str, object]] = {"retract": {"to_step": 1}}
+"""Arguments that a call takes by name only."""
 CALLS: dict[str, tuple[object, ...]] = {
     "put_run": ("r",),
     "run": ("r",),
@@ -41,6 +43,8 @@ CALLS: dict[str, tuple[object, ...]] = {
     "delete_run": ("r",),
     "refit": ("r",),
     "refits": ("r",),
+    "rewind": ("r", 1),
+    "retract": ("r",),
     "add_prompts": ("r", [{"prompt_id": "a"}]),
     "prompts_page": ("r",),
     "prompt": ("r", "a"),
@@ -98,7 +102,7 @@ def test_every_call_repeats_itself_to_the_letter(talk: Conversation, name: str) 
         talk.fails(httpx.ReadTimeout("timed out"))
 
     with pytest.raises(TimedOut):
-        talk.call(name, *CALLS[name])
+        talk.call(name, *CALLS[name], **NAMED.get(name, {}))
 
     sent = {(r.method, r.url.raw_path, r.content, r.headers["x-request-id"]) for r in talk.requests}
     assert (len(talk.requests), len(sent)) == (4, 1)

@@ -24,10 +24,10 @@ class Watched(Store):
 
     read_from: int | None = None
 
-    def entries(self, run_id: int, *, after: int, limit: int = 1_000) -> tuple[Entry, ...]:
+    def entries(self, run_id: int, *, after: int, as_of: int | None = None, limit: int = 1_000) -> tuple[Entry, ...]:
         if self.read_from is None:
             self.read_from = after
-        return super().entries(run_id, after=after, limit=limit)
+        return super().entries(run_id, after=after, as_of=as_of, limit=limit)
 
 
 def started(bench: Bench) -> tuple[LiveRun, int | None]:

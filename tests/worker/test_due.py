@@ -25,7 +25,7 @@ def run_with(n_observations: int, *, every_observations: int = 2_048, every_seco
         log_position=9,
         head_step=3,
         n_observations=n_observations,
-        model_version=0,
+        model_version=1,
         created_at=NOW,
     )
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evenodds.version import __version__
-from evenodds_service.api import errors, loop, operations, refits, runs
+from evenodds_service.api import errors, loop, operations, refits, runs, voids
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
@@ -56,7 +56,7 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
         live_runs=LiveRuns(store, capacity=live_runs),
         registry=registry,
     )
-    for room in (loop, refits, runs, operations):
+    for room in (loop, refits, runs, voids, operations):
         app.include_router(room.router)
     errors.install(app)
     app.add_middleware(_Observed, registry=registry)

@@ -26,6 +26,7 @@ from evenodds_service.api.features import new_prompt
 from evenodds_service.api.services import PROBLEMS, Hands, content_hash, mean_and_std, now, predictions
 from evenodds_service.domain.types import NewObservation
 from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
+from evenodds_service.storage.errors import ChoiceOutdated
 from evenodds_service.storage.store import Run
 
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
@@ -131,21 +132,26 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
     arguments_hash = content_hash(body.model_dump_json())
     recorded = hands.store.selection(run.id, body.step, arguments_hash=arguments_hash)
     replayed = recorded is not None
-    if recorded is None:
+    while recorded is None:
         live = hands.live_runs.at_head(run)
         with live.lock:
             reply, indices = _choose(body, run, live)
-        recorded, replayed = hands.store.record_selection(
-            run.id,
-            selection_id=reply.selection_id,
-            step=body.step,
-            arguments_hash=arguments_hash,
-            prompts=indices,
-            reply=reply.model_dump_json(exclude={"replayed"}),
-            now=now(),
-        )
-    # The recorded reply is JSON already; only `replayed` differs from call to call.
-    return Response(f'{{"replayed":{str(replayed).lower()},{recorded.reply[1:]}', media_type="application/json")
+        try:
+            recorded, replayed = hands.store.record_selection(
+                run.id,
+                selection_id=reply.selection_id,
+                step=body.step,
+                arguments_hash=arguments_hash,
+                prompts=indices,
+                reply=reply.model_dump_json(exclude={"run", "replayed"}),
+                now=now(),
+                chosen_at=reply.log_position,
+            )
+        except ChoiceOutdated:
+            run = hands.store.run(body.run)  # and once more, on what is left
+    # The recorded reply is JSON already: of this run and of those that fork from it.
+    head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
+    return Response(head + recorded.reply[1:], media_type="application/json")
 
 
 def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, list[int]]:

@@ -24,6 +24,7 @@ from evenodds_service.domain.types import (
     ObserveEntry,
     PoolEntry,
     SelectEntry,
+    SnapshotEntry,
 )
 
 REGRESSION_KEEP = 0.98
@@ -91,7 +92,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     elif isinstance(entry, SelectEntry):
         _known(state, entry.prompts)
         _select(state, entry)
-    else:
+    elif isinstance(entry, SnapshotEntry):
         state.model_version = entry.version
         _admit(state, pool)
     state.position = entry.position

@@ -197,7 +197,14 @@ class SnapshotEntry:
     version: int
 
 
-Entry = PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry
+@dataclass(frozen=True, slots=True)
+class VoidEntry:
+    """Log entry that changes nothing: one that was voided since, or the rewind or retract that voids others."""
+
+    position: int
+
+
+Entry = PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry | VoidEntry
 
 
 @dataclass(frozen=True, slots=True)

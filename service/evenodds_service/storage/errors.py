@@ -14,6 +14,8 @@
     ├── RequestConflict          request_conflict     a request id was used with another body
     ├── SelectionUnknown         selection_unknown
     ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
+    ├── SelectionVoided          selection_voided     a rewind has voided the selection
+    ├── ChoiceOutdated           choice_outdated      voided meanwhile: what a batch was chosen on
     ├── SnapshotUnknown          snapshot_unknown
     └── RefitLost                refit_lost           another worker has taken the refit over
 
@@ -107,6 +109,16 @@ class SelectionUnknown(StoreError):
 
 class SelectionConflict(StoreError):
     code = "selection_conflict"
+
+
+class SelectionVoided(StoreError):
+    code = "selection_voided"
+
+
+class ChoiceOutdated(StoreError):
+    """Observations or selections were voided after the batch was chosen: choose again."""
+
+    code = "choice_outdated"
 
 
 class SnapshotUnknown(StoreError):

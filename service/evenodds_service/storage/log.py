@@ -10,8 +10,8 @@ import numpy as np
 from sqlalchemy import Connection, select
 
 from evenodds_service.domain.types import Entry, NewObservation, NewPrompt, ObserveEntry, Vector
-from evenodds_service.storage.entries import append_entry, read_entry
-from evenodds_service.storage.errors import PromptUnknown, RequestConflict, SelectionUnknown
+from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entry, read_entry
+from evenodds_service.storage.errors import PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
 from evenodds_service.storage.pool import grow_pool
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import log, selections
@@ -41,7 +41,8 @@ class LogMethods(Transactions):
         """Append one observe entry (after a pool entry where prompts are new); all or nothing.
 
         A prompt of `new_prompts` that another caller has added meanwhile counts as existing. A known request
-        id with the same hash is answered as the first time, whatever the other arguments.
+        id with the same hash is answered as the first time, whatever the other arguments; one whose observations
+        were all voided since counts anew.
 
         Args:
             model_version: What is answered, and kept for repetitions.
@@ -51,6 +52,7 @@ class LogMethods(Transactions):
             RunUnknown: also where the run was deleted since the caller looked it up.
             RequestConflict: the request id was used with another body (hash).
             SelectionUnknown: no such selection in this run.
+            SelectionVoided: a rewind has voided the selection.
             PromptUnknown: an observation's prompt is neither in the pool nor in `new_prompts`.
             PromptConflict, EmbedderFixed, EmbeddingWidthConflict, VectorUnstorable: as in add_prompts.
             ValueError: successes or attempts out of range; see ObserveEntry.
@@ -95,23 +97,30 @@ class LogMethods(Transactions):
             )
         return Appended(position, len(observations), model_version, replayed=False)
 
-    def entries(self, run_id: int, *, after: int, limit: int = 1_000) -> tuple[Entry, ...]:
-        """Log entries with position > after, in order, without gaps. None where the run does not exist."""
+    def entries(self, run_id: int, *, after: int, as_of: int | None = None, limit: int = 1_000) -> tuple[Entry, ...]:
+        """Log entries with position > after, in order, without gaps. None where the run does not exist.
+
+        Args:
+            as_of: The log as it stood at this position, without what came later and with what was voided later;
+                as it stands now by default.
+        """
         statement = (
-            select(log.c.position, log.c.kind, log.c.step, log.c.selection_id, log.c.body)
+            select(*ENTRY_COLUMNS)
             .where(log.c.run_id == run_id, log.c.position > after)
             .order_by(log.c.position)
             .limit(limit)
         )
+        if as_of is not None:
+            statement = statement.where(log.c.position <= as_of)
         with self._reading() as connection:
             rows = connection.execute(statement).mappings().all()
-        return tuple(read_entry(row) for row in rows)
+        return tuple(read_entry(row, as_of=as_of) for row in rows)
 
     def prompt_history(self, run_id: int, index: int, *, limit: int = 100) -> tuple[PromptVisit, ...]:
         """Observations of one prompt, newest first. Reads the log back until it has found `limit` of them."""
         statement = (
-            select(log.c.position, log.c.kind, log.c.step, log.c.selection_id, log.c.body)
-            .where(log.c.run_id == run_id, log.c.kind == "observe")
+            select(*ENTRY_COLUMNS)
+            .where(log.c.run_id == run_id, log.c.kind == "observe", log.c.voided_at.is_(None))
             .order_by(log.c.position.desc())
             .limit(_HISTORY_BLOCK)
         )
@@ -135,7 +144,7 @@ def _first_answer(
     if request_id is None:
         return None
     statement = select(log.c.position, log.c.request_hash, log.c.created_at, log.c.body).where(
-        log.c.run_id == run.id, log.c.request_id == request_id
+        log.c.run_id == run.id, log.c.request_id == request_id, log.c.voided_at.is_(None)
     )
     row = connection.execute(statement).one_or_none()
     if row is None:
@@ -152,10 +161,17 @@ def _first_answer(
 def _check_selection(connection: Connection, run: Run, selection_id: str | None) -> None:
     if selection_id is None:
         return
-    statement = select(selections.c.step).where(
+    statement = select(selections.c.step, selections.c.voided_at).where(
         selections.c.selection_id == selection_id, selections.c.run_id == run.id
     )
-    if connection.execute(statement).scalar() is None:
+    row = connection.execute(statement).one_or_none()
+    if row is not None and row.voided_at is not None:
+        raise SelectionVoided(
+            f"selection {selection_id!r} of run {run.name!r} for step {row.step} was voided by the rewind at log "
+            f"position {row.voided_at}: its outcomes belong to a policy that the run has forgotten; drop them, and "
+            "select for the step again"
+        )
+    if row is None:
         raise SelectionUnknown(
             f"selection {selection_id!r} does not exist in run {run.name!r}: send the selection_id that "
             "select_batch answered, or leave it out"

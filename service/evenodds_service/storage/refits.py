@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, RowMapping, and_, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, insert, or_, select, update
 
 from evenodds_service.domain.types import SnapshotEntry
 from evenodds_service.storage.entries import append_entry
@@ -90,7 +90,8 @@ class RefitMethods(Transactions):
             report: Stored as JSON; no NaN, no infinity.
 
         Raises:
-            RefitLost: another worker has taken the refit over, or it is finished, or its run is gone.
+            RefitLost: another worker has taken the refit over, or it is finished, or its run is gone, or a rewind or
+                retract has voided what it was fitted on and put it back in the queue.
         """
         done = {
             "status": "done",
@@ -103,7 +104,7 @@ class RefitMethods(Transactions):
             if run_id is None:
                 raise _lost(refit_id, worker, attempt)
             run = lock_run(connection, run_id)  # before the refit's row, as everywhere: no deadlock
-            version, position = run.model_version + 1, run.log_position + 1
+            version, position = _newest_version(connection, run_id) + 1, run.log_position + 1
             finish = update(refits).where(_is_held(refit_id, worker, attempt)).values(done | {"model_version": version})
             if connection.execute(finish.returning(refits.c.id)).scalar() is None:
                 raise _lost(refit_id, worker, attempt)
@@ -152,6 +153,12 @@ class RefitMethods(Transactions):
                 f"run with id {run_id} has no snapshot {version}: the newest is its model_version (0: none)"
             )
         return Snapshot(**row)
+
+
+def _newest_version(connection: Connection, run_id: int) -> int:
+    """Also of snapshots that were voided: a version never names two of them."""
+    newest = select(func.max(snapshots.c.version)).where(snapshots.c.run_id == run_id)
+    return int(connection.execute(newest).scalar() or 0)
 
 
 def _is_held(refit_id: int, worker: str, attempt: int) -> ColumnElement[bool]:

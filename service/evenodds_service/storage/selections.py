@@ -10,7 +10,7 @@ from sqlalchemy import Connection, insert, select
 
 from evenodds_service.domain.types import SelectEntry
 from evenodds_service.storage.entries import append_entry
-from evenodds_service.storage.errors import SelectionConflict
+from evenodds_service.storage.errors import ChoiceOutdated, SelectionConflict
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import runs, selections
 from evenodds_service.storage.transactions import Transactions
@@ -37,15 +37,18 @@ class SelectionMethods(Transactions):
         prompts: Sequence[int],
         reply: str,
         now: datetime,
+        chosen_at: int | None = None,
     ) -> tuple[Selection, bool]:
         """Record the batch as a log entry, or return what stands for (run, step). The flag says: replayed.
 
         Args:
-            selection_id: Unique over all runs.
+            selection_id: Unique in the run.
             prompts: Indices of the chosen prompts.
+            chosen_at: Log position of the state that the batch was chosen in.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
+            ChoiceOutdated: something was voided after `chosen_at`.
             SelectionConflict: the step was chosen before with other arguments.
         """
         with self._writing() as connection:
@@ -53,6 +56,11 @@ class SelectionMethods(Transactions):
             standing = _find(connection, run_id, step, arguments_hash)
             if standing is not None:
                 return standing, True
+            if chosen_at is not None and chosen_at < run.void_position:
+                raise ChoiceOutdated(
+                    f"run {run.name!r}: the batch was chosen at log position {chosen_at}, and a rewind or retract at "
+                    f"position {run.void_position} voided some of what it was chosen on: choose again"
+                )
             position = run.log_position + 1
             chosen = SelectEntry(position, step, np.asarray(prompts, dtype=np.int64))
             append_entry(connection, run_id, chosen, now=now)
@@ -79,7 +87,7 @@ def _find(connection: Connection, run_id: int, step: int, arguments_hash: str) -
         selections.c.reply,
         selections.c.log_position,
     )
-    is_asked = (selections.c.run_id == run_id, selections.c.step == step)
+    is_asked = (selections.c.run_id == run_id, selections.c.step == step, selections.c.voided_at.is_(None))
     row = connection.execute(select(*columns, runs.c.name).join(runs).where(*is_asked)).one_or_none()
     if row is None:
         return None

@@ -5,7 +5,8 @@ that writes takes the write lock first: SQLite's as the transaction begins, so t
 be upgraded; on PostgreSQL the row of the run, so that log positions are gapless and a reader which has seen
 position p has seen everything up to p. `now` is an argument: the store has no clock.
 
-The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py.
+The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
+voids.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from evenodds_service.storage.values import (
     Run,
     Selection,
     Snapshot,
+    Voided,
 )
+from evenodds_service.storage.voids import VoidMethods
 
 __all__ = [
     "Appended",
@@ -35,10 +38,11 @@ __all__ = [
     "Selection",
     "Snapshot",
     "Store",
+    "Voided",
 ]
 
 
-class Store(RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods):
+class Store(RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods, VoidMethods):
     """The store of one database, safe to share between threads.
 
     Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the

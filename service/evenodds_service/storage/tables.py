@@ -78,11 +78,13 @@ runs = Table(
     Column("head_step", BigInteger),
     Column("n_observations", BigInteger, nullable=False, server_default="0"),
     Column("model_version", Integer, nullable=False, server_default="0"),
+    Column("void_position", BigInteger, nullable=False, server_default="0"),  # of the newest rewind or retract
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("embedding_width > 0", name="embedding_width"),
     CheckConstraint(
         "n_prompts >= 0 AND log_position >= 0 AND n_observations >= 0 AND model_version >= 0", name="counts"
     ),
+    CheckConstraint("void_position >= 0 AND void_position <= log_position", name="void_position"),
     CheckConstraint("head_step >= 0", name="head_step"),
     sqlite_autoincrement=True,  # the id of a deleted run never names another one
 )
@@ -127,14 +129,29 @@ log = Table(
     Column("request_id", Text),
     Column("request_hash", Text),
     Column("selection_id", Text),
+    Column("n_observations", Integer, nullable=False, server_default="0"),  # those that count
+    Column("voided_at", BigInteger),  # position of the entry that voided this one
+    Column("voided_rows", Text),  # JSON: which observations were voided alone; see entries.py
     Column("body", Text, nullable=False),  # JSON; see entries.py
     Column("created_at", UtcDateTime, nullable=False),
     PrimaryKeyConstraint("run_id", "position"),
-    UniqueConstraint("run_id", "request_id"),  # NULLs are distinct: entries without a request id are free
     CheckConstraint("position >= 1", name="position"),
-    CheckConstraint("kind IN ('pool', 'observe', 'select', 'snapshot')", name="kind"),
+    CheckConstraint("kind IN ('pool', 'observe', 'select', 'snapshot', 'rewind', 'retract')", name="kind"),
     CheckConstraint("(step IS NOT NULL AND step >= 0) = (kind IN ('observe', 'select'))", name="step"),
     CheckConstraint("(request_id IS NULL) = (request_hash IS NULL)", name="request"),
+    CheckConstraint("n_observations >= 0 AND (n_observations = 0 OR kind = 'observe')", name="n_observations"),
+    CheckConstraint(
+        "voided_at IS NULL OR (voided_at > position AND kind IN ('observe', 'select', 'snapshot'))", name="voided_at"
+    ),
+)
+# A request id is taken by what counts: a voided report may be sent again under its id.
+Index(
+    "uq_log_request_id",
+    log.c.run_id,
+    log.c.request_id,
+    unique=True,
+    sqlite_where=text("request_id IS NOT NULL AND voided_at IS NULL"),
+    postgresql_where=text("request_id IS NOT NULL AND voided_at IS NULL"),
 )
 
 selections = Table(
@@ -146,8 +163,17 @@ selections = Table(
     Column("arguments_hash", Text, nullable=False),
     Column("reply", Text, nullable=False),
     Column("log_position", BigInteger, nullable=False),
-    PrimaryKeyConstraint("selection_id"),
-    UniqueConstraint("run_id", "step"),
+    Column("voided_at", BigInteger),  # log position of the rewind that voided it
+    PrimaryKeyConstraint("run_id", "selection_id"),
+    CheckConstraint("voided_at > log_position", name="voided_at"),
+)
+Index(
+    "uq_selections_step",
+    selections.c.run_id,
+    selections.c.step,
+    unique=True,
+    sqlite_where=text("voided_at IS NULL"),
+    postgresql_where=text("voided_at IS NULL"),
 )
 
 refits = Table(

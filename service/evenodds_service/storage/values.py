@@ -14,7 +14,7 @@ RefitStatus = Literal["pending", "running", "done", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as it stands. `log_position` is the head of its log, `model_version` the newest snapshot."""
+    """A run as it stands. `log_position` is the head of its log, `model_version` the newest snapshot that counts."""
 
     id: int
     name: str
@@ -26,6 +26,17 @@ class Run:
     n_observations: int
     model_version: int
     created_at: datetime
+    void_position: int = 0  # of the newest rewind or retract in the log; 0 before the first
+
+
+@dataclass(frozen=True, slots=True)
+class Voided:
+    """What a rewind or retract made the run forget. `log_position` and `head_step` are the run's afterwards."""
+
+    log_position: int
+    head_step: int | None
+    n_observations: int
+    n_selections: int
 
 
 @dataclass(frozen=True, slots=True)

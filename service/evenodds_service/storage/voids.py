@@ -1,0 +1,216 @@
+"""Rewind and retract: what a run is made to forget, in one transaction and as one entry of its log.
+
+What is voided stays in the log, marked, and is read as if it had never been there. Whatever was derived from it goes
+at the same position: checkpoints behind the first voided entry are dropped, snapshots that were fitted on voided
+observations are voided with them (a refit is asked for), and a refit that is being fitted is put back in the queue,
+which fences its worker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, insert, select, update
+
+from evenodds_service.storage.entries import compact_json, voided_rows
+from evenodds_service.storage.runs import lock_run
+from evenodds_service.storage.tables import checkpoints, log, refits, runs, selections, snapshots
+from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.values import Run, Voided
+
+_PAGE = 1_000
+
+
+class VoidMethods(Transactions):
+    def rewind(self, run_id: int, *, step: int, now: datetime) -> Voided:
+        """Void every observation and selection with a step above `step`. Without any, nothing is written.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+        """
+        with self._writing() as connection:
+            return rewind_run(connection, lock_run(connection, run_id), step=step, now=now)
+
+    def retract(
+        self,
+        run_id: int,
+        *,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        prompts: Sequence[int] | None = None,
+        request_id: str | None = None,
+        now: datetime,
+    ) -> Voided:
+        """Void the observations that fulfil every condition given; selections stay. Without any, nothing is written.
+
+        Args:
+            from_step, to_step: First and last step.
+            prompts: Indices of prompts.
+            request_id: Of the request that brought them.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+        """
+        with self._writing() as connection:
+            run = lock_run(connection, run_id)
+            conditions = [log.c.run_id == run_id, log.c.kind == "observe", log.c.voided_at.is_(None)]
+            if from_step is not None:
+                conditions.append(log.c.step >= from_step)
+            if to_step is not None:
+                conditions.append(log.c.step <= to_step)
+            if request_id is not None:
+                conditions.append(log.c.request_id == request_id)
+            position = run.log_position + 1
+            if prompts is None:
+                found = _mark_entries(connection, and_(*conditions), position)
+            else:
+                found = _mark_rows(connection, and_(*conditions), frozenset(prompts), position)
+            asked = {
+                "from_step": from_step,
+                "to_step": to_step,
+                "prompts": None if prompts is None else list(prompts),
+                "request_id": request_id,
+            }
+            return _record(connection, run, "retract", asked, found, now=now)
+
+
+def rewind_run(connection: Connection, run: Run, *, step: int, now: datetime) -> Voided:
+    """See `VoidMethods.rewind`. The caller holds the run's lock."""
+    position = run.log_position + 1
+    is_later = and_(log.c.run_id == run.id, log.c.voided_at.is_(None), log.c.step > step)
+    found = _mark_entries(connection, is_later, position)
+    chosen_later = and_(selections.c.run_id == run.id, selections.c.voided_at.is_(None), selections.c.step > step)
+    connection.execute(update(selections).where(chosen_later).values(voided_at=position))
+    return _record(connection, run, "rewind", {"step": step}, found, now=now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was marked as voided: how much, and from which log position on (None: nothing)."""
+
+    first: int | None
+    first_observed: int | None
+    n_observations: int
+    n_selections: int
+
+
+def _mark_entries(connection: Connection, condition: ColumnElement[bool], position: int) -> _Found:
+    """Void whole entries."""
+    is_observe = log.c.kind == "observe"
+    count = select(
+        func.min(log.c.position),
+        func.min(case((is_observe, log.c.position))),
+        func.coalesce(func.sum(log.c.n_observations), 0),
+        func.count(case((log.c.kind == "select", 1))),
+    ).where(condition)
+    first, first_observed, n_observations, n_selections = connection.execute(count).one()
+    if first is not None:
+        connection.execute(update(log).where(condition).values(voided_at=position))
+    return _Found(first, first_observed, int(n_observations), n_selections)
+
+
+def _mark_rows(
+    connection: Connection, condition: ColumnElement[bool], prompts: frozenset[int], position: int
+) -> _Found:
+    """Void the observations of these prompts, and an entry whole where no other is left in it."""
+    columns = (log.c.run_id, log.c.position, log.c.n_observations, log.c.voided_rows, log.c.body)
+    page = select(*columns).where(condition).order_by(log.c.position).limit(_PAGE)
+    marks: list[dict[str, object]] = []
+    total, after = 0, 0
+    while rows := connection.execute(page.where(log.c.position > after)).all():
+        for row in rows:
+            gone = set(voided_rows(row.voided_rows))
+            observed = json.loads(row.body)["prompts"]
+            hit = [i for i, prompt in enumerate(observed) if prompt in prompts and i not in gone]
+            if not hit:
+                continue
+            total += len(hit)
+            is_whole = len(hit) == row.n_observations
+            voids = [*json.loads(row.voided_rows or "[]"), [position, hit]]
+            marks.append(
+                {
+                    "of_run": row.run_id,
+                    "at": row.position,
+                    "whole": position if is_whole else None,
+                    "rows": row.voided_rows if is_whole else compact_json(voids),
+                    "left": row.n_observations if is_whole else row.n_observations - len(hit),
+                }
+            )
+        after = rows[-1].position
+    if not marks:
+        return _Found(None, None, 0, 0)
+    mark = (
+        update(log)
+        .where(log.c.run_id == bindparam("of_run"), log.c.position == bindparam("at"))
+        .values(voided_at=bindparam("whole"), voided_rows=bindparam("rows"), n_observations=bindparam("left"))
+    )
+    connection.execute(mark, marks)
+    first = marks[0]["at"]
+    assert isinstance(first, int)
+    return _Found(first, first, total, 0)
+
+
+def _record(
+    connection: Connection, run: Run, kind: str, asked: Mapping[str, object], found: _Found, *, now: datetime
+) -> Voided:
+    """Write the entry that voids, drop what was derived from what is voided, and move the run on."""
+    if found.first is None:
+        return Voided(run.log_position, run.head_step, 0, 0)
+    position = run.log_position + 1
+    body = {
+        **asked,
+        "first": found.first,
+        "observations": found.n_observations,
+        "selections": found.n_selections,
+    }
+    connection.execute(
+        insert(log).values(run_id=run.id, position=position, kind=kind, body=compact_json(body), created_at=now)
+    )
+    connection.execute(delete(checkpoints).where(checkpoints.c.run_id == run.id, checkpoints.c.position >= found.first))
+    n_observations = run.n_observations - found.n_observations
+    model_version = run.model_version
+    if found.first_observed is not None:
+        model_version = _void_snapshots(connection, run.id, found.first_observed, position)
+        _refit_again(connection, run.id, is_wanted=model_version < run.model_version and n_observations > 0, now=now)
+    head = select(func.max(log.c.step)).where(log.c.run_id == run.id, log.c.voided_at.is_(None))
+    head_step = connection.execute(head).scalar()
+    connection.execute(
+        update(runs)
+        .where(runs.c.id == run.id)
+        .values(
+            log_position=position,
+            void_position=position,
+            head_step=head_step,
+            n_observations=n_observations,
+            model_version=model_version,
+        )
+    )
+    return Voided(position, head_step, found.n_observations, found.n_selections)
+
+
+def _void_snapshots(connection: Connection, run_id: int, first_observed: int, position: int) -> int:
+    """Void the snapshots that were fitted on voided observations. Returns the newest version that is left."""
+    published = select(snapshots.c.log_position).where(
+        snapshots.c.run_id == run_id, snapshots.c.fitted_position >= first_observed
+    )
+    stale = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
+    connection.execute(update(log).where(*stale).values(voided_at=position))
+    left = (
+        select(func.max(snapshots.c.version))
+        .join(log, and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position))
+        .where(snapshots.c.run_id == run_id, log.c.voided_at.is_(None))
+    )
+    return int(connection.execute(left).scalar() or 0)
+
+
+def _refit_again(connection: Connection, run_id: int, *, is_wanted: bool, now: datetime) -> None:
+    """Put a refit that is being fitted back in the queue; ask for one if that `is_wanted` and none is open."""
+    of_run = refits.c.run_id == run_id
+    again = {"status": "pending", "worker": None, "lease_until": None}
+    connection.execute(update(refits).where(of_run, refits.c.status == "running").values(again))
+    is_open = select(refits.c.id).where(of_run, refits.c.status == "pending")
+    if is_wanted and connection.execute(is_open).first() is None:
+        connection.execute(insert(refits).values(run_id=run_id, status="pending", requested_at=now))
