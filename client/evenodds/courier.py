@@ -72,7 +72,7 @@ class Courier:
         self._error: str | None = None
         self._stopped = threading.Event()
         self._woken = threading.Event()
-        self._memory = Outbox(None, run)
+        self._memory: Outbox | None = None
         self._disk: Outbox | None = None
         self._hand = Hand("evenodds-outbox")
         self._opened = self._hand.submit(self._open)
@@ -157,6 +157,7 @@ class Courier:
     # The outbox. What the training loop calls goes through the hand, so that it may give up on a slow disk.
 
     def _open(self) -> None:
+        self._memory = Outbox(None, self._run)
         if self._folder is None:
             return
         try:
@@ -165,7 +166,7 @@ class Courier:
             self._disk_failed(error)
 
     def _outboxes(self) -> list[Outbox]:
-        return [self._memory] if self._disk is None else [self._disk, self._memory]
+        return [outbox for outbox in (self._disk, self._memory) if outbox is not None]
 
     def _put(self, deliveries: Sequence[Delivery]) -> None:
         for outbox in self._outboxes():

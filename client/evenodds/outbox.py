@@ -6,8 +6,10 @@ the sender, takes out of it, in order. Sending is somebody else's business: noth
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +77,7 @@ class Outbox:
     def __init__(self, folder: Path | None, run: str) -> None:
         self.path = None if folder is None else folder / f"{run}.outbox"
         self._lock = threading.RLock()
+        _OUTBOXES.add(self)
         self._leading: sqlite3.Connection | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +161,26 @@ class Outbox:
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
         with self._lock, _broken_files_named(self.path), self._database:  # commits, or rolls back
             return work(self._database)
+
+
+_OUTBOXES: weakref.WeakSet[Outbox] = weakref.WeakSet()
+_held_at_fork: list[Outbox] = []
+
+
+def _before_fork() -> None:
+    """Let no thread be inside SQLite: the child would inherit its locks, and nobody there to open them."""
+    _held_at_fork.extend(_OUTBOXES)
+    for outbox in _held_at_fork:
+        outbox._lock.acquire()
+
+
+def _after_fork() -> None:
+    while _held_at_fork:
+        _held_at_fork.pop()._lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def _connect(path: Path | None, *, timeout: float) -> sqlite3.Connection:

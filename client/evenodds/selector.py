@@ -203,7 +203,7 @@ class PromptSelector:
         """
         request = self._request("select", step, batch_size, candidates, exclude, groups)
         here = self._here()
-        if self._broadcast is None:
+        if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
             return self._choose(request, here)
         return self._broadcast(self._choose(request, here) if self._rank == 0 else None)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from benchmarks.latency import service as served
 from tests.client.proxy import proxy_before
 
 from evenodds import Batch, Client, ConfigurationError, InvalidRequest, PromptSelector
@@ -336,21 +337,26 @@ def _observe_in_child(selector: PromptSelector, step: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_may_use_it(service: Service, make: Make, method: str) -> None:
-    selector = make()
-    selector.wait_until_ready()
-    context: Any = multiprocessing.get_context(method)
+def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
+    """The service is a process of its own: a child would inherit the locks that its threads hold."""
+    with (
+        served(f"sqlite:///{tmp_path}/evenodds.db") as base_url,
+        Client(base_url) as client,
+        PromptSelector(base_url, "parent", PROMPTS, run_settings=SETTINGS, outbox=tmp_path) as selector,
+    ):
+        selector.wait_until_ready()
+        context: Any = multiprocessing.get_context(method)
 
-    children = [context.Process(target=_observe_in_child, args=(selector, step)) for step in (1, 2)]
-    for child in children:
-        child.start()
-    selector.observe(3, {"p0": [0]})
-    for child in children:
-        child.join()
+        children = [context.Process(target=_observe_in_child, args=(selector, step)) for step in (1, 2)]
+        for child in children:
+            child.start()
+        selector.observe(3, {"p0": [0]})
+        for child in children:
+            child.join(60)
 
-    assert [child.exitcode for child in children] == [0, 0]
-    assert selector.flush()
-    assert sorted(step for _, step, _, _ in history(service.client, selector)) == [1] * 4 + [2] * 4 + [3]
+        assert [child.exitcode for child in children] == [0, 0]
+        assert selector.flush()
+        assert sorted(step for _, step, _, _ in history(client, selector)) == [1] * 4 + [2] * 4 + [3]
 
 
 def test_a_closed_selector_says_so(make: Make) -> None:
