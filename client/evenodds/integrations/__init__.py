@@ -1,9 +1,10 @@
 """Where `PromptSelector` meets the frameworks: one module each, which alone imports its framework.
 
+    connection  what the others share
     torch       Sampler, IterableDataset, one choice for all ranks
     trl         GRPOTrainer: dataset, sampler, reward functions, checkpoints (Unsloth and ms-swift too)
     verl        the curriculum sampler of verl <= 0.7.1
-    verl_v1     the V1 trainer of verl >= 0.9
+    verl_v1     the V1 trainers of verl >= 0.9
     slime       data source (miles too)
     prime_rl    task sampler
     trinity     task selector of Trinity-RFT

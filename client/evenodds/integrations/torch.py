@@ -14,6 +14,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from evenodds.errors import ConfigurationError
+from evenodds.integrations.connection import checkpoint, go_back
 from evenodds.selector import Batch, PromptSelector
 
 
@@ -48,21 +49,40 @@ def ranks(group: torch.distributed.ProcessGroup | None = None) -> Ranks:
 class _Steps:
     """The steps still to come, and where they stand in a checkpoint."""
 
-    def __init__(self, selector: PromptSelector, batch_size: int, *, first_step: int, n_steps: int | None) -> None:
+    def __init__(
+        self,
+        selector: PromptSelector,
+        batch_size: int,
+        *,
+        first_step: int,
+        n_steps: int | None,
+        epoch_steps: int | None = None,
+    ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("first_step", first_step, 0)):
             if value < least:
                 raise ConfigurationError(f"{name} {value!r} must be at least {least}")
         self.selector = selector
         self.batch_size = batch_size
-        self._next_step = first_step
+        self._first_step = self._next_step = first_step
+        self._epoch_steps = epoch_steps
         self._end = None if n_steps is None else first_step + n_steps
 
     def __iter__(self) -> Iterator[int]:
-        while self._end is None or self._next_step < self._end:
+        end = self._end if self._epoch_steps is None else self._next_step + self._left_of_epoch(self._epoch_steps)
+        while end is None or self._next_step < end:
             self._next_step += 1
             yield self._next_step - 1
 
+    def _left_of_epoch(self, epoch_steps: int) -> int:
+        return epoch_steps - (self._next_step - self._first_step) % epoch_steps
+
+    @property
+    def newest(self) -> int:
+        return self._next_step - 1
+
     def remaining(self) -> int:
+        if self._epoch_steps is not None:
+            return self._epoch_steps
         if self._end is None:
             raise TypeError("it has no length without n_steps")
         return max(0, self._end - self._next_step)
@@ -79,18 +99,10 @@ class _Steps:
             yield step
 
     def state_dict(self) -> dict[str, Any]:
-        """The step after the newest observed one, or the next to draw where nothing was observed."""
-        state = self.selector.state_dict()
-        step = state["step"]
-        return {"selector": state, "next_step": self._next_step if step is None else step + 1}
+        return checkpoint(self.selector, self._next_step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        try:
-            next_step, selector_state = int(state["next_step"]), state["selector"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
-        self.selector.load_state_dict(selector_state)
-        self._next_step = next_step
+        self._next_step = go_back(self.selector, state)
 
 
 class PromptSampler(Sampler[int]):
@@ -103,6 +115,8 @@ class PromptSampler(Sampler[int]):
         selector: Of whose `prompt_ids` the dataset's rows stand in the same order, unless `positions` is given.
         first_step: The first step to choose for.
         n_steps: End after so many; endless by default.
+        epoch_steps: Iterating gives so many steps, and goes on with the next ones when it is iterated again; for
+            trainers that count epochs. In place of `n_steps`.
         positions: Where each prompt stands in the dataset.
         shard: (k, n): give out every n-th prompt of a batch from the k-th on, where each rank loads its own share.
             `batch_size` counts the prompts of all.
@@ -115,13 +129,14 @@ class PromptSampler(Sampler[int]):
         *,
         first_step: int = 0,
         n_steps: int | None = None,
+        epoch_steps: int | None = None,
         positions: Mapping[str, int] | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         k, n = shard
         if not 0 <= k < n or batch_size % n:
             raise ConfigurationError(f"shard {shard!r} must be (k, n) with 0 <= k < n, and n divide {batch_size}")
-        self._steps = _Steps(selector, batch_size, first_step=first_step, n_steps=n_steps)
+        self._steps = _Steps(selector, batch_size, first_step=first_step, n_steps=n_steps, epoch_steps=epoch_steps)
         self._positions = positions if positions is not None else _in_order(selector)
         self._shard = shard
 
@@ -130,6 +145,11 @@ class PromptSampler(Sampler[int]):
         for step in self._steps:
             for prompt_id in self._steps.selector.select(step, self._steps.batch_size).prompt_ids[k::n]:
                 yield self._positions[prompt_id]
+
+    @property
+    def newest_step(self) -> int:
+        """The last step whose batch was begun; the one before the first, if none was."""
+        return self._steps.newest
 
     def __len__(self) -> int:
         return self._steps.remaining() * self._steps.batch_size // self._shard[1]
