@@ -26,6 +26,7 @@ from evenodds.errors import (
     Unreachable,
 )
 from evenodds.gateway import GatewayBudget, GatewayCounts
+from evenodds.record import Counts
 from evenodds.schemas import (
     Alarm,
     AllocatePrompt,
@@ -72,6 +73,7 @@ from evenodds.schemas import (
     Voided,
     WindowReport,
 )
+from evenodds.selector import Batch, PromptSelector
 from evenodds.version import __version__
 
 __all__ = [
@@ -81,12 +83,14 @@ __all__ = [
     "Allocation",
     "ArmReport",
     "AsyncClient",
+    "Batch",
     "BeliefReport",
     "BelievedPrompt",
     "BudgetReply",
     "Client",
     "ConfigurationError",
     "Conflict",
+    "Counts",
     "Coverage",
     "EvenOddsError",
     "FallbackNotice",
@@ -113,6 +117,7 @@ __all__ = [
     "PromptInfo",
     "PromptPage",
     "PromptRef",
+    "PromptSelector",
     "PromptState",
     "PromptsAdded",
     "RefitList",

@@ -1,0 +1,157 @@
+"""TRL: prompts for an unmodified `GRPOTrainer`, and outcomes from its reward functions.
+
+Unsloth and ms-swift inherit both from TRL.
+`GRPOTrainer` and `accelerate` read one generation ahead: the batch of a generation is chosen before the outcomes of the
+one before it are known. With several processes, `accelerate` lets the main process read the dataset for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from evenodds.errors import ConfigurationError
+from evenodds.selector import PromptSelector
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "evenodds.json"
+RewardFunction = Callable[..., Any]
+
+
+class GRPOSelection:
+    """What one GRPO training needs: `dataset(rows)`, `observed(reward_function)` and `callback()`.
+
+    The step is the trainer's `global_step`, which is the policy version.
+
+    Args:
+        config: The trainer's `GRPOConfig`, with `max_steps` (the dataset never ends), `shuffle_dataset=False` (the
+            service orders it), `ignore_data_skip=True` (a resumed training goes on choosing, and does not draw what
+            it has had) and `dataloader_num_workers=0`.
+        id_column: Column of the rows that holds the prompt id.
+
+    Raises:
+        ConfigurationError: The config is not like that.
+    """
+
+    def __init__(self, selector: PromptSelector, config: Any, *, id_column: str = "prompt_id") -> None:
+        for name, wanted in (("shuffle_dataset", False), ("ignore_data_skip", True), ("dataloader_num_workers", 0)):
+            if getattr(config, name) != wanted:
+                raise ConfigurationError(f"GRPOConfig: {name} is {getattr(config, name)!r}, set it to {wanted!r}")
+        if config.max_steps <= 0:
+            raise ConfigurationError(f"GRPOConfig: max_steps is {config.max_steps}, say after how many steps to end")
+        self._selector = selector
+        self._id_column = id_column
+        self._n_prompts = config.generation_batch_size // config.num_generations
+        # Both count batches of the data loader: those that one generation serves, and those of one optimizer step.
+        self._per_generation = config.num_iterations * config.steps_per_generation
+        self._per_step = config.gradient_accumulation_steps
+        self._first_step = 0
+
+    def dataset(self, rows: Iterable[Mapping[str, Any]]) -> IterableDataset:
+        """The rows that the service chooses, for `train_dataset`.
+
+        Args:
+            rows: Mappings with `prompt`, the id column, and whatever the reward functions need.
+
+        Raises:
+            ConfigurationError: A prompt of the selector has no row.
+        """
+        by_id = {str(row[self._id_column]): dict(row) for row in rows}
+        missing = [prompt_id for prompt_id in self._selector.prompt_ids if prompt_id not in by_id]
+        if missing:
+            raise ConfigurationError(f"rows: {len(missing)} prompts of the selector have none: {missing[0]!r} ...")
+
+        def generate() -> Iterator[dict[str, Any]]:
+            for step, n_prompts in self.batches():
+                for prompt_id in self._selector.select(step, n_prompts):
+                    yield by_id[prompt_id]
+
+        dataset: IterableDataset = IterableDataset.from_generator(generate)
+        return dataset
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Each step at which there are generations, and how many prompts they take: one choice a step."""
+        generation = 0
+        while True:
+            step = generation * self._per_generation // self._per_step
+            n = 1
+            while (generation + n) * self._per_generation // self._per_step == step:
+                n += 1
+            yield self._first_step + step, n * self._n_prompts
+            generation += n
+
+    def observed(self, reward_function: RewardFunction, *, success: Callable[[float], float] = float) -> RewardFunction:
+        """The reward function, whose rewards are reported too.
+
+        Wrap the one that says whether an attempt succeeded. Rows without the id column, or of prompts outside the
+        pool, are not reported; leave the column out of an evaluation set.
+
+        Args:
+            reward_function: As `GRPOTrainer` calls it, asynchronous or not. A reward of None is no attempt.
+            success: Maps a reward to [0, 1].
+        """
+        known = frozenset(self._selector.prompt_ids)
+
+        def report(rewards: Iterable[float | None], columns: Mapping[str, Any]) -> None:
+            outcomes: dict[str, list[float]] = defaultdict(list)
+            for prompt_id, reward in zip(columns.get(self._id_column, ()), rewards, strict=False):
+                if reward is not None and str(prompt_id) in known:
+                    outcomes[str(prompt_id)].append(success(reward))
+            self._selector.observe(columns["trainer_state"].global_step, outcomes)
+
+        if inspect.iscoroutinefunction(reward_function):
+
+            @functools.wraps(reward_function)
+            async def reward_and_report_later(*args: Any, **columns: Any) -> Any:
+                rewards = await reward_function(*args, **columns)
+                report(rewards, columns)
+                return rewards
+
+            return reward_and_report_later
+
+        @functools.wraps(reward_function)
+        def reward_and_report(*args: Any, **columns: Any) -> Any:
+            rewards = reward_function(*args, **columns)
+            report(rewards, columns)
+            return rewards
+
+        return reward_and_report
+
+    def callback(self) -> TrainerCallback:
+        """Keeps the selector's state in the trainer's checkpoints, and goes back to it when training resumes."""
+        return _Checkpoints(self)
+
+
+class _Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    def __init__(self, selection: GRPOSelection) -> None:
+        self._selection = selection
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            path = _state_file(args, state)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._selection._selector.state_dict()))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._selection._first_step = state.global_step
+        if state.global_step == 0:
+            return
+        path = _state_file(args, state)
+        if path.is_file():
+            self._selection._selector.load_state_dict(json.loads(path.read_text()))
+        else:
+            logger.warning("%s is missing: the service keeps what was observed after the checkpoint", path)
+
+
+def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE

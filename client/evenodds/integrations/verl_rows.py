@@ -1,0 +1,44 @@
+"""How verl's data sets name and hold their prompts, in all its releases. Imports nothing of verl."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from evenodds.errors import ConfigurationError
+from evenodds.integrations.connection import text_of
+
+
+def prompt_id_of(data_source: object, extra_info: Mapping[str, Any]) -> str:
+    """The id of a prompt that stays the same in every epoch and after every restart."""
+    return f"{data_source}/{extra_info['index']}"
+
+
+def pool_of(dataset: Any, prompt_key: str) -> list[dict[str, object]]:
+    """All prompts of an `RLHFDataset`, in the order of its rows.
+
+    Raises:
+        ConfigurationError: A row has no `extra_info.index`.
+    """
+    pool: list[dict[str, object]] = []
+    for number, row in enumerate(dataset.dataframe):
+        extra_info = row.get("extra_info") or {}
+        if extra_info.get("index") is None:
+            raise ConfigurationError(
+                f"row {number} of the training files has no extra_info.index, which tells prompts apart: "
+                "add it where the files are made"
+            )
+        source = row.get("data_source")
+        prompt: dict[str, object] = {"prompt_id": prompt_id_of(source, extra_info)}
+        text = text_of(row.get(prompt_key))
+        pool.append(prompt | ({"text": text} if text else {}) | ({"group": str(source)} if source else {}))
+    return pool
+
+
+def rewards_by_prompt(prompt_ids: Iterable[str], rewards: Iterable[float]) -> dict[str, Sequence[float]]:
+    """The rewards of each prompt's group."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
+        groups[prompt_id].append(float(reward))
+    return dict(groups)

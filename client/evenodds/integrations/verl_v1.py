@@ -1,0 +1,104 @@
+"""verl >= 0.9: every V1 trainer follows the service once this module is loaded.
+
+    export VERL_USE_EXTERNAL_MODULES=evenodds.integrations.verl_v1
+    +data.evenodds.base_url=http://127.0.0.1:8000
+    +data.evenodds.run=math-7b
+
+`trainer.v1.trainer_mode` stays as it is (`sync`, `colocate_async`, `separate_async`): verl compares that name in many
+places, so the registered trainers are replaced by subclasses under their own names. Without `data.evenodds` they do
+what they always did.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import verl.trainer.ppo.v1  # noqa: F401  # registers the trainers
+from verl.trainer.ppo.v1 import trainer_base
+
+from evenodds.integrations.connection import Connection
+from evenodds.integrations.torch import PromptSampler
+from evenodds.integrations.verl_rows import pool_of, prompt_id_of, rewards_by_prompt
+
+WHERE = "data.evenodds"
+
+
+class SelectsPrompts:
+    """Mixed into a V1 trainer, it draws from the service and reports what is trained on.
+
+    A step is one choice of `data.train_batch_size` prompts, from 1 on: verl's global step, unless evicted groups are
+    refilled, which takes choices of their own.
+    """
+
+    def _init_dataloader(self: Any) -> None:
+        super()._init_dataloader()  # type: ignore[misc]  # of the trainer that this is mixed into
+        self._evenodds: Connection | None = None
+        data = self.config.data
+        if data.get("evenodds") is None:
+            return
+        pool = pool_of(self.train_dataset, data.get("prompt_key", "prompt"))
+        self._evenodds = Connection(data.evenodds, pool, where=WHERE)
+        self._evenodds_sampler = PromptSampler(
+            self._evenodds.selector,
+            data.train_batch_size,
+            first_step=1,
+            epoch_steps=len(self.train_dataset) // data.train_batch_size,
+        )
+        # uid of a prompt under way: its id, and the step at which it was chosen.
+        self._evenodds_chosen: dict[str, tuple[str, int]] = {}
+        self.train_dataloader = trainer_base.StatefulDataLoader(
+            dataset=self.train_dataset,
+            batch_size=data.get("gen_batch_size") or data.train_batch_size,
+            num_workers=0,  # workers would read ahead of the outcomes
+            drop_last=True,
+            collate_fn=trainer_base.collate_fn,
+            sampler=self._evenodds_sampler,
+        )
+
+    def _fetch_one_gen_batch(self: Any) -> Any:
+        batch = super()._fetch_one_gen_batch()  # type: ignore[misc]
+        if self._evenodds is not None:
+            step = self._evenodds_sampler.newest_step
+            rows = zip(_list(batch["uid"]), _list(batch["data_source"]), _list(batch["extra_info"]), strict=True)
+            for uid, source, extra_info in rows:
+                self._evenodds_chosen[uid] = (prompt_id_of(source, extra_info), step)
+        return batch
+
+    def _compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        computed = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        if self._evenodds is not None:
+            self._report(batch)
+        return computed
+
+    def _report(self: Any, batch: Any) -> None:
+        real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        data = trainer_base.tq.kv_batch_get(
+            keys=real, partition_id=batch.partition_id, select_fields=["uid", "rm_scores"]
+        )
+        trajectories: dict[int, tuple[list[str], list[float]]] = defaultdict(lambda: ([], []))
+        for uid, scores in zip(_list(data["uid"]), data["rm_scores"], strict=True):
+            if uid in self._evenodds_chosen:  # not what a checkpoint of the queue brought back
+                prompt_id, step = self._evenodds_chosen[uid]
+                ids, rewards = trajectories[step]
+                ids.append(prompt_id)
+                rewards.append(float(scores.sum()))
+        for uid in set(_list(data["uid"])):
+            self._evenodds_chosen.pop(uid, None)
+        for step, (ids, rewards) in trajectories.items():
+            self._evenodds.observe(step, rewards_by_prompt(ids, rewards))
+
+
+def _list(column: Any) -> list[Any]:
+    """The items of a column, whatever holds it: an array, or tensordict's stack of values that are no tensors."""
+    return list(column.tolist() if hasattr(column, "tolist") else column)
+
+
+def install() -> None:
+    """Replace every registered trainer by one that follows the service. Repeating it changes nothing."""
+    for name, trainer in list(trainer_base.TRAINER_REGISTRY.items()):
+        if not issubclass(trainer, SelectsPrompts):
+            trainer_base.TRAINER_REGISTRY[name] = type(trainer.__name__, (SelectsPrompts, trainer), {})
+
+
+install()

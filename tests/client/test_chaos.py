@@ -1,0 +1,150 @@
+"""A service that is slow, dead, wrong or restarted: the loop goes on in time, and every outcome counts once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.client.proxy import MODES, SLOW_SECONDS, Mode, proxy_before
+
+from evenodds import PromptSelector
+
+if TYPE_CHECKING:
+    from tests.conftest import Service
+
+N_PROMPTS = 60
+PROMPTS = [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(N_PROMPTS)]
+IDS = [prompt["prompt_id"] for prompt in PROMPTS]
+SETTINGS = {"embedder": "none", "group_size": 4}
+DEADLINE_SECONDS = 0.3
+Outcome = tuple[str, int, float, int]
+
+
+def observed_by(service: Service, run: str) -> Counter[Outcome]:
+    """All that the service's log holds: (prompt, step, successes, attempts), and how often."""
+    return Counter(
+        (prompt_id, visit.step, visit.successes, visit.attempts)
+        for prompt_id in IDS
+        for visit in service.client.prompt(run, prompt_id).history
+    )
+
+
+@pytest.mark.parametrize(("seed", "rounds"), [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_no_fault_of_the_service_stops_the_loop_or_costs_an_outcome(
+    start_service: Callable[[str], Service], tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int, rounds: int
+) -> None:
+    database_url = f"sqlite:///{tmp_path}/evenodds.db"
+    service = start_service(database_url)
+    chance = Random(seed)
+    told: list[Outcome] = []
+    longest = 0.0
+    with proxy_before(service.base_url) as proxy:
+        selector = PromptSelector(
+            proxy.base_url,
+            "chaos",
+            PROMPTS,
+            run_settings=SETTINGS,
+            deadline_seconds=DEADLINE_SECONDS,
+            outbox=tmp_path / "outbox",
+            prefetch=seed == 1,
+        )
+        assert selector.wait_until_ready()
+        modes = [*MODES, "restarted"] * rounds
+        chance.shuffle(modes)
+        step = 0
+        for mode in modes:
+            if mode == "restarted":
+                service.stop()
+                proxy.mode = "fine"
+            else:
+                proxy.mode = mode  # type: ignore[assignment]  # one of MODES
+            for _ in range(3):
+                started = time.monotonic()
+                batch = selector.select(step, 6)
+                seconds = [time.monotonic() - started]
+                outcomes = {prompt_id: [float(chance.random() < 0.5) for _ in range(4)] for prompt_id in batch}
+                started = time.monotonic()
+                selector.observe(step, outcomes)
+                seconds.append(time.monotonic() - started)
+                longest = max(longest, *seconds)
+                told += [(prompt_id, step, sum(rewards), 4) for prompt_id, rewards in outcomes.items()]
+                step += 1
+                time.sleep(0.05)  # the training itself
+            if mode == "restarted":
+                service = start_service(database_url)
+                proxy.target = service.base_url
+        proxy.mode = "fine"
+        proxy.release()
+
+        assert selector.flush(60)
+
+        recovered = selector.select(step, 6)
+        counts = selector.counts()
+        selector.close()
+    assert longest < DEADLINE_SECONDS + 3  # on a busy machine; a slow reply takes far longer
+    assert SLOW_SECONDS > 2 * (DEADLINE_SECONDS + 3)
+    assert observed_by(service, "chaos") == Counter(told)
+    assert service.client.run("chaos").observations == len(told)
+    assert counts.uniform_batches > 0
+    assert recovered.source == "service"
+    assert counts.service_batches > 1
+    assert {mode for mode, path in proxy.met if path in ("observe", "select_batch", "prompts")} >= set(MODES) - {"fine"}
+    lines = [record.getMessage() for record in caplog.records]
+    kinds = ["answers again for run" in line for line in lines]
+    assert kinds == [i % 2 == 1 for i in range(len(kinds))]  # a warning, a note, a warning, a note
+
+
+CRASH = """
+import sys
+from evenodds import PromptSelector
+
+base_url, outbox, stop = sys.argv[1:]
+selector = PromptSelector(base_url, "chaos", [f"p{i}" for i in range(60)], outbox=outbox, deadline_seconds=0.5)
+for step in range(10_000):
+    batch = selector.select(step, 4)
+    selector.observe(step, {prompt_id: [1, 0] for prompt_id in batch})
+    for prompt_id in batch:
+        print(prompt_id, step, flush=True)
+"""
+
+
+def test_a_trainer_that_is_killed_has_lost_nothing_that_it_observed(
+    start_service: Callable[[str], Service], tmp_path: Path
+) -> None:
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+    service.client.put_run("chaos", embedder="none")
+    service.client.add_prompts("chaos", PROMPTS)
+    told: Counter[Outcome] = Counter()
+    with proxy_before(service.base_url) as proxy:
+        modes: tuple[Mode, ...] = ("lost reply", "dead", "fine")
+        for mode in modes:
+            proxy.mode = mode
+            trainer = subprocess.Popen(
+                [sys.executable, "-c", CRASH, proxy.base_url, str(tmp_path / "outbox"), mode],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert trainer.stdout is not None
+            lines = [trainer.stdout.readline() for _ in range(24)]
+            trainer.send_signal(signal.SIGKILL)
+            lines += trainer.stdout.read().splitlines(keepends=True)
+            trainer.stdout.close()
+            trainer.wait()
+            said = [line.split() for line in lines if line.endswith("\n")]
+            told.update((prompt_id, int(step), 1.0, 2) for prompt_id, step in said)
+        service.client.run("chaos")
+
+        with PromptSelector(proxy.base_url, "chaos", IDS, outbox=tmp_path / "outbox") as next_trainer:
+            assert next_trainer.flush()
+
+    kept = observed_by(service, "chaos")
+    assert told - kept == Counter()
+    assert sum((kept - told).values()) <= 3 * 4  # observed, but killed before it could say so

@@ -1,0 +1,183 @@
+"""GRPOTrainer as installed: what it gives to reward functions, and a real training over a live service."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integrations.conftest import TrainersService, observed
+
+from evenodds import ConfigurationError, PromptSelector
+from evenodds.integrations.trl import GRPOSelection
+
+pytestmark = pytest.mark.filterwarnings("default")  # what TRL and transformers say of one another
+
+Make = Callable[..., PromptSelector]
+ROWS = [
+    {"prompt_id": f"digit-{i}-{n}", "prompt": f"{i}" * n + "=", "digit": str(i)} for i in range(8) for n in (1, 2, 3)
+]
+PROMPTS = [{"prompt_id": row["prompt_id"], "text": row["prompt"]} for row in ROWS]
+
+
+def config(folder: Path, **options: Any) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        **{
+            "output_dir": str(folder / "trained"),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "shuffle_dataset": False,
+            "ignore_data_skip": True,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            **options,
+        }
+    )
+
+
+def tiny_model() -> tuple[Any, Any]:
+    """A causal transformer of some thousand weights, and a tokenizer of single characters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", "=", *string.digits])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+    return model, PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def says_the_digit(prompts: list[str], completions: list[str], digit: list[str], **_: Any) -> list[float]:
+    """1 for a completion that says the prompt's digit."""
+    return [float(wanted in completion) for wanted, completion in zip(digit, completions, strict=True)]
+
+
+def test_the_trainer_still_calls_what_the_adapter_relies_on(tmp_path: Path) -> None:
+    import trl
+    from trl import GRPOTrainer
+
+    source = inspect.getsource(GRPOTrainer)
+
+    assert trl.__version__.split(".")[0] == "1"
+    assert {"train_dataset", "reward_funcs", "args", "callbacks"} <= set(inspect.signature(GRPOTrainer).parameters)
+    assert 'reward_kwargs["trainer_state"] = self.state' in source
+    fields = vars(config(tmp_path))
+    assert (fields["generation_batch_size"], fields["steps_per_generation"], fields["num_iterations"]) == (16, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [(0, 4), (1, 4), (2, 4)]),
+        ({"num_iterations": 2}, [(0, 4), (2, 4), (4, 4)]),
+        ({"steps_per_generation": 1}, [(0, 4), (1, 4), (2, 4)]),
+        ({"steps_per_generation": 4}, [(0, 8), (2, 8), (4, 8)]),
+    ],
+)
+def test_there_is_one_choice_for_each_policy_version_that_generates(
+    tmp_path: Path, options: dict[str, Any], expected: list[tuple[int, int]]
+) -> None:
+    with PromptSelector(None, "r", ["a"]) as selector:
+        selection = GRPOSelection(selector, config(tmp_path, **options))
+
+        assert list(itertools.islice(selection.batches(), 3)) == expected
+
+
+@pytest.mark.parametrize("change", [{"shuffle_dataset": True}, {"ignore_data_skip": False}, {"max_steps": -1}])
+def test_a_config_that_would_undo_the_choice_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    (name,) = change
+    with (
+        PromptSelector(None, "r", ["a"]) as selector,
+        pytest.raises(ConfigurationError, match=f"GRPOConfig: {name} is"),
+    ):
+        GRPOSelection(selector, config(tmp_path, **change))
+
+
+def test_rows_are_needed_for_all_prompts(tmp_path: Path) -> None:
+    with PromptSelector(None, "r", ["a", "b"]) as selector, pytest.raises(ConfigurationError, match="have none: 'b'"):
+        GRPOSelection(selector, config(tmp_path)).dataset([{"prompt_id": "a", "prompt": "A"}])
+
+
+@pytest.mark.slow
+def test_a_real_training_draws_from_the_service_reports_to_it_and_resumes(
+    trainers_service: TrainersService, make_selector: Make, tmp_path: Path
+) -> None:
+    from trl import GRPOTrainer
+
+    generated: list[tuple[int, tuple[str, ...], float]] = []
+
+    def reward(prompts: list[str], completions: list[str], prompt_id: list[str], **columns: Any) -> list[float]:
+        rewards = says_the_digit(prompts, completions, **columns)
+        generated.append((columns["trainer_state"].global_step, tuple(prompt_id), sum(rewards)))
+        return rewards
+
+    def trainer(selector: PromptSelector, **options: Any) -> Any:
+        model, tokenizer = tiny_model()
+        arguments = config(tmp_path, save_strategy="steps", save_steps=2, **options)
+        selection = GRPOSelection(selector, arguments)
+        return GRPOTrainer(
+            model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=selection.dataset(ROWS),
+            reward_funcs=[selection.observed(reward)],
+            callbacks=[selection.callback()],
+        )
+
+    first = make_selector(prompts=PROMPTS)
+    before = [p.clone() for p in tiny_model()[0].parameters()]
+    training = trainer(first)
+    training.train()
+    assert first.flush()
+    first.close()
+
+    reports = observed(trainers_service, first.run)
+    assert [step for step, _, _ in generated] == [0, 1, 2, 3]
+    for step, prompt_ids, successes in generated:
+        batch = trainers_service.client.select_batch(first.run, step, 4)
+        assert sorted(set(prompt_ids)) == sorted(prompt.prompt_id for prompt in batch.prompts)
+        assert [attempts for _, s, _, attempts in reports if s == step] == [4] * 4
+        assert sum(won for _, s, won, _ in reports if s == step) == successes
+    assert sum(successes for _, _, successes in generated) > 0
+    assert any((p != q).any() for p, q in zip(before, training.model.parameters(), strict=True))
+
+    second = make_selector(prompts=PROMPTS)
+    resumed = trainer(second, max_steps=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trained" / "checkpoint-2"))
+    assert second.flush()
+
+    assert [step for step, _, _ in generated[4:]] == [2, 3, 4]
+    steps = [step for _, step, _, _ in observed(trainers_service, second.run)]
+    assert sorted(steps) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
