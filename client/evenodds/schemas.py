@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonValue
@@ -73,6 +73,22 @@ class Request(BaseModel):
     """What a caller sends."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, sent: object) -> object:
+        """Refuse true and false where a number is meant: they would count as 1 and 0. (A reward may be one.)"""
+        if isinstance(sent, dict):
+            for name, value in sent.items():
+                field = cls.model_fields.get(name)
+                if isinstance(value, bool) and field is not None and bool not in _kinds(field.annotation):
+                    raise ValueError(f"{name}: {str(value).lower()} is no value for it")
+        return sent
+
+
+def _kinds(annotation: object) -> tuple[object, ...]:
+    """A type, or the types of a union."""
+    return get_args(annotation) or (annotation,)
 
 
 def _example(**fields: JsonValue) -> ConfigDict:

@@ -90,6 +90,7 @@ def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) ->
         "GET /runs/{run}/prompts",
         "GET /runs/{run}/prompts/{prompt_id}",
         "GET /runs/{run}/refits",
+        "GET /runs/{run}/beliefs",
         "GET /runs/{run}/report",
         "GET /runs/{run}/budget_policies",
         "GET /healthz",

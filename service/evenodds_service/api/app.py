@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -127,7 +127,26 @@ def create_app(
     if asks_for_keys:
         app.add_middleware(Access, ring=KeyRing(store, clock), refused=errors.refused)
     app.add_middleware(_Observed, registry=registry)
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Let the description say what FastAPI cannot: errors are problem+json, and a key is asked for only where it is."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = FastAPI.openapi(app)
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    operation["security"] = [{}, *operation.get("security", [])]
+                    for response in operation["responses"].values():
+                        schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+                        if schema.get("$ref") == "#/components/schemas/Problem":
+                            response["content"] = {errors.MEDIA_TYPE: response["content"]["application/json"]}
+        return cast("dict[str, Any]", app.openapi_schema)
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the description
 
 
 def _is_quiet(scope: MutableMapping[str, Any]) -> bool:

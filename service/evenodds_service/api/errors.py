@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
@@ -143,7 +144,19 @@ async def _http(request: Request, error: Exception) -> Response:
         detail or details.get(error.status_code, HTTPStatus(error.status_code).phrase),
     )
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["Allow"] = ", ".join(_allowed(request))
     return response
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of every route at this path: the router names those of the first only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        matched, _ = route.matches({**request.scope, "type": "http"})
+        if matched is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
 
 
 async def _coded(request: Request, error: Exception) -> Response:
