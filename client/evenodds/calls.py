@@ -75,6 +75,8 @@ class Calls(Protocol):
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
         refit: RefitPolicy | Mapping[str, object] | None = None,
+        fork_of: str | None = None,
+        at_step: int | None = None,
     ) -> Exchange[RunState]:
         """Create a run, or change settings of an existing one. What is left out keeps its value.
 
@@ -91,11 +93,15 @@ class Calls(Protocol):
             cooldown_steps: Steps that a chosen prompt rests.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
+            fork_of: Of a new run: the run whose pool, settings and memory it starts with.
+            at_step: With `fork_of`: what came after this step is left out; nothing by default.
 
         Returns:
             The run as it stands afterwards.
 
         Raises:
+            NotFound: There is no run `fork_of`.
+            Conflict: There is a run of this name that is not that fork.
             Conflict: The run holds prompts already, and the change would not fit them.
         """
         with _contract("put_run"):
@@ -111,6 +117,8 @@ class Calls(Protocol):
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
                     "refit": refit,
+                    "fork_of": fork_of,
+                    "at_step": at_step,
                 }
             )
         path = _run_path("put_run", run)

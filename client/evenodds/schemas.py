@@ -117,6 +117,18 @@ class RunUpdate(Request):
         default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
     )
     refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
+    fork_of: RunName | None = Field(
+        default=None, description="of a new run: start with the pool, settings and memory of this one"
+    )
+    at_step: Step | None = Field(
+        default=None, description="with fork_of: what came after this step is left out; nothing by default"
+    )
+
+    @model_validator(mode="after")
+    def _forks_from_a_run(self) -> RunUpdate:
+        if self.at_step is not None and self.fork_of is None:
+            raise ValueError("at_step needs fork_of, the run to start from")
+        return self
 
 
 class RefitState(Reply):
@@ -164,7 +176,9 @@ class RunState(Reply):
     log_position: int = Field(description="entries in the run's log")
     head_step: int | None = Field(description="the highest step seen")
     model_version: int = Field(description="the snapshot in use; 0 while only streaming beliefs exist")
-    observations: int = Field(description="observations accepted")
+    observations: int = Field(description="observations that count: accepted, and not dropped since")
+    fork_of: RunName | None = Field(default=None, description="the run that it started from")
+    at_step: int | None = Field(default=None, description="the step of that run at which it started")
     created_at: datetime
 
 

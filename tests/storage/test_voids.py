@@ -187,7 +187,7 @@ def test_retract_voids_what_fulfils_every_condition(
 def test_observations_are_retracted_one_after_the_other_until_none_is_left(trainer: Trainer) -> None:
     trainer.observe(0, 0, 1, 0, 2)
 
-    first, second = trainer.retract(prompts=[0]), trainer.retract(prompts=[2])
+    first, second = trainer.retract(prompts=[0]), trainer.retract(prompts=[2, 0])
     third = trainer.retract(from_step=0)
 
     assert [voided.n_observations for voided in (first, second, third)] == [2, 1, 1]

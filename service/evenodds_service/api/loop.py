@@ -62,7 +62,7 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
         )
         for item, prompt, index in zip(items, prompts, known, strict=True)
     ]
-    content = body.model_dump_json(exclude={"request_id"}, exclude_none=True)
+    content = body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True)
     appended = hands.store.append_observations(
         run.id,
         step=body.step,
@@ -129,7 +129,7 @@ def predict(body: PredictRequest, hands: Hands) -> PredictReply:
 def select_batch(body: SelectRequest, hands: Hands) -> Response:
     """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409."""
     run = hands.store.run(body.run)
-    arguments_hash = content_hash(body.model_dump_json())
+    arguments_hash = content_hash(body.model_dump_json(exclude={"run"}))  # as a fork's: it has another name
     recorded = hands.store.selection(run.id, body.step, arguments_hash=arguments_hash)
     replayed = recorded is not None
     while recorded is None:

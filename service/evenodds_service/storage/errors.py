@@ -6,6 +6,7 @@
     ├── SchemaMismatch           schema_mismatch      the database has another schema than this release
     ├── NaiveDatetime            naive_datetime       a datetime without a time zone
     ├── RunUnknown               run_unknown
+    ├── RunExists                run_exists           a fork must be a new run
     ├── PromptUnknown            prompt_unknown
     ├── PromptConflict           prompt_conflict      a prompt id is taken by another prompt
     ├── EmbedderFixed            embedder_fixed       the pool's vectors come from another embedder
@@ -58,6 +59,10 @@ class NaiveDatetime(StoreError, DontWrapMixin):
 
 class RunUnknown(StoreError):
     code = "run_unknown"
+
+
+class RunExists(StoreError):
+    code = "run_exists"
 
 
 class PromptUnknown(StoreError):

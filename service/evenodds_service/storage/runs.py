@@ -31,7 +31,7 @@ class RunMethods(Transactions):
             run = lock_run(connection, runs.c.name == name, described=repr(name))
             if is_new:
                 return run, True
-            kept = _settings_that_stand(run, settings)
+            kept = settings_that_stand(run, settings)
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
             return find_run(connection, name), False
 
@@ -109,7 +109,8 @@ def settings_to_json(settings: RunSettings) -> str:
     return json.dumps(asdict(settings), allow_nan=False)
 
 
-def _settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
+def settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
+    """What is asked for, with the embedder that the run's prompts have. Raises EmbedderFixed."""
     embedder, prompt = run.settings.embedder, run.settings.embedder_prompt
     if run.n_prompts == 0 or embedder is None:
         return asked
