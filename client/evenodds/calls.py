@@ -73,6 +73,7 @@ class Calls(Protocol):
         acquisition: Acquisition | None = None,
         optimism: float | None = None,
         cooldown_steps: int | None = None,
+        lease_steps: int | None = None,
         max_visits: int | None = None,
         refit: RefitPolicy | Mapping[str, object] | None = None,
         fork_of: str | None = None,
@@ -91,6 +92,8 @@ class Calls(Protocol):
             acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
             cooldown_steps: Steps that a chosen prompt rests.
+            lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
+                comes; 8 by default, 0 waits for none.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
             fork_of: Of a new run: the run whose pool, settings and memory it starts with.
@@ -115,6 +118,7 @@ class Calls(Protocol):
                     "acquisition": acquisition,
                     "optimism": optimism,
                     "cooldown_steps": cooldown_steps,
+                    "lease_steps": lease_steps,
                     "max_visits": max_visits,
                     "refit": refit,
                     "fork_of": fork_of,
@@ -284,11 +288,12 @@ class Calls(Protocol):
             observations: 1 to 10,000: `Observation`, or mappings with its fields.
             request_id: Names this report: the same id again returns the first answer and writes nothing. A
                 fresh one by default, which makes the retries of this call safe, but not a second call.
-            selection_id: The selection whose outcomes these are.
+            selection_id: The selection whose outcomes these are. They may come late, out of order, in several
+                calls, and with outcomes of other prompts.
 
         Raises:
             NotFound: There is no such run, or no such prompt and no text to add it.
-            Conflict: `request_id` was used with another report.
+            Conflict: `request_id` was used with another report, or a rewind has voided the selection.
         """
         with _contract("observe"):
             request = ObserveRequest.model_validate(
@@ -343,8 +348,9 @@ class Calls(Protocol):
         optimism: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
+        allow_outstanding: bool = False,
     ) -> Exchange[SelectReply]:
-        """Choose the prompts of a step. The same arguments again return the same batch.
+        """Choose the prompts of a step. The same arguments again return the same batch. Steps may come in any order.
 
         Args:
             step: The policy version that will attempt the batch.
@@ -353,7 +359,9 @@ class Calls(Protocol):
             candidates: Prompt ids to choose among; the whole pool by default.
             exclude: Prompt ids to leave out.
             groups: Least share of the batch for each group; the shares sum to at most 1.
-            target_rate: Instead of the run's, for this batch; so are the arguments after it.
+            target_rate: Instead of the run's, for this batch; so are the arguments up to `max_visits`.
+            allow_outstanding: Choose prompts again whose outcomes from earlier selections have not come yet. They
+                are left out otherwise, for the run's `lease_steps`, while enough others remain.
 
         Raises:
             NotFound: There is no such run, candidate or group.
@@ -375,6 +383,7 @@ class Calls(Protocol):
                     "optimism": optimism,
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
+                    **({"allow_outstanding": True} if allow_outstanding else {}),
                 }
             )
         return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))

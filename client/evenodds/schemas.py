@@ -113,6 +113,11 @@ class RunUpdate(Request):
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt rests for this many steps after it was chosen; 0 by default"
     )
+    lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="for so many steps a chosen prompt is waited for and not chosen again before its outcome comes; "
+        "8 by default, 0 waits for none",
+    )
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
     )
@@ -169,6 +174,7 @@ class RunState(Reply):
     acquisition: Acquisition
     optimism: float
     cooldown_steps: int
+    lease_steps: int = 8
     max_visits: int
     refit: RefitPolicy
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
@@ -320,7 +326,9 @@ class ObserveRequest(Request):
     run: RunName
     step: Step
     request_id: Key | None = Field(default=None, description="makes the call repeatable: send the same id again")
-    selection_id: Key | None = Field(default=None, description="the selection whose outcomes these are")
+    selection_id: Key | None = Field(
+        default=None, description="the selection whose outcomes these are; other prompts may come along"
+    )
     observations: Annotated[tuple[Observation, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
@@ -394,6 +402,9 @@ class SelectRequest(Request):
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    allow_outstanding: bool = Field(
+        default=False, description="choose prompts again whose outcomes from earlier selections have not come yet"
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SelectRequest:
@@ -427,6 +438,9 @@ class SelectReply(Reply):
     model_version: int
     log_position: int = Field(description="the state that the choice was made in")
     replayed: bool = Field(description="this (run, step) was chosen before; the same batch is returned")
+    outstanding: int = Field(
+        default=0, description="how many of the prompts are still waited for from earlier selections"
+    )
     forecast: Forecast
     prompts: tuple[SelectedPrompt, ...]
 

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,6 +74,8 @@ class SelectArguments:
     optimism: float
     cooldown_steps: int
     max_visits: int
+    lease_steps: int
+    allow_outstanding: bool
     candidates: Sequence[str] | None
     exclude: Sequence[str]
     groups: Mapping[str, float]
@@ -82,12 +84,14 @@ class SelectArguments:
 class LiveRun:
     """State, pool and shared model of one run, and the lock that serialises access to them.
 
-    `void_position` is that of the newest rewind or retract that the state knows of.
+    `void_position` is that of the newest rewind or retract that the state knows of. Whoever chooses a batch and
+    records it holds `selecting` meanwhile, so that the next one knows what is outstanding.
     """
 
     def __init__(self, run_id: int) -> None:
         self.run_id = run_id
         self.lock = threading.RLock()
+        self.selecting = threading.Lock()
         self.state = State()
         self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
         self.model: SharedModel | None = None
@@ -193,9 +197,16 @@ class LiveRun:
             NotEnoughPrompts: fewer may be selected than were asked for.
         """
         state = self.state
+        newest = max(arguments.step, state.head_step)
+        waited_for, lost = acquisition.outstanding(
+            state.outstanding_step_N, step=newest, lease_steps=arguments.lease_steps
+        )
+        selected, last_selected = state.selected_N, state.last_selected_N
+        if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
+            selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
         eligible = acquisition.eligible(
-            state.selected_N,
-            state.last_selected_N,
+            selected,
+            last_selected,
             state.visits_N,
             state.last_step_N,
             step=arguments.step,
@@ -222,17 +233,22 @@ class LiveRun:
             optimism=arguments.optimism,
             generator=generator,
         )
+        groups = {group: (share, self._members(group)) for group, share in arguments.groups.items()}
+        if not arguments.allow_outstanding:
+            eligible = acquisition.without_outstanding(
+                eligible, waited_for, state.outstanding_step_N, scores, batch_size=arguments.batch_size, groups=groups
+            )
         try:
             choice = acquisition.choose(
                 scores,
                 informative,
                 eligible,
                 batch_size=arguments.batch_size,
-                last_seen_N=np.maximum(state.last_selected_N, state.last_step_N),
+                last_seen_N=np.maximum(last_selected, state.last_step_N),
                 generator=generator,
                 directions_of=self._directions if arguments.acquisition in ("yield", "paper") else None,
                 recent_batches=state.recent_batches,
-                groups={group: (share, self._members(group)) for group, share in arguments.groups.items()},
+                groups=groups,
             )
         except NotEnoughPrompts as error:
             raise NotEnoughPrompts(
@@ -242,6 +258,7 @@ class LiveRun:
                 advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
                 f"{arguments.max_visits or 'none'}): ask for fewer, load more prompts, or loosen what rules them out",
             ) from None
+        choice = replace(choice, n_outstanding=int(waited_for[choice.prompts].sum()))
         return choice, a[choice.prompts], b[choice.prompts]
 
     def _directions(self, prompts: IntArray) -> FloatArray:
@@ -271,12 +288,17 @@ class LiveRuns:
 
     def at_head(self, run: Run) -> LiveRun:
         """The live view of the run with everything folded in that `run` shows. Take its lock before reading."""
+        live = self.view(run)
+        live.catch_up(self._store, run)
+        return live
+
+    def view(self, run: Run) -> LiveRun:
+        """The live view of the run as it is."""
         with self._lock:
             live = self._runs.setdefault(run.id, LiveRun(run.id))
             self._runs.move_to_end(run.id)
             while len(self._runs) > self._capacity:
                 self._runs.popitem(last=False)
-        live.catch_up(self._store, run)
         return live
 
     def drop(self, run_id: int) -> None:

@@ -26,6 +26,7 @@ DEFAULTS = {
     "acquisition": "yield",
     "optimism": 0.5,
     "cooldown_steps": 0,
+    "lease_steps": 8,
     "max_visits": 0,
     "refit": {"every_observations": 2_048, "every_seconds": 600},
     "last_refit": None,
@@ -46,6 +47,7 @@ CHANGED = {
     "acquisition": "uniform",
     "optimism": 0.0,
     "cooldown_steps": 3,
+    "lease_steps": 5,
     "max_visits": 2,
 }
 

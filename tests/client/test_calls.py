@@ -372,7 +372,8 @@ def test_predict_takes_ids_references_and_mappings(talk: Conversation) -> None:
 def test_select_batch_sends_its_options(talk: Conversation) -> None:
     talk.replies_with(SELECTED)
 
-    result = talk.call("select_batch", "r", 3, 1, seed=5, candidates=["a", "b"], groups={"easy": 0.5})
+    options = {"seed": 5, "candidates": ["a", "b"], "groups": {"easy": 0.5}, "allow_outstanding": True}
+    result = talk.call("select_batch", "r", 3, 1, **options)
 
     assert talk.requests[0].url.path == "/select_batch"
     assert talk.body() == {
@@ -382,6 +383,7 @@ def test_select_batch_sends_its_options(talk: Conversation) -> None:
         "seed": 5,
         "candidates": ["a", "b"],
         "groups": {"easy": 0.5},
+        "allow_outstanding": True,
     }
     assert result.prompts[0].arm == "policy"
     assert result.forecast.pad_to is None

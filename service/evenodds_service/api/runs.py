@@ -273,6 +273,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         acquisition=settings.effective_acquisition,
         optimism=settings.optimism,
         cooldown_steps=settings.cooldown_steps,
+        lease_steps=settings.lease_steps,
         max_visits=settings.max_visits,
         refit=RefitPolicy(
             every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds

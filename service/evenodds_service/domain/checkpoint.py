@@ -18,7 +18,7 @@ from evenodds_service.domain.fold import State
 from evenodds_service.domain.pool import Basis
 from evenodds_service.domain.regression import OnlineLogistic
 
-FORMAT = 1
+FORMAT = 2
 _SCALARS = (
     "position",
     "n_prompts",
@@ -40,6 +40,7 @@ _ARRAYS = (
     "last_step_N",
     "selected_N",
     "last_selected_N",
+    "outstanding_step_N",
 )
 _BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding")

@@ -16,7 +16,7 @@
     ├── SelectionUnknown         selection_unknown
     ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
     ├── SelectionVoided          selection_voided     a rewind has voided the selection
-    ├── ChoiceOutdated           choice_outdated      voided meanwhile: what a batch was chosen on
+    ├── ChoiceOutdated           choice_outdated      what a batch was chosen on has changed
     ├── SnapshotUnknown          snapshot_unknown
     └── RefitLost                refit_lost           another worker has taken the refit over
 
@@ -121,7 +121,7 @@ class SelectionVoided(StoreError):
 
 
 class ChoiceOutdated(StoreError):
-    """Observations or selections were voided after the batch was chosen: choose again."""
+    """Something was voided, or another batch recorded, after the batch was chosen: choose again."""
 
     code = "choice_outdated"
 
