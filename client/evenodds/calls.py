@@ -91,6 +91,7 @@ class Calls(Protocol):
         acquisition: Acquisition | None = None,
         optimism: float | None = None,
         cooldown_steps: int | None = None,
+        lease_steps: int | None = None,
         max_visits: int | None = None,
         keep_text: bool | None = None,
         model_size: str | None = None,
@@ -100,6 +101,8 @@ class Calls(Protocol):
         groups: Mapping[str, float] | None = None,
         groups_at_most: Mapping[str, float] | None = None,
         fallback: bool | None = None,
+        fork_of: str | None = None,
+        at_step: int | None = None,
     ) -> Exchange[RunState]:
         """Create a run, or change settings of an existing one. What is left out keeps its value.
 
@@ -114,6 +117,8 @@ class Calls(Protocol):
             acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
             cooldown_steps: Steps that a chosen prompt rests.
+            lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
+                comes; 8 by default, 0 waits for none.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.
             keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
             model_size: Of the networks of `gps-paper`: `small` or `published`.
@@ -123,11 +128,15 @@ class Calls(Protocol):
             groups: Least share of each batch by group; the shares sum to at most 1.
             groups_at_most: Largest share of each batch by group.
             fallback: Choose uniformly while the model's skill against flat MoPPS stays negative.
+            fork_of: Of a new run: the run whose pool, settings and memory it starts with.
+            at_step: With `fork_of`: what came after this step is left out; nothing by default.
 
         Returns:
             The run as it stands afterwards.
 
         Raises:
+            NotFound: There is no run `fork_of`.
+            Conflict: There is a run of this name that is not that fork.
             Conflict: The run holds prompts already, and the change would not fit them; or a group's least share is
                 above its largest.
         """
@@ -142,6 +151,7 @@ class Calls(Protocol):
                     "acquisition": acquisition,
                     "optimism": optimism,
                     "cooldown_steps": cooldown_steps,
+                    "lease_steps": lease_steps,
                     "max_visits": max_visits,
                     "keep_text": keep_text,
                     "model_size": model_size,
@@ -151,6 +161,8 @@ class Calls(Protocol):
                     "groups": groups,
                     "groups_at_most": groups_at_most,
                     "fallback": fallback,
+                    "fork_of": fork_of,
+                    "at_step": at_step,
                 }
             )
         path = _run_path("put_run", run)
@@ -343,11 +355,12 @@ class Calls(Protocol):
             observations: 1 to 10,000: `Observation`, or mappings with its fields.
             request_id: Names this report: the same id again returns the first answer and writes nothing. A
                 fresh one by default, which makes the retries of this call safe, but not a second call.
-            selection_id: The selection whose outcomes these are.
+            selection_id: The selection whose outcomes these are. They may come late, out of order, in several
+                calls, and with outcomes of other prompts.
 
         Raises:
             NotFound: There is no such run, or no such prompt and no text to add it.
-            Conflict: `request_id` was used with another report.
+            Conflict: `request_id` was used with another report, or a rewind has voided the selection.
         """
         with _contract("observe"):
             request = ObserveRequest.model_validate(
@@ -403,8 +416,9 @@ class Calls(Protocol):
         optimism: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
+        allow_outstanding: bool = False,
     ) -> Exchange[SelectReply]:
-        """Choose the prompts of a step. The same arguments again return the same batch.
+        """Choose the prompts of a step. The same arguments again return the same batch. Steps may come in any order.
 
         Args:
             step: The policy version that will attempt the batch.
@@ -414,7 +428,9 @@ class Calls(Protocol):
             exclude: Prompt ids to leave out.
             groups: Least share of the batch for each group; the shares sum to at most 1. Instead of the run's.
             groups_at_most: Largest share of the batch for each group. Instead of the run's.
-            target_rate: Instead of the run's, for this batch; so are the arguments after it.
+            target_rate: Instead of the run's, for this batch; so are the arguments up to `max_visits`.
+            allow_outstanding: Choose prompts again whose outcomes from earlier selections have not come yet. They
+                are left out otherwise, for the run's `lease_steps`, while enough others remain.
 
         Raises:
             NotFound: There is no such run, candidate or group.
@@ -438,6 +454,7 @@ class Calls(Protocol):
                     "optimism": optimism,
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
+                    **({"allow_outstanding": True} if allow_outstanding else {}),
                 }
             )
         return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))

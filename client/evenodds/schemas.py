@@ -145,6 +145,11 @@ class RunUpdate(Request):
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt rests for this many steps after it was chosen; 0 by default"
     )
+    lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="for so many steps a chosen prompt is waited for and not chosen again before its outcome comes; "
+        "8 by default, 0 waits for none",
+    )
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
     )
@@ -178,6 +183,19 @@ class RunUpdate(Request):
         description="choose uniformly while the gps predictor's skill against flat MoPPS stays negative; true by "
         "default",
     )
+
+    fork_of: RunName | None = Field(
+        default=None, description="of a new run: start with the pool, settings and memory of this one"
+    )
+    at_step: Step | None = Field(
+        default=None, description="with fork_of: what came after this step is left out; nothing by default"
+    )
+
+    @model_validator(mode="after")
+    def _forks_from_a_run(self) -> RunUpdate:
+        if self.at_step is not None and self.fork_of is None:
+            raise ValueError("at_step needs fork_of, the run to start from")
+        return self
 
     @model_validator(mode="after")
     def _shares_fit(self) -> RunUpdate:
@@ -249,6 +267,7 @@ class RunState(Reply):
     acquisition: Acquisition
     optimism: float
     cooldown_steps: int
+    lease_steps: int = 8
     max_visits: int
     keep_text: bool
     model_size: ModelSize
@@ -263,7 +282,9 @@ class RunState(Reply):
     log_position: int = Field(description="entries in the run's log")
     head_step: int | None = Field(description="the highest step seen")
     model_version: int = Field(description="the snapshot in use; 0 while only streaming beliefs exist")
-    observations: int = Field(description="observations accepted")
+    observations: int = Field(description="observations that count: accepted, and not dropped since")
+    fork_of: RunName | None = Field(default=None, description="the run that it started from")
+    at_step: int | None = Field(default=None, description="the step of that run at which it started")
     created_at: datetime
     alarms: tuple[Alarm, ...] | None = Field(
         default=None, description="what a person should look at now; null in lists, which do not look"
@@ -408,7 +429,9 @@ class ObserveRequest(Request):
     run: RunName
     step: Step
     request_id: Key | None = Field(default=None, description="makes the call repeatable: send the same id again")
-    selection_id: Key | None = Field(default=None, description="the selection whose outcomes these are")
+    selection_id: Key | None = Field(
+        default=None, description="the selection whose outcomes these are; other prompts may come along"
+    )
     observations: Annotated[tuple[Observation, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
@@ -487,6 +510,9 @@ class SelectRequest(Request):
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    allow_outstanding: bool = Field(
+        default=False, description="choose prompts again whose outcomes from earlier selections have not come yet"
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SelectRequest:
@@ -529,6 +555,9 @@ class SelectReply(Reply):
     model_version: int
     log_position: int = Field(description="the state that the choice was made in")
     replayed: bool = Field(description="this (run, step) was chosen before; the same batch is returned")
+    outstanding: int = Field(
+        default=0, description="how many of the prompts are still waited for from earlier selections"
+    )
     forecast: Forecast
     fallback: FallbackNotice | None = Field(
         default=None, description="the batch is a uniform choice, because the model's skill stays negative"

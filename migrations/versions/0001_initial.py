@@ -33,6 +33,8 @@ def upgrade() -> None:
         sa.Column("n_observations", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("model_version", sa.Integer(), server_default="0", nullable=False),
         sa.Column("void_position", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("fork_of", sa.Text(), nullable=True),
+        sa.Column("fork_step", sa.BigInteger(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("embedding_width > 0", name=op.f("ck_runs_embedding_width")),
         sa.CheckConstraint("head_step >= 0", name=op.f("ck_runs_head_step")),
@@ -41,6 +43,9 @@ def upgrade() -> None:
             name=op.f("ck_runs_counts"),
         ),
         sa.CheckConstraint("void_position >= 0 AND void_position <= log_position", name=op.f("ck_runs_void_position")),
+        sa.CheckConstraint(
+            "fork_step IS NULL OR (fork_step >= 0 AND fork_of IS NOT NULL)", name=op.f("ck_runs_fork_step")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_runs")),
         sa.UniqueConstraint("name", name=op.f("uq_runs_name")),
         sqlite_autoincrement=True,

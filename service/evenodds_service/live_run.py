@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,6 +77,8 @@ class SelectArguments:
     optimism: float
     cooldown_steps: int
     max_visits: int
+    lease_steps: int
+    allow_outstanding: bool
     candidates: Sequence[str] | None
     exclude: Sequence[str]
     groups: Mapping[str, float]
@@ -90,12 +92,14 @@ class SelectArguments:
 class LiveRun:
     """State, pool and shared model of one run, and the lock that serialises access to them.
 
-    `void_position` is that of the newest rewind or retract that the state knows of.
+    `void_position` is that of the newest rewind or retract that the state knows of. Whoever chooses a batch and
+    records it holds `selecting` meanwhile, so that the next one knows what is outstanding.
     """
 
     def __init__(self, run_id: int) -> None:
         self.run_id = run_id
         self.lock = threading.RLock()
+        self.selecting = threading.Lock()
         self.state = State()
         self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
         self.model: SharedModel | None = None
@@ -219,9 +223,16 @@ class LiveRun:
         """
         check_shares(arguments.groups, arguments.groups_at_most)
         state = self.state
+        newest = max(arguments.step, state.head_step)
+        waited_for, lost = acquisition.outstanding(
+            state.outstanding_step_N, step=newest, lease_steps=arguments.lease_steps
+        )
+        selected, last_selected = state.selected_N, state.last_selected_N
+        if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
+            selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
         eligible = acquisition.eligible(
-            state.selected_N,
-            state.last_selected_N,
+            selected,
+            last_selected,
             state.visits_N,
             state.last_step_N,
             step=arguments.step,
@@ -252,22 +263,42 @@ class LiveRun:
             optimism=arguments.optimism,
             generator=generator,
         )
-        try:
-            choice = acquisition.choose(
+        groups = self._members(arguments.groups)
+
+        def chosen_among(allowed: BoolArray) -> Choice:
+            return acquisition.choose(
                 scores,
                 informative,
-                eligible,
+                allowed,
                 batch_size=arguments.batch_size,
-                last_seen_N=np.maximum(state.last_selected_N, state.last_step_N),
+                last_seen_N=np.maximum(last_selected, state.last_step_N),
                 generator=generator,
                 directions_of=self._directions if acquired in ("yield", "paper") else None,
                 recent_batches=state.recent_batches,
-                groups=self._members(arguments.groups),
+                groups=groups,
                 groups_at_most=self._members(arguments.groups_at_most),
                 are_groups_strict=arguments.are_groups_strict,
                 reprobe_share=arguments.reprobe_share if fallback is None else 0.0,
                 control_share=arguments.control_share,
             )
+
+        try:
+            if arguments.allow_outstanding:
+                choice = chosen_among(eligible)
+            else:
+                try:
+                    choice = chosen_among(
+                        acquisition.without_outstanding(
+                            eligible,
+                            waited_for,
+                            state.outstanding_step_N,
+                            scores,
+                            batch_size=arguments.batch_size,
+                            groups=groups,
+                        )
+                    )
+                except NotEnoughPrompts:  # the groups' limits leave too few: a trainer is not stopped
+                    choice = chosen_among(eligible)
         except NotEnoughPrompts as error:
             raise NotEnoughPrompts(
                 asked=error.asked,
@@ -277,6 +308,7 @@ class LiveRun:
                 f"{arguments.max_visits or 'none'}{_in_words(arguments.groups_at_most)}): ask for fewer, load more "
                 "prompts, or loosen what rules them out",
             ) from None
+        choice = replace(choice, n_outstanding=int(waited_for[choice.prompts].sum()))
         return choice, a[choice.prompts], b[choice.prompts], fallback
 
     def _directions(self, prompts: IntArray) -> FloatArray:
@@ -312,12 +344,17 @@ class LiveRuns:
 
     def at_head(self, run: Run) -> LiveRun:
         """The live view of the run with everything folded in that `run` shows. Take its lock before reading."""
+        live = self.view(run)
+        live.catch_up(self._store, run)
+        return live
+
+    def view(self, run: Run) -> LiveRun:
+        """The live view of the run as it is."""
         with self._lock:
             live = self._runs.setdefault(run.id, LiveRun(run.id))
             self._runs.move_to_end(run.id)
             while len(self._runs) > self._capacity:
                 self._runs.popitem(last=False)
-        live.catch_up(self._store, run)
         return live
 
     def in_memory(self) -> tuple[LiveRun, ...]:

@@ -26,6 +26,7 @@ DEFAULTS = {
     "acquisition": "yield",
     "optimism": 0.5,
     "cooldown_steps": 0,
+    "lease_steps": 8,
     "max_visits": 0,
     "keep_text": True,
     "model_size": "small",
@@ -42,6 +43,8 @@ DEFAULTS = {
     "model_version": 0,
     "observations": 0,
     "alarms": [],
+    "fork_of": None,
+    "at_step": None,
 }
 CHANGED = {
     "predictor": "mopps",
@@ -52,6 +55,7 @@ CHANGED = {
     "acquisition": "uniform",
     "optimism": 0.0,
     "cooldown_steps": 3,
+    "lease_steps": 5,
     "max_visits": 2,
     "keep_text": False,
     "model_size": "published",
@@ -286,3 +290,44 @@ def test_a_bad_page_of_runs_is_refused(caller: Caller, query: str, detail: str) 
     problem = caller.refused("GET", f"/runs?{query}")
 
     assert (problem.status, problem.code, problem.detail) == (422, "malformed", detail)
+
+
+def test_a_fork_starts_from_the_memory_of_another_run(caller: Caller) -> None:
+    client, fork = caller.client, f"{caller.run}.fork"
+    caller.create(predictor="mopps", group_size=4)
+    caller.load_texts("a", "b", "c")
+    first = caller.select(0, 2)
+    caller.observe(0, {"prompt_id": "a", "rewards": [1, 1]}, selection_id=first["selection_id"])
+    caller.observe(1, {"prompt_id": "a", "rewards": [0, 0]})
+
+    created = caller.http.put(f"/runs/{fork}", json={"fork_of": caller.run, "at_step": 0, "max_visits": 3})
+    again = client.put_run(fork, fork_of=caller.run, at_step=0)
+
+    assert created.status_code == 201
+    assert again.model_dump(mode="json") == created.json()
+    assert (again.predictor, again.group_size, again.max_visits) == ("mopps", 4, 3)
+    assert (again.fork_of, again.at_step, again.pool_size, again.observations) == (caller.run, 0, 3, 1)
+    assert (client.predict(fork, ["a"]).predictions[0].success_rate, caller.predict("a")[0]["success_rate"]) == (
+        3 / 4,
+        1 / 2,
+    )
+    replayed = client.select_batch(fork, 0, 2)
+    assert (replayed.run, replayed.replayed, replayed.selection_id) == (fork, True, first["selection_id"])
+    client.observe(fork, 0, [{"prompt_id": "b", "rewards": [1]}], selection_id=replayed.selection_id)
+    assert caller.client.run(caller.run).observations == 2
+
+
+def test_what_cannot_be_forked_is_named(caller: Caller) -> None:
+    exists = caller.refused("PUT", f"/runs/{caller.run}", json={"fork_of": caller.run})
+    unknown = caller.refused("PUT", f"/runs/{caller.run}.x", json={"fork_of": "nowhere", "at_step": 1})
+    step = caller.refused("PUT", f"/runs/{caller.run}.x", json={"at_step": 1})
+
+    assert (exists.status, exists.code) == (409, "run_exists")
+    assert exists.detail == (
+        f"run {caller.run!r} exists already and is no fork of {caller.run!r}: fork under another name, "
+        "or delete it first"
+    )
+    assert (unknown.status, unknown.code) == (404, "run_unknown")
+    assert unknown.detail.startswith("run 'nowhere' does not exist")
+    assert (step.status, step.detail) == (422, "at_step needs fork_of, the run to start from")
+    assert caller.http.get(f"/runs/{caller.run}.x").status_code == 404

@@ -415,9 +415,14 @@ def test_predict_takes_ids_references_and_mappings(talk: Conversation) -> None:
 def test_select_batch_sends_its_options(talk: Conversation) -> None:
     talk.replies_with(SELECTED)
 
-    result = talk.call(
-        "select_batch", "r", 3, 1, seed=5, candidates=["a", "b"], groups={"easy": 0.5}, groups_at_most={"b": 0.25}
-    )
+    options = {
+        "seed": 5,
+        "candidates": ["a", "b"],
+        "groups": {"easy": 0.5},
+        "groups_at_most": {"b": 0.25},
+        "allow_outstanding": True,
+    }
+    result = talk.call("select_batch", "r", 3, 1, **options)
 
     assert talk.requests[0].url.path == "/select_batch"
     assert talk.body() == {
@@ -428,6 +433,7 @@ def test_select_batch_sends_its_options(talk: Conversation) -> None:
         "candidates": ["a", "b"],
         "groups": {"easy": 0.5},
         "groups_at_most": {"b": 0.25},
+        "allow_outstanding": True,
     }
     assert result.fallback is None
     assert result.prompts[0].arm == "policy"

@@ -254,14 +254,16 @@ def test_selections_are_counted_and_the_last_two_are_kept(make_block: MakeBlock)
     log = Log(make_block(4))
 
     log.select(3, [0, 1])
+    log.observe(3, [1], [1], [2])
     log.select(5, [1, 2])
+    log.observe(5, [1], [1], [2])
     log.select(4, [1])
 
     state = log.state
     assert state.selected_N.tolist() == [1, 3, 1, 0]
     assert state.last_selected_N.tolist() == [3, 5, 5, -1]
     assert [batch.tolist() for batch in state.recent_batches] == [[1, 2], [1]]
-    assert state.visits_N.tolist() == [0, 0, 0, 0]
+    assert state.visits_N.tolist() == [0, 2, 0, 0]
 
 
 def test_a_snapshot_entry_switches_the_model_version(make_block: MakeBlock) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots, fits and cold starts around a rewind: none goes on with what was forgotten."""
+"""Snapshots, fits and cold starts around a rewind or a fork: none goes on with what was forgotten."""
 
 from __future__ import annotations
 
@@ -140,3 +140,28 @@ def test_a_refit_is_due_again_where_the_newest_was_voided(bench: Bench) -> None:
     assert worked == [True, False]
     assert bench.store.run("math").model_version == first + 1
     assert bench.snapshots("math") == [2]
+
+
+def test_a_fork_has_the_models_and_checkpoints_that_saw_nothing_later(bench: Bench) -> None:
+    bench.learned("math")
+    worker = bench.worker()
+    worker.work_once()
+    position = bench.store.run("math").log_position
+    bench.observe("math", 4, range(40, 60))
+    then = view(bench, "math").beliefs("gps")
+    bench.observe("math", 5, range(20, 100))
+    refitted(bench, "math", worker)
+    settings = bench.store.run("math").settings
+
+    fork, _ = bench.store.fork_run("fork", settings, fork_of="math", at_step=4, now=bench.clock())
+
+    checkpoint = bench.store.newest_checkpoint(fork.id)
+    assert checkpoint is not None
+    assert checkpoint[0] == position
+    live = view(bench, "fork")
+    assert (fork.model_version, live.state.model_version) == (1, 1)
+    for ours, theirs in zip(live.beliefs("gps"), then, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert worker.work_once()  # its first fit is due
+    assert bench.snapshots("fork") == [1, 2]
+    assert bench.snapshots("math") == [1, 2]

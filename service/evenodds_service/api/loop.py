@@ -5,6 +5,7 @@ Each translates the wire into values, calls the store and the live view, and tra
 
 from __future__ import annotations
 
+import logging
 import uuid
 from typing import Any
 
@@ -32,6 +33,7 @@ from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
 from evenodds_service.storage.errors import ChoiceOutdated
 from evenodds_service.storage.store import Run
 
+logger = logging.getLogger(__name__)
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
 
 
@@ -39,7 +41,8 @@ router = APIRouter(responses=PROBLEMS, tags=["loop"])
 def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
     """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
 
-    An attempt that failed or timed out for other reasons than the policy is left out of `attempts`.
+    An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
+    late, out of order, in several calls, and for prompts that the selection did not choose: each counts at its `step`.
     """
     run = hands.store.run(body.run)
     live = hands.live_runs.at_head(run)
@@ -65,7 +68,7 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
         )
         for item, prompt, index in zip(items, prompts, known, strict=True)
     ]
-    content = body.model_dump_json(exclude={"request_id"}, exclude_none=True)
+    content = body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True)
     appended = hands.store.append_observations(
         run.id,
         step=body.step,
@@ -106,31 +109,40 @@ def predict(body: PredictRequest, hands: Hands) -> PredictReply:
 
 @router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
 def select_batch(body: SelectRequest, hands: Hands) -> Response:
-    """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409."""
+    """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409.
+
+    Prompts that earlier selections chose and whose outcomes have not come within `lease_steps` are left out, unless
+    `allow_outstanding` is set or too few others remain: then those waited for the longest are chosen again, and
+    `outstanding` says how many. Steps may be chosen in any order.
+    """
     run = hands.store.run(body.run)
-    arguments_hash = content_hash(body.model_dump_json())
+    arguments_hash = content_hash(body.model_dump_json(exclude={"run"}))  # as a fork's: it has another name
     recorded = hands.store.selection(run.id, body.step, arguments_hash=arguments_hash)
     replayed = recorded is not None
     while recorded is None:
-        live = hands.live_runs.at_head(run)
-        with live.lock:
-            reply, choice, beliefs = _choose(body, run, live)
-        try:
-            recorded, replayed = hands.store.record_selection(
-                run.id,
-                selection_id=reply.selection_id,
-                step=body.step,
-                arguments_hash=arguments_hash,
-                prompts=choice.prompts.tolist(),
-                reply=reply.model_dump_json(exclude={"run", "replayed"}),
-                now=now(),
-                chosen_at=reply.log_position,
-                control_share=run.settings.control_share,
-                control=choice.control.tolist(),
-                beliefs=beliefs,
-            )
-        except ChoiceOutdated:
-            run = hands.store.run(body.run)  # and once more, on what is left
+        live = hands.live_runs.view(run)
+        with live.selecting:  # the next choice knows of this one
+            run = hands.store.run(body.run)
+            live = hands.live_runs.at_head(run)
+            with live.lock:
+                reply, choice, beliefs = _choose(body, run, live)
+            try:
+                recorded, replayed = hands.store.record_selection(
+                    run.id,
+                    selection_id=reply.selection_id,
+                    step=body.step,
+                    arguments_hash=arguments_hash,
+                    prompts=choice.prompts.tolist(),
+                    reply=reply.model_dump_json(exclude={"run", "replayed"}),
+                    now=now(),
+                    chosen_at=reply.log_position,
+                    is_alone=run.settings.lease_steps > 0 and not body.allow_outstanding,
+                    control_share=run.settings.control_share,
+                    control=choice.control.tolist(),
+                    beliefs=beliefs,
+                )
+            except ChoiceOutdated as error:  # by another process: once more, on what is now
+                logger.info("%s", error)
     # The recorded reply is JSON already: of this run and of those that fork from it.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
     return Response(head + recorded.reply[1:], media_type="application/json")
@@ -155,6 +167,8 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         optimism=setting("optimism"),
         cooldown_steps=setting("cooldown_steps"),
         max_visits=setting("max_visits"),
+        lease_steps=settings.lease_steps,
+        allow_outstanding=body.allow_outstanding,
         candidates=body.candidates,
         exclude=body.exclude or (),
         groups=setting("groups") or {},
@@ -175,6 +189,7 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         model_version=live.state.model_version,
         log_position=live.state.position,
         replayed=False,
+        outstanding=choice.n_outstanding,
         forecast=Forecast(
             informative_share=choice.informative_share,
             informative_groups=float(informative.sum()),

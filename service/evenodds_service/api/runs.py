@@ -67,13 +67,19 @@ T = TypeVar("T")
 
 @router.put("/runs/{run}", tags=["runs"], summary="Create or update a run", responses={201: {"model": RunState}})
 def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
-    """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value."""
+    """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
+
+    With `fork_of` the run must be new: it starts with the other's pool, settings and memory, as that run would stand
+    after a rewind to `at_step`. The two share nothing afterwards. Repeating the call is safe.
+    """
     try:
         settings = hands.store.run(run).settings
     except RunUnknown:
-        settings = RunSettings()
+        settings = RunSettings() if body.fork_of is None else hands.store.run(body.fork_of).settings
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
-    sent: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set - {"refit"}}
+    sent: dict[str, Any] = {
+        name: getattr(body, name) for name in body.model_fields_set - {"refit", "fork_of", "at_step"}
+    }
     if "refit" in body.model_fields_set:
         policy = body.refit or RefitPolicy()
         sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
@@ -81,7 +87,11 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     settings = replace(settings, **changes)
     check_shares(settings.groups or {}, settings.groups_at_most or {})
     hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
-    stored, created = hands.store.put_run(run, settings, now=now())
+    created = False
+    if body.fork_of is not None:
+        stored, created = hands.store.fork_run(run, settings, fork_of=body.fork_of, at_step=body.at_step, now=now())
+    if not created:
+        stored, created = hands.store.put_run(run, settings, now=now())
     hands.views.forget(run)
     return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
 
@@ -290,6 +300,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         acquisition=settings.effective_acquisition,
         optimism=settings.optimism,
         cooldown_steps=settings.cooldown_steps,
+        lease_steps=settings.lease_steps,
         max_visits=settings.max_visits,
         keep_text=settings.keep_text,
         model_size=settings.model_size,
@@ -307,6 +318,8 @@ def _run_state(store: Store, run: Run) -> RunState:
         head_step=run.head_step,
         model_version=run.model_version,
         observations=run.n_observations,
+        fork_of=run.fork_of,
+        at_step=run.fork_step,
         created_at=run.created_at,
     )
 

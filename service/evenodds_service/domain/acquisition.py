@@ -40,12 +40,14 @@ class Choice:
         pad_to: How many prompts to take, by score, for B informative groups in expectation; None if all eligible
             prompts together do not give that many.
         control: bool [B], which were chosen uniformly; they stand last.
+        n_outstanding: How many of them are still waited for from earlier selections.
     """
 
     prompts: IntArray
     informative_probabilities: FloatArray
     pad_to: int | None
     control: BoolArray
+    n_outstanding: int = 0
 
     @property
     def informative_share(self) -> float:
@@ -63,14 +65,57 @@ def eligible(
     cooldown_steps: int,
     max_visits: int,
 ) -> BoolArray:
-    """Prompts that are rested and below the visit cap, bool [N]. A visit is a selection or an observed step."""
+    """Prompts that are rested and below the visit cap, bool [N]. A visit is a selection or an observed step.
+
+    Steps may come out of order: a prompt rests on both sides of the step that it was chosen for.
+    """
     allowed = np.ones(len(selected_N), dtype=bool)
     if cooldown_steps:
         last = np.maximum(last_selected_N, last_step_N)
-        allowed &= (last < 0) | (step - last > cooldown_steps)
+        allowed &= (last < 0) | (np.abs(step - last) > cooldown_steps)
     if max_visits:
         allowed &= np.maximum(selected_N, visits_N) < max_visits
     return allowed
+
+
+def outstanding(outstanding_step_N: IntArray, *, step: int, lease_steps: int) -> tuple[BoolArray, BoolArray]:
+    """Which prompts are waited for, and which were lost: chosen, and no outcome within the lease; bool [N] each.
+
+    Args:
+        outstanding_step_N: The step for which a prompt was chosen without an outcome yet, -1 for none.
+        step: The newest known.
+        lease_steps: A prompt chosen for step t is waited for while step < t + lease_steps. 0: none is waited for, and
+            none is lost.
+    """
+    chosen = (outstanding_step_N >= 0) & (lease_steps > 0)
+    waited_for = chosen & (step - outstanding_step_N < lease_steps)
+    return waited_for, chosen & ~waited_for
+
+
+def without_outstanding(
+    eligible_N: BoolArray,
+    waited_for_N: BoolArray,
+    outstanding_step_N: IntArray,
+    scores_N: FloatArray,
+    *,
+    batch_size: int,
+    groups: Mapping[str, tuple[float, BoolArray]],
+) -> BoolArray:
+    """The eligible prompts that are not waited for, bool [N]. A trainer is not stopped by slow rollouts: as many as
+    are missing for the batch, or for a group's share of it, come back, those waited for the longest first.
+
+    Args:
+        scores_N: Of those chosen for the same step, the best come back first.
+        groups: As in `choose`.
+    """
+    allowed_N = eligible_N & ~waited_for_N
+    wanted = [(_share(share, batch_size), eligible_N & members_N) for share, members_N in groups.values()]
+    for n, among_N in (*wanted, (batch_size, eligible_N)):
+        missing = n - int((allowed_N & among_N).sum())
+        if missing > 0:
+            back = np.flatnonzero(among_N & ~allowed_N)
+            allowed_N[back[np.lexsort((-scores_N[back], outstanding_step_N[back]))[:missing]]] = True
+    return allowed_N
 
 
 def scores(
@@ -151,7 +196,7 @@ def choose(
     Raises:
         NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
     """
-    least = {g: (math.floor(share * batch_size + 1e-9), members) for g, (share, members) in (groups or {}).items()}
+    least = {g: (_share(share, batch_size), members) for g, (share, members) in (groups or {}).items()}
     most = {
         g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in (groups_at_most or {}).items()
     }
@@ -205,6 +250,10 @@ def choose(
     prompts = np.concatenate((*chosen, control))
     is_control = np.arange(batch_size) >= batch_size - len(control)
     return Choice(prompts, informative_N[prompts], _pad_to(scores_N, informative_N, eligible_N, prompts), is_control)
+
+
+def _share(share: float, batch_size: int) -> int:
+    return math.floor(share * batch_size + 1e-9)
 
 
 def _uniform(

@@ -21,7 +21,7 @@ from evenodds_service.domain.rails import Rails
 from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic
 
-FORMAT = 2
+FORMAT = 3
 _SCALARS = (
     "position",
     "n_prompts",
@@ -43,6 +43,7 @@ _ARRAYS = (
     "last_step_N",
     "selected_N",
     "last_selected_N",
+    "outstanding_step_N",
 )
 _BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding")

@@ -42,7 +42,9 @@ class State:
     Attributes:
         successes_L_N, failures_L_N: float32 own evidence under each memory.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
-        selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never).
+        selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
+            outcome never came counts no more once the prompt is chosen again.
+        outstanding_step_N: The newest step for which a prompt was chosen without an outcome yet (-1: none).
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
         log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
@@ -65,6 +67,7 @@ class State:
     last_step_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     last_selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    outstanding_step_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     running_successes: float = 0.0
     running_counts: float = 0.0
     gap_steps: float = 1.0
@@ -247,6 +250,7 @@ def _grow(state: State, n_prompts: int) -> None:
     state.selected_N = np.pad(state.selected_N, (0, more))
     state.last_step_N = np.pad(state.last_step_N, (0, more), constant_values=-1)
     state.last_selected_N = np.pad(state.last_selected_N, (0, more), constant_values=-1)
+    state.outstanding_step_N = np.pad(state.outstanding_step_N, (0, more), constant_values=-1)
     state.n_prompts = n_prompts
 
 
@@ -254,7 +258,9 @@ def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
     fresh_B, groups_B = ~_is_tried(state, entry.prompts), pool.group_codes(entry.prompts)
     state.record.select(entry, fresh_B, groups_B)
     state.rails.select(entry.step, fresh_B, groups_B)
-    state.selected_N[entry.prompts] += 1
+    outstanding = state.outstanding_step_N[entry.prompts]
+    state.selected_N[entry.prompts] += outstanding < 0
+    state.outstanding_step_N[entry.prompts] = np.maximum(outstanding, entry.step)
     state.last_selected_N[entry.prompts] = np.maximum(state.last_selected_N[entry.prompts], entry.step)
     state.recent_batches = (*state.recent_batches, entry.prompts)[-RECENT_BATCHES:]
 
@@ -305,7 +311,8 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     state.log_likelihood += ours
     state.mopps_log_likelihood += mopps
 
-    _remember(state, entry.step, prompts, k, counts)
+    arrived = _arrive(state, entry.selection_step, prompts)
+    _remember(state, entry.step, prompts, k, counts, arrived)
     worth = effective_count(counts)
     state.running_successes += float(worth @ (k / counts))
     state.running_counts += float(worth.sum())
@@ -339,10 +346,29 @@ def _forget(state: State) -> None:
             regression.forget(REGRESSION_KEEP)
 
 
-def _remember(state: State, step: int, prompts: IntArray, k: FloatArray, counts: FloatArray) -> None:
+def _arrive(state: State, selection_step: int | None, prompts: IntArray) -> BoolArray:
+    """Wait no more for these prompts, unless they were chosen again after the selection reported on.
+
+    Returns:
+        Those that were waited for and are not any more.
+    """
+    outstanding = state.outstanding_step_N[prompts]
+    arrived = outstanding >= 0
+    if selection_step is not None:
+        arrived &= outstanding <= selection_step
+    state.outstanding_step_N[prompts] = np.where(arrived, -1, outstanding)
+    return arrived
+
+
+def _remember(
+    state: State, step: int, prompts: IntArray, k: FloatArray, counts: FloatArray, arrived: BoolArray
+) -> None:
     """Own evidence, discounted per visit. Several reports of one step are one visit; a late one enters discounted.
 
     S <- l S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) k for an older one.
+
+    Args:
+        arrived: Which prompts were waited for. An older step is a visit where it was, else a part of one.
     """
     last = state.last_step_N[prompts]
     newer, seen = step > last, last >= 0
@@ -356,7 +382,7 @@ def _remember(state: State, step: int, prompts: IntArray, k: FloatArray, counts:
     state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
     state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
     state.attempts_N[prompts] += counts
-    state.visits_N[prompts] += newer
+    state.visits_N[prompts] += newer | (arrived & (step < last))
     state.last_step_N[prompts] = np.maximum(last, step)
 
 

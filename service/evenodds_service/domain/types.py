@@ -88,6 +88,8 @@ class RunSettings:
             `uniform` under `uniform`).
         optimism: Weight of the standard deviation in the yield score.
         cooldown_steps: Steps that a chosen prompt rests.
+        lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome comes;
+            0 waits for none.
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
         keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
         model_size: Of the networks of `gps-paper`: `small` for a CPU, `published` has 20 million parameters.
@@ -109,6 +111,7 @@ class RunSettings:
     acquisition: Acquisition | None = None
     optimism: float = 0.5
     cooldown_steps: int = 0
+    lease_steps: int = 8
     max_visits: int = 0
     keep_text: bool = True
     model_size: ModelSize = "small"
@@ -243,6 +246,7 @@ class ObserveEntry:
         successes: float64 [n], 0 <= successes <= attempts; fractional rewards sum to fractional successes.
         attempts: float64 [n], at least 1.
         informative: bool [n]; whether the rewards of the group were not all equal.
+        selection_id, selection_step: The selection whose outcomes these are, and the step that it was for.
     """
 
     position: int
@@ -252,6 +256,7 @@ class ObserveEntry:
     attempts: FloatArray
     informative: BoolArray
     selection_id: str | None = None
+    selection_step: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.prompts), len(self.successes), len(self.attempts), len(self.informative)}

@@ -1,10 +1,10 @@
 """Rows of the log: how an entry is written at the next position and how it is read back.
 
 The body of an entry is compact JSON. Of an observe entry: parallel lists `prompts`, `successes`, `attempts`
-and `informative` (0 or 1), and the `model_version` that was answered. Of a select entry: `prompts`; `a` and `b`, the
-belief about each, in six digits; where there is a control arm, `control_share` and the places of its prompts in the
-batch, `control`. Of a pool entry: `n_prompts`. Of a snapshot entry: `version`. Of a rewind or retract: what was asked
-and what it voided.
+and `informative` (0 or 1), the `model_version` that was answered, and the `selection_step` where a selection was
+named. Of a select entry: `prompts`; `a` and `b`, the belief about each, in six digits; where there is a control arm,
+`control_share` and the places of its prompts in the batch, `control`. Of a pool entry: `n_prompts`. Of a snapshot
+entry: `version`. Of a rewind or retract: what was asked and what it voided.
 
 What is voided stays in the log, marked with the position of the entry that voided it, so that the log can be read
 as it stood at any position. Where only some observations of an entry were voided, `voided_rows` lists them:
@@ -120,6 +120,7 @@ def read_entry(row: RowMapping, *, as_of: int | None = None) -> Entry:
         attempts=np.asarray(body["attempts"], dtype=np.float64)[kept],
         informative=np.asarray(body["informative"], dtype=np.bool_)[kept],
         selection_id=row["selection_id"],
+        selection_step=body.get("selection_step"),
     )
 
 
@@ -169,6 +170,7 @@ def _observe_body(entry: ObserveEntry, model_version: int | None) -> str:
             "attempts": entry.attempts.astype(np.int64).tolist(),
             "informative": entry.informative.astype(np.int64).tolist(),
             "model_version": model_version,
+            **({} if entry.selection_step is None else {"selection_step": entry.selection_step}),
         }
     )
 

@@ -6,6 +6,7 @@
     ├── SchemaMismatch           schema_mismatch      the database has another schema than this release
     ├── NaiveDatetime            naive_datetime       a datetime without a time zone
     ├── RunUnknown               run_unknown
+    ├── RunExists                run_exists           a fork must be a new run
     ├── PromptUnknown            prompt_unknown
     ├── PromptConflict           prompt_conflict      a prompt id is taken by another prompt
     ├── EmbedderFixed            embedder_fixed       the pool's vectors come from another embedder
@@ -15,7 +16,7 @@
     ├── SelectionUnknown         selection_unknown
     ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
     ├── SelectionVoided          selection_voided     a rewind has voided the selection
-    ├── ChoiceOutdated           choice_outdated      voided meanwhile: what a batch was chosen on
+    ├── ChoiceOutdated           choice_outdated      what a batch was chosen on has changed
     ├── PolicyUnknown            policy_unknown       a budget policy that the run has not
     ├── PolicyLimit              policy_limit         the run holds as many budget policies as it may
     ├── SnapshotUnknown          snapshot_unknown
@@ -62,6 +63,10 @@ class NaiveDatetime(StoreError, DontWrapMixin):
 
 class RunUnknown(StoreError):
     code = "run_unknown"
+
+
+class RunExists(StoreError):
+    code = "run_exists"
 
 
 class PromptUnknown(StoreError):
@@ -120,7 +125,7 @@ class SelectionVoided(StoreError):
 
 
 class ChoiceOutdated(StoreError):
-    """Observations or selections were voided after the batch was chosen: choose again."""
+    """Something was voided, or another batch recorded, after the batch was chosen: choose again."""
 
     code = "choice_outdated"
 

@@ -62,7 +62,7 @@ class LogMethods(Transactions):
             first = _first_answer(connection, run, request_id=request_id, request_hash=request_hash)
             if first is not None:
                 return first
-            _check_selection(connection, run, selection_id)
+            selection_step = _selection_step(connection, run, selection_id)
             position, n_prompts = run.log_position + 1, run.n_prompts
             indices: Mapping[str, int] = {}
             if new_prompts:
@@ -85,6 +85,7 @@ class LogMethods(Transactions):
                 attempts=np.asarray([observation.attempts for observation in observations], dtype=np.float64),
                 informative=np.asarray([observation.informative for observation in observations], dtype=np.bool_),
                 selection_id=selection_id,
+                selection_step=selection_step,
             )
             append_entry(
                 connection,
@@ -158,9 +159,10 @@ def _first_answer(
     return Appended(row.position, len(body["prompts"]), body["model_version"], replayed=True)
 
 
-def _check_selection(connection: Connection, run: Run, selection_id: str | None) -> None:
+def _selection_step(connection: Connection, run: Run, selection_id: str | None) -> int | None:
+    """The step that the selection was for. Raises SelectionUnknown, SelectionVoided."""
     if selection_id is None:
-        return
+        return None
     statement = select(selections.c.step, selections.c.voided_at).where(
         selections.c.selection_id == selection_id, selections.c.run_id == run.id
     )
@@ -176,6 +178,7 @@ def _check_selection(connection: Connection, run: Run, selection_id: str | None)
             f"selection {selection_id!r} does not exist in run {run.name!r}: send the selection_id that "
             "select_batch answered, or leave it out"
         )
+    return int(row.step)
 
 
 def _indices(observations: Sequence[NewObservation], added: Mapping[str, int], n_prompts: int) -> list[int]:

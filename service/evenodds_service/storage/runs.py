@@ -36,7 +36,7 @@ class RunMethods(Transactions):
             run = lock_run(connection, runs.c.name == name, described=repr(name))
             if is_new:
                 return run, True
-            kept = _settings_that_stand(run, settings)
+            kept = settings_that_stand(run, settings)
             if run.settings.keep_text and not kept.keep_text:
                 connection.execute(update(prompts).where(prompts.c.run_id == run.id).values(text=None))
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
@@ -152,7 +152,8 @@ def settings_from_json(content: str) -> RunSettings:
     return RunSettings(**fields, budget_policies=policies)
 
 
-def _settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
+def settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
+    """What is asked for, with the embedder that the run's prompts have. Raises EmbedderFixed."""
     asked = replace(asked, budget_policies=run.settings.budget_policies)
     embedder, prompt = run.settings.embedder, run.settings.embedder_prompt
     if run.n_prompts == 0 or embedder is None:

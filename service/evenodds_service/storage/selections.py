@@ -12,7 +12,7 @@ from evenodds_service.domain.types import FloatArray, SelectEntry
 from evenodds_service.storage.entries import append_entry
 from evenodds_service.storage.errors import ChoiceOutdated, SelectionConflict
 from evenodds_service.storage.runs import lock_run
-from evenodds_service.storage.tables import runs, selections
+from evenodds_service.storage.tables import log, runs, selections
 from evenodds_service.storage.transactions import Transactions
 from evenodds_service.storage.values import Selection
 
@@ -41,6 +41,7 @@ class SelectionMethods(Transactions):
         control: Sequence[bool] | None = None,
         beliefs: tuple[FloatArray, FloatArray] | None = None,
         chosen_at: int | None = None,
+        is_alone: bool = False,
     ) -> tuple[Selection, bool]:
         """Record the batch as a log entry, or return what stands for (run, step). The flag says: replayed.
 
@@ -50,10 +51,12 @@ class SelectionMethods(Transactions):
             control_share, control: The share of the control arm, and which of the prompts are in it.
             beliefs: Parameters (a, b) of the belief about each prompt, positive.
             chosen_at: Log position of the state that the batch was chosen in.
+            is_alone: Whether the choice holds only if no other was recorded after `chosen_at`.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
-            ChoiceOutdated: something was voided after `chosen_at`.
+            ChoiceOutdated: something was voided after `chosen_at`, or another batch recorded by which the
+                choice does not hold.
             SelectionConflict: the step was chosen before with other arguments.
         """
         with self._writing() as connection:
@@ -65,6 +68,11 @@ class SelectionMethods(Transactions):
                 raise ChoiceOutdated(
                     f"run {run.name!r}: the batch was chosen at log position {chosen_at}, and a rewind or retract at "
                     f"position {run.void_position} voided some of what it was chosen on: choose again"
+                )
+            if chosen_at is not None and is_alone and _is_recorded_after(connection, run_id, chosen_at):
+                raise ChoiceOutdated(
+                    f"run {run.name!r}: another batch was chosen after log position {chosen_at}, whose prompts are "
+                    "outstanding: choose again"
                 )
             position = run.log_position + 1
             a, b = beliefs if beliefs is not None else (None, None)
@@ -91,6 +99,13 @@ class SelectionMethods(Transactions):
                 )
             )
         return recorded, False
+
+
+def _is_recorded_after(connection: Connection, run_id: int, position: int) -> bool:
+    statement = select(log.c.position).where(
+        log.c.run_id == run_id, log.c.position > position, log.c.kind == "select", log.c.voided_at.is_(None)
+    )
+    return connection.execute(statement.limit(1)).first() is not None
 
 
 def _find(connection: Connection, run_id: int, step: int, arguments_hash: str) -> Selection | None:

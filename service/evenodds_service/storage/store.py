@@ -6,12 +6,13 @@ be upgraded; on PostgreSQL the row of the run, so that log positions are gapless
 position p has seen everything up to p. `now` is an argument: the store has no clock.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py, voids.py.
+keys.py, voids.py, forks.py.
 """
 
 from __future__ import annotations
 
 from evenodds_service.storage.checkpoints import CheckpointMethods
+from evenodds_service.storage.forks import ForkMethods
 from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
@@ -48,7 +49,15 @@ __all__ = [
 
 
 class Store(
-    RunMethods, PoolMethods, LogMethods, SelectionMethods, RefitMethods, CheckpointMethods, VoidMethods, KeyMethods
+    RunMethods,
+    PoolMethods,
+    LogMethods,
+    SelectionMethods,
+    RefitMethods,
+    CheckpointMethods,
+    VoidMethods,
+    ForkMethods,
+    KeyMethods,
 ):
     """The store of one database, safe to share between threads.
 

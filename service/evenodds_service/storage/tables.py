@@ -79,12 +79,15 @@ runs = Table(
     Column("n_observations", BigInteger, nullable=False, server_default="0"),
     Column("model_version", Integer, nullable=False, server_default="0"),
     Column("void_position", BigInteger, nullable=False, server_default="0"),  # of the newest rewind or retract
+    Column("fork_of", Text),  # name of the run that it started from
+    Column("fork_step", BigInteger),
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("embedding_width > 0", name="embedding_width"),
     CheckConstraint(
         "n_prompts >= 0 AND log_position >= 0 AND n_observations >= 0 AND model_version >= 0", name="counts"
     ),
     CheckConstraint("void_position >= 0 AND void_position <= log_position", name="void_position"),
+    CheckConstraint("fork_step IS NULL OR (fork_step >= 0 AND fork_of IS NOT NULL)", name="fork_step"),
     CheckConstraint("head_step >= 0", name="head_step"),
     sqlite_autoincrement=True,  # the id of a deleted run never names another one
 )

@@ -46,9 +46,15 @@ class Transactions:
     def _reading(self) -> AbstractContextManager[Connection]:
         return _transaction(self._engine)
 
-    def _writing(self) -> AbstractContextManager[Connection]:
-        """Commits on leaving; rolls everything back on any exception."""
-        return _transaction(self._writing_engine)
+    def _writing(self, *, of_one_moment: bool = False) -> AbstractContextManager[Connection]:
+        """Commits on leaving; rolls everything back on any exception.
+
+        With `of_one_moment` all statements read the database as it stood at the first one, as they do on SQLite.
+        """
+        engine = self._writing_engine
+        if of_one_moment and engine.dialect.name == "postgresql":
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        return _transaction(engine)
 
 
 def insert_or_ignore(connection: Connection, table: Table) -> Insert:

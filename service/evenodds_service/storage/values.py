@@ -28,6 +28,8 @@ class Run:
     model_version: int
     created_at: datetime
     void_position: int = 0  # of the newest rewind or retract in the log; 0 before the first
+    fork_of: str | None = None  # name of the run that it started from
+    fork_step: int | None = None  # as it stood at this step; None: with everything
 
 
 @dataclass(frozen=True, slots=True)

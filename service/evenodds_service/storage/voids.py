@@ -198,12 +198,17 @@ def _void_snapshots(connection: Connection, run_id: int, first_observed: int, po
     )
     stale = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
     connection.execute(update(log).where(*stale).values(voided_at=position))
-    left = (
+    return newest_standing_snapshot(connection, run_id)
+
+
+def newest_standing_snapshot(connection: Connection, run_id: int) -> int:
+    """The newest version that was not voided; 0 where there is none."""
+    standing = (
         select(func.max(snapshots.c.version))
         .join(log, and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position))
         .where(snapshots.c.run_id == run_id, log.c.voided_at.is_(None))
     )
-    return int(connection.execute(left).scalar() or 0)
+    return int(connection.execute(standing).scalar() or 0)
 
 
 def _refit_again(connection: Connection, run_id: int, *, is_wanted: bool, now: datetime) -> None:
