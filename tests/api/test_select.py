@@ -85,7 +85,7 @@ def test_a_least_share_above_the_runs_largest_is_a_conflict(caller: Caller, pool
 
 
 def test_the_control_arm_is_marked_and_ignores_what_is_known(caller: Caller, pool: list[str]) -> None:
-    caller.create(control_share=0.5)
+    caller.create(control_share=0.5, lease_steps=0)
 
     prompts = [prompt for step in range(3, 43) for prompt in caller.select(step, 4)["prompts"]]
 
@@ -109,7 +109,7 @@ def test_a_repeated_selection_keeps_its_arms(caller: Caller, pool: list[str]) ->
 def test_the_floor_tries_hopeless_prompts_again(caller: Caller, pool: list[str]) -> None:
     chosen = {}
     for first, share in ((3, 0.0), (23, 0.25)):
-        caller.create(reprobe_share=share)
+        caller.create(reprobe_share=share, lease_steps=0)
         chosen[share] = {i for step in range(first, first + 16) for i in caller.chosen(step, 4)}
 
     assert not any(i.startswith("hard") for i in chosen[0.0])
