@@ -19,6 +19,7 @@ LEAST_RECENTLY_SEEN_SHARE = 0.05
 DIVERSITY_SHARE = 0.1
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
+_SAMPLE, _SAMPLE_MARGIN = 8_192, 32
 
 
 class NotEnoughPrompts(ValueError):
@@ -168,8 +169,7 @@ def choose(
 
 def _first(last_seen_N: IntArray, ties_N: FloatArray, allowed_N: BoolArray, n: int) -> IntArray:
     """The n least recently seen."""
-    candidates = np.flatnonzero(allowed_N)
-    return _top(candidates, -last_seen_N.astype(np.float64), ties_N, n)
+    return _top(-last_seen_N.astype(np.float64), ties_N, allowed_N, n)
 
 
 def _best(
@@ -181,21 +181,39 @@ def _best(
     anchor_D: FloatArray | None,
 ) -> IntArray:
     """The n best by score, or by greedy score plus diversity over a shortlist."""
-    candidates = np.flatnonzero(allowed_N)
     if directions_of is None:
-        return _top(candidates, scores_N, ties_N, n)
-    shortlist = _top(candidates, scores_N, ties_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
+        return _top(scores_N, ties_N, allowed_N, n)
+    shortlist = _top(scores_N, ties_N, allowed_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
     order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D)
     return shortlist[order]
 
 
-def _top(candidates: IntArray, scores_N: FloatArray, ties_N: FloatArray, n: int) -> IntArray:
-    """The n best candidates, best first; ties by chance."""
+def _top(scores_N: FloatArray, ties_N: FloatArray, allowed_N: BoolArray, n: int) -> IntArray:
+    """The n best of those allowed, or all of them if they are fewer, best first; ties by chance."""
+    # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
+    perturbed = scores_N + 1e-9 * ties_N
+    perturbed[~allowed_N] = -np.inf
+    candidates = _at_least_top(perturbed, n)
     if len(candidates) > n:
-        # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
-        perturbed = scores_N[candidates] + 1e-9 * ties_N[candidates]
-        candidates = candidates[np.argpartition(-perturbed, n - 1)[:n]] if n else candidates[:0]
+        candidates = candidates[np.argpartition(-perturbed[candidates], n - 1)[:n]] if n else candidates[:0]
     return candidates[np.lexsort((ties_N[candidates], -scores_N[candidates]))]
+
+
+def _at_least_top(values_N: FloatArray, n: int) -> IntArray:
+    """Indices of the n greatest values and of some more, in ascending order; never of -inf.
+
+    Sorting a few is cheaper than partitioning all: what is clearly too small by a sample is left out first.
+    """
+    stride = len(values_N) // _SAMPLE
+    if stride > 1:
+        sample = values_N[::stride]
+        rank = 2 * n // stride + _SAMPLE_MARGIN
+        if rank < len(sample):
+            threshold = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+            candidates = np.flatnonzero(values_N >= threshold) if threshold > -np.inf else np.zeros(0, np.int64)
+            if len(candidates) >= n:
+                return candidates
+    return np.flatnonzero(values_N > -np.inf)
 
 
 def greedy_diverse(
@@ -252,16 +270,15 @@ def _pad_to(scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArr
     reached = float(informative_N[prompts].sum())
     if reached >= wanted - 1e-9:
         return len(prompts)
-    others = eligible_N.copy()
-    others[prompts] = False
-    rest = np.flatnonzero(others)
-    if reached + float(informative_N[rest].sum()) < wanted:
-        return None
+    values = np.where(eligible_N, scores_N, -np.inf)
+    values[prompts] = -np.inf
     size = max(4 * len(prompts), 256)
     while True:
-        best = rest if size >= len(rest) else rest[np.argpartition(-scores_N[rest], size - 1)[:size]]
-        best = best[np.argsort(-scores_N[best], kind="stable")]
+        best = _at_least_top(values, size)
+        best = best[np.argsort(-values[best], kind="stable")]
         total = reached + np.cumsum(informative_N[best])
-        if total[-1] >= wanted or size >= len(rest):
-            return len(prompts) + min(int(np.searchsorted(total, wanted - 1e-9)), len(rest) - 1) + 1
-        size *= 4
+        if len(best) and total[-1] >= wanted - 1e-9:
+            return len(prompts) + int(np.searchsorted(total, wanted - 1e-9)) + 1
+        if len(best) < size or reached + float(informative_N[values > -np.inf].sum()) < wanted - 1e-9:
+            return None
+        size *= 8

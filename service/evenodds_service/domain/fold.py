@@ -29,6 +29,9 @@ from evenodds_service.domain.types import (
 REGRESSION_KEEP = 0.98
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
+BLOCK = 8_192
+"""Prompts whose beliefs are computed together: their arrays fit the processor's cache."""
+
 _MEMORIES_L = np.asarray(MEMORIES)
 
 
@@ -146,17 +149,18 @@ def running_mean(state: State) -> float:
 
 def beliefs_of(state: State, pool: Pool, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
     """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n]."""
-    rows = slice(0, state.n_prompts) if indices is None else indices
-    x = pool.rows(state.basis, rows) if state.basis is not None else None
+    n = state.n_prompts if indices is None else len(indices)
     weights = state.mixture.kept()
-    means_C_n, scales_C_n = _priors_of(state, pool, rows, x, np.asarray(weights.any(axis=(1, 2))))
-    return beliefs.predict(
-        weights,
-        means_C_n,
-        state.successes_L_N[:, rows],
-        state.failures_L_N[:, rows],
-        scales_C_n,
-    )
+    wanted = np.asarray(weights.any(axis=(1, 2)))
+    a_n, b_n = np.empty(n), np.empty(n)
+    for first in range(0, n, BLOCK):  # blocks that fit the processor's cache, always the same ones
+        block = slice(first, min(first + BLOCK, n))
+        rows = block if indices is None else indices[block]
+        x = pool.rows(state.basis, rows) if state.basis is not None else None
+        means_C_n, scales_C_n = _priors_of(state, pool, rows, x, wanted)
+        own, lost = state.successes_L_N[:, rows], state.failures_L_N[:, rows]
+        a_n[block], b_n[block] = beliefs.predict(weights, means_C_n, own, lost, scales_C_n)
+    return a_n, b_n
 
 
 def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
@@ -189,7 +193,7 @@ def paper_beliefs(state: State, pool: Pool, indices: IntArray | None = None) -> 
     rows = slice(0, state.n_prompts) if indices is None else indices
     n = state.n_prompts if indices is None else len(indices)
     prior = pool.fitted(state.model_version).get(PAPER)
-    return new_paper_beliefs(n, {PAPER: _rows(prior, state.n_prompts, rows)} if prior is not None else {})
+    return new_paper_beliefs(n, {PAPER: _rows(prior, rows)} if prior is not None else {})
 
 
 def new_paper_beliefs(n: int, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
@@ -206,7 +210,7 @@ def _priors_of(
     state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
 ) -> tuple[FloatArray, FloatArray]:
     """Of these prompts of the pool, whose features are x, under the state's snapshot."""
-    fitted = {name: _rows(prior, state.n_prompts, rows) for name, prior in _mixed(state, pool).items()}
+    fitted = {name: _rows(prior, rows) for name, prior in _mixed(state, pool).items() if wanted[PRIORS.index(name)]}
     return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], fitted, wanted)
 
 
@@ -215,15 +219,18 @@ def _mixed(state: State, pool: Pool) -> Mapping[str, FittedPrior]:
     return {name: prior for name, prior in pool.fitted(state.model_version).items() if name in FITTED}
 
 
-def _rows(prior: FittedPrior, n_prompts: int, rows: IntArray | slice) -> FittedPrior:
+def _rows(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
     """The prior of these prompts, NaN for those that are newer than it."""
-    newer = n_prompts - len(prior.means_N)
-    if newer > 0:
-        prior = FittedPrior(
-            np.pad(prior.means_N, (0, newer), constant_values=np.nan),
-            np.pad(prior.concentrations_N, (0, newer), constant_values=1.0),
-        )
-    return FittedPrior(prior.means_N[rows], prior.concentrations_N[rows])
+    known = len(prior.means_N)
+    indices = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    newer = indices >= known
+    if not newer.any():
+        return FittedPrior(prior.means_N[rows], prior.concentrations_N[rows])
+    means_n = np.full(len(indices), np.nan, dtype=np.float32)
+    concentrations_n = np.ones(len(indices), dtype=np.float32)
+    means_n[~newer] = prior.means_N[indices[~newer]]
+    concentrations_n[~newer] = prior.concentrations_N[indices[~newer]]
+    return FittedPrior(means_n, concentrations_n)
 
 
 def _known(state: State, prompts: IntArray) -> None:

@@ -6,7 +6,7 @@ Knows nothing of prompts; rows of x are features, targets are successes of attem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class OnlineLogistic:
     weights: FloatArray
     precision: FloatArray
     prior_precision: FloatArray
+    _covariance: FloatArray | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
     def new(width: int) -> OnlineLogistic:
@@ -34,6 +35,7 @@ class OnlineLogistic:
 
     def forget(self, keep: float) -> None:
         """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
+        self._covariance = None
         self.precision *= keep
         self.precision[np.diag_indices_from(self.precision)] += (1.0 - keep) * self.prior_precision
 
@@ -62,6 +64,7 @@ class OnlineLogistic:
         s = _sigmoid(x @ w)
         self.weights = w
         self.precision = prior + (x.T * (worth * s * (1.0 - s))) @ x
+        self._covariance = None
 
     def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
         """Take over what another regression learned on other features of the same prompts.
@@ -79,10 +82,19 @@ class OnlineLogistic:
         learned = other.precision - np.diag(other.prior_precision)
         self.weights = m @ other.weights
         self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
+        self._covariance = None
+
+    def copy(self) -> OnlineLogistic:
+        """One of its own, which the other's updates leave alone."""
+        twin = OnlineLogistic(self.weights.copy(), self.precision.copy(), self.prior_precision)
+        twin._covariance = self._covariance
+        return twin
 
     def predict(self, x_N_d: FloatArray) -> FloatArray:
         """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula)."""
-        covariance = np.linalg.inv(self.precision).astype(x_N_d.dtype)
+        if self._covariance is None:  # kept between updates: a single prompt is asked for more often than it changes
+            self._covariance = np.linalg.inv(self.precision)
+        covariance = self._covariance.astype(x_N_d.dtype)
         variance = np.einsum("nd,nd->n", x_N_d @ covariance, x_N_d)
         logit = x_N_d @ self.weights.astype(x_N_d.dtype)
         return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
