@@ -6,9 +6,11 @@ Any replica that folds the same log holds the same view. Built from the store's 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +20,12 @@ from evenodds_service.domain.acquisition import Choice, NotEnoughPrompts
 from evenodds_service.domain.checkpoint import CheckpointUnusable, from_bytes
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.fold import (
+    EachBlock,
     State,
     beliefs_of,
+    copied,
     fold,
+    in_blocks,
     mopps_beliefs,
     new_paper_beliefs,
     new_prompt_beliefs,
@@ -46,10 +51,12 @@ from evenodds_service.model.shared_model import SharedModel, SnapshotUnusable
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
 from evenodds_service.storage.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 10_000
+_THREADS = 4
 
 
 class UnknownPrompts(LookupError):
@@ -79,12 +86,37 @@ class SelectArguments:
     groups: Mapping[str, float]
 
 
-class LiveRun:
-    """State, pool and shared model of one run, and the lock that serialises access to them."""
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A batch, what is believed of its prompts, and the state that it was chosen in.
 
-    def __init__(self, run_id: int) -> None:
+    Attributes:
+        a, b: Beta parameters of the beliefs, [B].
+        prompt_ids, groups: Of the prompts, B of each.
+        position, model_version: Of that state.
+    """
+
+    choice: Choice
+    a: FloatArray
+    b: FloatArray
+    prompt_ids: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    position: int
+    model_version: int
+
+
+class LiveRun:
+    """State, pool and shared model of one run, and the lock that serialises access to them.
+
+    Args:
+        each_block: Spreads the computation of a choice over threads, as an executor's map does.
+    """
+
+    def __init__(self, run_id: int, *, each_block: EachBlock = map) -> None:
         self.run_id = run_id
         self.lock = threading.RLock()
+        self._choosing = threading.Lock()  # the arrays of many choices at once over a large pool would not fit
+        self._each_block = each_block
         self.state = State()
         self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
         self.model: SharedModel | None = None
@@ -152,14 +184,7 @@ class LiveRun:
 
     def beliefs(self, predictor: Predictor, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
         """Beta parameters of the belief about these prompts, or about the whole pool, [n]."""
-        if predictor == "mopps":
-            return mopps_beliefs(self.state, indices)
-        if predictor == "gps-paper":
-            return paper_beliefs(self.state, self.pool, indices)
-        if predictor == "uniform":
-            n = self.state.n_prompts if indices is None else len(indices)
-            return np.ones(n), np.ones(n)
-        return beliefs_of(self.state, self.pool, indices)
+        return _beliefs(self.state, self.pool, predictor, indices)
 
     def new_beliefs(
         self, predictor: Predictor, texts: Sequence[str | None], block: RawBlock
@@ -175,13 +200,20 @@ class LiveRun:
         outside.append(block)
         return new_prompt_beliefs(self.state, outside, fitted)
 
-    def choose(self, run: str, arguments: SelectArguments) -> tuple[Choice, FloatArray, FloatArray]:
-        """Choose a batch in the present state. Returns it with the beliefs (a, b) about its prompts, [B].
+    def choose(self, run: str, arguments: SelectArguments) -> Chosen:
+        """Choose a batch in the present state. One choice at a time; observations are folded meanwhile.
 
         Raises:
             UnknownPrompts: among the candidates or exclusions.
             NotEnoughPrompts: fewer may be selected than were asked for.
         """
+        with self._choosing:
+            with self.lock, phase("copy"):
+                state, pool = copied(self.state), self.pool.view(self.state.basis)
+                eligible = self._eligible(run, arguments)
+            return self._chosen(state, pool, eligible, arguments)
+
+    def _eligible(self, run: str, arguments: SelectArguments) -> BoolArray:
         state = self.state
         eligible = acquisition.eligible(
             state.selected_N,
@@ -199,47 +231,81 @@ class LiveRun:
             eligible &= among
         if arguments.exclude:
             eligible[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
+        return eligible
+
+    def _chosen(self, state: State, pool: Pool, eligible: BoolArray, arguments: SelectArguments) -> Chosen:
         generator = np.random.default_rng([arguments.seed, arguments.step])
-        a, b = self.beliefs(arguments.predictor)
-        informative, informative_std = informative_moments(a, b, arguments.group_size)
-        scores = acquisition.scores(
-            a,
-            b,
-            informative,
-            informative_std,
-            acquisition=arguments.acquisition,
-            target_rate=arguments.target_rate,
-            optimism=arguments.optimism,
-            generator=generator,
-        )
-        try:
-            choice = acquisition.choose(
-                scores,
+        with phase("beliefs"):
+            a, b = _beliefs(state, pool, arguments.predictor, each_block=self._each_block)
+        with phase("moments"):
+            informative, informative_std = np.empty(len(a)), np.empty(len(a))
+
+            def moments(block: slice) -> None:
+                informative[block], informative_std[block] = informative_moments(
+                    a[block], b[block], arguments.group_size
+                )
+
+            for _ in self._each_block(moments, in_blocks(len(a))):
+                pass
+        with phase("choice"):
+            scores = acquisition.scores(
+                a,
+                b,
                 informative,
-                eligible,
-                batch_size=arguments.batch_size,
-                last_seen_N=np.maximum(state.last_selected_N, state.last_step_N),
+                informative_std,
+                acquisition=arguments.acquisition,
+                target_rate=arguments.target_rate,
+                optimism=arguments.optimism,
                 generator=generator,
-                directions_of=self._directions if arguments.acquisition in ("yield", "paper") else None,
-                recent_batches=state.recent_batches,
-                groups={group: (share, self._members(group)) for group, share in arguments.groups.items()},
             )
-        except NotEnoughPrompts as error:
-            raise NotEnoughPrompts(
-                asked=error.asked,
-                eligible=error.eligible,
-                group=error.group,
-                advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
-                f"{arguments.max_visits or 'none'}): ask for fewer, load more prompts, or loosen what rules them out",
-            ) from None
-        return choice, a[choice.prompts], b[choice.prompts]
 
-    def _directions(self, prompts: IntArray) -> FloatArray:
-        assert self.state.basis is not None  # a pool with a prompt to choose has one
-        return directions(self.pool.rows(self.state.basis, prompts))
+            def directions_of(prompts: IntArray) -> FloatArray:
+                assert state.basis is not None  # a pool with a prompt to choose has one
+                return directions(pool.rows(state.basis, prompts))
 
-    def _members(self, group: str) -> BoolArray:
-        return np.fromiter((g == group for g in self.pool.groups), dtype=bool, count=self.state.n_prompts)
+            try:
+                choice = acquisition.choose(
+                    scores,
+                    informative,
+                    eligible,
+                    batch_size=arguments.batch_size,
+                    last_seen_N=np.maximum(state.last_selected_N, state.last_step_N),
+                    generator=generator,
+                    directions_of=directions_of if arguments.acquisition in ("yield", "paper") else None,
+                    recent_batches=state.recent_batches,
+                    groups={group: (share, pool.members(group)) for group, share in arguments.groups.items()},
+                )
+            except NotEnoughPrompts as error:
+                raise NotEnoughPrompts(
+                    asked=error.asked,
+                    eligible=error.eligible,
+                    group=error.group,
+                    advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
+                    f"{arguments.max_visits or 'none'}): ask for fewer, load more prompts, or loosen what rules them "
+                    f"out",
+                ) from None
+        return Chosen(
+            choice=choice,
+            a=a[choice.prompts],
+            b=b[choice.prompts],
+            prompt_ids=tuple(pool.prompt_ids[i] for i in choice.prompts),
+            groups=tuple(pool.groups[i] for i in choice.prompts),
+            position=state.position,
+            model_version=state.model_version,
+        )
+
+
+def _beliefs(
+    state: State, pool: Pool, predictor: Predictor, indices: IntArray | None = None, *, each_block: EachBlock = map
+) -> tuple[FloatArray, FloatArray]:
+    if predictor == "mopps":
+        return mopps_beliefs(state, indices)
+    if predictor == "gps-paper":
+        return paper_beliefs(state, pool, indices)
+    if predictor == "uniform":
+        n = state.n_prompts if indices is None else len(indices)
+        return np.ones(n), np.ones(n)
+    return beliefs_of(state, pool, indices, each_block=each_block)
 
 
 def vector_name(settings: RunSettings) -> str | None:
@@ -258,15 +324,18 @@ class LiveRuns:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._runs: OrderedDict[int, LiveRun] = OrderedDict()
+        self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="blocks")
 
     def at_head(self, run: Run) -> LiveRun:
         """The live view of the run with everything folded in that `run` shows. Take its lock before reading."""
         with self._lock:
-            live = self._runs.setdefault(run.id, LiveRun(run.id))
+            live = self._runs.get(run.id) or LiveRun(run.id, each_block=self._threads.map)
+            self._runs[run.id] = live
             self._runs.move_to_end(run.id)
             while len(self._runs) > self._capacity:
                 self._runs.popitem(last=False)
-        live.catch_up(self._store, run)
+        with phase("catch up"):
+            live.catch_up(self._store, run)
         return live
 
     def drop(self, run_id: int) -> None:

@@ -133,8 +133,7 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
     replayed = recorded is not None
     if recorded is None:
         live = hands.live_runs.at_head(run)
-        with live.lock:
-            reply, indices = _choose(body, run, live)
+        reply, indices = _choose(body, run, live)
         recorded, replayed = hands.store.record_selection(
             run.id,
             selection_id=reply.selection_id,
@@ -170,33 +169,32 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         exclude=body.exclude or (),
         groups=body.groups or {},
     )
-    choice, a, b = live.choose(run.name, arguments)
-    mean, std = mean_and_std(a, b)
-    informative = choice.informative_probabilities
-    ids = [live.pool.prompt_ids[i] for i in choice.prompts]
+    chosen = live.choose(run.name, arguments)
+    mean, std = mean_and_std(chosen.a, chosen.b)
+    informative = chosen.choice.informative_probabilities
     reply = SelectReply(
         run=run.name,
         step=body.step,
         selection_id=uuid.uuid4().hex,
-        model_version=live.state.model_version,
-        log_position=live.state.position,
+        model_version=chosen.model_version,
+        log_position=chosen.position,
         replayed=False,
         forecast=Forecast(
-            informative_share=choice.informative_share,
+            informative_share=chosen.choice.informative_share,
             informative_groups=float(informative.sum()),
-            pad_to=choice.pad_to,
+            pad_to=chosen.choice.pad_to,
         ),
         prompts=tuple(
             SelectedPrompt(
                 prompt_id=prompt_id,
-                group=live.pool.groups[index],
+                group=group,
                 success_rate=rate,
                 std=deviation,
                 informative_probability=probability,
             )
-            for prompt_id, index, rate, deviation, probability in zip(
-                ids, choice.prompts, mean.tolist(), std.tolist(), informative.tolist(), strict=True
+            for prompt_id, group, rate, deviation, probability in zip(
+                chosen.prompt_ids, chosen.groups, mean.tolist(), std.tolist(), informative.tolist(), strict=True
             )
         ),
     )
-    return reply, choice.prompts.tolist()
+    return reply, chosen.choice.prompts.tolist()

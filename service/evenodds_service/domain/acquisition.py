@@ -19,6 +19,7 @@ LEAST_RECENTLY_SEEN_SHARE = 0.05
 DIVERSITY_SHARE = 0.1
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
+_FEW = 8
 _SAMPLE, _SAMPLE_MARGIN = 8_192, 32
 
 
@@ -242,19 +243,26 @@ def greedy_diverse(
     order: list[int] = []
     chosen_sum = np.zeros(directions_S_D.shape[1], dtype=directions_S_D.dtype)
     while len(order) < n:
-        current = gain
+        current = gain.copy()
         if order:
-            current = gain + unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
-        k = min(per_round if order else 1, n - len(order))
-        if k == 1:
-            picks = [int(np.argmax(current))]
-        else:
-            partition = np.argpartition(-current, k - 1)[:k]
-            picks = [int(i) for i in partition[np.argsort(-current[partition], kind="stable")]]
+            current += unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
+        picks = _greatest(current, min(per_round if order else 1, n - len(order)))
         order.extend(picks)
         gain[picks] = -np.inf
         chosen_sum = chosen_sum + directions_S_D[picks].sum(axis=0)
     return np.asarray(order, dtype=np.int64)
+
+
+def _greatest(values_S: FloatArray, k: int) -> list[int]:
+    """Positions of the k greatest values, greatest first. Overwrites values."""
+    if k > _FEW:
+        partition = np.argpartition(-values_S, k - 1)[:k]
+        return [int(i) for i in partition[np.argsort(-values_S[partition], kind="stable")]]
+    picks = []
+    for _ in range(k):
+        picks.append(int(np.argmax(values_S)))
+        values_S[picks[-1]] = -np.inf
+    return picks
 
 
 def _standardised(distances_S: FloatArray) -> FloatArray:

@@ -6,7 +6,8 @@ state of a million prompts is too large to copy per call; the owner of a state s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +30,8 @@ from evenodds_service.domain.types import (
 REGRESSION_KEEP = 0.98
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
-BLOCK = 8_192
-"""Prompts whose beliefs are computed together: their arrays fit the processor's cache."""
+BLOCK = 16_384
+"""Prompts whose beliefs are computed together: their arrays stay in the processor's cache."""
 
 _MEMORIES_L = np.asarray(MEMORIES)
 
@@ -101,6 +102,11 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     return state
 
 
+def copied(state: State) -> State:
+    """A copy that stays as it is while the state is folded on: whoever reads at length need not keep it locked."""
+    return copy.deepcopy(state, {id(state.basis): state.basis})  # the pool knows its features by their basis
+
+
 def shared_priors(
     state: State,
     x_n_d: FloatArray | None,
@@ -147,19 +153,33 @@ def running_mean(state: State) -> float:
     return (state.running_successes + 1.0) / (state.running_counts + 2.0)
 
 
-def beliefs_of(state: State, pool: Pool, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
+EachBlock = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[None]]
+"""Calls a function for each of some blocks, as `map` does; an executor's map spreads them over threads."""
+
+
+def in_blocks(n: int) -> list[slice]:
+    """The blocks of n prompts, always the same ones: rounding may depend on them."""
+    return [slice(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
+
+
+def beliefs_of(
+    state: State, pool: Pool, indices: IntArray | None = None, *, each_block: EachBlock = map
+) -> tuple[FloatArray, FloatArray]:
     """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n]."""
     n = state.n_prompts if indices is None else len(indices)
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
     a_n, b_n = np.empty(n), np.empty(n)
-    for first in range(0, n, BLOCK):  # blocks that fit the processor's cache, always the same ones
-        block = slice(first, min(first + BLOCK, n))
+
+    def compute(block: slice) -> None:
         rows = block if indices is None else indices[block]
         x = pool.rows(state.basis, rows) if state.basis is not None else None
         means_C_n, scales_C_n = _priors_of(state, pool, rows, x, wanted)
         own, lost = state.successes_L_N[:, rows], state.failures_L_N[:, rows]
         a_n[block], b_n[block] = beliefs.predict(weights, means_C_n, own, lost, scales_C_n)
+
+    for _ in each_block(compute, in_blocks(n)):
+        pass
     return a_n, b_n
 
 
