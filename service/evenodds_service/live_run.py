@@ -273,7 +273,10 @@ class LiveRun:
                     generator=generator,
                     directions_of=directions_of if arguments.acquisition in ("yield", "paper") else None,
                     recent_batches=state.recent_batches,
-                    groups={group: (share, pool.members(group)) for group, share in arguments.groups.items()},
+                    groups={
+                        group: (share, pool.members(group, state.n_prompts))
+                        for group, share in arguments.groups.items()
+                    },
                 )
             except NotEnoughPrompts as error:
                 raise NotEnoughPrompts(
@@ -334,7 +337,7 @@ class LiveRuns:
             self._runs.move_to_end(run.id)
             while len(self._runs) > self._capacity:
                 self._runs.popitem(last=False)
-        with phase("catch up"):
+        with phase("catch-up"):
             live.catch_up(self._store, run)
         return live
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from functools import partial
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -13,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from evenodds.version import __version__
 from evenodds_service.api import errors, loop, operations, refits, runs
 from evenodds_service.api.features import Featurizer
+from evenodds_service.api.rounds import Rounds
 from evenodds_service.api.services import Services
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import Store
+from evenodds_service.timing import collected_phases
 
 _DESCRIPTION = """
 Even Odds predicts how hard each prompt is for one language model as it is right now, and chooses which prompts to
@@ -50,11 +53,13 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
+    views = LiveRuns(store, capacity=live_runs)
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
-        live_runs=LiveRuns(store, capacity=live_runs),
+        live_runs=views,
         registry=registry,
+        predictions=Rounds(partial(loop.predict_known, store, views)),
     )
     for room in (loop, refits, runs, operations):
         app.include_router(room.router)
@@ -64,7 +69,10 @@ def create_app(store: Store, *, live_runs: int = 32) -> FastAPI:
 
 
 class _Observed:
-    """Gives every request an id (the caller's `X-Request-ID` where it is well-formed) and measures it."""
+    """Gives every request an id (the caller's `X-Request-ID` where it is well-formed) and measures it.
+
+    Every reply tells where its time went in `Server-Timing`, milliseconds by phase.
+    """
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
@@ -92,14 +100,15 @@ class _Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {
-                    **message,
-                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
-                }
+                taken = {**phases, "total": time.perf_counter() - started}
+                timing = ", ".join(f"{name};dur={1_000 * seconds:.2f}" for name, seconds in taken.items())
+                own = [(b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
+                message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            with collected_phases() as phases:
+                await self._app(scope, receive, send_with_id)
         finally:
             # The route's template, not the path, and known methods only: label values must stay few.
             route = getattr(scope.get("route"), "path_format", "unknown")

@@ -6,11 +6,13 @@ Each translates the wire into values, calls the store and the live view, and tra
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from evenodds.schemas import (
     Forecast,
@@ -18,17 +20,23 @@ from evenodds.schemas import (
     ObserveRequest,
     PredictReply,
     PredictRequest,
+    PromptRef,
     SelectedPrompt,
     SelectReply,
     SelectRequest,
 )
 from evenodds_service.api.features import new_prompt
-from evenodds_service.api.services import PROBLEMS, Hands, content_hash, mean_and_std, now, predictions
+from evenodds_service.api.services import PROBLEMS, Hands, Services, content_hash, mean_and_std, now, predictions
 from evenodds_service.domain.types import NewObservation
-from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
-from evenodds_service.storage.store import Run
+from evenodds_service.live_run import LiveRun, LiveRuns, SelectArguments, UnknownPrompts
+from evenodds_service.storage.store import Run, Store
 
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
+
+_FEW = 256
+"""A request about so many prompts at most shares a round with others."""
+
+_UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts"
 
 
 @router.post("/observe", summary="Report outcomes of attempts")
@@ -85,9 +93,62 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
     )
 
 
-@router.post("/predict", summary="Predict success rates")
-def predict(body: PredictRequest, hands: Hands) -> PredictReply:
+@router.post("/predict", summary="Predict success rates", response_model=PredictReply)
+async def predict(body: PredictRequest, hands: Hands) -> Response:
     """The belief about prompts of the pool, or about new texts, in the order asked. Nothing is stored."""
+    if len(body.prompts) <= _FEW and all(_is_reference(prompt) for prompt in body.prompts):
+        reply = await hands.predictions.ask(body.run, body)
+    else:
+        reply = await run_in_threadpool(_predict, body, hands)
+    return Response(reply, media_type="application/json")
+
+
+def _is_reference(prompt: PromptRef) -> bool:
+    """Whether only the pool can tell what is asked about."""
+    return prompt.text is None and prompt.embedding is None
+
+
+def predict_known(
+    store: Store, live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictRequest]
+) -> list[str | Exception]:
+    """JSON replies to requests about prompts of one run's pool."""
+    run = store.run(run_name)
+    live = live_runs.at_head(run)
+    answers: list[str | Exception] = []
+    asked: list[tuple[PredictRequest, slice]] = []
+    with live.lock:
+        position, model_version = live.state.position, live.state.model_version
+        found: list[int] = []
+        for body in bodies:
+            ids = [prompt.prompt_id or "" for prompt in body.prompts]
+            try:
+                rows = live.indices(run_name, ids, path="prompts", hint=_UNKNOWN_HINT)
+            except UnknownPrompts as error:
+                answers.append(error)
+                continue
+            asked.append((body, slice(len(found), len(found) + len(ids))))
+            answers.append("")
+            found.extend(rows.tolist())
+        indices = np.array(found, dtype=np.int64)
+        a, b = live.beliefs(run.settings.predictor, indices)
+        seen = live.state.attempts_N[indices]
+    told = iter(asked)
+    for number, answer in enumerate(answers):
+        if isinstance(answer, Exception):
+            continue
+        body, part = next(told)
+        ids = [prompt.prompt_id or "" for prompt in body.prompts]
+        reply = PredictReply(
+            run=body.run,
+            model_version=model_version,
+            log_position=position,
+            predictions=predictions(ids, a[part], b[part], seen[part], body.group_size or run.settings.group_size),
+        )
+        answers[number] = reply.model_dump_json()
+    return answers
+
+
+def _predict(body: PredictRequest, hands: Services) -> str:
     run = hands.store.run(body.run)
     live = hands.live_runs.at_head(run)
     group_size = body.group_size or run.settings.group_size
@@ -97,8 +158,7 @@ def predict(body: PredictRequest, hands: Hands) -> PredictReply:
     outside = [i for i, index in enumerate(known) if index is None]
     unknown = [ids[i] for i in outside if body.prompts[i].text is None]
     if unknown:
-        hint = "send its text instead, or load it with POST /runs/{run}/prompts"
-        raise UnknownPrompts(body.run, unknown, path="prompts", hint=hint)
+        raise UnknownPrompts(body.run, unknown, path="prompts", hint=_UNKNOWN_HINT)
     block = None
     if outside:
         names = [f"prompts[{i}]" for i in outside]
@@ -116,12 +176,13 @@ def predict(body: PredictRequest, hands: Hands) -> PredictReply:
             a[outside], b[outside] = live.new_beliefs(
                 run.settings.predictor, [body.prompts[i].text for i in outside], block
             )
-    return PredictReply(
+    reply = PredictReply(
         run=body.run,
         model_version=model_version,
         log_position=position,
         predictions=predictions(ids, a, b, seen, group_size),
     )
+    return reply.model_dump_json()
 
 
 @router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)

@@ -13,8 +13,9 @@ from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 from scipy.special import betaincinv
 
-from evenodds.schemas import RUN_PATTERN, Prediction, Problem
+from evenodds.schemas import RUN_PATTERN, Prediction, PredictRequest, Problem
 from evenodds_service.api.features import Featurizer
+from evenodds_service.api.rounds import Rounds
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.types import FloatArray
 from evenodds_service.live_run import LiveRuns
@@ -31,6 +32,7 @@ class Services:
     featurizer: Featurizer
     live_runs: LiveRuns
     registry: CollectorRegistry
+    predictions: Rounds[PredictRequest, str]
 
 
 async def _services(request: Request) -> Services:

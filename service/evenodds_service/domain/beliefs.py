@@ -169,6 +169,41 @@ def predict(
     return beta_from_moments(mean, second - first * first)
 
 
+def predict_rows(
+    weights: FloatArray,
+    means_C_n: FloatArray,
+    successes_L_n: FloatArray,
+    failures_L_n: FloatArray,
+    scales_C_n: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """What `predict` says, up to rounding, for few prompts: all strengths and memories at once.
+
+    The number of array operations is then what costs, and not their size.
+    """
+    means_C_n = np.clip(means_C_n, *_PRIOR_RANGE).astype(np.float64)
+    own, lost = successes_L_n.astype(np.float64), failures_L_n.astype(np.float64)  # [L, n]
+    first, second = np.zeros(means_C_n.shape[1]), np.zeros(means_C_n.shape[1])
+    with_weight = [c for c in range(len(PRIORS)) if weights[c].any()]
+    alone = [c for c in with_weight if (scales_C_n[c] != 1.0).any()]
+    blocks = [([c for c in with_weight if c not in alone], np.ones(len(first)))]
+    blocks += [([c], scales_C_n[c].astype(np.float64)) for c in alone]
+    for priors, scale_n in blocks:
+        if not priors:
+            continue
+        share = weights[priors].sum(axis=0)[:, :, None]  # [S, L, 1]
+        by_prior = weights[priors].reshape(len(priors), -1).T  # [S L, C]
+        m1 = (by_prior @ means_C_n[priors]).reshape(len(STRENGTHS), len(MEMORIES), -1)
+        m2 = (by_prior @ means_C_n[priors] ** 2).reshape(m1.shape)
+        s = np.asarray(STRENGTHS)[:, None, None] * scale_n  # [S, 1, n]
+        total = own + lost + s  # [S, L, n]
+        a = s * m1 + share * own
+        first += (a / total).sum(axis=(0, 1))
+        squares = s * s * m2 + 2.0 * s * own * m1 + share * own * own + a
+        second += (squares / (total * (total + 1.0))).sum(axis=(0, 1))
+    mean = np.clip(first, 1e-6, 1.0 - 1e-6)
+    return beta_from_moments(mean, second - first * first)
+
+
 def _is_shaped(scales_C_N: FloatArray | None, c: int) -> bool:
     return scales_C_N is not None and bool((scales_C_N[c] != 1.0).any())
 

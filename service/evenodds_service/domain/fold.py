@@ -6,9 +6,9 @@ state of a million prompts is too large to copy per call; the owner of a state s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +33,7 @@ BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 BLOCK = 16_384
 """Prompts whose beliefs are computed together: their arrays stay in the processor's cache."""
 
+_FEW = 64
 _MEMORIES_L = np.asarray(MEMORIES)
 
 
@@ -103,8 +104,18 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
 
 
 def copied(state: State) -> State:
-    """A copy that stays as it is while the state is folded on: whoever reads at length need not keep it locked."""
-    return copy.deepcopy(state, {id(state.basis): state.basis})  # the pool knows its features by their basis
+    """A state of one's own for reading at length, while the other is folded on.
+
+    What is learned (arrays, the mixture, the regressions) is copied, values that are not updated in place are shared.
+    """
+    values = {each.name: getattr(state, each.name) for each in fields(state)}
+    return State(**{name: _copied(value) for name, value in values.items()})
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, np.ndarray | OnlineLogistic):
+        return value.copy()
+    return Mixture(value.log_weights.copy(), value.log_guard) if isinstance(value, Mixture) else value
 
 
 def shared_priors(
@@ -176,7 +187,8 @@ def beliefs_of(
         x = pool.rows(state.basis, rows) if state.basis is not None else None
         means_C_n, scales_C_n = _priors_of(state, pool, rows, x, wanted)
         own, lost = state.successes_L_N[:, rows], state.failures_L_N[:, rows]
-        a_n[block], b_n[block] = beliefs.predict(weights, means_C_n, own, lost, scales_C_n)
+        predict = beliefs.predict if n > _FEW else beliefs.predict_rows
+        a_n[block], b_n[block] = predict(weights, means_C_n, own, lost, scales_C_n)
 
     for _ in each_block(compute, in_blocks(n)):
         pass

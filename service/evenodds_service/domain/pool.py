@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evenodds_service.domain.types import BoolArray, FittedPrior, FloatArray, IntArray, RawBlock
 
-ArrayT = TypeVar("ArrayT", bound=np.generic)
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64
@@ -30,7 +30,6 @@ _BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
 _CHUNK = 512
 _PROJECTED = 16 * _CHUNK
-_NO_GROUP = -1
 
 
 class Pool:
@@ -44,8 +43,8 @@ class Pool:
         self.prompt_ids: list[str] = []
         self.index: dict[str, int] = {}
         self.groups: list[str | None] = []
-        self._group_names: dict[str, int] = {}
-        self._group_codes = np.empty(0, dtype=np.int32)
+        self._group_codes: dict[str | None, int] = {}
+        self._codes = np.empty(0, dtype=np.int32)
         self._numeric: list[Mapping[str, float] | None] = []
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
@@ -72,11 +71,10 @@ class Pool:
         for offset, prompt_id in enumerate(block.prompt_ids):
             self.index[prompt_id] = self.n + offset
         self.prompt_ids.extend(block.prompt_ids)
-        known = self._group_names
-        codes = [_NO_GROUP if group is None else known.setdefault(group, len(known)) for group in block.groups]
-        self._group_codes = _append(self._group_codes, self.n, np.array(codes, dtype=np.int32))
-        names = tuple(known)  # one text for all prompts of a group
-        self.groups.extend(None if code == _NO_GROUP else names[code] for code in codes)
+        codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in block.groups]
+        self._codes = _append(self._codes, self.n, np.asarray(codes, dtype=np.int32))
+        names = tuple(self._group_codes)
+        self.groups.extend(names[code] for code in codes)  # one text for all prompts of a group
         self._numeric.extend(block.numeric)
         self.n += n
 
@@ -98,10 +96,6 @@ class Pool:
             self.matrix(basis, self.n)  # once for all views
         return copy.copy(self)
 
-    def members(self, group: str) -> BoolArray:
-        """Whether each prompt is of this group, bool [n]."""
-        return np.asarray(self._group_codes[: self.n] == self._group_names.get(group, _NO_GROUP - 1))
-
     def attach(self, version: int, fitted: Mapping[str, FittedPrior]) -> None:
         """Take the fitted priors of snapshot `version`, by name, in place of the ones before."""
         self._fitted = (version, fitted)
@@ -119,6 +113,10 @@ class Pool:
                 f"the pool has the priors of snapshot {self._fitted[0]}, asked for were those of {version}"
             )
         return self._fitted[1]
+
+    def members(self, group: str, n: int) -> BoolArray:
+        """Which of the first n prompts are in this group, bool [n]."""
+        return np.asarray(self._codes[:n] == self._group_codes.get(group, -1))
 
     def prior_rates(self, n: int) -> FloatArray:
         """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
@@ -152,7 +150,7 @@ def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
     raise ValueError(f"{what} of width {given}, the pool holds width {width}: send vectors of one model only")
 
 
-def _append(array: NDArray[ArrayT], n: int, more: NDArray[np.generic]) -> NDArray[ArrayT]:
+def _append(array: NDArray[ScalarT], n: int, more: NDArray[ScalarT]) -> NDArray[ScalarT]:
     """Write `more` behind the first n rows, doubling the capacity where needed."""
     needed = n + len(more)
     if needed > len(array):

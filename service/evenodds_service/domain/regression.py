@@ -16,6 +16,8 @@ PRIOR_VARIANCE = 0.03
 INTERCEPT_VARIANCE = 1.0
 OVERDISPERSION = 1.0
 _NEWTON_STEPS = 6
+_HEIGHT = 64
+"""Rows of a product come in multiples of it: at the edges of a matrix a row may be rounded otherwise."""
 
 
 @dataclass(slots=True)
@@ -25,7 +27,8 @@ class OnlineLogistic:
     weights: FloatArray
     precision: FloatArray
     prior_precision: FloatArray
-    _covariance: FloatArray | None = field(default=None, init=False, repr=False, compare=False)
+    _products: FloatArray | None = field(default=None, init=False, repr=False, compare=False)
+    """L^-1 and w side by side, kept between updates: prompts are asked for more often than the weights change."""
 
     @staticmethod
     def new(width: int) -> OnlineLogistic:
@@ -35,7 +38,7 @@ class OnlineLogistic:
 
     def forget(self, keep: float) -> None:
         """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
-        self._covariance = None
+        self._products = None
         self.precision *= keep
         self.precision[np.diag_indices_from(self.precision)] += (1.0 - keep) * self.prior_precision
 
@@ -64,7 +67,7 @@ class OnlineLogistic:
         s = _sigmoid(x @ w)
         self.weights = w
         self.precision = prior + (x.T * (worth * s * (1.0 - s))) @ x
-        self._covariance = None
+        self._products = None
 
     def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
         """Take over what another regression learned on other features of the same prompts.
@@ -82,22 +85,29 @@ class OnlineLogistic:
         learned = other.precision - np.diag(other.prior_precision)
         self.weights = m @ other.weights
         self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
-        self._covariance = None
+        self._products = None
 
     def copy(self) -> OnlineLogistic:
         """One of its own, which the other's updates leave alone."""
         twin = OnlineLogistic(self.weights.copy(), self.precision.copy(), self.prior_precision)
-        twin._covariance = self._covariance
+        twin._products = self._products
         return twin
 
     def predict(self, x_N_d: FloatArray) -> FloatArray:
-        """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula)."""
-        if self._covariance is None:  # kept between updates: a single prompt is asked for more often than it changes
-            self._covariance = np.linalg.inv(self.precision)
-        covariance = self._covariance.astype(x_N_d.dtype)
-        variance = np.einsum("nd,nd->n", x_N_d @ covariance, x_N_d)
-        logit = x_N_d @ self.weights.astype(x_N_d.dtype)
-        return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+        """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula).
+
+        In single precision. What is said of a prompt does not depend on the others that are asked for.
+        """
+        if self._products is None:
+            covariance = np.linalg.inv(self.precision)
+            self._products = np.concatenate((covariance, self.weights[:, None]), axis=1).astype(np.float32)
+        n, d = x_N_d.shape
+        x = np.asarray(x_N_d, dtype=np.float32)
+        if n % _HEIGHT:
+            x = np.concatenate((x, np.zeros((-n % _HEIGHT, d), dtype=np.float32)))
+        product = x @ self._products
+        variance = np.einsum("nd,nd->n", product[:n, :d], x[:n])
+        return _sigmoid(product[:n, d] / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
 
 
 def effective_count(counts: FloatArray) -> FloatArray:
