@@ -103,6 +103,7 @@ class Client:
     refit = _blocking(Calls.refit)
     refits = _blocking(Calls.refits)
     add_prompts = _blocking(Calls.add_prompts)
+    add_prompt_lines = _blocking(Calls.add_prompt_lines)
     prompts_page = _blocking(Calls.prompts_page)
     prompt = _blocking(Calls.prompt)
     observe = _blocking(Calls.observe)
@@ -203,6 +204,7 @@ class AsyncClient:
     refit = _awaited(Calls.refit)
     refits = _awaited(Calls.refits)
     add_prompts = _awaited(Calls.add_prompts)
+    add_prompt_lines = _awaited(Calls.add_prompt_lines)
     prompts_page = _awaited(Calls.prompts_page)
     prompt = _awaited(Calls.prompt)
     observe = _awaited(Calls.observe)
@@ -302,7 +304,7 @@ def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Reques
         raise ConfigurationError(f"{send.method} {send.path}: this client is closed; make a new one")
     headers = {"X-Request-ID": send.request_id}
     if send.content is not None:
-        headers["Content-Type"] = "application/json"
+        headers["Content-Type"] = send.media_type
     usual = http.timeout.read or 0.0  # all four are `timeout_seconds`
     return http.build_request(
         send.method,
