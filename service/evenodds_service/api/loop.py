@@ -27,7 +27,7 @@ from evenodds.schemas import (
 )
 from evenodds_service.api.features import new_prompt
 from evenodds_service.api.services import PROBLEMS, Hands, Services, content_hash, mean_and_std, now, predictions
-from evenodds_service.domain.types import NewObservation
+from evenodds_service.domain.types import IntArray, NewObservation
 from evenodds_service.live_run import LiveRun, LiveRuns, SelectArguments, UnknownPrompts
 from evenodds_service.storage.store import Run, Store
 
@@ -111,38 +111,37 @@ def _is_reference(prompt: PromptRef) -> bool:
 def predict_known(
     store: Store, live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictRequest]
 ) -> list[str | Exception]:
-    """JSON replies to requests about prompts of one run's pool."""
+    """JSON replies to requests about prompts of one run's pool, or what is wrong with them, in their order."""
     run = store.run(run_name)
     live = live_runs.at_head(run)
-    answers: list[str | Exception] = []
-    asked: list[tuple[PredictRequest, slice]] = []
+    answers: list[str | Exception] = [""] * len(bodies)
+    parts: dict[int, slice] = {}
+    ids: list[str] = []
+    found: list[IntArray] = []
     with live.lock:
         position, model_version = live.state.position, live.state.model_version
-        found: list[int] = []
-        for body in bodies:
-            ids = [prompt.prompt_id or "" for prompt in body.prompts]
+        for number, body in enumerate(bodies):
+            asked = [prompt.prompt_id or "" for prompt in body.prompts]
             try:
-                rows = live.indices(run_name, ids, path="prompts", hint=_UNKNOWN_HINT)
+                found.append(live.indices(run_name, asked, path="prompts", hint=_UNKNOWN_HINT))
             except UnknownPrompts as error:
-                answers.append(error)
+                answers[number] = error
                 continue
-            asked.append((body, slice(len(found), len(found) + len(ids))))
-            answers.append("")
-            found.extend(rows.tolist())
-        indices = np.array(found, dtype=np.int64)
+            parts[number] = slice(len(ids), len(ids) + len(asked))
+            ids += asked
+        if not ids:
+            return answers
+        indices = np.concatenate(found)
         a, b = live.beliefs(run.settings.predictor, indices)
         seen = live.state.attempts_N[indices]
-    told = iter(asked)
-    for number, answer in enumerate(answers):
-        if isinstance(answer, Exception):
-            continue
-        body, part = next(told)
-        ids = [prompt.prompt_id or "" for prompt in body.prompts]
+    sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
+    told = {size: predictions(ids, a, b, seen, size) for size in set(sizes.values())}
+    for number, part in parts.items():
         reply = PredictReply(
-            run=body.run,
+            run=run.name,
             model_version=model_version,
             log_position=position,
-            predictions=predictions(ids, a[part], b[part], seen[part], body.group_size or run.settings.group_size),
+            predictions=told[sizes[number]][part],
         )
         answers[number] = reply.model_dump_json()
     return answers
