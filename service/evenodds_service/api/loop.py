@@ -28,8 +28,9 @@ from evenodds.schemas import (
 from evenodds_service.api.features import new_prompt
 from evenodds_service.api.services import PROBLEMS, Hands, Services, content_hash, mean_and_std, now, predictions
 from evenodds_service.domain.types import IntArray, NewObservation
-from evenodds_service.live_run import LiveRun, LiveRuns, SelectArguments, UnknownPrompts
+from evenodds_service.live_run import Chosen, LiveRun, LiveRuns, SelectArguments, UnknownPrompts
 from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
 
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
 
@@ -230,9 +231,14 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         groups=body.groups or {},
     )
     chosen = live.choose(run.name, arguments)
+    with phase("reply"):
+        return _select_reply(body, run, chosen), chosen.choice.prompts.tolist()
+
+
+def _select_reply(body: SelectRequest, run: Run, chosen: Chosen) -> SelectReply:
     mean, std = mean_and_std(chosen.a, chosen.b)
     informative = chosen.choice.informative_probabilities
-    reply = SelectReply(
+    return SelectReply(
         run=run.name,
         step=body.step,
         selection_id=uuid.uuid4().hex,
@@ -257,4 +263,3 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
             )
         ),
     )
-    return reply, chosen.choice.prompts.tolist()
