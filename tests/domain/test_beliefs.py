@@ -17,6 +17,7 @@ from evenodds_service.domain.beliefs import (
     Mixture,
     batch_log_likelihoods,
     predict,
+    predict_rows,
 )
 from evenodds_service.domain.types import FloatArray
 
@@ -75,6 +76,23 @@ def test_the_mixture_has_the_moments_of_the_explicit_sum_over_its_experts(seed: 
     slow_mean, slow_variance = slow_moments(weights, *columns)
     assert mean == pytest.approx(slow_mean, rel=1e-4)
     assert variance == pytest.approx(np.maximum(slow_variance, slow_mean * (1 - slow_mean) / 1e6), rel=1e-3)
+
+
+@quick
+@given(SEED, st.booleans())
+def test_few_rows_are_believed_like_many_seen_and_unseen_shaped_and_plain(seed: int, shaped: bool) -> None:
+    rng = np.random.default_rng(seed)
+    columns = evidence(rng, 40, 3)  # a quarter of them unseen
+    scales = np.ones((len(PRIORS), 40), dtype=np.float32)
+    if shaped:
+        scales[-2:] = rng.uniform(0.1, 8, size=(2, 40))
+    weights = rng.uniform(size=SHAPE) * (rng.random(SHAPE) < 0.3)
+    weights[FLAT, TWO, LASTING] = 0.1
+    weights /= weights.sum()
+
+    many, few = predict(weights, *columns, scales), predict_rows(weights, *columns, scales)
+
+    np.testing.assert_allclose(many, few, rtol=1e-9)
 
 
 @quick

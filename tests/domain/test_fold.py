@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from evenodds_service.domain.beliefs import MEMORIES, PRIORS
+from evenodds_service.domain.checkpoint import to_bytes
 from evenodds_service.domain.fold import (
     BASIS_ENOUGH,
+    BLOCK,
     State,
     beliefs_of,
+    copied,
     fold,
     mopps_beliefs,
     new_prompt_beliefs,
@@ -605,3 +609,33 @@ def test_an_empty_pool_entry_may_come_first(make_block: MakeBlock) -> None:
     assert log.state.basis is not None
     assert log.state.basis.n_prompts == 10
     assert log.means()[0] < log.means()[1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_copy_stays_as_it_is_while_the_state_is_folded_on(make_block: MakeBlock, seed: int) -> None:
+    world = World(make_block, seed, 400)
+    log = random_log(world, seed)
+    copy, before = copied(log.state), to_bytes(log.state)
+    means = beliefs_of(copy, log.pool)
+
+    world.visit(log, range(200), attempts=8, first_step=50)
+    log.select(99, [1, 2, 3])
+
+    assert to_bytes(copy) == before != to_bytes(log.state)
+    for now, then in zip(beliefs_of(copy, log.pool), means, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_threads_give_the_same_bits(make_block: MakeBlock) -> None:
+    world = World(make_block, 0, 3 * BLOCK + 100)
+    log = Log(world.block)
+    world.visit(log, range(0, 3 * BLOCK, 40), attempts=8)
+
+    alone = beliefs_of(log.state, log.pool)
+    with ThreadPoolExecutor(3) as executor:
+        spread = beliefs_of(log.state, log.pool, each_block=executor.map)
+    some = beliefs_of(log.state, log.pool, np.arange(BLOCK - 500, BLOCK + 500))
+
+    for ours, theirs, part in zip(alone, spread, some, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours[BLOCK - 500 : BLOCK + 500], part, rtol=1e-9)

@@ -6,7 +6,7 @@ Knows nothing of prompts; rows of x are features, targets are successes of attem
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,19 +16,20 @@ PRIOR_VARIANCE = 0.03
 INTERCEPT_VARIANCE = 1.0
 OVERDISPERSION = 1.0
 _NEWTON_STEPS = 6
-_HEIGHT = 64
-"""Rows of a product come in multiples of it: at the edges of a matrix a row may be rounded otherwise."""
+_HEIGHT, _MANY = 64, 1_024
 
 
-@dataclass(slots=True)
+@dataclass
 class OnlineLogistic:
     """Weights w [d] and precision L [d, d]; `prior_precision` [d] is the diagonal of L0. Column 0 is the constant."""
 
     weights: FloatArray
     precision: FloatArray
     prior_precision: FloatArray
-    _products: FloatArray | None = field(default=None, init=False, repr=False, compare=False)
-    """L^-1 and w side by side, kept between updates: prompts are asked for more often than the weights change."""
+
+    def __post_init__(self) -> None:
+        # L^-1 and w side by side, kept between updates. No field: it is no part of what was learned.
+        self._products: FloatArray | None = None
 
     @staticmethod
     def new(width: int) -> OnlineLogistic:
@@ -96,18 +97,26 @@ class OnlineLogistic:
     def predict(self, x_N_d: FloatArray) -> FloatArray:
         """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula).
 
-        In single precision. What is said of a prompt does not depend on the others that are asked for.
+        In single precision. What is said of a prompt among few does not depend, not even in its last bit, on the others
+        that are asked for; among more than `_MANY` the last bit may differ.
         """
         if self._products is None:
             covariance = np.linalg.inv(self.precision)
             self._products = np.concatenate((covariance, self.weights[:, None]), axis=1).astype(np.float32)
-        n, d = x_N_d.shape
         x = np.asarray(x_N_d, dtype=np.float32)
-        if n % _HEIGHT:
-            x = np.concatenate((x, np.zeros((-n % _HEIGHT, d), dtype=np.float32)))
-        product = x @ self._products
-        variance = np.einsum("nd,nd->n", product[:n, :d], x[:n])
-        return _sigmoid(product[:n, d] / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+        height = _HEIGHT if len(x) <= _MANY else len(x)
+        parts = [_variance_and_logit(x[i : i + height], self._products, height) for i in range(0, len(x), height)]
+        variance, logit = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), dtype=np.float32)
+        return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+
+
+def _variance_and_logit(x_n_d: FloatArray, products: FloatArray, height: int) -> FloatArray:
+    """x' L^-1 x and w'x, [2, n], by a matrix product of this height: one of another may round a row differently."""
+    n, d = x_n_d.shape
+    if n < height:
+        x_n_d = np.concatenate((x_n_d, np.zeros((height - n, d), dtype=np.float32)))
+    product = x_n_d @ products
+    return np.stack((np.einsum("nd,nd->n", product[:n, :d], x_n_d[:n]), product[:n, d]))
 
 
 def effective_count(counts: FloatArray) -> FloatArray:
