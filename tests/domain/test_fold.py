@@ -639,3 +639,20 @@ def test_threads_give_the_same_bits(make_block: MakeBlock) -> None:
     for ours, theirs, part in zip(alone, spread, some, strict=True):
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_allclose(ours[BLOCK - 500 : BLOCK + 500], part, rtol=1e-9)
+
+
+def test_a_pool_that_grows_by_little_is_copied_seldom_and_keeps_what_was_learned(make_block: MakeBlock) -> None:
+    world = World(make_block, 0, 600)
+    log = Log(world.block, n_prompts=100)
+    log.observe(0, [3], [2.0], [8.0])
+    homes = set()
+
+    for n in range(101, 600):
+        log.grow(n)
+        log.observe(n, [n - 1], [1.0], [1.0])
+        homes.add(log.state.visits_N.ctypes.data)
+
+    assert len(homes) < 15
+    assert (log.state.successes_L_N[0, 3], log.state.last_step_N[3]) == (2, 0)
+    assert log.state.visits_N[100:].tolist() == [1] * 499
+    assert log.state.last_step_N[:100].tolist() == [-1] * 3 + [0] + [-1] * 96

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evenodds_service.domain import beliefs
 from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
-from evenodds_service.domain.pool import Basis, Pool
+from evenodds_service.domain.pool import Basis, Pool, ScalarT
 from evenodds_service.domain.regression import OnlineLogistic, effective_count
 from evenodds_service.domain.types import (
     BoolArray,
@@ -272,15 +273,34 @@ def _known(state: State, prompts: IntArray) -> None:
 
 
 def _grow(state: State, n_prompts: int) -> None:
-    more = n_prompts - state.n_prompts
-    state.successes_L_N = np.pad(state.successes_L_N, ((0, 0), (0, more)))
-    state.failures_L_N = np.pad(state.failures_L_N, ((0, 0), (0, more)))
-    state.attempts_N = np.pad(state.attempts_N, (0, more))
-    state.visits_N = np.pad(state.visits_N, (0, more))
-    state.selected_N = np.pad(state.selected_N, (0, more))
-    state.last_step_N = np.pad(state.last_step_N, (0, more), constant_values=-1)
-    state.last_selected_N = np.pad(state.last_selected_N, (0, more), constant_values=-1)
+    for name in ("successes_L_N", "failures_L_N", "attempts_N", "visits_N", "selected_N"):
+        setattr(state, name, _grown(getattr(state, name), n_prompts, fill=0))
+    for name in ("last_step_N", "last_selected_N"):
+        setattr(state, name, _grown(getattr(state, name), n_prompts, fill=-1))
     state.n_prompts = n_prompts
+
+
+def _grown(array: NDArray[ScalarT], n: int, *, fill: int) -> NDArray[ScalarT]:
+    """The array with n columns, new ones filled: in the room that was left the last time, else with some to spare.
+
+    A million prompts come in hundreds of entries, and not each of them should copy all that came before.
+    """
+    old, room = array.shape[-1], array.base
+    if room is None or not _has_room(room, array, n, fill):
+        room = np.full((*array.shape[:-1], n + n // 4), fill, dtype=array.dtype)
+        room[..., :old] = array
+    grown: NDArray[ScalarT] = room[..., :n]
+    return grown
+
+
+def _has_room(room: NDArray[Any], array: NDArray[Any], n: int, fill: int) -> bool:
+    """Whether the array is the first part of this one, which has n columns at least, unused ones behind it."""
+    return (
+        (room.dtype, room.shape[:-1]) == (array.dtype, array.shape[:-1])
+        and room.ctypes.data == array.ctypes.data
+        and room.shape[-1] >= n
+        and bool((room[..., array.shape[-1] : n] == fill).all())
+    )
 
 
 def _select(state: State, entry: SelectEntry) -> None:
