@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--observations", type=int, default=LONG_HISTORY, help="before the cold start (%(default)s)")
     arguments = parser.parse_args()
     load, _, _ = os.getloadavg()
-    print(f"{os.cpu_count()} cores, load {load:.1f} before the start, {arguments.database}")
+    print(f"{os.cpu_count()} cores, load {load:.1f} before the start, {arguments.database}", flush=True)
     for size in arguments.pools.split(","):
         with tempfile.TemporaryDirectory(prefix="evenodds-scale-") as name, database(arguments, Path(name)) as url:
             measure(url, int(size), Path(name), arguments)
@@ -81,7 +81,7 @@ def database(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 def measure(url: str, n_prompts: int, folder: Path, arguments: argparse.Namespace) -> None:
     parts = arguments.parts.split(",")
-    print(f"\n== {n_prompts:,} prompts")
+    print(f"\n== {n_prompts:,} prompts", flush=True)
     with service_process(url) as (base_url, pid):
         bench = Bench(base_url, n_prompts)
         fill(bench, folder, pid)
