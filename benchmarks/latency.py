@@ -164,6 +164,13 @@ def timed(http: httpx.Client, path: str, body: bytes | None) -> tuple[float, byt
 @contextmanager
 def service(database_url: str) -> Iterator[str]:
     """The base URL of `evenodds serve` over this database."""
+    with service_process(database_url) as (base_url, _):
+        yield base_url
+
+
+@contextmanager
+def service_process(database_url: str) -> Iterator[tuple[str, int]]:
+    """The base URL of `evenodds serve` over this database, and the id of its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -181,7 +188,7 @@ def service(database_url: str) -> Iterator[str]:
         try:
             with Client(f"http://127.0.0.1:{port}", retries=STARTUP_RETRIES) as client:
                 client.readyz()
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process.pid
         except BaseException:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace"))

@@ -319,6 +319,31 @@ class Calls(Protocol):
             raise InvalidRequest("add_prompts", ["prompts: at least 1 prompt is needed, got none"])
         return total
 
+    def add_prompt_lines(self, run: str, lines: bytes, *, first_line: int = 1) -> Exchange[PromptsAdded]:
+        """Add prompts that are encoded already, in one request. Repeating it is safe.
+
+        The service stores them in blocks of 2,000 lines, each whole or not at all. Nothing is checked here.
+
+        Args:
+            lines: NDJSON: a prompt as JSON on each line; empty lines are skipped.
+            first_line: The number by which the service's errors call the first line, at least 1.
+
+        Raises:
+            NotFound: There is no such run.
+            Conflict: A prompt id is in the pool with another text. The detail names the line.
+            Invalid: A line is no prompt. The detail names it.
+        """
+        return (
+            yield from self.call(
+                "POST",
+                f"{_run_path('add_prompt_lines', run)}/prompts",
+                PromptsAdded,
+                query={"first_line": str(first_line)},
+                content=lines,
+                media_type="application/x-ndjson",
+            )
+        )
+
     def prompts_page(self, run: str, *, cursor: str | None = None) -> Exchange[PromptPage]:
         """One page of the pool: the first, or the one that `next_cursor` of the page before names.
 

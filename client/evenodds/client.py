@@ -113,6 +113,7 @@ class Client:
     rewind = _blocking(Calls.rewind)
     retract = _blocking(Calls.retract)
     add_prompts = _blocking(Calls.add_prompts)
+    add_prompt_lines = _blocking(Calls.add_prompt_lines)
     prompts_page = _blocking(Calls.prompts_page)
     prompt = _blocking(Calls.prompt)
     observe = _blocking(Calls.observe)
@@ -222,6 +223,7 @@ class AsyncClient:
     rewind = _awaited(Calls.rewind)
     retract = _awaited(Calls.retract)
     add_prompts = _awaited(Calls.add_prompts)
+    add_prompt_lines = _awaited(Calls.add_prompt_lines)
     prompts_page = _awaited(Calls.prompts_page)
     prompt = _awaited(Calls.prompt)
     observe = _awaited(Calls.observe)
@@ -335,7 +337,7 @@ def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Reques
     headers = {"X-Request-ID": send.request_id}
     content = send.content
     if content is not None:
-        headers["Content-Type"] = "application/json"
+        headers["Content-Type"] = send.media_type
         if len(content) >= COMPRESSED_FROM_BYTES:
             headers["Content-Encoding"] = "gzip"
             content = gzip.compress(content, compresslevel=1)

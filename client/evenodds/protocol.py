@@ -54,7 +54,7 @@ class Send:
 
     Attributes:
         path: Percent-encoded.
-        content: JSON.
+        content: JSON, unless `media_type` says otherwise.
         silence_seconds: How much longer than usual the reply may take, at least 0.
     """
 
@@ -64,6 +64,7 @@ class Send:
     query: Mapping[str, str]
     content: bytes | None
     silence_seconds: float = 0.0
+    media_type: str = "application/json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class Protocol:
         content: bytes | None = None,
         replying: Collection[int] = (),
         silence_seconds: float = 0.0,
+        media_type: str = "application/json",
     ) -> Exchange[ReplyT]:
         """Make a call whose repetition is safe, and read its reply.
 
@@ -125,13 +127,14 @@ class Protocol:
             reply: What the reply holds.
             replying: Statuses of 400 and above that hold `reply` too; they are not retried.
             silence_seconds: How much longer than usual the reply may take, at least 0.
+            media_type: Of the content.
 
         Raises:
             TransportError: No attempt brought a reply.
             ProblemError: The service replied with an error.
             ReplyInvalid: The reply was not understood.
         """
-        send = Send(method, path, uuid4().hex, query or {}, content, silence_seconds)
+        send = Send(method, path, uuid4().hex, query or {}, content, silence_seconds, media_type)
         received, _ = yield from self._attempts(send, replying)
         if received.status >= 400 and received.status not in replying:
             raise problem(send, received)

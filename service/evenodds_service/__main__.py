@@ -1,4 +1,4 @@
-"""The command line: `evenodds serve | work | keys | migrate | replay`. The only place where objects are built.
+"""The command line: `evenodds serve | work | keys | migrate | import | replay`. The only place where objects are built.
 
 Imports what a command needs inside the command: the thin client is installed without the service's libraries.
 """
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from evenodds_service import importing
     from evenodds_service.replay import arguments as replay_arguments
 
     parser = argparse.ArgumentParser(
@@ -84,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay_arguments.add_arguments(replay)
     replay.set_defaults(command=_replay)
+
+    load = commands.add_parser("import", help="load a file of prompts, of any size, into the pool of a run")
+    importing.add_arguments(load)
+    load.set_defaults(command=_import)
 
     openapi = commands.add_parser("openapi", help="print the OpenAPI document")
     openapi.set_defaults(command=_openapi)
@@ -349,6 +354,12 @@ def _migrate(_: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     from evenodds_service.replay.command import run
+
+    return run(options)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from evenodds_service.importing import run
 
     return run(options)
 

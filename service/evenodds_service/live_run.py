@@ -6,9 +6,11 @@ Any replica that folds the same log holds the same view. Built from the store's 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,9 +20,12 @@ from evenodds_service.domain.acquisition import Choice, NotEnoughPrompts
 from evenodds_service.domain.checkpoint import CheckpointUnusable, from_bytes
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.fold import (
+    EachBlock,
     State,
     beliefs_of,
+    copied,
     fold,
+    in_blocks,
     mopps_beliefs,
     new_paper_beliefs,
     new_prompt_beliefs,
@@ -49,10 +54,12 @@ from evenodds_service.model.shared_model import SharedModel, SnapshotUnusable
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
 from evenodds_service.storage.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 10_000
+_THREADS = 4
 
 
 class UnknownPrompts(LookupError):
@@ -89,17 +96,58 @@ class SelectArguments:
     may_fall_back: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A batch, what is believed of its prompts, and the state that it was chosen in.
+
+    Attributes:
+        a, b: Beta parameters of the beliefs, [B].
+        prompt_ids, groups: Of the prompts, B of each.
+        fallback: Why the batch is uniform, if it was to be another.
+        position, model_version: Of that state.
+    """
+
+    choice: Choice
+    a: FloatArray
+    b: FloatArray
+    prompt_ids: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    fallback: Fallback | None
+    position: int
+    model_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """Who may be chosen: bool [N] each, and int64 [N].
+
+    Attributes:
+        eligible: Rested, below the visit cap, among the candidates.
+        waited_for: Chosen before, and the outcome has not come.
+        last_seen_N: Step of the last selection or observation that counts, -1 for never.
+    """
+
+    eligible: BoolArray
+    waited_for: BoolArray
+    last_seen_N: IntArray
+
+
 class LiveRun:
     """State, pool and shared model of one run, and the lock that serialises access to them.
 
     `void_position` is that of the newest rewind or retract that the state knows of. Whoever chooses a batch and
-    records it holds `selecting` meanwhile, so that the next one knows what is outstanding.
+    records it holds `selecting` meanwhile, so that the next one knows what is outstanding; and the arrays of many
+    choices at once over a large pool would not fit.
+
+    Args:
+        each_block: Spreads the computation of a choice over threads, as an executor's map does.
     """
 
-    def __init__(self, run_id: int) -> None:
+    def __init__(self, run_id: int, *, each_block: EachBlock = map) -> None:
         self.run_id = run_id
         self.lock = threading.RLock()
         self.selecting = threading.Lock()
+        self._each_block = each_block
         self.state = State()
         self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
         self.model: SharedModel | None = None
@@ -174,14 +222,7 @@ class LiveRun:
 
     def beliefs(self, predictor: Predictor, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
         """Beta parameters of the belief about these prompts, or about the whole pool, [n]."""
-        if predictor == "mopps":
-            return mopps_beliefs(self.state, indices)
-        if predictor == "gps-paper":
-            return paper_beliefs(self.state, self.pool, indices)
-        if predictor == "uniform":
-            n = self.state.n_prompts if indices is None else len(indices)
-            return np.ones(n), np.ones(n)
-        return beliefs_of(self.state, self.pool, indices)
+        return _beliefs(self.state, self.pool, predictor, indices)
 
     def new_beliefs(
         self, predictor: Predictor, texts: Sequence[str | None], block: RawBlock
@@ -210,11 +251,8 @@ class LiveRun:
             may_fall_back=may_fall_back,
         )
 
-    def choose(self, run: str, arguments: SelectArguments) -> tuple[Choice, FloatArray, FloatArray, Fallback | None]:
-        """Choose a batch in the present state.
-
-        Returns:
-            The batch, the beliefs (a, b) about its prompts, [B], and why it is uniform, if it was to be another.
+    def choose(self, run: str, arguments: SelectArguments) -> Chosen:
+        """Choose a batch in the present state; observations are folded meanwhile. The caller holds `selecting`.
 
         Raises:
             UnknownPrompts: among the candidates or exclusions.
@@ -222,10 +260,17 @@ class LiveRun:
             SharesConflict: a group's least share is above its largest.
         """
         check_shares(arguments.groups, arguments.groups_at_most)
+        with self.lock, phase("copy"):
+            state, pool = copied(self.state), self.pool.view(self.state.basis)
+            allowed = self._allowed(run, arguments)
+            may_fall_back = arguments.may_fall_back and arguments.acquisition != "uniform"
+            fallback = self.fallback(arguments.predictor) if may_fall_back else None
+        return self._chosen(state, pool, allowed, fallback, arguments)
+
+    def _allowed(self, run: str, arguments: SelectArguments) -> _Allowed:
         state = self.state
-        newest = max(arguments.step, state.head_step)
         waited_for, lost = acquisition.outstanding(
-            state.outstanding_step_N, step=newest, lease_steps=arguments.lease_steps
+            state.outstanding_step_N, step=max(arguments.step, state.head_step), lease_steps=arguments.lease_steps
         )
         selected, last_selected = state.selected_N, state.last_selected_N
         if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
@@ -246,83 +291,118 @@ class LiveRun:
             eligible &= among
         if arguments.exclude:
             eligible[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
+        return _Allowed(eligible, waited_for, np.maximum(last_selected, state.last_step_N))
+
+    def _chosen(
+        self, state: State, pool: Pool, allowed: _Allowed, fallback: Fallback | None, arguments: SelectArguments
+    ) -> Chosen:
         generator = np.random.default_rng([arguments.seed, arguments.step])
-        acquired, fallback = arguments.acquisition, None
-        if arguments.may_fall_back and acquired != "uniform":
-            fallback = self.fallback(arguments.predictor)
-            acquired = acquired if fallback is None else "uniform"
-        a, b = self.beliefs(arguments.predictor)
-        informative, informative_std = informative_moments(a, b, arguments.group_size)
-        scores = acquisition.scores(
-            a,
-            b,
-            informative,
-            informative_std,
-            acquisition=acquired,
-            target_rate=arguments.target_rate,
-            optimism=arguments.optimism,
-            generator=generator,
-        )
-        groups = self._members(arguments.groups)
+        acquired = arguments.acquisition if fallback is None else "uniform"
+        with phase("beliefs"):
+            a, b = _beliefs(state, pool, arguments.predictor, each_block=self._each_block)
+        with phase("moments"):
+            informative, informative_std = np.empty(len(a)), np.empty(len(a))
 
-        def chosen_among(allowed: BoolArray) -> Choice:
-            return acquisition.choose(
-                scores,
+            def moments(block: slice) -> None:
+                informative[block], informative_std[block] = informative_moments(
+                    a[block], b[block], arguments.group_size
+                )
+
+            for _ in self._each_block(moments, in_blocks(len(a))):
+                pass
+        with phase("choice"):
+            scores = acquisition.scores(
+                a,
+                b,
                 informative,
-                allowed,
-                batch_size=arguments.batch_size,
-                last_seen_N=np.maximum(last_selected, state.last_step_N),
+                informative_std,
+                acquisition=acquired,
+                target_rate=arguments.target_rate,
+                optimism=arguments.optimism,
                 generator=generator,
-                directions_of=self._directions if acquired in ("yield", "paper") else None,
-                recent_batches=state.recent_batches,
-                groups=groups,
-                groups_at_most=self._members(arguments.groups_at_most),
-                are_groups_strict=arguments.are_groups_strict,
-                reprobe_share=arguments.reprobe_share if fallback is None else 0.0,
-                control_share=arguments.control_share,
             )
+            least = _members(arguments.groups, pool, state.n_prompts)
 
-        try:
-            if arguments.allow_outstanding:
-                choice = chosen_among(eligible)
-            else:
+            def directions_of(prompts: IntArray) -> FloatArray:
+                assert state.basis is not None  # a pool with a prompt to choose has one
+                return directions(pool.rows(state.basis, prompts))
+
+            def chosen_among(eligible: BoolArray) -> Choice:
+                return acquisition.choose(
+                    scores,
+                    informative,
+                    eligible,
+                    batch_size=arguments.batch_size,
+                    last_seen_N=allowed.last_seen_N,
+                    generator=generator,
+                    directions_of=directions_of if acquired in ("yield", "paper") else None,
+                    recent_batches=state.recent_batches,
+                    groups=least,
+                    groups_at_most=_members(arguments.groups_at_most, pool, state.n_prompts),
+                    are_groups_strict=arguments.are_groups_strict,
+                    reprobe_share=arguments.reprobe_share if fallback is None else 0.0,
+                    control_share=arguments.control_share,
+                )
+
+            free = allowed.eligible
+            if not arguments.allow_outstanding:
+                free = acquisition.without_outstanding(
+                    free,
+                    allowed.waited_for,
+                    state.outstanding_step_N,
+                    scores,
+                    batch_size=arguments.batch_size,
+                    groups=least,
+                )
+            try:
                 try:
-                    choice = chosen_among(
-                        acquisition.without_outstanding(
-                            eligible,
-                            waited_for,
-                            state.outstanding_step_N,
-                            scores,
-                            batch_size=arguments.batch_size,
-                            groups=groups,
-                        )
-                    )
-                except NotEnoughPrompts:  # the groups' limits leave too few: a trainer is not stopped
-                    choice = chosen_among(eligible)
-        except NotEnoughPrompts as error:
-            raise NotEnoughPrompts(
-                asked=error.asked,
-                eligible=error.eligible,
-                group=error.group,
-                advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
-                f"{arguments.max_visits or 'none'}{_in_words(arguments.groups_at_most)}): ask for fewer, load more "
-                "prompts, or loosen what rules them out",
-            ) from None
-        choice = replace(choice, n_outstanding=int(waited_for[choice.prompts].sum()))
-        return choice, a[choice.prompts], b[choice.prompts], fallback
+                    choice = chosen_among(free)
+                except NotEnoughPrompts:
+                    if arguments.allow_outstanding:
+                        raise
+                    choice = chosen_among(allowed.eligible)  # the groups' limits leave too few: do not stop a trainer
+            except NotEnoughPrompts as error:
+                raise NotEnoughPrompts(
+                    asked=error.asked,
+                    eligible=error.eligible,
+                    group=error.group,
+                    advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
+                    f"{arguments.max_visits or 'none'}{_in_words(arguments.groups_at_most)}): ask for fewer, load more "
+                    "prompts, or loosen what rules them out",
+                ) from None
+        return Chosen(
+            choice=replace(choice, n_outstanding=int(allowed.waited_for[choice.prompts].sum())),
+            a=a[choice.prompts],
+            b=b[choice.prompts],
+            prompt_ids=tuple(pool.prompt_ids[i] for i in choice.prompts),
+            groups=tuple(pool.groups[i] for i in choice.prompts),
+            fallback=fallback,
+            position=state.position,
+            model_version=state.model_version,
+        )
 
-    def _directions(self, prompts: IntArray) -> FloatArray:
-        assert self.state.basis is not None  # a pool with a prompt to choose has one
-        return directions(self.pool.rows(self.state.basis, prompts))
 
-    def _members(self, shares: Mapping[str, float]) -> dict[str, tuple[float, BoolArray]]:
-        return {group: (share, self.pool.members(group, self.state.n_prompts)) for group, share in shares.items()}
+def _members(shares: Mapping[str, float], pool: Pool, n_prompts: int) -> dict[str, tuple[float, BoolArray]]:
+    return {group: (share, pool.members(group, n_prompts)) for group, share in shares.items()}
 
 
 def _in_words(groups_at_most: Mapping[str, float]) -> str:
     shares = ", ".join(f"{group!r}: {share:g}" for group, share in list(groups_at_most.items())[:5])
     more = ", ..." if len(groups_at_most) > 5 else ""
     return f", groups_at_most {{{shares}{more}}}" if groups_at_most else ""
+
+
+def _beliefs(
+    state: State, pool: Pool, predictor: Predictor, indices: IntArray | None = None, *, each_block: EachBlock = map
+) -> tuple[FloatArray, FloatArray]:
+    if predictor == "mopps":
+        return mopps_beliefs(state, indices)
+    if predictor == "gps-paper":
+        return paper_beliefs(state, pool, indices)
+    if predictor == "uniform":
+        n = state.n_prompts if indices is None else len(indices)
+        return np.ones(n), np.ones(n)
+    return beliefs_of(state, pool, indices, each_block=each_block)
 
 
 def vector_name(settings: RunSettings) -> str | None:
@@ -341,17 +421,20 @@ class LiveRuns:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._runs: OrderedDict[int, LiveRun] = OrderedDict()
+        self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="blocks")
 
     def at_head(self, run: Run) -> LiveRun:
         """The live view of the run with everything folded in that `run` shows. Take its lock before reading."""
         live = self.view(run)
-        live.catch_up(self._store, run)
+        with phase("catch-up"):
+            live.catch_up(self._store, run)
         return live
 
     def view(self, run: Run) -> LiveRun:
         """The live view of the run as it is."""
         with self._lock:
-            live = self._runs.setdefault(run.id, LiveRun(run.id))
+            live = self._runs.get(run.id) or LiveRun(run.id, each_block=self._threads.map)
+            self._runs[run.id] = live
             self._runs.move_to_end(run.id)
             while len(self._runs) > self._capacity:
                 self._runs.popitem(last=False)

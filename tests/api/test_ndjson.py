@@ -138,6 +138,18 @@ def test_a_bad_line_in_the_first_block_leaves_the_pool_as_it_was(caller: Caller)
     assert pool_size(caller) == 0
 
 
+def test_lines_may_be_part_of_a_file_and_are_named_as_there(caller: Caller) -> None:
+    content = line("a") + b"\n" + b'{"prompt_id": ""}\n'
+
+    reply = caller.http.post(
+        f"/runs/{caller.run}/prompts?first_line=4001", content=content, headers={"content-type": "application/x-ndjson"}
+    )
+
+    assert problem_of(reply).detail == (
+        "line 4003.prompt_id: String should have at least 1 character, got ''; no line from 4001 on was stored"
+    )
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n\n"])
 def test_a_body_without_a_prompt_is_refused(caller: Caller, content: bytes) -> None:
     problem = problem_of(send(caller, content))

@@ -136,6 +136,19 @@ def test_each_request_without_an_id_gets_its_own(caller: Caller) -> None:
     assert len({caller.http.get("/healthz").headers["x-request-id"] for _ in range(5)}) == 5
 
 
+def test_every_reply_tells_where_its_time_went(caller: Caller) -> None:
+    caller.create(embedder="none")
+    caller.load([{"prompt_id": "a"}, {"prompt_id": "b"}])
+
+    selected = caller.http.post("/select_batch", json={"run": caller.run, "step": 1, "batch_size": 1})
+    refused = caller.http.get("/nowhere")
+
+    phases = dict(part.split(";dur=") for part in selected.headers["server-timing"].split(", "))
+    assert set(phases) == {"database", "catch-up", "copy", "beliefs", "moments", "choice", "reply", "total"}
+    assert 0 < float(phases["beliefs"]) < float(phases["total"])
+    assert refused.headers["server-timing"].startswith("total;dur=")
+
+
 def test_a_running_service_is_healthy_and_ready(service: Service) -> None:
     for path in ("/healthz", "/readyz"):
         reply = service.http.get(path)

@@ -162,6 +162,22 @@ def test_every_request_names_the_release_and_carries_an_id(talk: Conversation) -
     assert talk.requests[0].headers["user-agent"] == f"evenodds/{__version__}"
 
 
+def test_add_prompt_lines_sends_them_as_they_are(talk: Conversation) -> None:
+    talk.replies_with(added(2, pool_size=2))
+
+    reply = talk.call("add_prompt_lines", "r", b'{"prompt_id": "a"}\n{"prompt_id": "b"}', first_line=2_001)
+
+    (request,) = talk.requests
+    assert (request.method, request.url.path, dict(request.url.params)) == (
+        "POST",
+        "/runs/r/prompts",
+        {"first_line": "2001"},
+    )
+    assert request.headers["content-type"] == "application/x-ndjson"
+    assert request.content == b'{"prompt_id": "a"}\n{"prompt_id": "b"}'
+    assert (reply.added, reply.pool_size) == (2, 2)
+
+
 def test_runs_follows_the_cursor_to_the_last_page(talk: Conversation) -> None:
     talk.replies_with({"runs": [{**talk.run, "run": "one"}], "next_cursor": "one&more"})
     talk.replies_with({"runs": [{**talk.run, "run": "two"}], "next_cursor": None})

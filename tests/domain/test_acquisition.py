@@ -603,3 +603,28 @@ def test_scores_are_finite_for_extreme_beliefs_and_differ_by_seed_only_where_cha
     assert np.isfinite(one).all()
     assert np.array_equal(one, again)
     assert np.array_equal(one, other) == (acquisition == "yield")
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-12, 0.0])
+def test_from_a_large_pool_the_same_are_chosen_as_by_sorting_all_of_it(spread: float) -> None:
+    """Also where nearly all scores are equal and a sample says nothing."""
+    rng = np.random.default_rng(0)
+    shop = Shop(0, n=40_000)
+    shop.scores_N = np.round(rng.random(shop.n), 3) * spread
+    shop.scores_N[rng.choice(shop.n, 30, replace=False)] = 2.0
+
+    choice = shop.choose(100, diverse=False)
+
+    ties = np.random.default_rng(0).random(shop.n)
+    order = np.lexsort((-(shop.scores_N + 1e-9 * ties), ~shop.eligible_N))
+    assert set(choice.prompts.tolist()) == set(order[:100].tolist())
+
+
+@pytest.mark.parametrize("level", [0.9, 0.01, 0.0])
+def test_how_many_to_take_of_a_large_pool_agrees_with_taking_one_by_one(level: float) -> None:
+    shop = Shop(1, n=40_000)
+    shop.informative_N = shop.informative_N * level
+
+    choice = shop.choose(300, diverse=False)
+
+    assert choice.pad_to == slow_pad_to(shop, choice)

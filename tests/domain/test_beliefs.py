@@ -96,6 +96,22 @@ def test_few_prompts_are_believed_what_many_are(seed: int, n: int, shaped: bool)
     )
 
 
+@given(SEED, st.booleans())
+def test_few_rows_are_believed_like_many_seen_and_unseen_shaped_and_plain(seed: int, shaped: bool) -> None:
+    rng = np.random.default_rng(seed)
+    columns = evidence(rng, 40, 3)  # a quarter of them unseen
+    scales = np.ones((len(PRIORS), 40), dtype=np.float32)
+    if shaped:
+        scales[-2:] = rng.uniform(0.1, 8, size=(2, 40))
+    weights = rng.uniform(size=SHAPE) * (rng.random(SHAPE) < 0.3)
+    weights[FLAT, TWO, LASTING] = 0.1
+    weights /= weights.sum()
+
+    many, few = predict(weights, *columns, scales), predict_rows(weights, *columns, scales)
+
+    np.testing.assert_allclose(many, few, rtol=1e-9)
+
+
 @quick
 @given(SEED)
 def test_negligible_experts_are_skipped_with_an_error_below_their_weight(seed: int) -> None:

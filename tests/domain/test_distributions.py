@@ -204,3 +204,29 @@ def test_impossible_variances_give_the_nearest_belief_with_this_mean(mean: float
 
     assert MIN_CONCENTRATION * (1 - 1e-9) <= a[0] + b[0] <= MAX_CONCENTRATION * (1 + 1e-9)
     assert a[0] / (a[0] + b[0]) == pytest.approx(mean, rel=1e-9)
+
+
+@quick
+@given(EXTREME, EXTREME, st.integers(2, 64))
+def test_products_and_ratios_of_factors_give_the_same_moments(a: float, b: float, size: int) -> None:
+    """Where the products fit a float they are taken; one belief too large for them makes the others take ratios."""
+    huge = 1e300 ** (1 / size)
+
+    by_products = informative_moments(array(a), array(b), size)
+    by_ratios = informative_moments(array(a, huge), array(b, huge), size)
+
+    for one, other in zip(by_products, by_ratios, strict=True):
+        assert one[0] == pytest.approx(other[0], abs=1e-7)
+    assert by_products[0][0] == pytest.approx(by_ratios[0][0], abs=1e-12)
+
+
+def test_many_beliefs_have_the_moments_of_each() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(0.01, 30, size=(2, 3, 9_001))
+
+    mean, deviation = informative_moments(a, b, 8)
+
+    for rows in (np.s_[0, :5], np.s_[1, 4_990:5_010], np.s_[2, -5:]):
+        one, other = informative_moments(a[rows], b[rows], 8)
+        np.testing.assert_array_equal(mean[rows], one)
+        np.testing.assert_array_equal(deviation[rows], other)

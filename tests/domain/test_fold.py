@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from evenodds_service.domain.beliefs import MEMORIES, PRIORS
+from evenodds_service.domain.checkpoint import to_bytes
 from evenodds_service.domain.fold import (
     BASIS_ENOUGH,
+    BLOCK,
     State,
     beliefs_of,
+    copied,
     fold,
     mopps_beliefs,
     new_prompt_beliefs,
@@ -669,3 +673,55 @@ def test_the_skill_of_a_window_is_what_the_guard_gained(make_block: MakeBlock) -
 
     assert log.state.record.skill.sum(axis=0) == pytest.approx((before - log.state.mixture.log_guard, 200))
     assert log.state.rails.skill() == pytest.approx((before - log.state.mixture.log_guard, 200))
+
+
+def chosen_on(state: State) -> bytes:
+    """What a choice reads: all but the sums of the report and the rails."""
+    return to_bytes(replace(state, record=State().record, rails=State().rails))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_copy_stays_as_it_is_while_the_state_is_folded_on(make_block: MakeBlock, seed: int) -> None:
+    world = World(make_block, seed, 400)
+    log = random_log(world, seed)
+    copy, before = copied(log.state), chosen_on(log.state)
+    means = beliefs_of(copy, log.pool)
+
+    world.visit(log, range(200), attempts=8, first_step=50)
+    log.select(99, [1, 2, 3])
+
+    assert chosen_on(copy) == before != chosen_on(log.state)
+    for now, then in zip(beliefs_of(copy, log.pool), means, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_threads_give_the_same_bits(make_block: MakeBlock) -> None:
+    world = World(make_block, 0, 3 * BLOCK + 100)
+    log = Log(world.block)
+    world.visit(log, range(0, 3 * BLOCK, 40), attempts=8)
+
+    alone = beliefs_of(log.state, log.pool)
+    with ThreadPoolExecutor(3) as executor:
+        spread = beliefs_of(log.state, log.pool, each_block=executor.map)
+    some = beliefs_of(log.state, log.pool, np.arange(BLOCK - 500, BLOCK + 500))
+
+    for ours, theirs, part in zip(alone, spread, some, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours[BLOCK - 500 : BLOCK + 500], part, rtol=1e-9)
+
+
+def test_a_pool_that_grows_by_little_is_copied_seldom_and_keeps_what_was_learned(make_block: MakeBlock) -> None:
+    world = World(make_block, 0, 600)
+    log = Log(world.block, n_prompts=100)
+    log.observe(0, [3], [2.0], [8.0])
+    homes = set()
+
+    for n in range(101, 600):
+        log.grow(n)
+        log.observe(n, [n - 1], [1.0], [1.0])
+        homes.add(log.state.visits_N.ctypes.data)
+
+    assert len(homes) < 15
+    assert (log.state.successes_L_N[0, 3], log.state.last_step_N[3]) == (2, 0)
+    assert log.state.visits_N[100:].tolist() == [1] * 499
+    assert log.state.last_step_N[:100].tolist() == [-1] * 3 + [0] + [-1] * 96

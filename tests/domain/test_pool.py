@@ -309,3 +309,27 @@ def test_directions_are_unit_vectors_without_the_constant(whole: RawBlock) -> No
 
 def test_a_prompt_without_features_has_no_direction() -> None:
     assert directions(np.array([[1.0, 0.0, 0.0], [1.0, 3.0, 4.0]])).tolist() == [[0, 0], [0.6, 0.8]]
+
+
+def test_a_view_stays_as_it_is_while_the_pool_grows_and_takes_other_priors(whole: RawBlock) -> None:
+    pool = pool_of(part(whole, 0, 700))
+    basis = Basis.of(pool.raw(0, 700))
+    pool.attach(1, {})
+    view = pool.view(basis)
+    before = view.rows(basis, slice(0, 700)).copy()
+
+    pool.append(part(whole, 700, N))
+    pool.attach(2, {})
+    pool.matrix(basis, N)
+
+    assert (view.n, view.fitted(1)) == (700, {})
+    np.testing.assert_array_equal(view.rows(basis, slice(0, 700)), before)
+    np.testing.assert_array_equal(pool.matrix(basis, N)[:700], before)
+
+
+def test_members_of_a_group_are_found_in_any_part_of_the_pool(whole: RawBlock) -> None:
+    pool = pool_of(whole, cuts=[10, 600])
+
+    for group in ("math", "code"):
+        assert pool.members(group, 1_000).tolist() == [name == group for name in whole.groups[:1_000]]
+    assert not pool.members("unknown", N).any()

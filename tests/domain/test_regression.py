@@ -229,3 +229,32 @@ def test_attempts_on_one_prompt_repeat_one_another() -> None:
     assert worth[7] == pytest.approx(8 / 9)
     assert (np.diff(worth) > 0).all()
     assert worth.max() < 1
+
+
+def test_a_row_is_predicted_alike_alone_and_in_any_company() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1_000, 70)).astype(np.float32)
+    regression = OnlineLogistic.new(70)
+    regression.update(x, rng.binomial(8, 0.5, size=1_000).astype(float), np.full(1_000, 8.0))
+    whole = regression.predict(x)
+
+    for n in (1, 2, 3, 17, 63, 64, 65, 200):
+        rows = rng.choice(1_000, n, replace=False)
+        np.testing.assert_array_equal(regression.predict(x[rows]), whole[rows])
+    np.testing.assert_allclose(regression.predict(np.tile(x, (3, 1)))[:1_000], whole, rtol=1e-6)
+
+
+def test_a_copy_is_left_alone_by_updates_and_predictions_follow_them() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(30, 5)).astype(np.float32)
+    regression = OnlineLogistic.new(5)
+    regression.update(x, rng.integers(0, 9, size=30).astype(float), np.full(30, 8.0))
+    before, copy = regression.predict(x), regression.copy()
+
+    regression.forget(0.9)
+    forgotten = regression.predict(x)
+    regression.update(x, np.full(30, 8.0), np.full(30, 8.0))
+
+    np.testing.assert_array_equal(copy.predict(x), before)
+    assert np.abs(forgotten - before).max() > 1e-6
+    assert regression.predict(x).mean() > before.mean() + 0.01

@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI
@@ -25,11 +26,13 @@ from evenodds_service.api.crowding import Crowding
 from evenodds_service.api.desk import Desk
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.page import router as page
+from evenodds_service.api.rounds import Rounds
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.services import Services, now
 from evenodds_service.api.views import Views
 from evenodds_service.live_run import LiveRuns
 from evenodds_service.storage.store import ApiKey, Store
+from evenodds_service.timing import collected_phases
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +117,7 @@ def create_app(
         predict_staleness_seconds=predict_staleness_ms / 1_000,
         registry=registry,
         run_registry=run_registry,
+        predictions=Rounds(partial(loop.predict_known, store, views_of_runs)),
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     for room in (loop, budgets, chat, refits, reports, runs, voids, operations):
@@ -154,7 +158,10 @@ def _is_quiet(scope: MutableMapping[str, Any]) -> bool:
 
 
 class _Observed:
-    """Gives every request an id (the caller's `X-Request-ID` where it is well-formed) and measures it."""
+    """Gives every request an id (the caller's `X-Request-ID` where it is well-formed) and measures it.
+
+    Every reply tells where its time went in `Server-Timing`, milliseconds by phase.
+    """
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
@@ -182,14 +189,14 @@ class _Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {
-                    **message,
-                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
-                }
+                taken = {**phases, "total": time.perf_counter() - started}
+                timing = ", ".join(f"{name};dur={1_000 * seconds:.2f}" for name, seconds in taken.items())
+                own = [(b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
+                message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
         try:
-            with bound_contextvars(request_id=request_id):
+            with bound_contextvars(request_id=request_id), collected_phases() as phases:
                 await self._app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from evenodds.schemas import (
     FallbackNotice,
@@ -19,22 +22,28 @@ from evenodds.schemas import (
     ObserveRequest,
     PredictReply,
     PredictRequest,
+    PromptRef,
     SelectedPrompt,
     SelectReply,
     SelectRequest,
 )
 from evenodds_service.api.features import new_prompt
 from evenodds_service.api.questions import beliefs_about
-from evenodds_service.api.services import PROBLEMS, Hands, content_hash, now, predictions
-from evenodds_service.domain.acquisition import Choice
+from evenodds_service.api.services import PROBLEMS, Hands, Services, content_hash, now, predictions
 from evenodds_service.domain.distributions import mean_and_std
-from evenodds_service.domain.types import FloatArray, NewObservation
-from evenodds_service.live_run import LiveRun, SelectArguments, UnknownPrompts
+from evenodds_service.domain.types import IntArray, NewObservation
+from evenodds_service.live_run import Chosen, LiveRuns, SelectArguments, UnknownPrompts
 from evenodds_service.storage.errors import ChoiceOutdated
-from evenodds_service.storage.store import Run
+from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
+
+_FEW = 256
+"""A request about so many prompts at most shares a round with others."""
+
+_UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts"
 
 
 @router.post("/observe", summary="Report outcomes of attempts")
@@ -92,19 +101,73 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
     )
 
 
-@router.post("/predict", summary="Predict success rates")
-def predict(body: PredictRequest, hands: Hands) -> PredictReply:
+@router.post("/predict", summary="Predict success rates", response_model=PredictReply)
+async def predict(body: PredictRequest, hands: Hands) -> Response:
     """The belief about prompts of the pool, or about new texts, in the order asked. Nothing is stored."""
+    is_exact = hands.predict_staleness_seconds == 0.0
+    if is_exact and len(body.prompts) <= _FEW and all(_is_reference(prompt) for prompt in body.prompts):
+        reply = await hands.predictions.ask(body.run, body)
+    else:
+        reply = await run_in_threadpool(_predict, body, hands)
+    return Response(reply, media_type="application/json")
+
+
+def _is_reference(prompt: PromptRef) -> bool:
+    """Whether only the pool can tell what is asked about."""
+    return prompt.text is None and prompt.embedding is None
+
+
+def predict_known(
+    store: Store, live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictRequest]
+) -> list[str | Exception]:
+    """JSON replies to requests about prompts of one run's pool, or what is wrong with them, in their order."""
+    run = store.run(run_name)
+    live = live_runs.at_head(run)
+    answers: list[str | Exception] = [""] * len(bodies)
+    parts: dict[int, slice] = {}
+    ids: list[str] = []
+    found: list[IntArray] = []
+    with live.lock:
+        position, model_version = live.state.position, live.state.model_version
+        for number, body in enumerate(bodies):
+            asked = [prompt.prompt_id or "" for prompt in body.prompts]
+            try:
+                found.append(live.indices(run_name, asked, path="prompts", hint=_UNKNOWN_HINT))
+            except UnknownPrompts as error:
+                answers[number] = error
+                continue
+            parts[number] = slice(len(ids), len(ids) + len(asked))
+            ids += asked
+        if not ids:
+            return answers
+        indices = np.concatenate(found)
+        a, b = live.beliefs(run.settings.predictor, indices)
+        seen = live.state.attempts_N[indices]
+    sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
+    told = {size: predictions(ids, a, b, seen, size) for size in set(sizes.values())}
+    for number, part in parts.items():
+        reply = PredictReply(
+            run=run.name,
+            model_version=model_version,
+            log_position=position,
+            predictions=told[sizes[number]][part],
+        )
+        answers[number] = reply.model_dump_json()
+    return answers
+
+
+def _predict(body: PredictRequest, hands: Services) -> str:
     view = hands.views.recent(body.run, hands.predict_staleness_seconds)
     run, live = view.run, view.live
     names = [f"prompts[{i}]" for i in range(len(body.prompts))]
     asked = beliefs_about(hands.featurizer, run, live, body.prompts, names=names)
-    return PredictReply(
+    reply = PredictReply(
         run=body.run,
         model_version=asked.model_version,
         log_position=asked.log_position,
         predictions=predictions(asked.ids, asked.a, asked.b, asked.seen, body.group_size or run.settings.group_size),
     )
+    return reply.model_dump_json()
 
 
 @router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
@@ -124,22 +187,23 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
         with live.selecting:  # the next choice knows of this one
             run = hands.store.run(body.run)
             live = hands.live_runs.at_head(run)
-            with live.lock:
-                reply, choice, beliefs = _choose(body, run, live)
+            chosen = live.choose(run.name, _arguments(body, run))
+            with phase("reply"):
+                reply = _select_reply(body, run, chosen)
             try:
                 recorded, replayed = hands.store.record_selection(
                     run.id,
                     selection_id=reply.selection_id,
                     step=body.step,
                     arguments_hash=arguments_hash,
-                    prompts=choice.prompts.tolist(),
+                    prompts=chosen.choice.prompts.tolist(),
                     reply=reply.model_dump_json(exclude={"run", "replayed"}),
                     now=now(),
                     chosen_at=reply.log_position,
                     is_alone=run.settings.lease_steps > 0 and not body.allow_outstanding,
                     control_share=run.settings.control_share,
-                    control=choice.control.tolist(),
-                    beliefs=beliefs,
+                    control=chosen.choice.control.tolist(),
+                    beliefs=(chosen.a, chosen.b),
                 )
             except ChoiceOutdated as error:  # by another process: once more, on what is now
                 logger.info("%s", error)
@@ -148,7 +212,8 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
     return Response(head + recorded.reply[1:], media_type="application/json")
 
 
-def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, Choice, tuple[FloatArray, FloatArray]]:
+def _arguments(body: SelectRequest, run: Run) -> SelectArguments:
+    """The request, and the run's settings where it is silent."""
     settings = run.settings
 
     def setting(name: str) -> Any:
@@ -156,7 +221,7 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         return getattr(settings, name) if given is None else given
 
     acquisition = body.acquisition or settings.effective_acquisition
-    arguments = SelectArguments(
+    return SelectArguments(
         step=body.step,
         batch_size=body.batch_size,
         seed=body.seed,
@@ -178,16 +243,18 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         control_share=settings.control_share,
         may_fall_back=settings.fallback,
     )
-    choice, a, b, fallback = live.choose(run.name, arguments)
-    mean, std = mean_and_std(a, b)
+
+
+def _select_reply(body: SelectRequest, run: Run, chosen: Chosen) -> SelectReply:
+    mean, std = mean_and_std(chosen.a, chosen.b)
+    choice, fallback = chosen.choice, chosen.fallback
     informative = choice.informative_probabilities
-    ids = [live.pool.prompt_ids[i] for i in choice.prompts]
-    reply = SelectReply(
+    return SelectReply(
         run=run.name,
         step=body.step,
         selection_id=uuid.uuid4().hex,
-        model_version=live.state.model_version,
-        log_position=live.state.position,
+        model_version=chosen.model_version,
+        log_position=chosen.position,
         replayed=False,
         outstanding=choice.n_outstanding,
         forecast=Forecast(
@@ -199,15 +266,15 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
         prompts=tuple(
             SelectedPrompt(
                 prompt_id=prompt_id,
-                group=live.pool.groups[index],
+                group=group,
                 success_rate=rate,
                 std=deviation,
                 informative_probability=probability,
                 arm="control" if is_control else "policy",
             )
-            for prompt_id, index, rate, deviation, probability, is_control in zip(
-                ids,
-                choice.prompts,
+            for prompt_id, group, rate, deviation, probability, is_control in zip(
+                chosen.prompt_ids,
+                chosen.groups,
                 mean.tolist(),
                 std.tolist(),
                 informative.tolist(),
@@ -216,4 +283,3 @@ def _choose(body: SelectRequest, run: Run, live: LiveRun) -> tuple[SelectReply, 
             )
         ),
     )
-    return reply, choice, (a, b)

@@ -5,7 +5,7 @@ Each endpoint translates the wire into values, calls the store, and translates b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Annotated, Any, TypeVar
 
@@ -151,7 +151,14 @@ def _prompts_schema() -> dict[str, Any]:
         }
     },
 )
-async def add_prompts(run: RunPath, request: Request, hands: Hands) -> PromptsAdded:
+async def add_prompts(
+    run: RunPath,
+    request: Request,
+    hands: Hands,
+    first_line: Annotated[
+        int, Query(ge=1, le=2**53, description="of NDJSON: by which number errors call the first line")
+    ] = 1,
+) -> PromptsAdded:
     """Add prompts. Repeatable: those that the pool has already, with the same content, count as existing.
 
     A JSON body is all or nothing. NDJSON (`application/x-ndjson`, one prompt a line, any number) is stored in blocks
@@ -164,24 +171,31 @@ async def add_prompts(run: RunPath, request: Request, hands: Hands) -> PromptsAd
         names = [f"prompts[{i}]" for i in range(len(body.prompts))]
         return await run_in_threadpool(_add_block, hands, stored, body.prompts, names)
     lift_limit(request)
-    request.state.done = "no line was stored"  # any error tells
-    added = existing = line = 0
+    # Any error tells.
+    request.state.done = "no line was stored" if first_line == 1 else f"no line from {first_line} on was stored"
+    added = existing = 0
+    line = first_line - 1
     last: PromptsAdded | None = None
     async for lines in _line_blocks(request.stream()):
         contents = {f"line {line + i}": content for i, content in enumerate(lines, start=1) if content}
-        items = [_parsed(PromptIn.model_validate_json, content, (name,)) for name, content in contents.items()]
         line += len(lines)
-        if items:
+        if contents:
             try:
-                last = await run_in_threadpool(_add_block, hands, stored, items, tuple(contents))
+                last = await run_in_threadpool(_add_lines, hands, stored, contents)
             except PromptConflict as error:
                 request.state.place = tuple(contents)[error.item]
                 raise
             added, existing = added + last.added, existing + last.existing
-        request.state.done = f"lines 1 to {line} were stored"
+        request.state.done = f"lines {first_line} to {line} were stored"
     if last is None:
         raise RequestValidationError([_fault(("body",), "send at least one prompt, one JSON object a line")])
     return last.model_copy(update={"added": added, "existing": existing})
+
+
+def _add_lines(hands: Services, run: Run, contents: Mapping[str, bytes]) -> PromptsAdded:
+    """Lines by their names. Parsed in a thread: thousands at once would keep the event loop from other requests."""
+    items = [_parsed(PromptIn.model_validate_json, content, (name,)) for name, content in contents.items()]
+    return _add_block(hands, run, items, tuple(contents))
 
 
 def _add_block(hands: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str]) -> PromptsAdded:

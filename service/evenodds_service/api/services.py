@@ -12,9 +12,10 @@ from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 from scipy.special import betaincinv
 
-from evenodds.schemas import RUN_PATTERN, Prediction, Problem
+from evenodds.schemas import RUN_PATTERN, Prediction, PredictRequest, Problem
 from evenodds_service.api.desk import Desk
 from evenodds_service.api.features import Featurizer
+from evenodds_service.api.rounds import Rounds
 from evenodds_service.api.views import Views
 from evenodds_service.domain.distributions import informative_moments, mean_and_std
 from evenodds_service.domain.types import FloatArray
@@ -36,6 +37,7 @@ class Services:
     predict_staleness_seconds: float
     registry: CollectorRegistry
     run_registry: CollectorRegistry
+    predictions: Rounds[PredictRequest, str]
 
 
 async def _services(request: Request) -> Services:

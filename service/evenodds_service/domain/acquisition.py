@@ -19,6 +19,8 @@ REPROBE_SEEN = 0.25
 DIVERSITY_SHARE = 0.1
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
+_FEW = 8
+_SAMPLE, _SAMPLE_MARGIN = 8_192, 32
 
 
 class NotEnoughPrompts(ValueError):
@@ -243,8 +245,8 @@ def choose(
         rest = free() - quota
         of_seen = math.floor(REPROBE_SEEN * quota + generator.random())
         longest_N = -last_seen_N.astype(np.float64)
-        take(_top(np.flatnonzero(allowed(longest_N, last_seen_N >= 0)), longest_N, ties_N, min(of_seen, quota)))
-        take(_top(np.flatnonzero(allowed(longest_N, eligible_N)), longest_N, ties_N, free() - rest))
+        take(_top(longest_N, ties_N, allowed(longest_N, last_seen_N >= 0), min(of_seen, quota)))
+        take(_top(longest_N, ties_N, allowed(longest_N, eligible_N), free() - rest))
     take(_best(scores_N, ties_N, allowed(scores_N, eligible_N), free(), directions_of, anchor_D))
 
     prompts = np.concatenate((*chosen, control))
@@ -291,8 +293,9 @@ def _with_room(
         room = max(0, cap - int((taken_N & members_N).sum()))
         candidates = np.flatnonzero(allowed_N & members_N)
         if len(candidates) > room:
+            kept = _top(order_N, ties_N, allowed_N & members_N, room)
             allowed_N[candidates] = False
-            allowed_N[_top(candidates, order_N, ties_N, room)] = True
+            allowed_N[kept] = True
     return allowed_N
 
 
@@ -305,21 +308,39 @@ def _best(
     anchor_D: FloatArray | None,
 ) -> IntArray:
     """The n best by score, or by greedy score plus diversity over a shortlist."""
-    candidates = np.flatnonzero(allowed_N)
     if directions_of is None or n == 0:
-        return _top(candidates, scores_N, ties_N, n)
-    shortlist = _top(candidates, scores_N, ties_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
+        return _top(scores_N, ties_N, allowed_N, n)
+    shortlist = _top(scores_N, ties_N, allowed_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
     order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D)
     return shortlist[order]
 
 
-def _top(candidates: IntArray, scores_N: FloatArray, ties_N: FloatArray, n: int) -> IntArray:
-    """The n best candidates, best first; ties by chance."""
+def _top(scores_N: FloatArray, ties_N: FloatArray, allowed_N: BoolArray, n: int) -> IntArray:
+    """The n best of those allowed, or all of them if they are fewer, best first; ties by chance."""
+    # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
+    perturbed = scores_N + 1e-9 * ties_N
+    perturbed[~allowed_N] = -np.inf
+    candidates = _at_least_top(perturbed, n)
     if len(candidates) > n:
-        # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
-        perturbed = scores_N[candidates] + 1e-9 * ties_N[candidates]
-        candidates = candidates[np.argpartition(-perturbed, n - 1)[:n]] if n else candidates[:0]
+        candidates = candidates[np.argpartition(-perturbed[candidates], n - 1)[:n]] if n else candidates[:0]
     return candidates[np.lexsort((ties_N[candidates], -scores_N[candidates]))]
+
+
+def _at_least_top(values_N: FloatArray, n: int) -> IntArray:
+    """Indices of the n greatest values and of some more, in ascending order; never of -inf.
+
+    Sorting a few is cheaper than partitioning all: what is clearly too small by a sample is left out first.
+    """
+    stride = len(values_N) // _SAMPLE
+    if stride > 1:
+        sample = values_N[::stride]
+        rank = 2 * n // stride + _SAMPLE_MARGIN
+        if rank < len(sample):
+            threshold = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+            candidates = np.flatnonzero(values_N >= threshold) if threshold > -np.inf else np.zeros(0, np.int64)
+            if len(candidates) >= n:
+                return candidates
+    return np.flatnonzero(values_N > -np.inf)
 
 
 def greedy_diverse(
@@ -348,19 +369,26 @@ def greedy_diverse(
     order: list[int] = []
     chosen_sum = np.zeros(directions_S_D.shape[1], dtype=directions_S_D.dtype)
     while len(order) < n:
-        current = gain
+        current = gain.copy()
         if order:
-            current = gain + unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
-        k = min(per_round if order else 1, n - len(order))
-        if k == 1:
-            picks = [int(np.argmax(current))]
-        else:
-            partition = np.argpartition(-current, k - 1)[:k]
-            picks = [int(i) for i in partition[np.argsort(-current[partition], kind="stable")]]
+            current += unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
+        picks = _greatest(current, min(per_round if order else 1, n - len(order)))
         order.extend(picks)
         gain[picks] = -np.inf
         chosen_sum = chosen_sum + directions_S_D[picks].sum(axis=0)
     return np.asarray(order, dtype=np.int64)
+
+
+def _greatest(values_S: FloatArray, k: int) -> list[int]:
+    """Positions of the k greatest values, greatest first. Overwrites values."""
+    if k > _FEW:
+        partition = np.argpartition(-values_S, k - 1)[:k]
+        return [int(i) for i in partition[np.argsort(-values_S[partition], kind="stable")]]
+    picks = []
+    for _ in range(k):
+        picks.append(int(np.argmax(values_S)))
+        values_S[picks[-1]] = -np.inf
+    return picks
 
 
 def _standardised(distances_S: FloatArray) -> FloatArray:
@@ -376,16 +404,15 @@ def _pad_to(scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArr
     reached = float(informative_N[prompts].sum())
     if reached >= wanted - 1e-9:
         return len(prompts)
-    others = eligible_N.copy()
-    others[prompts] = False
-    rest = np.flatnonzero(others)
-    if reached + float(informative_N[rest].sum()) < wanted:
-        return None
+    values = np.where(eligible_N, scores_N, -np.inf)
+    values[prompts] = -np.inf
     size = max(4 * len(prompts), 256)
     while True:
-        best = rest if size >= len(rest) else rest[np.argpartition(-scores_N[rest], size - 1)[:size]]
-        best = best[np.argsort(-scores_N[best], kind="stable")]
+        best = _at_least_top(values, size)
+        best = best[np.argsort(-values[best], kind="stable")]
         total = reached + np.cumsum(informative_N[best])
-        if total[-1] >= wanted or size >= len(rest):
-            return len(prompts) + min(int(np.searchsorted(total, wanted - 1e-9)), len(rest) - 1) + 1
-        size *= 4
+        if len(best) and total[-1] >= wanted - 1e-9:
+            return len(prompts) + int(np.searchsorted(total, wanted - 1e-9)) + 1
+        if len(best) < size or reached + float(informative_N[values > -np.inf].sum()) < wanted - 1e-9:
+            return None
+        size *= 8

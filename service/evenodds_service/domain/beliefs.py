@@ -9,6 +9,7 @@ functions on arrays; where the prior means and the evidence come from is `fold`'
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,32 +153,18 @@ def predict(
     Returns:
         Parameters a and b, float64 [N].
     """
-    means_C_N = np.clip(means_C_N, *_PRIOR_RANGE)
-    # E[p^2] - E[p]^2 cancels: single precision would lose the variance of a prompt with many attempts.
-    successes_L_N, failures_L_N = successes_L_N.astype(np.float64), failures_L_N.astype(np.float64)
-    n = means_C_N.shape[1]
-    first, second = np.zeros(n), np.zeros(n)
-    # Priors of one scale are summed first: with a = m s + S, E[p] = a / total and E[p^2] = a (a + 1) / (total
-    # (total + 1)), whose sums over the priors need only the weighted sums of m and of m^2.
-    together, alone = range(len(PRIORS)), []
-    if scales_C_N is not None:
-        alone = [c for c in together if weights[c].any() and (scales_C_N[c] != 1.0).any()]
-    blocks: list[tuple[list[int], FloatArray | float]] = [([c for c in together if c not in alone], 1.0)]
-    blocks += [([c], scales_C_N[c].astype(np.float64)) for c in alone if scales_C_N is not None]
-    for priors, scale_N in blocks:
-        means, squares = means_C_N[priors], means_C_N[priors] ** 2
-        for i, strength in enumerate(STRENGTHS):
-            for j in range(len(MEMORIES)):
-                share_C = weights[priors, i, j]
-                share = share_C.sum()
-                if share == 0.0:
-                    continue
-                s = strength * scale_N
-                own, total = successes_L_N[j], successes_L_N[j] + failures_L_N[j] + s
-                m1, m2 = share_C @ means, share_C @ squares
-                a = s * m1 + share * own
-                first += a / total
-                second += (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
+    means_C_N = np.clip(means_C_N, *_PRIOR_RANGE).astype(np.float64)
+    # Priors of one scale are taken together.
+    shaped = [c for c in range(len(PRIORS)) if weights[c].any() and _is_shaped(scales_C_N, c)]
+    plain = [c for c in range(len(PRIORS)) if weights[c].any() and c not in shaped]
+    first, second = _unseen_moments(weights, means_C_N, scales_C_N, plain=plain, shaped=shaped)
+    seen = np.flatnonzero(successes_L_N.any(axis=0) | failures_L_N.any(axis=0))
+    if len(seen):
+        own, lost = successes_L_N[:, seen].astype(np.float64), failures_L_N[:, seen].astype(np.float64)
+        scales = None if scales_C_N is None else scales_C_N[:, seen]
+        first[seen], second[seen] = _seen_moments(
+            weights, means_C_N[:, seen], own, lost, scales, plain=plain, shaped=shaped
+        )
     mean = np.clip(first, 1e-6, 1.0 - 1e-6)
     return beta_from_moments(mean, second - first * first)
 
@@ -215,6 +202,77 @@ def predict_rows(
         second += (squares / (total * (total + 1.0))).sum(axis=(0, 1))
     mean = np.clip(first, 1e-6, 1.0 - 1e-6)
     return beta_from_moments(mean, second - first * first)
+
+
+def _is_shaped(scales_C_N: FloatArray | None, c: int) -> bool:
+    return scales_C_N is not None and bool((scales_C_N[c] != 1.0).any())
+
+
+def _unseen_moments(
+    weights: FloatArray,
+    means_C_N: FloatArray,
+    scales_C_N: FloatArray | None,
+    *,
+    plain: Sequence[int],
+    shaped: Sequence[int],
+) -> tuple[FloatArray, FloatArray]:
+    """E[p] and E[p^2] without own evidence, where memories do not differ: Beta(m s, (1 - m) s).
+
+    E[p^2] = m (m s + 1) / (s + 1) = m (1 - h) + m^2 h with h = s / (s + 1), averaged over the strengths first.
+    """
+    share_C_S = weights.sum(axis=2)
+    strengths = np.asarray(STRENGTHS)
+    first = share_C_S[plain].sum(axis=1) @ means_C_N[plain]
+    h_C = share_C_S[plain] @ (strengths / (strengths + 1.0))
+    second = first - h_C @ (means_C_N[plain] * (1.0 - means_C_N[plain]))
+    for c in shaped:
+        assert scales_C_N is not None
+        mean, scale = means_C_N[c], scales_C_N[c].astype(np.float64)
+        h = np.zeros(len(mean))
+        for strength, share in zip(STRENGTHS, share_C_S[c], strict=True):
+            if share:
+                s = strength * scale
+                h += share * s / (s + 1.0)
+        weighted = share_C_S[c].sum() * mean
+        first += weighted
+        second += weighted - h * mean * (1.0 - mean)
+    return first, second
+
+
+def _seen_moments(
+    weights: FloatArray,
+    means_C_N: FloatArray,
+    successes_L_N: FloatArray,
+    failures_L_N: FloatArray,
+    scales_C_N: FloatArray | None,
+    *,
+    plain: Sequence[int],
+    shaped: Sequence[int],
+) -> tuple[FloatArray, FloatArray]:
+    """E[p] and E[p^2] with own evidence, all in float64: E[p^2] - E[p]^2 cancels with many attempts.
+
+    With a = m s + S, E[p] = a / total and E[p^2] = a (a + 1) / (total (total + 1)), whose sums over priors of one scale
+    need only the weighted sums of m and of m^2.
+    """
+    n = means_C_N.shape[1]
+    first, second = np.zeros(n), np.zeros(n)
+    blocks: list[tuple[Sequence[int], FloatArray | float]] = [(plain, 1.0)]
+    blocks += [([c], scales_C_N[c].astype(np.float64)) for c in shaped if scales_C_N is not None]
+    for priors, scale_N in blocks:
+        means, squares = means_C_N[priors], means_C_N[priors] ** 2
+        for i, strength in enumerate(STRENGTHS):
+            s = strength * scale_N
+            for j in range(len(MEMORIES)):
+                share_C = weights[priors, i, j]
+                share = share_C.sum()
+                if share == 0.0:
+                    continue
+                own, total = successes_L_N[j], successes_L_N[j] + failures_L_N[j] + s
+                m1, m2 = share_C @ means, share_C @ squares
+                a = s * m1 + share * own
+                first += a / total
+                second += (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
+    return first, second
 
 
 def _log_sum(values: FloatArray) -> float:

@@ -16,6 +16,8 @@ _SHIFT = 8
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680)
 _MAX_PRODUCT = 64
 _MAX_FACTORS, _MAX_FACTOR = 32, 1e8
+_MAX_LOG10 = 300
+_BLOCK = 8_192
 _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-2, 1e6
@@ -103,23 +105,51 @@ def informative_moments(a: FloatArray, b: FloatArray, group_size: int) -> tuple[
     Returns:
         mean in [0, 1] and standard deviation >= 0, in the shape of a.
     """
-    a = np.asarray(a, dtype=np.float64)
-    b = np.asarray(b, dtype=np.float64)
+    a, b = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+    if a.size <= _BLOCK:
+        return _informative_moments(a, b, group_size)
+    mean, deviation = np.empty(a.shape), np.empty(a.shape)
+    flat = [array.reshape(-1) for array in (a, b, mean, deviation)]
+    for first in range(0, a.size, _BLOCK):  # blocks that fit the processor's cache
+        a_n, b_n, mean_n, deviation_n = (array[first : first + _BLOCK] for array in flat)
+        mean_n[:], deviation_n[:] = _informative_moments(a_n, b_n, group_size)
+    return mean, deviation
+
+
+def _informative_moments(a: FloatArray, b: FloatArray, group_size: int) -> tuple[FloatArray, FloatArray]:
     s = a + b
     if group_size == 1:
         mean = 2.0 * a * b / (s * (s + 1.0))
         second = 2.0 * mean * (a + 1.0) * (b + 1.0) / ((s + 2.0) * (s + 3.0))
         return mean, np.sqrt(np.maximum(second - mean * mean, 0.0))
     g = group_size
-    all_right, all_wrong = rising_ratio(a, s, g), rising_ratio(b, s, g)
-    # (a)_2G / (s)_2G continues (a)_G / (s)_G from the G-th factor on.
-    all_right_twice = all_right * rising_ratio(a + g, s + g, g)
-    all_wrong_twice = all_wrong * rising_ratio(b + g, s + g, g)
-    right_then_wrong = all_right * rising_ratio(b, s + g, g)
-    silent = all_right + all_wrong
+    if 2 * g * math.log10(float(s.max(initial=1.0)) + 2 * g) < _MAX_LOG10:
+        # E[p^2G], E[(1-p)^2G] and E[p^G (1-p)^G] over the common denominator (s)_2G: few products, two divisions.
+        right, wrong, total = _rising(a, g), _rising(b, g), _rising(s, g)
+        total_twice = total * _rising(s + g, g)
+        silent = (right + wrong) / total
+        square = (right * _rising(a + g, g) + wrong * _rising(b + g, g) + 2.0 * right * wrong) / total_twice
+    else:
+        all_right, all_wrong = rising_ratio(a, s, g), rising_ratio(b, s, g)
+        # (a)_2G / (s)_2G continues (a)_G / (s)_G from the G-th factor on.
+        square = all_right * rising_ratio(a + g, s + g, g) + all_wrong * rising_ratio(b + g, s + g, g)
+        square += 2.0 * all_right * rising_ratio(b, s + g, g)
+        silent = all_right + all_wrong
     mean = np.clip(1.0 - silent, 0.0, 1.0)
-    variance = all_right_twice + all_wrong_twice + 2.0 * right_then_wrong - silent * silent
-    return mean, np.sqrt(np.maximum(variance, 0.0))
+    return mean, np.sqrt(np.maximum(square - silent * silent, 0.0))
+
+
+def _rising(x: FloatArray, m: int) -> FloatArray:
+    """(x)_m by pairs of factors from both ends: (x + j)(x + m-1-j) = x (x + m-1) + j (m-1-j)."""
+    if m == 1:
+        return x
+    outer = x * (x + (m - 1.0))
+    product = outer.copy()
+    for j in range(1, m // 2):
+        product *= outer + float(j * (m - 1 - j))
+    if m % 2:
+        product *= x + 0.5 * (m - 1)
+    return product
 
 
 def target_moments(a: FloatArray, b: FloatArray, target_rate: float) -> tuple[FloatArray, FloatArray]:

@@ -6,14 +6,16 @@ state of a million prompts is too large to copy per call; the owner of a state s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evenodds_service.domain import beliefs
 from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
-from evenodds_service.domain.pool import Basis, Pool
+from evenodds_service.domain.pool import Basis, Pool, ScalarT
 from evenodds_service.domain.rails import Rails
 from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic, effective_count
@@ -32,6 +34,10 @@ from evenodds_service.domain.types import (
 REGRESSION_KEEP = 0.98
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
+BLOCK = 16_384
+"""Prompts whose beliefs are computed together: their arrays stay in the processor's cache."""
+
+_FEW = 64
 _MEMORIES_L = np.asarray(MEMORIES)
 
 
@@ -107,6 +113,21 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     return state
 
 
+def copied(state: State) -> State:
+    """A state of one's own for reading at length, while the other is folded on.
+
+    What is learned (arrays, the mixture, the regressions) is copied, values that are not updated in place are shared.
+    """
+    values = {each.name: getattr(state, each.name) for each in fields(state)}
+    return State(**{name: _copied(value) for name, value in values.items()})
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, np.ndarray | OnlineLogistic):
+        return value.copy()
+    return Mixture(value.log_weights.copy(), value.log_guard) if isinstance(value, Mixture) else value
+
+
 def shared_priors(
     state: State,
     x_n_d: FloatArray | None,
@@ -153,19 +174,35 @@ def running_mean(state: State) -> float:
     return (state.running_successes + 1.0) / (state.running_counts + 2.0)
 
 
-def beliefs_of(state: State, pool: Pool, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
+EachBlock = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[None]]
+"""Calls a function for each of some blocks, as `map` does; an executor's map spreads them over threads."""
+
+
+def in_blocks(n: int) -> list[slice]:
+    """The blocks of n prompts, always the same ones: rounding may depend on them."""
+    return [slice(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
+
+
+def beliefs_of(
+    state: State, pool: Pool, indices: IntArray | None = None, *, each_block: EachBlock = map
+) -> tuple[FloatArray, FloatArray]:
     """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n]."""
-    rows = slice(0, state.n_prompts) if indices is None else indices
-    x = pool.rows(state.basis, rows) if state.basis is not None else None
+    n = state.n_prompts if indices is None else len(indices)
     weights = state.mixture.kept()
-    means_C_n, scales_C_n = _priors_of(state, pool, rows, x, np.asarray(weights.any(axis=(1, 2))))
-    return beliefs.predict(
-        weights,
-        means_C_n,
-        state.successes_L_N[:, rows],
-        state.failures_L_N[:, rows],
-        scales_C_n,
-    )
+    wanted = np.asarray(weights.any(axis=(1, 2)))
+    a_n, b_n = np.empty(n), np.empty(n)
+
+    def compute(block: slice) -> None:
+        rows = block if indices is None else indices[block]
+        x = pool.rows(state.basis, rows) if state.basis is not None else None
+        means_C_n, scales_C_n = _priors_of(state, pool, rows, x, wanted)
+        own, lost = state.successes_L_N[:, rows], state.failures_L_N[:, rows]
+        predict = beliefs.predict if n > _FEW else beliefs.predict_rows
+        a_n[block], b_n[block] = predict(weights, means_C_n, own, lost, scales_C_n)
+
+    for _ in each_block(compute, in_blocks(n)):
+        pass
+    return a_n, b_n
 
 
 def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
@@ -198,7 +235,7 @@ def paper_beliefs(state: State, pool: Pool, indices: IntArray | None = None) -> 
     rows = slice(0, state.n_prompts) if indices is None else indices
     n = state.n_prompts if indices is None else len(indices)
     prior = pool.fitted(state.model_version).get(PAPER)
-    return new_paper_beliefs(n, {PAPER: _rows(prior, state.n_prompts, rows)} if prior is not None else {})
+    return new_paper_beliefs(n, {PAPER: _rows(prior, rows)} if prior is not None else {})
 
 
 def new_paper_beliefs(n: int, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
@@ -215,7 +252,7 @@ def _priors_of(
     state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
 ) -> tuple[FloatArray, FloatArray]:
     """Of these prompts of the pool, whose features are x, under the state's snapshot."""
-    fitted = {name: _rows(prior, state.n_prompts, rows) for name, prior in _mixed(state, pool).items()}
+    fitted = {name: _rows(prior, rows) for name, prior in _mixed(state, pool).items() if wanted[PRIORS.index(name)]}
     return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], fitted, wanted)
 
 
@@ -224,15 +261,18 @@ def _mixed(state: State, pool: Pool) -> Mapping[str, FittedPrior]:
     return {name: prior for name, prior in pool.fitted(state.model_version).items() if name in FITTED}
 
 
-def _rows(prior: FittedPrior, n_prompts: int, rows: IntArray | slice) -> FittedPrior:
+def _rows(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
     """The prior of these prompts, NaN for those that are newer than it."""
-    newer = n_prompts - len(prior.means_N)
-    if newer > 0:
-        prior = FittedPrior(
-            np.pad(prior.means_N, (0, newer), constant_values=np.nan),
-            np.pad(prior.concentrations_N, (0, newer), constant_values=1.0),
-        )
-    return FittedPrior(prior.means_N[rows], prior.concentrations_N[rows])
+    known = len(prior.means_N)
+    indices = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    newer = indices >= known
+    if not newer.any():
+        return FittedPrior(prior.means_N[rows], prior.concentrations_N[rows])
+    means_n = np.full(len(indices), np.nan, dtype=np.float32)
+    concentrations_n = np.ones(len(indices), dtype=np.float32)
+    means_n[~newer] = prior.means_N[indices[~newer]]
+    concentrations_n[~newer] = prior.concentrations_N[indices[~newer]]
+    return FittedPrior(means_n, concentrations_n)
 
 
 def _known(state: State, prompts: IntArray) -> None:
@@ -242,16 +282,34 @@ def _known(state: State, prompts: IntArray) -> None:
 
 
 def _grow(state: State, n_prompts: int) -> None:
-    more = n_prompts - state.n_prompts
-    state.successes_L_N = np.pad(state.successes_L_N, ((0, 0), (0, more)))
-    state.failures_L_N = np.pad(state.failures_L_N, ((0, 0), (0, more)))
-    state.attempts_N = np.pad(state.attempts_N, (0, more))
-    state.visits_N = np.pad(state.visits_N, (0, more))
-    state.selected_N = np.pad(state.selected_N, (0, more))
-    state.last_step_N = np.pad(state.last_step_N, (0, more), constant_values=-1)
-    state.last_selected_N = np.pad(state.last_selected_N, (0, more), constant_values=-1)
-    state.outstanding_step_N = np.pad(state.outstanding_step_N, (0, more), constant_values=-1)
+    for name in ("successes_L_N", "failures_L_N", "attempts_N", "visits_N", "selected_N"):
+        setattr(state, name, _grown(getattr(state, name), n_prompts, fill=0))
+    for name in ("last_step_N", "last_selected_N", "outstanding_step_N"):
+        setattr(state, name, _grown(getattr(state, name), n_prompts, fill=-1))
     state.n_prompts = n_prompts
+
+
+def _grown(array: NDArray[ScalarT], n: int, *, fill: int) -> NDArray[ScalarT]:
+    """The array with n columns, new ones filled: in the room that was left the last time, else with some to spare.
+
+    A million prompts come in hundreds of entries, and not each of them should copy all that came before.
+    """
+    old, room = array.shape[-1], array.base
+    if room is None or not _has_room(room, array, n, fill):
+        room = np.full((*array.shape[:-1], n + n // 4), fill, dtype=array.dtype)
+        room[..., :old] = array
+    grown: NDArray[ScalarT] = room[..., :n]
+    return grown
+
+
+def _has_room(room: NDArray[Any], array: NDArray[Any], n: int, fill: int) -> bool:
+    """Whether the array is the first part of this one, which has n columns at least, unused ones behind it."""
+    return (
+        (room.dtype, room.shape[:-1]) == (array.dtype, array.shape[:-1])
+        and room.ctypes.data == array.ctypes.data
+        and room.shape[-1] >= n
+        and bool((room[..., array.shape[-1] : n] == fill).all())
+    )
 
 
 def _select(state: State, entry: SelectEntry, pool: Pool) -> None:

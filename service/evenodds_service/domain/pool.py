@@ -6,6 +6,7 @@ of texts or embedders; rows without a text or a vector count as average.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _CLIP = 4.0
 _BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
 _CHUNK = 512
+_PROJECTED = 16 * _CHUNK
 
 
 class Pool:
@@ -47,7 +49,7 @@ class Pool:
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
         self._prior_rates = np.empty(0, dtype=np.float32)
-        self._matrix: tuple[Basis, FloatArray] | None = None
+        self._matrix: tuple[Basis, FloatArray, int] | None = None
         self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
 
     def append(self, block: RawBlock) -> None:
@@ -69,9 +71,10 @@ class Pool:
         for offset, prompt_id in enumerate(block.prompt_ids):
             self.index[prompt_id] = self.n + offset
         self.prompt_ids.extend(block.prompt_ids)
-        self.groups.extend(block.groups)
         codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in block.groups]
         self._codes = _append(self._codes, self.n, np.asarray(codes, dtype=np.int32))
+        names = tuple(self._group_codes)
+        self.groups.extend(names[code] for code in codes)  # one text for all prompts of a group
         self._numeric.extend(block.numeric)
         self.n += n
 
@@ -86,6 +89,12 @@ class Pool:
             surface_N_S=self._surface[first:last],
             embedding_N_D=self._embedding[first:last],
         )
+
+    def view(self, basis: Basis | None) -> Pool:
+        """The pool as it stands, for whoever reads at length while it grows and takes other priors. Copies nothing."""
+        if basis is not None:
+            self.matrix(basis, self.n)  # once for all views
+        return copy.copy(self)
 
     def attach(self, version: int, fitted: Mapping[str, FittedPrior]) -> None:
         """Take the fitted priors of snapshot `version`, by name, in place of the ones before."""
@@ -128,16 +137,17 @@ class Pool:
 
     def matrix(self, basis: Basis, n: int) -> FloatArray:
         """Projected features of the first n prompts, float32 [n, d]; kept, and extended as the pool grows."""
-        if self._matrix is None or self._matrix[0] is not basis:
-            self._matrix = (basis, np.empty((0, basis.width), dtype=np.float32))
-        done = len(self._matrix[1])
+        kept = self._matrix
+        if kept is None or kept[0] is not basis:
+            kept = (basis, np.empty((0, basis.width), dtype=np.float32), 0)
+        _, x_N_d, done = kept
         if done < n:
             # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
             done -= done % _CHUNK
-            parts = [self._matrix[1][:done]]
-            parts += [basis.project(self.raw(i, min(i + _CHUNK, n))) for i in range(done, n, _CHUNK)]
-            self._matrix = (basis, np.concatenate(parts))
-        return self._matrix[1][:n]
+            for first in range(done, n, _PROJECTED):
+                x_N_d = _append(x_N_d, first, basis.project(self.raw(first, min(first + _PROJECTED, n))))
+            self._matrix = (basis, x_N_d, n)
+        return x_N_d[:n]
 
 
 def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
@@ -244,10 +254,13 @@ class Basis:
             if group in column:
                 x[row, column[group]] = GROUP_SCALE
         if self.components_D_P.shape[1]:
-            # A product of another height may round its rows differently: the height is a multiple of the chunk.
-            centred = np.zeros((n + -n % _CHUNK, len(self.embedding_mean_D)), dtype=np.float32)
-            centred[:n] = block.embedding_N_D.astype(np.float32) - self.embedding_mean_D
-            x[:, self.n_surface :] = (np.nan_to_num(centred, copy=False, nan=0.0) @ self.components_D_P)[:n]
+            # A product of another height may round its rows differently: every one has the height of a chunk.
+            centred = np.zeros((_CHUNK, len(self.embedding_mean_D)), dtype=np.float32)
+            for first in range(0, n, _CHUNK):
+                rows = block.embedding_N_D[first : first + _CHUNK].astype(np.float32) - self.embedding_mean_D
+                centred[: len(rows)] = np.nan_to_num(rows, copy=False, nan=0.0)
+                centred[len(rows) :] = 0.0
+                x[first : first + _CHUNK, self.n_surface :] = (centred @ self.components_D_P)[: len(rows)]
         return x
 
 

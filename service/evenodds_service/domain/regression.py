@@ -16,15 +16,20 @@ PRIOR_VARIANCE = 0.03
 INTERCEPT_VARIANCE = 1.0
 OVERDISPERSION = 1.0
 _NEWTON_STEPS = 6
+_HEIGHT, _MANY = 64, 1_024
 
 
-@dataclass(slots=True)
+@dataclass
 class OnlineLogistic:
     """Weights w [d] and precision L [d, d]; `prior_precision` [d] is the diagonal of L0. Column 0 is the constant."""
 
     weights: FloatArray
     precision: FloatArray
     prior_precision: FloatArray
+
+    def __post_init__(self) -> None:
+        # L^-1 and w side by side, kept between updates. No field: it is no part of what was learned.
+        self._products: FloatArray | None = None
 
     @staticmethod
     def new(width: int) -> OnlineLogistic:
@@ -34,6 +39,7 @@ class OnlineLogistic:
 
     def forget(self, keep: float) -> None:
         """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
+        self._products = None
         self.precision *= keep
         self.precision[np.diag_indices_from(self.precision)] += (1.0 - keep) * self.prior_precision
 
@@ -62,6 +68,7 @@ class OnlineLogistic:
         s = _sigmoid(x @ w)
         self.weights = w
         self.precision = prior + (x.T * (worth * s * (1.0 - s))) @ x
+        self._products = None
 
     def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
         """Take over what another regression learned on other features of the same prompts.
@@ -79,13 +86,37 @@ class OnlineLogistic:
         learned = other.precision - np.diag(other.prior_precision)
         self.weights = m @ other.weights
         self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
+        self._products = None
+
+    def copy(self) -> OnlineLogistic:
+        """One of its own, which the other's updates leave alone."""
+        twin = OnlineLogistic(self.weights.copy(), self.precision.copy(), self.prior_precision)
+        twin._products = self._products
+        return twin
 
     def predict(self, x_N_d: FloatArray) -> FloatArray:
-        """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula)."""
-        covariance = np.linalg.inv(self.precision).astype(x_N_d.dtype)
-        variance = np.einsum("nd,nd->n", x_N_d @ covariance, x_N_d)
-        logit = x_N_d @ self.weights.astype(x_N_d.dtype)
+        """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula).
+
+        In single precision. What is said of a prompt among few does not depend, not even in its last bit, on the others
+        that are asked for; among more than `_MANY` the last bit may differ.
+        """
+        if self._products is None:
+            covariance = np.linalg.inv(self.precision)
+            self._products = np.concatenate((covariance, self.weights[:, None]), axis=1).astype(np.float32)
+        x = np.asarray(x_N_d, dtype=np.float32)
+        height = _HEIGHT if len(x) <= _MANY else len(x)
+        parts = [_variance_and_logit(x[i : i + height], self._products, height) for i in range(0, len(x), height)]
+        variance, logit = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), dtype=np.float32)
         return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+
+
+def _variance_and_logit(x_n_d: FloatArray, products: FloatArray, height: int) -> FloatArray:
+    """x' L^-1 x and w'x, [2, n], by a matrix product of this height: one of another may round a row differently."""
+    n, d = x_n_d.shape
+    if n < height:
+        x_n_d = np.concatenate((x_n_d, np.zeros((height - n, d), dtype=np.float32)))
+    product = x_n_d @ products
+    return np.stack((np.einsum("nd,nd->n", product[:n, :d], x_n_d[:n]), product[:n, d]))
 
 
 def effective_count(counts: FloatArray) -> FloatArray:

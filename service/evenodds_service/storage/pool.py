@@ -210,7 +210,10 @@ def grow_pool(
                 attribute=attribute,
                 earlier_in_call=twin.index >= run.n_prompts,
             )
-    own_names = [replace(vector, embedder=stored_embedder(vector.embedder, run.id)) for vector in vectors]
+    own_names = [
+        replace(vector, embedder=stored_embedder(CALLER, run.id)) if vector.embedder == CALLER else vector
+        for vector in vectors
+    ]
     store_vectors(connection, own_names)
     log_position = run.log_position
     if rows:

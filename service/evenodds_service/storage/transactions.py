@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Engine, Insert, Table, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from evenodds_service.storage.engine import WRITES, translated_faults
+from evenodds_service.timing import phase
 
 CHUNK = 500
 """Keys in one look-up, well below the limit on parameters of either database."""
@@ -71,5 +72,5 @@ def chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
 
 @contextmanager
 def _transaction(engine: Engine) -> Iterator[Connection]:
-    with translated_faults(), engine.begin() as connection:
+    with phase("database"), translated_faults(), engine.begin() as connection:
         yield connection
