@@ -169,7 +169,7 @@ class Calls(Protocol):
         return (yield from self.call("PUT", path, RunState, content=_json(update)))
 
     def run(self, run: str) -> Exchange[RunState]:
-        """The run as it stands.
+        """The run as it stands, with its alarms.
 
         Raises:
             NotFound: There is no such run.

@@ -116,7 +116,7 @@ class RefitPolicy(Request):
 class RunUpdate(Request):
     """Settings of a run. On an existing run, a field that is left out keeps its value."""
 
-    model_config = _example(predictor="gps", group_size=8, acquisition="yield")
+    model_config = _example(predictor="gps", group_size=8, acquisition="yield", control_share=0.05)
 
     predictor: Predictor | None = Field(
         default=None,
@@ -683,8 +683,80 @@ class SkillReport(Reply):
     recent_observations: int
 
 
+_QUALITY: dict[str, JsonValue] = {
+    "count": 512,
+    "mean_forecast": 0.41,
+    "mean_outcome": 0.43,
+    "calibration_error": 0.021,
+    "squared_error": 0.094,
+    "reliability": [
+        {"from_forecast": 0.4, "to_forecast": 0.5, "count": 512, "mean_forecast": 0.41, "mean_outcome": 0.43}
+    ],
+}
+_POLICY: dict[str, JsonValue] = {"value": 0.78, "interval": [0.74, 0.82], "observations": 461}
+_CONTROL: dict[str, JsonValue] = {"value": 0.47, "interval": [0.34, 0.61], "observations": 51}
+_REPORT: dict[str, JsonValue] = {
+    "run": "math-7b",
+    "log_position": 5,
+    "model_version": 0,
+    "observations": 512,
+    "selections": 2,
+    "since_step": 12,
+    "window_steps": 1,
+    "success_rate": _QUALITY,
+    "informative": _QUALITY,
+    "rank_correlation": 0.52,
+    "windows": [
+        {
+            **{"first_step": 12, "last_step": 12, "observations": 512, "rank_correlation": 0.52},
+            **{"success_rate_forecast": 0.41, "success_rate": 0.43},
+            **{"informative_forecast": 0.73, "informative_share": 0.75},
+            **{"policy_informative_share": _POLICY, "control_informative_share": _CONTROL},
+            **{"chosen": 512, "fresh": 498, "skill": 0.21},
+        }
+    ],
+    "arms": [
+        {
+            **{"arm": "policy", "selected": 461, "observed": 461, "attempts": 3688},
+            **{"informative_forecast": 0.76, "informative_share": _POLICY},
+        },
+        {
+            **{"arm": "control", "selected": 51, "observed": 51, "attempts": 408},
+            **{"informative_forecast": 0.46, "informative_share": _CONTROL},
+        },
+    ],
+    "lift": {
+        "policy_share": _POLICY,
+        "control_share": _CONTROL,
+        "difference": 0.31,
+        "difference_interval": [0.16, 0.44],
+        "rollouts_saved_share": 0.4,
+        "rollouts_saved_share_interval": [0.22, 0.57],
+        "rollouts_saved": 2433,
+        "rollouts_saved_interval": [1028, 4843],
+    },
+    "lift_missing": None,
+    "coverage": {
+        **{"pool_size": 29115, "chosen": 498, "observed": 498, "tried_share": 0.0171, "mean_visits": 0.0176},
+        "visits": [{"from_visits": 1, "to_visits": 1, "prompts": 484}],
+    },
+    "groups": [
+        {
+            **{"group": "algebra", "prompts": 7473, "tried": 127, "chosen": 131, "chosen_control": 13},
+            **{"observed": 131, "attempts": 1048, "success_rate_forecast": 0.44, "success_rate": 0.45},
+            **{"informative_forecast": 0.77, "informative_share": _POLICY},
+        }
+    ],
+    "other_groups": None,
+    "skill": {"per_observation": 0.21, "observations": 512, "recent": 107.5, "recent_observations": 512},
+    "fallback": None,
+}
+
+
 class RunReport(Reply):
     """How good the forecasts of a run are, and what choosing brought. Outcomes count once they are observed."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_REPORT]})
 
     run: RunName
     log_position: int = Field(description="what the report has seen")
@@ -700,13 +772,13 @@ class RunReport(Reply):
     rank_correlation: float | None = Field(description="as in windows, over all that count")
     windows: tuple[WindowReport, ...] = Field(description="those in which something happened, oldest first")
     arms: tuple[ArmReport, ...]
-    lift: LiftReport | None
-    lift_missing: str | None = Field(description="why there is no lift, and what to do")
+    lift: LiftReport | None = None
+    lift_missing: str | None = Field(default=None, description="why there is no lift, and what to do")
     coverage: Coverage
     groups: tuple[GroupReport, ...] = Field(description="the first 500 groups, in the order in which they came")
-    other_groups: GroupReport | None = Field(description="all later groups together")
+    other_groups: GroupReport | None = Field(default=None, description="all later groups together")
     skill: SkillReport
-    fallback: FallbackNotice | None
+    fallback: FallbackNotice | None = None
 
 
 class BelievedPrompt(Reply):

@@ -22,6 +22,7 @@ from evenodds.schemas import (
     RefitRequest,
     RetractRequest,
     RewindRequest,
+    RunReport,
     RunUpdate,
     SelectRequest,
 )
@@ -122,6 +123,16 @@ def test_every_request_body_has_an_example_that_keeps_to_the_contract(
         assert examples, name
         for example in examples:
             model.model_validate(example)
+
+
+def test_the_example_of_a_report_is_one(document: dict[str, Any], operations: dict[str, dict[str, Any]]) -> None:
+    (example,) = document["components"]["schemas"]["RunReport"]["examples"]
+
+    report = RunReport.model_validate(example)
+
+    assert json.loads(report.model_dump_json(exclude_none=True)) == example
+    described = json.dumps(operations["GET /runs/{run}/report"]["responses"]["200"])
+    assert "#/components/schemas/RunReport" in described
 
 
 def test_the_example_of_lines_holds_prompts(operations: dict[str, dict[str, Any]]) -> None:

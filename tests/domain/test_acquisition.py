@@ -287,6 +287,18 @@ def test_limits_hold_for_the_whole_batch_with_its_control_arm(
     assert int(choice.control.sum()) <= math.ceil(control_share * batch_size)
 
 
+def test_the_control_arm_leaves_room_for_what_groups_are_owed() -> None:
+    shop = Shop(0)
+    thirds = [np.arange(shop.n) % 3 == i for i in range(3)]
+    shop.groups = {"one": (0.6, thirds[0]), "two": (0.4, thirds[1])}
+    shop.control_share = 0.5
+
+    choice = shop.choose(20)
+
+    assert [int(members[choice.prompts].sum()) for members in thirds] == [12, 8, 0]
+    assert choice.control.sum() == 10
+
+
 def test_a_group_at_most_nought_is_never_chosen() -> None:
     shop = Shop(0)
     barred = np.arange(shop.n) % 2 == 0

@@ -237,6 +237,15 @@ class TestSkill:
             "the newer half of these -20.0: the choice is uniform since step 7, until the newer half is positive"
         )
 
+    def test_the_fallback_ends_with_the_newer_half_and_the_alarm_with_the_whole(self) -> None:
+        rails, raised = Rails(), []
+        for step, nats in enumerate([-5.0] * 8 + [4.0] * 5):
+            rails.compare(step, nats, BLOCK_OBSERVATIONS)
+            raised.append(set(alarms(rails)))
+
+        both, one = {"skill_not_positive", "fallback"}, {"skill_not_positive"}
+        assert raised[7:] == [both, both, both, one, one, set()]
+
     def test_an_old_fault_that_was_mended_is_no_reason(self) -> None:
         rails = Rails()
         for step in range(SKILL_BLOCKS):

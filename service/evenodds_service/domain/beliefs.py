@@ -26,6 +26,8 @@ MATCHED = 2.0
 """The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97
 NEGLIGIBLE = 1e-3
+FEW = 1_024
+"""Up to so many prompts `predict_rows` is the faster way."""
 
 _MOPPS = (PRIORS.index("flat"), STRENGTHS.index(2.0), MEMORIES.index(1.0))
 _PRIOR_RANGE = (1e-3, 1.0 - 1e-3)

@@ -350,8 +350,9 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     own, lost = state.successes_L_N[:, prompts], state.failures_L_N[:, prompts]
 
     def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
+        believe = beliefs.predict_rows if len(rows) <= beliefs.FEW else beliefs.predict
         weights = state.mixture.kept()
-        return beliefs.predict_rows(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
+        return believe(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
 
     groups = pool.group_codes(prompts)
     informative = state.record.observe(
