@@ -18,9 +18,11 @@ from evenodds_service.domain.types import BoolArray, FloatArray
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MEMORIES = (1.0, 0.9, 0.8, 0.65, 0.5)
-PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent")
+PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent", "stacked")
 FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
+STACKED = "stacked"
+"""The fitted priors' log-odds, weighed and shifted by what was observed since: one prior that follows the policy."""
 MATCHED = 2.0
 """The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97

@@ -18,7 +18,7 @@ from evenodds_service.domain.fold import State
 from evenodds_service.domain.pool import Basis
 from evenodds_service.domain.regression import OnlineLogistic
 
-FORMAT = 1
+FORMAT = 2
 _SCALARS = (
     "position",
     "n_prompts",
@@ -42,7 +42,7 @@ _ARRAYS = (
     "last_selected_N",
 )
 _BASIS = "basis_"
-_REGRESSIONS = ("surface", "embedding")
+_REGRESSIONS = ("surface", "embedding", "stack")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evenodds_service.domain import beliefs
-from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
+from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Mixture
 from evenodds_service.domain.pool import Basis, Pool
 from evenodds_service.domain.regression import OnlineLogistic, effective_count
 from evenodds_service.domain.types import (
@@ -51,9 +51,10 @@ class State:
     n_observations: int = 0
     model_version: int = 0
     basis: Basis | None = None
-    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED)))
+    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED, STACKED)))
     surface: OnlineLogistic | None = None
     embedding: OnlineLogistic | None = None
+    stack: OnlineLogistic | None = None
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))
@@ -93,6 +94,8 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _select(state, entry)
     else:
         state.model_version = entry.version
+        if state.stack is None and set(FITTED) <= set(_mixed(state, pool)):
+            state.stack = OnlineLogistic.averaging(len(FITTED))
         _admit(state, pool)
     state.position = entry.position
     return state
@@ -126,7 +129,7 @@ def shared_priors(
     if x_n_d is None or state.basis is None or state.surface is None:
         return means_C_n, scales_C_n
     priors = {name: prior for name, prior in fitted.items() if name in FITTED and wanted[PRIORS.index(name)]}
-    newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
+    newer = any(np.isnan(prior.means_N).any() for prior in fitted.values())
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
         means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
@@ -136,7 +139,18 @@ def shared_priors(
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
         scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
+    if state.stack is not None and wanted[PRIORS.index(STACKED)]:
+        c, known = PRIORS.index(STACKED), np.isfinite(fitted[FITTED[0]].means_N)
+        means_C_n[c] = np.where(known, state.stack.mode(_log_odds(fitted)), means_C_n[stand_in])
+        scales = [fitted[name].concentrations_N for name in FITTED]
+        scales_C_n[c] = np.where(known, np.sqrt(scales[0] * scales[1]) / MATCHED, 1.0)
     return means_C_n, scales_C_n
+
+
+def _log_odds(fitted: Mapping[str, FittedPrior]) -> FloatArray:
+    """Inputs of the stack, [n, 1 + fitted priors]; NaN for prompts that are newer than the snapshot."""
+    means = np.clip(np.stack([fitted[name].means_N for name in FITTED], axis=1), 1e-3, 1.0 - 1e-3)
+    return np.concatenate([np.ones((len(means), 1), np.float32), np.log(means) - np.log1p(-means)], axis=1)
 
 
 def running_mean(state: State) -> float:
@@ -278,6 +292,11 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
             state.embedding.update(x, k, counts)
+    if state.stack is not None:
+        inputs = _log_odds({name: _rows(prior, state.n_prompts, prompts) for name, prior in _mixed(state, pool).items()})
+        known = np.isfinite(inputs).all(axis=1)
+        if known.any():
+            state.stack.update(inputs[known], k[known], counts[known])
     state.n_observations += len(entry.prompts)
 
 
@@ -286,7 +305,7 @@ def _forget(state: State) -> None:
     state.mixture.forget()
     state.running_successes *= REGRESSION_KEEP
     state.running_counts *= REGRESSION_KEEP
-    for regression in (state.surface, state.embedding):
+    for regression in (state.surface, state.embedding, state.stack):
         if regression is not None:
             regression.forget(REGRESSION_KEEP)
 
@@ -335,6 +354,8 @@ def _ensure_basis(state: State, pool: Pool) -> None:
 def _admit(state: State, pool: Pool) -> None:
     """Let the priors that have something to say since take part in the mixture."""
     absent = set(FITTED) - set(_mixed(state, pool))
+    if state.stack is None:
+        absent.add(STACKED)
     if state.embedding is None:
         absent.add("embedding")
     if not np.isfinite(pool.prior_rates(state.n_prompts)).any():

@@ -14,6 +14,7 @@ from evenodds_service.domain.types import FloatArray
 
 PRIOR_VARIANCE = 0.03
 INTERCEPT_VARIANCE = 1.0
+SLOPE_VARIANCE = 0.05
 OVERDISPERSION = 1.0
 _NEWTON_STEPS = 6
 
@@ -31,6 +32,15 @@ class OnlineLogistic:
         prior_precision = np.full(width, 1.0 / PRIOR_VARIANCE)
         prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
         return OnlineLogistic(np.zeros(width), np.diag(prior_precision), prior_precision)
+
+    @staticmethod
+    def averaging(n_inputs: int) -> OnlineLogistic:
+        """Starts as the mean of `n_inputs` log-odds, columns 1 .. n_inputs, with an offset of 0."""
+        prior_precision = np.full(1 + n_inputs, 1.0 / SLOPE_VARIANCE)
+        prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
+        weights = np.full(1 + n_inputs, 1.0 / n_inputs)
+        weights[0] = 0.0
+        return OnlineLogistic(weights, np.diag(prior_precision), prior_precision)
 
     def forget(self, keep: float) -> None:
         """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
@@ -79,6 +89,10 @@ class OnlineLogistic:
         learned = other.precision - np.diag(other.prior_precision)
         self.weights = m @ other.weights
         self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
+
+    def mode(self, x_N_d: FloatArray) -> FloatArray:
+        """Success rate at the most likely weights, [N] in (0, 1); for few, well-known weights."""
+        return _sigmoid(x_N_d @ self.weights.astype(x_N_d.dtype))
 
     def predict(self, x_N_d: FloatArray) -> FloatArray:
         """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula)."""
