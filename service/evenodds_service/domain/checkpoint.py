@@ -29,6 +29,8 @@ _SCALARS = (
     "running_counts",
     "gap_steps",
     "n_gaps",
+    "advance_steps",
+    "n_advances",
     "log_likelihood",
     "mopps_log_likelihood",
 )

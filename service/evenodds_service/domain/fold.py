@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evenodds_service.domain import beliefs
-from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Mixture
+from evenodds_service.domain.beliefs import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Mixture
 from evenodds_service.domain.pool import Basis, Pool
-from evenodds_service.domain.regression import OnlineLogistic, effective_count
+from evenodds_service.domain.regression import OnlineLogistic, effective_count, further_count
 from evenodds_service.domain.types import (
     BoolArray,
     Entry,
@@ -30,6 +30,9 @@ REGRESSION_KEEP = 0.98
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 _MEMORIES_L = np.asarray(MEMORIES)
+_AGEING_L = np.asarray(AGEING)
+_SHORTEST = MEMORIES.index(min(MEMORIES))
+_AGED = np.flatnonzero(_AGEING_L < 1.0)
 
 
 @dataclass(slots=True)
@@ -37,11 +40,13 @@ class State:
     """The fold of a run's log up to `position`.
 
     Attributes:
-        successes_L_N, failures_L_N: float32 own evidence under each memory.
+        stack: The weights of the fitted priors' log-odds; None before the first snapshot that brings them.
+        successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never).
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
+        advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
         log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
     """
 
@@ -66,6 +71,8 @@ class State:
     running_counts: float = 0.0
     gap_steps: float = 1.0
     n_gaps: int = 0
+    advance_steps: float = 1.0
+    n_advances: int = 0
     recent_batches: tuple[IntArray, ...] = ()
     log_likelihood: float = 0.0
     mopps_log_likelihood: float = 0.0
@@ -94,7 +101,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _select(state, entry)
     else:
         state.model_version = entry.version
-        if state.stack is None and set(FITTED) <= set(_mixed(state, pool)):
+        if state.stack is None and _stackable(_mixed(state, pool)):
             state.stack = OnlineLogistic.averaging(len(FITTED))
         _admit(state, pool)
     state.position = entry.position
@@ -139,12 +146,17 @@ def shared_priors(
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
         scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
-    if state.stack is not None and wanted[PRIORS.index(STACKED)]:
-        c, known = PRIORS.index(STACKED), np.isfinite(fitted[FITTED[0]].means_N)
-        means_C_n[c] = np.where(known, state.stack.mode(_log_odds(fitted)), means_C_n[stand_in])
-        scales = [fitted[name].concentrations_N for name in FITTED]
-        scales_C_n[c] = np.where(known, np.sqrt(scales[0] * scales[1]) / MATCHED, 1.0)
+    if state.stack is not None and wanted[PRIORS.index(STACKED)] and _stackable(fitted):
+        c, stacked = PRIORS.index(STACKED), state.stack.mode(_log_odds(fitted))
+        known = np.isfinite(stacked)
+        means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
+        product = np.multiply.reduce([fitted[name].concentrations_N for name in FITTED])
+        scales_C_n[c] = np.where(known, product ** (1 / len(FITTED)) / MATCHED, 1.0)
     return means_C_n, scales_C_n
+
+
+def _stackable(fitted: Mapping[str, FittedPrior]) -> bool:
+    return all(name in fitted for name in FITTED)
 
 
 def _log_odds(fitted: Mapping[str, FittedPrior]) -> FloatArray:
@@ -167,8 +179,7 @@ def beliefs_of(state: State, pool: Pool, indices: IntArray | None = None) -> tup
     return beliefs.predict(
         weights,
         means_C_n,
-        state.successes_L_N[:, rows],
-        state.failures_L_N[:, rows],
+        *_own(state, rows),
         scales_C_n,
     )
 
@@ -240,6 +251,23 @@ def _rows(prior: FittedPrior, n_prompts: int, rows: IntArray | slice) -> FittedP
     return FittedPrior(prior.means_N[rows], prior.concentrations_N[rows])
 
 
+def _own(state: State, rows: IntArray | slice) -> tuple[FloatArray, FloatArray]:
+    """Own evidence as it counts at the head step, float32 [L, n] each."""
+    own, lost = state.successes_L_N[:, rows].copy(), state.failures_L_N[:, rows].copy()
+    keep = _aged(state, np.maximum(state.head_step - state.last_step_N[rows], 0))[_AGED]
+    own[_AGED] *= keep
+    lost[_AGED] *= keep
+    return own, lost
+
+
+def _aged(state: State, steps_n: IntArray) -> FloatArray:
+    """What evidence is multiplied with that many steps later under each memory, float32 [L, n]."""
+    advances_n = (steps_n / state.advance_steps).astype(np.float32)
+    keep_L_n = np.ones((len(AGEING), len(steps_n)), dtype=np.float32)
+    keep_L_n[_AGED] = np.exp(np.log(_AGEING_L[_AGED, None]).astype(np.float32) * advances_n)
+    return keep_L_n
+
+
 def _known(state: State, prompts: IntArray) -> None:
     unknown = prompts[(prompts < 0) | (prompts >= state.n_prompts)]
     if len(unknown):
@@ -272,18 +300,21 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     if entry.step > state.head_step:
         if state.head_step >= 0:
             _forget(state)
+            state.n_advances += 1
+            state.advance_steps += (entry.step - state.head_step - state.advance_steps) / state.n_advances
         state.head_step = entry.step
 
     x = pool.rows(state.basis, prompts) if state.basis is not None else None
     here = state.mixture.present()
     means_C_n, scales_C_n = _priors_of(state, pool, prompts, x, here)
-    own, lost = state.successes_L_N[:, prompts], state.failures_L_N[:, prompts]
+    own, lost = _own(state, prompts)
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = beliefs.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
     ours, mopps = state.mixture.update(likelihoods)
     state.log_likelihood += ours
     state.mopps_log_likelihood += mopps
 
+    before = _MEMORIES_L[_SHORTEST] * (own[_SHORTEST] + lost[_SHORTEST])
     _remember(state, entry.step, prompts, k, counts)
     worth = effective_count(counts)
     state.running_successes += float(worth @ (k / counts))
@@ -292,11 +323,13 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
             state.embedding.update(x, k, counts)
-    if state.stack is not None:
-        inputs = _log_odds({name: _rows(prior, state.n_prompts, prompts) for name, prior in _mixed(state, pool).items()})
+    snapshot = _mixed(state, pool)
+    if state.stack is not None and _stackable(snapshot):
+        inputs = _log_odds({name: _rows(prior, state.n_prompts, prompts) for name, prior in snapshot.items()})
         known = np.isfinite(inputs).all(axis=1)
         if known.any():
-            state.stack.update(inputs[known], k[known], counts[known])
+            # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
+            state.stack.update(inputs[known], k[known], counts[known], further_count(counts, before)[known])
     state.n_observations += len(entry.prompts)
 
 
@@ -311,9 +344,10 @@ def _forget(state: State) -> None:
 
 
 def _remember(state: State, step: int, prompts: IntArray, k: FloatArray, counts: FloatArray) -> None:
-    """Own evidence, discounted per visit. Several reports of one step are one visit; a late one enters discounted.
+    """Own evidence, discounted per visit and by age. Reports of one step are one visit; a late one enters discounted.
 
-    S <- l S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) k for an older one.
+    S <- l r^age S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) r^age k for an older
+    one, with l of `MEMORIES`, r of `AGEING` and r's ages in mean advances of the head step.
     """
     last = state.last_step_N[prompts]
     newer, seen = step > last, last >= 0
@@ -322,8 +356,9 @@ def _remember(state: State, step: int, prompts: IntArray, k: FloatArray, counts:
         state.n_gaps += len(gaps)
         state.gap_steps += float((gaps - state.gap_steps).sum()) / state.n_gaps
     ages = np.where(newer, 0.0, (last - step) / max(state.gap_steps, 1.0))
-    old_L_n = np.where(newer & seen, _MEMORIES_L[:, None], 1.0)
-    new_L_n = _MEMORIES_L[:, None] ** ages
+    aged_L_n = _aged(state, np.abs(step - last))
+    old_L_n = np.where(newer & seen, _MEMORIES_L[:, None] * aged_L_n, 1.0)
+    new_L_n = _MEMORIES_L[:, None] ** ages * np.where(newer, 1.0, aged_L_n)
     state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
     state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
     state.attempts_N[prompts] += counts
