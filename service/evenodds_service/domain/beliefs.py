@@ -2,8 +2,8 @@
 
 One expert believes  p_i ~ Beta( m_i s + S_i, (1 - m_i) s + F_i )  for a shared prior mean m_i, a strength s
 (pseudo-attempts) and own successes and failures S, F discounted with a memory (algorithm section 3). (m = .5, s = 2,
-nothing forgotten) is MoPPS, S = F = 0 is a shared model only. The experts' weights follow their Beta-binomial likelihoods. Pure
-functions on arrays; where the prior means and the evidence come from is `fold`'s business.
+nothing forgotten) is MoPPS, S = F = 0 is a shared model only. The experts' weights follow their Beta-binomial
+likelihoods. Pure functions on arrays; where the prior means and the evidence come from is `fold`'s business.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Mixture:
 
     Attributes:
         log_weights: [C, S, L], normalised; -inf where a prior is absent.
-        log_guard: log odds of MoPPS, the corner (flat, 2, first memory), against the mixture. Unlike `log_weights` it never
-            forgets: this is what bounds the total log-loss by MoPPS's plus log K (K experts).
+        log_guard: log odds of MoPPS, the corner (flat, 2, first memory), against the mixture. Unlike `log_weights` it
+            never forgets: this is what bounds the total log-loss by MoPPS's plus log K (K experts).
     """
 
     log_weights: FloatArray
