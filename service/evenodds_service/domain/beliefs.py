@@ -25,7 +25,7 @@ PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "l
 FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
 STACKED = "stacked"
-"""The fitted priors' log-odds, weighed and shifted by what was observed since: one prior that follows the policy."""
+"""The online regression's and the fitted priors' log-odds, weighed and shifted by what was observed since."""
 MATCHED = 2.0
 """The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97

@@ -40,7 +40,7 @@ class State:
     """The fold of a run's log up to `position`.
 
     Attributes:
-        stack: The weights of the fitted priors' log-odds; None before the first snapshot that brings them.
+        stack: Weighs the log-odds of the online regression and of the fitted priors; None before the first snapshot.
         successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never).
@@ -102,7 +102,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     else:
         state.model_version = entry.version
         if state.stack is None and _stackable(_mixed(state, pool)):
-            state.stack = OnlineLogistic.averaging(len(FITTED))
+            state.stack = OnlineLogistic.averaging(1 + len(FITTED))
         _admit(state, pool)
     state.position = entry.position
     return state
@@ -147,7 +147,7 @@ def shared_priors(
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
         scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
     if state.stack is not None and wanted[PRIORS.index(STACKED)] and _stackable(fitted):
-        c, stacked = PRIORS.index(STACKED), state.stack.mode(_log_odds(fitted))
+        c, stacked = PRIORS.index(STACKED), state.stack.mode(_log_odds(state, x_n_d, fitted))
         known = np.isfinite(stacked)
         means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
         product = np.multiply.reduce([fitted[name].concentrations_N for name in FITTED])
@@ -159,10 +159,18 @@ def _stackable(fitted: Mapping[str, FittedPrior]) -> bool:
     return all(name in fitted for name in FITTED)
 
 
-def _log_odds(fitted: Mapping[str, FittedPrior]) -> FloatArray:
-    """Inputs of the stack, [n, 1 + fitted priors]; NaN for prompts that are newer than the snapshot."""
+def _log_odds(state: State, x_n_d: FloatArray, fitted: Mapping[str, FittedPrior]) -> FloatArray:
+    """Inputs of the stack, float32 [n, 2 + fitted priors]: 1, the online regression's and the fitted priors' log-odds.
+
+    NaN for prompts that are newer than the snapshot.
+    """
+    online = state.embedding or state.surface
+    assert online is not None  # there are features, so there are regressions
     means = np.clip(np.stack([fitted[name].means_N for name in FITTED], axis=1), 1e-3, 1.0 - 1e-3)
-    return np.concatenate([np.ones((len(means), 1), np.float32), np.log(means) - np.log1p(-means)], axis=1)
+    inputs = np.ones((len(means), 2 + len(FITTED)), dtype=np.float32)
+    inputs[:, 1] = online.log_odds(x_n_d[:, : len(online.weights)])
+    inputs[:, 2:] = np.log(means) - np.log1p(-means)
+    return inputs
 
 
 def running_mean(state: State) -> float:
@@ -319,17 +327,17 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     worth = effective_count(counts)
     state.running_successes += float(worth @ (k / counts))
     state.running_counts += float(worth.sum())
-    if x is not None and state.basis is not None and state.surface is not None:
-        state.surface.update(x[:, : state.basis.n_surface], k, counts)
-        if state.embedding is not None:
-            state.embedding.update(x, k, counts)
-    snapshot = _mixed(state, pool)
-    if state.stack is not None and _stackable(snapshot):
-        inputs = _log_odds({name: _rows(prior, state.n_prompts, prompts) for name, prior in snapshot.items()})
+    snapshot = {name: _rows(prior, state.n_prompts, prompts) for name, prior in _mixed(state, pool).items()}
+    if x is not None and state.stack is not None and _stackable(snapshot):
+        inputs = _log_odds(state, x, snapshot)
         known = np.isfinite(inputs).all(axis=1)
         if known.any():
             # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
             state.stack.update(inputs[known], k[known], counts[known], further_count(counts, before)[known])
+    if x is not None and state.basis is not None and state.surface is not None:
+        state.surface.update(x[:, : state.basis.n_surface], k, counts)
+        if state.embedding is not None:
+            state.embedding.update(x, k, counts)
     state.n_observations += len(entry.prompts)
 
 

@@ -94,9 +94,13 @@ class OnlineLogistic:
         self.weights = m @ other.weights
         self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
 
+    def log_odds(self, x_N_d: FloatArray) -> FloatArray:
+        """Log-odds of success at the most likely weights, [N]."""
+        return np.asarray(x_N_d @ self.weights.astype(x_N_d.dtype))
+
     def mode(self, x_N_d: FloatArray) -> FloatArray:
         """Success rate at the most likely weights, [N] in (0, 1); for few, well-known weights."""
-        return _sigmoid(x_N_d @ self.weights.astype(x_N_d.dtype))
+        return _sigmoid(self.log_odds(x_N_d))
 
     def predict(self, x_N_d: FloatArray) -> FloatArray:
         """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula)."""
