@@ -47,7 +47,7 @@ class Parts:
     """Which parts of `gps` take part; all by default.
 
     Attributes:
-        priors, strengths, memories: The experts that exist.
+        priors, strengths, memories: The experts that exist; memories by their place in `MEMORIES`.
         weights_forget, regressions_forget, guard: The forgetting of the experts' weights, that of the online
             regressions, and the guard that bounds the loss by MoPPS's.
         refit_every: Steps between two refits of the n-gram and the latent prior, the first after the first step that
@@ -58,7 +58,7 @@ class Parts:
 
     priors: tuple[str, ...] = PRIORS
     strengths: tuple[float, ...] = STRENGTHS
-    memories: tuple[float, ...] = MEMORIES
+    memories: tuple[int, ...] = tuple(range(len(MEMORIES)))
     weights_forget: bool = True
     regressions_forget: bool = True
     guard: bool = True
@@ -270,7 +270,11 @@ def _kept(parts: Parts) -> BoolArray:
     """Which experts exist, bool [C, S, L]."""
     priors, strengths, memories = (
         np.array([value in kept for value in every])
-        for every, kept in ((PRIORS, parts.priors), (STRENGTHS, parts.strengths), (MEMORIES, parts.memories))
+        for every, kept in (
+            (PRIORS, parts.priors),
+            (STRENGTHS, parts.strengths),
+            (range(len(MEMORIES)), parts.memories),
+        )
     )
     return np.asarray(priors[:, None, None] & strengths[:, None] & memories)
 

@@ -26,7 +26,7 @@ from benchmarks.rivals import DPS, Arcus, Method, MoPPS, Uniform
 from benchmarks.worlds import LARGE, MATH, TASKS, TRAJECTORY, World, open_world
 
 from benchmarks import report
-from evenodds_service.domain.beliefs import PRIORS
+from evenodds_service.domain.beliefs import MEMORIES, PRIORS
 from evenodds_service.model.network import NetworkSize
 from evenodds_service.replay.driving import Plan
 
@@ -144,14 +144,16 @@ BELIEF_PARTS: Mapping[str, Parts] = {
     "no embedding": Parts(priors=without("embedding")),
     "no n-grams": Parts(priors=without("ngrams")),
     "no latent model": Parts(priors=without("latent")),
+    "fitted priors not stacked": Parts(priors=without("stacked")),
     "no text at all": Parts(priors=("flat", "running mean")),
     "no running mean, no flat prior": Parts(priors=without("flat", "running mean"), guard=False),
-    "nothing of a prompt is forgotten": Parts(memories=(1.0,)),
+    "nothing of a prompt is forgotten": Parts(memories=(0,)),
+    "nothing ages between visits": Parts(memories=(0, 1, 2)),
     "weights do not forget": Parts(weights_forget=False),
     "regressions do not forget": Parts(regressions_forget=False),
     "no guard": Parts(guard=False),
     "one expert: embedding, s = 2, l = .8": Parts(
-        priors=("embedding",), strengths=(2.0,), memories=(0.8,), guard=False
+        priors=("embedding",), strengths=(2.0,), memories=(MEMORIES.index(0.8),), guard=False
     ),
 }
 CHOICE_PARTS: Mapping[str, Parts] = {

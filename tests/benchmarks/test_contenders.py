@@ -37,7 +37,11 @@ def test_a_refit_brings_the_fitted_priors_into_the_mixture(world: World) -> None
 @pytest.mark.parametrize("refit_every", [0, 1])
 def test_parts_taken_away_stay_away(world: World, refit_every: int) -> None:
     parts = Parts(
-        priors=("embedding", "latent"), strengths=(2.0,), memories=(0.8,), guard=False, refit_every=refit_every
+        priors=("embedding", "latent"),
+        strengths=(2.0,),
+        memories=(MEMORIES.index(0.8),),
+        guard=False,
+        refit_every=refit_every,
     )
     method = Gps(world, parts)
     tell(method, 0, range(60))

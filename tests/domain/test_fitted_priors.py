@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evenodds_service.domain import beliefs
-from evenodds_service.domain.beliefs import FITTED, MATCHED, PRIORS, STRENGTHS
+from evenodds_service.domain.beliefs import FITTED, MATCHED, PRIORS, STACKED, STRENGTHS
 from evenodds_service.domain.fold import (
     PAPER,
     State,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 N = 30
 ALL = np.ones(len(PRIORS), dtype=bool)
+BROUGHT = (*FITTED, STACKED)
 
 
 def prior(means: FloatArray, concentrations: FloatArray | float = MATCHED) -> FittedPrior:
@@ -67,6 +68,14 @@ def observe(state: State, pool: Pool, rates: FloatArray, *, steps: int, counts: 
         fold(state, entry, pool)
 
 
+def features(state: State, pool: Pool) -> FloatArray | None:
+    return pool.rows(state.basis, slice(0, N)) if state.basis is not None else None
+
+
+def log_odds(rates: FloatArray) -> FloatArray:
+    return np.asarray(np.log(rates / (1 - rates)))
+
+
 def shares(state: State) -> dict[str, float]:
     """Weight of each prior in the mixture."""
     return dict(zip(PRIORS, np.exp(state.mixture.log_weights).sum(axis=(1, 2)).tolist(), strict=True))
@@ -76,18 +85,17 @@ def test_a_fitted_prior_is_admitted_with_the_share_of_an_equal_start(pool: Pool,
     state = started(pool)
     observe(state, pool, rates, steps=3)
     before = shares(state)
-    assert before["ngrams"] == before["latent"] == 0
+    assert all(before[name] == 0 for name in BROUGHT)
 
     publish(state, pool, 1, {"ngrams": prior(rates), "latent": prior(rates)})
 
     after = shares(state)
     n_present = int(state.mixture.present().sum())
-    assert after["ngrams"] == pytest.approx(1 / n_present)
-    assert after["latent"] == pytest.approx(1 / n_present)
+    assert [after[name] for name in BROUGHT] == pytest.approx([1 / n_present] * 3)
     assert sum(after.values()) == pytest.approx(1)
-    rest = 1 - 2 / n_present
-    assert {name: after[name] / rest for name in PRIORS if name not in FITTED} == pytest.approx(
-        {name: before[name] for name in PRIORS if name not in FITTED}
+    rest = 1 - 3 / n_present
+    assert {name: after[name] / rest for name in PRIORS if name not in BROUGHT} == pytest.approx(
+        {name: before[name] for name in PRIORS if name not in BROUGHT}
     )
 
 
@@ -113,6 +121,58 @@ def test_a_good_fitted_prior_gains_weight_and_a_bad_one_loses_it(pool: Pool, rat
     after = shares(state)
     assert after["ngrams"] > 2 * before["ngrams"]
     assert after["latent"] < 0.01 * before["latent"]
+
+
+def test_the_stack_starts_as_the_mean_of_the_log_odds(pool: Pool, rates: FloatArray) -> None:
+    """Of the fitted priors and of the online regression, which says 0 before the first observation."""
+    state = started(pool)
+    flipped = 1 - rates**2
+    publish(state, pool, 1, {"ngrams": prior(rates, 2.0), "latent": prior(flipped, 8.0)})
+
+    means, scales = shared_priors(state, features(state, pool), pool.prior_rates(N), pool.fitted(1), ALL)
+
+    c = PRIORS.index(STACKED)
+    np.testing.assert_allclose(log_odds(means[c]), (0 + log_odds(rates) + log_odds(flipped)) / 3, atol=1e-5)
+    np.testing.assert_allclose(scales[c] * MATCHED, np.full(N, 4.0), rtol=1e-6)
+
+
+def test_the_stack_follows_a_policy_that_left_the_snapshot_behind(pool: Pool, rates: FloatArray) -> None:
+    """Rates rise for all prompts after the fit: the fitted priors stay behind, the stack does not."""
+    state = started(pool)
+    publish(state, pool, 1, {"ngrams": prior(rates), "latent": prior(rates)})
+    risen = 1 / (1 + np.exp(-log_odds(rates) - 2.0))
+
+    observe(state, pool, risen, steps=10)
+
+    means, _ = shared_priors(state, features(state, pool), pool.prior_rates(N), pool.fitted(1), ALL)
+    errors = np.abs(means - risen).mean(axis=1)
+    assert errors[PRIORS.index(STACKED)] < 0.5 * errors[PRIORS.index("ngrams")]
+    assert shares(state)[STACKED] > shares(state)["ngrams"]
+
+
+def test_the_stack_prefers_the_fitted_prior_that_is_right(pool: Pool, rates: FloatArray) -> None:
+    state = started(pool)
+    shuffled = np.random.default_rng(0).permutation(rates)
+    publish(state, pool, 1, {"ngrams": prior(shuffled), "latent": prior(rates)})
+
+    observe(state, pool, rates, steps=10)
+
+    assert state.stack is not None
+    _, _, of_ngrams, of_latent = state.stack.weights
+    assert of_latent > 0.5
+    assert abs(of_ngrams) < 0.2
+
+
+def test_what_the_stack_has_learned_outlives_the_next_snapshot(pool: Pool, rates: FloatArray) -> None:
+    state = started(pool)
+    publish(state, pool, 1, {name: prior(rates) for name in FITTED})
+    observe(state, pool, rates**2, steps=3)
+    assert state.stack is not None
+    before = state.stack.weights.copy()
+
+    publish(state, pool, 2, {name: prior(rates) for name in FITTED})
+
+    np.testing.assert_array_equal(state.stack.weights, before)
 
 
 def test_strengths_are_relative_to_the_concentration_of_each_prompt(pool: Pool, rates: FloatArray) -> None:
@@ -184,7 +244,7 @@ def test_a_snapshot_without_priors_leaves_the_beliefs_as_they_are(pool: Pool, ra
 
 def test_a_snapshot_that_lost_its_priors_still_leaves_an_answer(pool: Pool, rates: FloatArray) -> None:
     state = started(pool)
-    publish(state, pool, 1, {"ngrams": prior(rates)})
+    publish(state, pool, 1, {name: prior(rates) for name in FITTED})
     observe(state, pool, rates, steps=2)
 
     publish(state, pool, 2, {})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from evenodds_service.domain.beliefs import MEMORIES, PRIORS
+from evenodds_service.domain.beliefs import AGEING, MEMORIES, PRIORS, Mixture
 from evenodds_service.domain.checkpoint import to_bytes
 from evenodds_service.domain.fold import (
     BASIS_ENOUGH,
@@ -203,9 +203,29 @@ def test_own_evidence_is_discounted_once_per_visit(make_block: MakeBlock) -> Non
     log.observe(9, [0], [2], [8])
     log.observe(10, [1], [1], [1])
 
-    memory = np.asarray(MEMORIES)
+    memory = np.asarray(MEMORIES) * np.asarray(AGEING)  # 8 steps are one advance of the head
     assert log.state.successes_L_N[:, 0] == pytest.approx(memory * 8 + 2)
     assert log.state.failures_L_N[:, 0] == pytest.approx(np.full_like(memory, 6))
+
+
+@pytest.mark.parametrize("stride", [1, 25])
+def test_under_an_ageing_memory_old_evidence_fades_in_policy_versions_whatever_their_numbers(
+    make_block: MakeBlock, stride: int
+) -> None:
+    """All prompts had 8 of 8 at some time; under ageing experts alone the longer ago, the nearer to the prior."""
+    log = Log(make_block(21))
+    for step in range(20):
+        log.observe(step * stride, [step, 20], [8, 4], [8, 8])
+    weights = np.full(log.state.mixture.log_weights.shape, -np.inf)
+    weights[PRIORS.index("flat")][:, np.asarray(AGEING) < 1] = 0.0
+    log.state.mixture = Mixture(weights - np.log(np.exp(weights).sum()), -700.0)
+
+    a, b = beliefs_of(log.state, log.pool)
+
+    means = a / (a + b)
+    assert (np.diff(means[:20]) > 0).all()
+    assert means[0] < 0.75
+    assert means[19] > 0.8
 
 
 def test_a_late_report_counts_as_much_as_its_age_in_mean_gaps_leaves(make_block: MakeBlock) -> None:
@@ -218,9 +238,10 @@ def test_a_late_report_counts_as_much_as_its_age_in_mean_gaps_leaves(make_block:
     log.observe(5, [0, 2], [3, 3], [8, 8])
 
     # Gaps so far: 10 and 10 of prompt 0, 20 of prompt 1. Prompt 0 was last seen 15 steps after the late step.
-    memory = np.asarray(MEMORIES)
+    memory = np.asarray(MEMORIES) ** (15 / (40 / 3)) * np.asarray(AGEING) ** (15 / 10)
     assert log.state.gap_steps == pytest.approx(40 / 3)
-    assert log.state.successes_L_N[:, 0] == pytest.approx(before + memory ** (15 / (40 / 3)) * 3)
+    assert log.state.advance_steps == 10
+    assert log.state.successes_L_N[:, 0] == pytest.approx(before + memory * 3)
     assert log.state.successes_L_N[:, 2] == pytest.approx(3)
     assert log.state.last_step_N.tolist() == [20, 20, 5]
     assert log.state.head_step == 20

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special
 
-from evenodds_service.domain.regression import INTERCEPT_VARIANCE, PRIOR_VARIANCE, OnlineLogistic, effective_count
+from evenodds_service.domain.regression import (
+    INTERCEPT_VARIANCE,
+    PRIOR_VARIANCE,
+    OnlineLogistic,
+    effective_count,
+    further_count,
+)
 from evenodds_service.domain.types import FloatArray
 
 quick = settings(deadline=None, max_examples=20)
@@ -28,6 +34,25 @@ def outcomes(
 
 def log_loss(rates: FloatArray, truth: FloatArray) -> float:
     return float(-(truth * np.log(rates) + (1 - truth) * np.log1p(-rates)).mean())
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=6))
+def test_what_visits_add_to_the_worth_of_a_prompt_is_the_worth_of_all_its_attempts(visits: list[int]) -> None:
+    counts = np.array(visits, dtype=np.float64)
+    before = np.concatenate([[0.0], np.cumsum(counts)[:-1]])
+
+    added = further_count(counts, before)
+
+    assert added.sum() == pytest.approx(float(effective_count(counts.sum(keepdims=True))[0]))
+    assert (added > 0).all()
+    assert (np.diff(added / counts) < 0).all()
+
+
+def test_a_regression_started_as_an_average_gives_the_mean_of_the_log_odds() -> None:
+    log_odds = np.array([[0.5, -2.0], [3.0, 1.0]])
+    x = np.concatenate([np.ones((2, 1)), log_odds], axis=1)
+
+    assert OnlineLogistic.averaging(2).mode(x) == pytest.approx(special.expit(log_odds.mean(axis=1)))
 
 
 def test_without_evidence_every_prediction_is_one_half() -> None:

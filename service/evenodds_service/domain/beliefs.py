@@ -1,9 +1,9 @@
 """The mixture of Beta beliefs: shared priors and a prompt's own evidence, averaged instead of tuned.
 
 One expert believes  p_i ~ Beta( m_i s + S_i, (1 - m_i) s + F_i )  for a shared prior mean m_i, a strength s
-(pseudo-attempts) and own successes and failures S, F discounted with a memory l (algorithm section 3). (m = .5, s = 2,
-l = 1) is MoPPS, S = F = 0 is a shared model only. The experts' weights follow their Beta-binomial likelihoods. Pure
-functions on arrays; where the prior means and the evidence come from is `fold`'s business.
+(pseudo-attempts) and own successes and failures S, F discounted with a memory (algorithm section 3). (m = .5, s = 2,
+nothing forgotten) is MoPPS, S = F = 0 is a shared model only. The experts' weights follow their Beta-binomial
+likelihoods. Pure functions on arrays; where the prior means and the evidence come from is `fold`'s business.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from evenodds_service.domain.distributions import beta_from_moments, log_rising
 from evenodds_service.domain.types import BoolArray, FloatArray
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
-MEMORIES = (1.0, 0.9, 0.8, 0.65, 0.5)
-PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent")
+MEMORIES = (1.0, 0.8, 0.5, 1.0, 1.0)
+"""What a prompt's evidence is multiplied with at its next visit."""
+AGEING = (1.0, 1.0, 1.0, 0.95, 0.85)
+"""The same for each step that the policy has moved on since the last visit, be there another visit or not."""
+PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent", "stacked")
 FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
+STACKED = "stacked"
+"""The online regression's and the fitted priors' log-odds, weighed and shifted by what was observed since."""
 MATCHED = 2.0
 """The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97
@@ -36,12 +41,12 @@ N_EXPERTS = len(PRIORS) * len(STRENGTHS) * len(MEMORIES)
 
 @dataclass(slots=True)
 class Mixture:
-    """Weights of the experts, axes prior C x strength S x memory L.
+    """Weights of the experts, axes prior C x strength S x memory L (of `MEMORIES` and `AGEING` together).
 
     Attributes:
         log_weights: [C, S, L], normalised; -inf where a prior is absent.
-        log_guard: log odds of MoPPS, the corner (flat, 2, 1), against the mixture. Unlike `log_weights` it never
-            forgets: this is what bounds the total log-loss by MoPPS's plus log K (K experts).
+        log_guard: log odds of MoPPS, the corner (flat, 2, first memory), against the mixture. Unlike `log_weights` it
+            never forgets: this is what bounds the total log-loss by MoPPS's plus log K (K experts).
     """
 
     log_weights: FloatArray

@@ -21,7 +21,7 @@ from evenodds_service.domain.rails import Rails
 from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic
 
-FORMAT = 3
+FORMAT = 4
 _SCALARS = (
     "position",
     "n_prompts",
@@ -32,6 +32,8 @@ _SCALARS = (
     "running_counts",
     "gap_steps",
     "n_gaps",
+    "advance_steps",
+    "n_advances",
     "log_likelihood",
     "mopps_log_likelihood",
 )
@@ -46,7 +48,7 @@ _ARRAYS = (
     "outstanding_step_N",
 )
 _BASIS = "basis_"
-_REGRESSIONS = ("surface", "embedding")
+_REGRESSIONS = ("surface", "embedding", "stack")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 _COUNTED: dict[str, Any] = {"record": Record, "rails": Rails}
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenodds_service.domain import beliefs
-from evenodds_service.domain.beliefs import FITTED, MATCHED, MEMORIES, PRIORS, Mixture
+from evenodds_service.domain.beliefs import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Mixture
 from evenodds_service.domain.pool import Basis, Pool, ScalarT
 from evenodds_service.domain.rails import Rails
 from evenodds_service.domain.record import Record
-from evenodds_service.domain.regression import OnlineLogistic, effective_count
+from evenodds_service.domain.regression import OnlineLogistic, effective_count, further_count
 from evenodds_service.domain.types import (
     BoolArray,
     Entry,
@@ -39,6 +39,9 @@ BLOCK = 16_384
 
 _FEW = 64
 _MEMORIES_L = np.asarray(MEMORIES)
+_AGEING_L = np.asarray(AGEING)
+_SHORTEST = MEMORIES.index(min(MEMORIES))
+_AGED = np.flatnonzero(_AGEING_L < 1.0)
 
 
 @dataclass(slots=True)
@@ -46,13 +49,15 @@ class State:
     """The fold of a run's log up to `position`.
 
     Attributes:
-        successes_L_N, failures_L_N: float32 own evidence under each memory.
+        stack: Weighs the log-odds of the online regression and of the fitted priors; None before the first snapshot.
+        successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
             outcome never came counts no more once the prompt is chosen again.
         outstanding_step_N: The newest step for which a prompt was chosen without an outcome yet (-1: none).
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
+        advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
         log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
         record, rails: What the report is made of, and what alarms and the fallback are read from.
     """
@@ -63,9 +68,10 @@ class State:
     n_observations: int = 0
     model_version: int = 0
     basis: Basis | None = None
-    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED)))
+    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED, STACKED)))
     surface: OnlineLogistic | None = None
     embedding: OnlineLogistic | None = None
+    stack: OnlineLogistic | None = None
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))
@@ -78,6 +84,8 @@ class State:
     running_counts: float = 0.0
     gap_steps: float = 1.0
     n_gaps: int = 0
+    advance_steps: float = 1.0
+    n_advances: int = 0
     recent_batches: tuple[IntArray, ...] = ()
     log_likelihood: float = 0.0
     mopps_log_likelihood: float = 0.0
@@ -108,6 +116,8 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _select(state, entry, pool)
     elif isinstance(entry, SnapshotEntry):
         state.model_version = entry.version
+        if state.stack is None and _stackable(_mixed(state, pool)):
+            state.stack = OnlineLogistic.averaging(1 + len(FITTED))
         _admit(state, pool)
     state.position = entry.position
     return state
@@ -156,7 +166,7 @@ def shared_priors(
     if x_n_d is None or state.basis is None or state.surface is None:
         return means_C_n, scales_C_n
     priors = {name: prior for name, prior in fitted.items() if name in FITTED and wanted[PRIORS.index(name)]}
-    newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
+    newer = any(np.isnan(prior.means_N).any() for prior in fitted.values())
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
         means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
@@ -166,7 +176,31 @@ def shared_priors(
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
         scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
+    if state.stack is not None and wanted[PRIORS.index(STACKED)] and _stackable(fitted):
+        c, stacked = PRIORS.index(STACKED), state.stack.mode(_log_odds(state, x_n_d, fitted))
+        known = np.isfinite(stacked)
+        means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
+        product = np.multiply.reduce([fitted[name].concentrations_N for name in FITTED])
+        scales_C_n[c] = np.where(known, product ** (1 / len(FITTED)) / MATCHED, 1.0)
     return means_C_n, scales_C_n
+
+
+def _stackable(fitted: Mapping[str, FittedPrior]) -> bool:
+    return all(name in fitted for name in FITTED)
+
+
+def _log_odds(state: State, x_n_d: FloatArray, fitted: Mapping[str, FittedPrior]) -> FloatArray:
+    """Inputs of the stack, float32 [n, 2 + fitted priors]: 1, the online regression's and the fitted priors' log-odds.
+
+    NaN for prompts that are newer than the snapshot.
+    """
+    online = state.embedding or state.surface
+    assert online is not None  # there are features, so there are regressions
+    means = np.clip(np.stack([fitted[name].means_N for name in FITTED], axis=1), 1e-3, 1.0 - 1e-3)
+    inputs = np.ones((len(means), 2 + len(FITTED)), dtype=np.float32)
+    inputs[:, 1] = online.log_odds(x_n_d[:, : len(online.weights)])
+    inputs[:, 2:] = np.log(means) - np.log1p(-means)
+    return inputs
 
 
 def running_mean(state: State) -> float:
@@ -196,7 +230,7 @@ def beliefs_of(
         rows = block if indices is None else indices[block]
         x = pool.rows(state.basis, rows) if state.basis is not None else None
         means_C_n, scales_C_n = _priors_of(state, pool, rows, x, wanted)
-        own, lost = state.successes_L_N[:, rows], state.failures_L_N[:, rows]
+        own, lost = _own(state, rows)
         predict = beliefs.predict if n > _FEW else beliefs.predict_rows
         a_n[block], b_n[block] = predict(weights, means_C_n, own, lost, scales_C_n)
 
@@ -275,6 +309,23 @@ def _rows(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
     return FittedPrior(means_n, concentrations_n)
 
 
+def _own(state: State, rows: IntArray | slice) -> tuple[FloatArray, FloatArray]:
+    """Own evidence as it counts at the head step, float32 [L, n] each."""
+    own, lost = state.successes_L_N[:, rows].copy(), state.failures_L_N[:, rows].copy()
+    keep = _aged(state, np.maximum(state.head_step - state.last_step_N[rows], 0))[_AGED]
+    own[_AGED] *= keep
+    lost[_AGED] *= keep
+    return own, lost
+
+
+def _aged(state: State, steps_n: IntArray) -> FloatArray:
+    """What evidence is multiplied with that many steps later under each memory, float32 [L, n]."""
+    advances_n = (steps_n / state.advance_steps).astype(np.float32)
+    keep_L_n = np.ones((len(AGEING), len(steps_n)), dtype=np.float32)
+    keep_L_n[_AGED] = np.exp(np.log(_AGEING_L[_AGED, None]).astype(np.float32) * advances_n)
+    return keep_L_n
+
+
 def _known(state: State, prompts: IntArray) -> None:
     unknown = prompts[(prompts < 0) | (prompts >= state.n_prompts)]
     if len(unknown):
@@ -342,12 +393,14 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     if entry.step > state.head_step:
         if state.head_step >= 0:
             _forget(state)
+            state.n_advances += 1
+            state.advance_steps += (entry.step - state.head_step - state.advance_steps) / state.n_advances
         state.head_step = entry.step
 
     x = pool.rows(state.basis, prompts) if state.basis is not None else None
     here = state.mixture.present()
     means_C_n, scales_C_n = _priors_of(state, pool, prompts, x, here)
-    own, lost = state.successes_L_N[:, prompts], state.failures_L_N[:, prompts]
+    own, lost = _own(state, prompts)
 
     def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
         believe = beliefs.predict_rows if len(rows) <= beliefs.FEW else beliefs.predict
@@ -370,11 +423,19 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     state.log_likelihood += ours
     state.mopps_log_likelihood += mopps
 
+    before = _MEMORIES_L[_SHORTEST] * (own[_SHORTEST] + lost[_SHORTEST])
     arrived = _arrive(state, entry.selection_step, prompts)
     _remember(state, entry.step, prompts, k, counts, arrived)
     worth = effective_count(counts)
     state.running_successes += float(worth @ (k / counts))
     state.running_counts += float(worth.sum())
+    snapshot = {name: _rows(prior, prompts) for name, prior in _mixed(state, pool).items()}
+    if x is not None and state.stack is not None and _stackable(snapshot):
+        inputs = _log_odds(state, x, snapshot)
+        known = np.isfinite(inputs).all(axis=1)
+        if known.any():
+            # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
+            state.stack.update(inputs[known], k[known], counts[known], further_count(counts, before)[known])
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
@@ -400,7 +461,7 @@ def _forget(state: State) -> None:
     state.mixture.forget()
     state.running_successes *= REGRESSION_KEEP
     state.running_counts *= REGRESSION_KEEP
-    for regression in (state.surface, state.embedding):
+    for regression in (state.surface, state.embedding, state.stack):
         if regression is not None:
             regression.forget(REGRESSION_KEEP)
 
@@ -422,9 +483,10 @@ def _arrive(state: State, selection_step: int | None, prompts: IntArray) -> Bool
 def _remember(
     state: State, step: int, prompts: IntArray, k: FloatArray, counts: FloatArray, arrived: BoolArray
 ) -> None:
-    """Own evidence, discounted per visit. Several reports of one step are one visit; a late one enters discounted.
+    """Own evidence, discounted per visit and by age. Reports of one step are one visit; a late one enters discounted.
 
-    S <- l S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) k for an older one.
+    S <- l r^age S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) r^age k for an older
+    one, with l of `MEMORIES`, r of `AGEING` and r's ages in mean advances of the head step.
 
     Args:
         arrived: Which prompts were waited for. An older step is a visit where it was, else a part of one.
@@ -436,8 +498,9 @@ def _remember(
         state.n_gaps += len(gaps)
         state.gap_steps += float((gaps - state.gap_steps).sum()) / state.n_gaps
     ages = np.where(newer, 0.0, (last - step) / max(state.gap_steps, 1.0))
-    old_L_n = np.where(newer & seen, _MEMORIES_L[:, None], 1.0)
-    new_L_n = _MEMORIES_L[:, None] ** ages
+    aged_L_n = _aged(state, np.abs(step - last))
+    old_L_n = np.where(newer & seen, _MEMORIES_L[:, None] * aged_L_n, 1.0)
+    new_L_n = _MEMORIES_L[:, None] ** ages * np.where(newer, 1.0, aged_L_n)
     state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
     state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
     state.attempts_N[prompts] += counts
@@ -468,6 +531,8 @@ def _ensure_basis(state: State, pool: Pool) -> None:
 def _admit(state: State, pool: Pool) -> None:
     """Let the priors that have something to say since take part in the mixture."""
     absent = set(FITTED) - set(_mixed(state, pool))
+    if state.stack is None:
+        absent.add(STACKED)
     if state.embedding is None:
         absent.add("embedding")
     if not np.isfinite(pool.prior_rates(state.n_prompts)).any():

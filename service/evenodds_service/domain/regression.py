@@ -14,6 +14,8 @@ from evenodds_service.domain.types import FloatArray
 
 PRIOR_VARIANCE = 0.03
 INTERCEPT_VARIANCE = 1.0
+SLOPE_VARIANCE = 0.05
+"""Of the weight of a prior's log-odds around an equal share."""
 OVERDISPERSION = 1.0
 _NEWTON_STEPS = 6
 _HEIGHT, _MANY = 64, 1_024
@@ -37,13 +39,24 @@ class OnlineLogistic:
         prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
         return OnlineLogistic(np.zeros(width), np.diag(prior_precision), prior_precision)
 
+    @staticmethod
+    def averaging(n_inputs: int) -> OnlineLogistic:
+        """Starts as the mean of `n_inputs` log-odds, columns 1 .. n_inputs, with an offset of 0."""
+        prior_precision = np.full(1 + n_inputs, 1.0 / SLOPE_VARIANCE)
+        prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
+        weights = np.full(1 + n_inputs, 1.0 / n_inputs)
+        weights[0] = 0.0
+        return OnlineLogistic(weights, np.diag(prior_precision), prior_precision)
+
     def forget(self, keep: float) -> None:
         """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
         self._products = None
         self.precision *= keep
         self.precision[np.diag_indices_from(self.precision)] += (1.0 - keep) * self.prior_precision
 
-    def update(self, x_n_d: FloatArray, successes_n: FloatArray, counts_n: FloatArray) -> None:
+    def update(
+        self, x_n_d: FloatArray, successes_n: FloatArray, counts_n: FloatArray, worth_n: FloatArray | None = None
+    ) -> None:
         """Condition on n observations, in any order.
 
         w <- argmax of sum_i n_eff [y log s + (1-y) log(1-s)] - (w - w_old)' L (w - w_old) / 2 by Newton's method;
@@ -53,10 +66,11 @@ class OnlineLogistic:
             x_n_d: Features, [n, d].
             successes_n: 0 <= successes <= counts, [n].
             counts_n: Attempts, at least 1, [n].
+            worth_n: n_eff; that of the counts without it, [n].
         """
         x = np.asarray(x_n_d, dtype=np.float64)
         rates = successes_n / counts_n
-        worth = effective_count(counts_n)
+        worth = effective_count(counts_n) if worth_n is None else worth_n
         start, prior = self.weights, self.precision
         w = start
         for _ in range(_NEWTON_STEPS):
@@ -94,6 +108,14 @@ class OnlineLogistic:
         twin._products = self._products
         return twin
 
+    def log_odds(self, x_N_d: FloatArray) -> FloatArray:
+        """Log-odds of success at the most likely weights, [N]."""
+        return np.asarray(x_N_d @ self.weights.astype(x_N_d.dtype))
+
+    def mode(self, x_N_d: FloatArray) -> FloatArray:
+        """Success rate at the most likely weights, [N] in (0, 1); for few, well-known weights."""
+        return _sigmoid(self.log_odds(x_N_d))
+
     def predict(self, x_N_d: FloatArray) -> FloatArray:
         """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula).
 
@@ -122,6 +144,11 @@ def _variance_and_logit(x_n_d: FloatArray, products: FloatArray, height: int) ->
 def effective_count(counts: FloatArray) -> FloatArray:
     """n_eff = n / [2 (1 + (n-1) / (s+1))]: attempts on one prompt repeat one another; 8 are worth about one."""
     return np.asarray(counts / (2.0 * (1.0 + (counts - 1.0) / (OVERDISPERSION + 1.0))))
+
+
+def further_count(counts: FloatArray, before: FloatArray) -> FloatArray:
+    """n_eff of these attempts behind `before` earlier ones on the same prompt: what they add to its n_eff."""
+    return effective_count(before + counts) - np.where(before > 0.0, effective_count(before), 0.0)
 
 
 def _least_squares(x_n_d: FloatArray, y_n_e: FloatArray) -> FloatArray:
