@@ -204,8 +204,11 @@ class PromptSelector:
         request = self._request("select", step, batch_size, candidates, exclude, groups)
         here = self._here()
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
-            return self._choose(request, here)
-        return self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+            batch = self._choose(request, here)
+        else:
+            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+        here.remember(batch)
+        return batch
 
     def prefetch(
         self,
@@ -396,9 +399,6 @@ class PromptSelector:
             here.record.failed("choosing", error)
             return None
         here.record.succeeded("choosing")
-        here.selections[reply.step] = reply.selection_id
-        while len(here.selections) > _KEPT_SELECTIONS:
-            del here.selections[next(iter(here.selections))]
         return Batch(request.step, ids, tuple(arms), reply)
 
     def _uniform(self, request: SelectRequest) -> Batch:
@@ -473,6 +473,13 @@ class _Running:
         )
         if selector._base_url is not None:
             self.asker = Asker(selector._base_url, selector._deadline_seconds, self.courier.wait_until_clear)
+
+    def remember(self, batch: Batch) -> None:
+        """Which selection the outcomes of its step will belong to."""
+        if batch.selection_id is not None:
+            self.selections[batch.step] = batch.selection_id
+            while len(self.selections) > _KEPT_SELECTIONS:
+                del self.selections[next(iter(self.selections))]
 
     def forget(self) -> None:
         """Choose anew for every step."""

@@ -329,6 +329,9 @@ def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> No
     assert proxy.met["fine", "prompts"] == 1
     assert all(flushed)
     assert len(history(service.client, ranks[0])) == 6
+    for rank in range(3):  # each reports under the selection of rank 0
+        (visit,) = service.client.prompt(ranks[0].run, chosen[0][rank].prompt_ids[rank]).history[-1:]
+        assert visit.selection_id == chosen[0][0].selection_id
 
 
 def _observe_in_child(selector: PromptSelector, step: int) -> None:
