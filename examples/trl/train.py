@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base_url")
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
-    parser.add_argument("--run", default="trl-sums")
+    parser.add_argument("--evenodds-run", default="trl-sums")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", default="trl-sums")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
@@ -48,8 +48,13 @@ def main() -> None:
         report_to="none",
     )
     prompts = [{"prompt_id": row["prompt_id"], "text": row["prompt"]} for row in ROWS]
-    settings = {"group_size": config.num_generations}
-    with PromptSelector(arguments.base_url, arguments.run, prompts, run_settings=settings) as selector:
+    with PromptSelector(
+        arguments.base_url,
+        arguments.evenodds_run,
+        prompts,
+        run_settings={"group_size": config.num_generations},
+        rank=config.process_index,
+    ) as selector:
         selector.wait_until_ready()
         selection = GRPOSelection(selector, config)
         trainer = GRPOTrainer(

@@ -95,3 +95,33 @@ def test_the_configurations_are_understood() -> None:
         connection = Connection({**settings, "base_url": None}, ["a"], where="example")
         assert connection.selector.run == settings["run"]
         connection.selector.close()
+
+
+@pytest.mark.slow
+def test_the_trl_example_trains_in_two_processes(
+    trainers_service: TrainersService, tmp_path: Path, unused_port: int
+) -> None:
+    from tests.integrations.test_trl import tiny_model
+
+    model, tokenizer = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(unused_port)]
+    arguments = ["--model", str(tmp_path / "model"), "--steps", "2", "--evenodds-run", "trl-two"]
+
+    done = subprocess.run(
+        [sys.executable, *launch, str(EXAMPLES / "trl" / "train.py"), trainers_service.base_url, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-3_000:]
+    reports = observed(trainers_service, "trl-two")
+    for step in (0, 1):
+        batch = trainers_service.client.select_batch("trl-two", step, 8)
+        drawn = {prompt.prompt_id for prompt in batch.prompts}
+        assert batch.replayed
+        assert {prompt_id for prompt_id, at, _, _ in reports if at == step} == drawn
+        assert sum(attempts for _, at, _, attempts in reports if at == step) == 8 * 8
