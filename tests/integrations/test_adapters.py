@@ -120,11 +120,12 @@ def test_verl_rows_need_an_index() -> None:
 # verl 0.9.0
 
 
-def verl_config(**data: Any) -> Any:
+def verl_config(*, filters: bool = False, **data: Any) -> Any:
     class Data(dict[str, Any]):
         __getattr__ = dict.__getitem__
 
-    return SimpleNamespace(data=Data({"train_batch_size": 4, **data}))
+    algorithm = {"filter_groups": {"enable": filters}}
+    return SimpleNamespace(data=Data({"train_batch_size": 4, **data}), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("gen_batch_size", [None, 1])
@@ -170,6 +171,17 @@ def test_verls_v1_trainers_are_as_before_where_nothing_is_configured() -> None:
 
     assert [row["index"] for row in batch["extra_info"]] == [0, 1, 2, 3]
     assert type(trainer).__mro__[1:3] == (module.SelectsPrompts, frameworks.PPOTrainerSync)
+
+
+def test_verls_filter_is_warned_of(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    queue = frameworks.TransferQueue()
+    config = verl_config(filters=True, evenodds={**settings, "base_url": None})
+    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+        base = adapter("verl_v1").trainer_base
+        base.TRAINER_REGISTRY["sync"](config, frameworks.RLHFDataset(8), queue)._init_dataloader()
+
+    (record,) = caplog.records
+    assert "algorithm.filter_groups drops groups of equal rewards before they can be reported" in record.getMessage()
 
 
 # slime and miles

@@ -28,6 +28,7 @@ def run_example(path: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_pytorch_example_trains_and_resumes(trainers_service: TrainersService, tmp_path: Path) -> None:
     first = run_example("torch/train.py", trainers_service.base_url, cwd=tmp_path)
     again = run_example("torch/train.py", trainers_service.base_url, cwd=tmp_path)
