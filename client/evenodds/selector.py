@@ -10,6 +10,7 @@ import atexit
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
@@ -204,8 +205,11 @@ class PromptSelector:
         request = self._request("select", step, batch_size, candidates, exclude, groups)
         here = self._here()
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
-            return self._choose(request, here)
-        return self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+            batch = self._choose(request, here)
+        else:
+            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+        here.remember(batch)
+        return batch
 
     def prefetch(
         self,
@@ -371,10 +375,9 @@ class PromptSelector:
         key = request.model_dump_json()
         batch = here.batches.get(key)
         if batch is None:
-            batch = here.batches[key] = self._asked(request, here) or self._uniform(request)
-            while len(here.batches) > _KEPT_BATCHES:
-                del here.batches[next(iter(here.batches))]
+            batch = self._asked(request, here) or self._uniform(request)
             here.record.count(**{f"{batch.source}_batches": 1})
+            here.keep(key, batch)
         return batch
 
     def _asked(self, request: SelectRequest, here: _Running) -> Batch | None:
@@ -396,9 +399,6 @@ class PromptSelector:
             here.record.failed("choosing", error)
             return None
         here.record.succeeded("choosing")
-        here.selections[reply.step] = reply.selection_id
-        while len(here.selections) > _KEPT_SELECTIONS:
-            del here.selections[next(iter(here.selections))]
         return Batch(request.step, ids, tuple(arms), reply)
 
     def _uniform(self, request: SelectRequest) -> Batch:
@@ -459,6 +459,7 @@ class _Running:
         self.selections: dict[int, str] = {}
         self.last_request: SelectRequest | None = None
         self._prefetches = selector._prefetches
+        self._lock = threading.Lock()
         self.asker: Asker | None = None
         self.courier = Courier(
             selector._base_url,
@@ -474,10 +475,26 @@ class _Running:
         if selector._base_url is not None:
             self.asker = Asker(selector._base_url, selector._deadline_seconds, self.courier.wait_until_clear)
 
+    def keep(self, key: str, batch: Batch) -> None:
+        """For the case that the same is asked for again."""
+        with self._lock:
+            self.batches[key] = batch
+            while len(self.batches) > _KEPT_BATCHES:
+                del self.batches[next(iter(self.batches))]
+
+    def remember(self, batch: Batch) -> None:
+        """Which selection the outcomes of its step will belong to."""
+        if batch.selection_id is not None:
+            with self._lock:
+                self.selections[batch.step] = batch.selection_id
+                while len(self.selections) > _KEPT_SELECTIONS:
+                    del self.selections[next(iter(self.selections))]
+
     def forget(self) -> None:
         """Choose anew for every step."""
-        self.batches.clear()
-        self.selections.clear()
+        with self._lock:
+            self.batches.clear()
+            self.selections.clear()
         self.last_request = None
         if self.asker is not None:
             self.asker.forget()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,25 @@ def test_a_full_disk_costs_nothing_that_fits_in_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("what cannot be kept there is kept in memory until delivered") == 1
     assert len(Outbox(tmp_path, "r").waiting()) >= 1
+
+
+def test_a_disk_that_hangs_holds_nothing_up_and_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with PromptSelector(None, "r", ["a"], outbox=tmp_path, deadline_seconds=0.2) as selector:
+        selector.observe(1, {"a": [1]})
+        other = sqlite3.connect(tmp_path / "r.outbox", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        selector.observe(2, {"a": [0]})
+        state = selector.state_dict()
+        seconds = time.monotonic() - started
+        other.execute("ROLLBACK")
+        other.close()
+        while len(selector.state_dict()["undelivered"]) < 2:
+            time.sleep(0.01)
+
+        assert [waiting["step"] for waiting in selector.state_dict()["undelivered"]] == [1, 2]
+    assert seconds < 3  # SQLite alone waits 5
+    assert state["undelivered"] == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"run 'r': the outbox in {tmp_path} takes more than 0.2 s"
+    ]

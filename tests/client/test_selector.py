@@ -6,8 +6,11 @@ import itertools
 import logging
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -329,6 +332,9 @@ def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> No
     assert proxy.met["fine", "prompts"] == 1
     assert all(flushed)
     assert len(history(service.client, ranks[0])) == 6
+    for rank in range(3):  # each reports under the selection of rank 0
+        (visit,) = service.client.prompt(ranks[0].run, chosen[0][rank].prompt_ids[rank]).history[-1:]
+        assert visit.selection_id == chosen[0][0].selection_id
 
 
 def _observe_in_child(selector: PromptSelector, step: int) -> None:
@@ -357,6 +363,44 @@ def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
         assert [child.exitcode for child in children] == [0, 0]
         assert selector.flush()
         assert sorted(step for _, step, _, _ in history(client, selector)) == [1] * 4 + [2] * 4 + [3]
+
+
+def test_threads_may_share_one(service: Service, make: Make) -> None:
+    selector = make()
+    selector.wait_until_ready()
+
+    def train(thread: int) -> None:
+        for step in range(thread, 24, 4):
+            selector.observe(step, {prompt_id: [1, 0] for prompt_id in selector.select(step, 3)})
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(train, range(4)))
+
+    assert selector.flush()
+    assert sorted(step for _, step, _, _ in history(service.client, selector)) == [
+        s for s in range(24) for _ in range(3)
+    ]
+    assert selector.counts().service_batches == 24
+
+
+PROGRAM = """
+import sys
+from evenodds import PromptSelector
+
+selector = PromptSelector(sys.argv[1], sys.argv[2], ["p0"], outbox=sys.argv[3])
+selector.observe(1, {"p0": [1, 0, 0]})
+"""
+
+
+def test_a_program_that_ends_delivers_what_it_observed(service: Service, make: Make, tmp_path: Path) -> None:
+    selector = make()
+    selector.wait_until_ready()
+    selector.close()
+
+    arguments = [service.base_url, selector.run, str(tmp_path / "outbox")]
+    subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM, *arguments], check=True)
+
+    assert history(service.client, selector) == [("p0", 1, 1.0, 3)]
 
 
 def test_a_closed_selector_says_so(make: Make) -> None:

@@ -36,9 +36,11 @@ def ranks(group: torch.distributed.ProcessGroup | None = None) -> Ranks:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return {}
 
+    source = 0 if group is None else torch.distributed.get_global_rank(group, 0)
+
     def broadcast(batch: Batch | None) -> Batch:
         values = [batch]
-        torch.distributed.broadcast_object_list(values, group=group, group_src=0)
+        torch.distributed.broadcast_object_list(values, src=source, group=group)
         (value,) = values
         assert value is not None  # rank 0 always has one
         return value

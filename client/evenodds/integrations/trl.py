@@ -2,7 +2,8 @@
 
 Unsloth and ms-swift inherit both from TRL.
 `GRPOTrainer` and `accelerate` read one generation ahead: the batch of a generation is chosen before the outcomes of the
-one before it are known. With several processes, `accelerate` lets the main process read the dataset for all.
+one before it are known. With several processes, `accelerate` lets the main process read the dataset for all: give each
+selector `rank=config.process_index`, and no `broadcast`, in which the others would never take part.
 """
 
 from __future__ import annotations

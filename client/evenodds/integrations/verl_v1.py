@@ -11,6 +11,7 @@ what they always did.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +21,8 @@ from verl.trainer.ppo.v1 import trainer_base
 from evenodds.integrations.connection import Connection
 from evenodds.integrations.torch import PromptSampler
 from evenodds.integrations.verl_rows import pool_of, prompt_id_of, rewards_by_prompt
+
+logger = logging.getLogger(__name__)
 
 WHERE = "data.evenodds"
 
@@ -37,6 +40,12 @@ class SelectsPrompts:
         data = self.config.data
         if data.get("evenodds") is None:
             return
+        filters = self.config.algorithm.get("filter_groups")
+        if filters is not None and filters.get("enable"):
+            logger.warning(
+                "algorithm.filter_groups drops groups of equal rewards before they can be reported: the service will "
+                "take their prompts for unseen; train without it"
+            )
         pool = pool_of(self.train_dataset, data.get("prompt_key", "prompt"))
         self._evenodds = Connection(data.evenodds, pool, where=WHERE)
         self._evenodds_sampler = PromptSampler(

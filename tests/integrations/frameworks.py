@@ -1,0 +1,272 @@
+"""Stand-ins for frameworks that no registry has or that need a cluster: as much of each as its adapter touches.
+
+What they look like is recorded in `interfaces.json`, with the release or commit that it was read from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+
+@contextmanager
+def installed(modules: dict[str, dict[str, Any]], *adapters: str) -> Iterator[None]:
+    """With these modules (and the packages above them), and with the adapters imported anew."""
+    names = {".".join(name.split(".")[: n + 1]) for name in modules for n in range(name.count(".") + 1)}
+    kept = {name: sys.modules.pop(name, None) for name in (*names, *adapters)}
+    for name in sorted(names):
+        module = ModuleType(name)
+        module.__path__ = []
+        vars(module).update(modules.get(name, {}))
+        sys.modules[name] = module
+        parent, _, leaf = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], leaf, module)
+    try:
+        yield
+    finally:
+        for name, module_before in kept.items():
+            sys.modules.pop(name, None)
+            if module_before is not None:
+                sys.modules[name] = module_before
+
+
+# verl 0.7.1
+
+
+class AbstractCurriculumSampler(Sampler[int]):
+    def __init__(self, data_source: Any, data_config: Any) -> None: ...
+
+    def update(self, batch: Any) -> None:
+        raise NotImplementedError
+
+
+class RLHFDataset:
+    """Rows as verl keeps them: a frame, from which it makes items."""
+
+    def __init__(self, n: int) -> None:
+        self.dataframe = [
+            {
+                "data_source": "sums",
+                "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}],
+                "extra_info": {"index": i, "split": "train"},
+            }
+            for i in range(n)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.dataframe)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataframe[index], "index": index}
+
+
+VERL_071 = {"verl.experimental.dataset.sampler": {"AbstractCurriculumSampler": AbstractCurriculumSampler}}
+
+
+# verl 0.9.0
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+@dataclass
+class Meta:
+    """What is known of trajectories that lie in the transfer queue."""
+
+    keys: list[str]
+    tags: list[dict[str, Any]]
+    partition_id: str = "train"
+
+
+class TransferQueue:
+    """Trajectories by key."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, dict[str, Any]] = {}
+
+    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, list[Any]]:
+        return {name: [self.fields[key][name] for key in keys] for name in select_fields}
+
+
+class PPOTrainer:
+    """One step of a V1 trainer: fetch, roll out, compute advantages."""
+
+    def __init__(self, config: Any, dataset: RLHFDataset, queue: TransferQueue) -> None:
+        self.config = config
+        self.train_dataset = dataset
+        self.queue = queue
+        self.n_fetched = 0
+        self.train_dataloader_it: Iterator[Any] | None = None
+
+    def _init_dataloader(self) -> None:
+        self.train_dataloader: Any = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self.config.data.get("gen_batch_size") or self.config.data.train_batch_size,
+            collate_fn=collate,
+        )
+
+    def _fetch_one_gen_batch(self) -> dict[str, Any]:
+        try:
+            if self.train_dataloader_it is None:
+                self.train_dataloader_it = iter(self.train_dataloader)
+            batch: dict[str, Any] = next(self.train_dataloader_it)
+        except StopIteration:
+            self.train_dataloader_it = iter(self.train_dataloader)
+            batch = next(self.train_dataloader_it)
+        batch["uid"] = [f"uid-{self.n_fetched + i}" for i in range(len(batch["prompt"]))]
+        self.n_fetched += len(batch["uid"])
+        return batch
+
+    def _compute_advantage(self, batch: Meta, metrics: dict[str, Any]) -> Meta:
+        metrics["advantages"] = len(batch.keys)
+        return batch
+
+
+class PPOTrainerSync(PPOTrainer):
+    pass
+
+
+def verl_090(queue: TransferQueue) -> dict[str, dict[str, Any]]:
+    return {
+        "verl.trainer.ppo.v1.trainer_base": {
+            "PPOTrainer": PPOTrainer,
+            "TRAINER_REGISTRY": {"sync": PPOTrainerSync},
+            "StatefulDataLoader": DataLoader,
+            "collate_fn": collate,
+            "tq": queue,
+        }
+    }
+
+
+# slime
+
+
+@dataclass
+class Sample:
+    class Status(Enum):
+        PENDING = "pending"
+        COMPLETED = "completed"
+        TRUNCATED = "truncated"
+        ABORTED = "aborted"
+        FAILED = "failed"
+
+    prompt: Any = ""
+    group_index: int | None = None
+    index: int | None = None
+    reward: Any = None
+    status: Status = Status.PENDING
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def get_reward_value(self, args: Any) -> Any:
+        return self.reward if not args.reward_key else self.reward[args.reward_key]
+
+
+class RolloutDataSourceWithBuffer:
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.sample_group_index = self.sample_index = 0
+        self.dataset = SimpleNamespace(samples=args.samples) if args.rollout_global_dataset else None
+        self.buffer: list[list[Sample]] = []
+        self.saved: list[Any] = []
+
+    def _get_samples_from_buffer(self, num_samples: int) -> list[list[Sample]]:
+        taken, self.buffer = self.buffer[:num_samples], self.buffer[num_samples:]
+        return taken
+
+    def add_samples(self, samples: list[list[Sample]]) -> None:
+        self.buffer += samples
+
+    def save(self, rollout_id: Any) -> None:
+        self.saved.append(rollout_id)
+
+    def load(self, rollout_id: Any = None) -> None:
+        return
+
+
+SLIME = {"slime.rollout.data_source": {"RolloutDataSourceWithBuffer": RolloutDataSourceWithBuffer}}
+MILES = {"miles.rollout.data_source": {"RolloutDataSourceWithBuffer": RolloutDataSourceWithBuffer}}
+
+
+# prime-rl
+
+
+class TaskSampler:
+    def __iter__(self) -> Any:
+        return self
+
+
+class StandardSampler(TaskSampler):
+    def __init__(self, tasks: Any) -> None:
+        self.tasks = tasks
+
+
+PRIME_RL = {
+    "prime_rl.orchestrator.curriculum.samplers": {"TaskSampler": TaskSampler, "StandardSampler": StandardSampler}
+}
+
+
+def task(key: str) -> Any:
+    return SimpleNamespace(key=key, data=SimpleNamespace(prompt_text=f"Do {key}."))
+
+
+def episode(task: Any, reward: float, **more: Any) -> Any:
+    """One episode with one trace."""
+    trace = {"reward": reward, "has_error": False, "agent": SimpleNamespace(trainable=True), "num_turns": 1, **more}
+    return SimpleNamespace(task=task, ok=True, traces=[SimpleNamespace(**trace)])
+
+
+# Trinity-RFT
+
+
+class BaseSelector:
+    def __init__(self, data_source: Any, config: Any) -> None:
+        self.data_source, self.config = data_source, config
+
+
+class Registry:
+    def __init__(self) -> None:
+        self.modules: dict[str, Any] = {}
+
+    def register_module(self, name: str) -> Callable[[Any], Any]:
+        return lambda module: self.modules.setdefault(name, module)
+
+
+def trinity(registry: Registry) -> dict[str, dict[str, Any]]:
+    return {
+        "trinity.buffer.selector": {"SELECTORS": registry},
+        "trinity.buffer.selector.selector": {"BaseSelector": BaseSelector},
+    }
+
+
+# NeMo-RL
+
+
+class BatchedDataDict(dict[str, Any]):
+    @classmethod
+    def from_batches(cls, batches: list[dict[str, Any]]) -> BatchedDataDict:
+        return cls({key: [item for batch in batches for item in batch[key]] for key in batches[0]})
+
+
+NEMO_RL = {"nemo_rl.distributed.batched_data_dict": {"BatchedDataDict": BatchedDataDict}}
+
+
+def nemo_loader(name: str, n: int) -> Any:
+    rows = [
+        {"message_log": [{"role": "user", "content": f"{name} {i}?"}], "task_name": name, "idx": i} for i in range(n)
+    ]
+    return SimpleNamespace(dataset=rows, collate_fn=collate)
+
+
+def rewards_tensor(rewards: list[float]) -> torch.Tensor:
+    """Token-level scores whose sums are these rewards, [N, 2]."""
+    return torch.tensor([[0.0, reward] for reward in rewards])
