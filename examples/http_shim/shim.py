@@ -4,8 +4,8 @@
     UPSTREAM=http://127.0.0.1:8801 EVENODDS_URL=http://127.0.0.1:8000 EVENODDS_RUN=served uvicorn shim:app --port 8080
 
 A chat request goes on with `metadata.difficulty` in its body and `x-evenodds-effort`, `x-evenodds-attempts` and
-`x-evenodds-success-rate` in its headers. All else goes on as it came, and so does every request while Even Odds does not
-answer within the deadline. Answers are passed on as they come, streams too.
+`x-evenodds-success-rate` in its headers. All else goes on as it came, and so does every request while Even Odds does
+not answer within the deadline. Answers are passed on as they come, streams too.
 """
 
 import json
