@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
+import httpx
 import pytest
 
 from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
+from evenodds_service.api.app import create_app
 from evenodds_service.api.desk import DeadlinePassed, Desk, DeskFull
 from evenodds_service.api.features import Featurizer
 from evenodds_service.api.views import Views
@@ -208,3 +210,20 @@ def test_while_the_run_is_being_folded_answers_come_from_beside_the_loop(office:
         return await asked
 
     assert asyncio.run(ask()).attempts >= 1
+
+
+def test_predict_is_exact_unless_told_otherwise_and_a_choice_always_is(office: Office) -> None:
+    async def ask(staleness_ms: float) -> list[int]:
+        app = create_app(office.store, predict_staleness_ms=staleness_ms)
+        asked = {"run": "r", "prompts": [{"prompt_id": "p"}]}
+        positions = []
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as http:
+            positions.append((await http.post("/predict", json=asked)).json()["log_position"])
+            office.observe()
+            positions.append((await http.post("/predict", json=asked)).json()["log_position"])
+            chosen = await http.post("/select_batch", json={"run": "r", "step": int(staleness_ms), "batch_size": 1})
+            positions.append(chosen.json()["log_position"])
+        return positions
+
+    assert asyncio.run(ask(0)) == [1, 2, 2]
+    assert asyncio.run(ask(60_000)) == [3, 3, 4]
