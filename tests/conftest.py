@@ -108,7 +108,9 @@ def _serving(database_url: str) -> Iterator[Service]:
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    config = uvicorn.Config(create_app(store), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        create_app(store, budget_deadline_ms=30_000), log_config=None, access_log=False, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()  # who connects before it is up waits in the backlog

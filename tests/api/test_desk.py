@@ -31,12 +31,16 @@ class CountingStore(Store):
 
     reads = 0
     is_cut_off = False
+    held_back: threading.Event | None = None
 
     def run(self, name: str) -> Run:
         self.reads += 1
         if self.is_cut_off:
             raise StoreUnavailable("the database is away")
-        return super().run(name)
+        run = super().run(name)
+        if self.held_back is not None:
+            assert self.held_back.wait(30)
+        return run
 
 
 class Clock:
@@ -120,6 +124,24 @@ def test_without_staleness_every_answer_has_read_the_log(office: Office) -> None
         return positions
 
     assert asyncio.run(ask()) == [1, 2, 3]
+
+
+def test_without_staleness_a_look_that_began_before_the_question_does_not_answer_it(office: Office) -> None:
+    async def ask() -> BudgetReply:
+        desk = office.desk(staleness=0)
+        office.store.held_back = threading.Event()
+        first = asyncio.create_task(desk.ask(request()))
+        while office.store.reads == 0:  # noqa: ASYNC110  # it reads in a thread
+            await asyncio.sleep(0.01)
+        office.clock.now = 1.0
+        office.observe()
+        second = asyncio.create_task(desk.ask(request()))
+        await asyncio.sleep(0.01)
+        office.store.held_back.set()
+        await first
+        return await second
+
+    assert asyncio.run(ask()).log_position == 2
 
 
 def test_a_view_is_refreshed_ahead_of_time_so_that_nobody_waits(office: Office) -> None:
