@@ -9,15 +9,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
 from evenodds_service.api.app import create_app
 from evenodds_service.api.desk import DeadlinePassed, Desk, DeskFull
-from evenodds_service.api.features import Featurizer
+from evenodds_service.api.features import CACHED_TEXTS, Featurizer
 from evenodds_service.api.views import Views
 from evenodds_service.domain.types import NewObservation, NewPrompt, RunSettings
 from evenodds_service.live_run import LiveRuns
+from evenodds_service.model.embedder import Embedder
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.errors import StoreUnavailable
 from evenodds_service.storage.migration import upgrade
@@ -249,3 +252,44 @@ def test_predict_is_exact_unless_told_otherwise_and_a_choice_always_is(office: O
 
     assert asyncio.run(ask(0)) == [1, 2, 2]
     assert asyncio.run(ask(60_000)) == [3, 3, 4]
+
+
+def test_a_text_that_is_asked_again_is_not_embedded_again(office: Office) -> None:
+    embedded: list[str] = []
+
+    def encode(texts: list[str]) -> NDArray[np.float32]:
+        embedded.extend(texts)
+        return np.ones((len(texts), 4), dtype=np.float32)
+
+    featurizer = Featurizer(office.store, opener=lambda setting, prompt: Embedder("counting", 4, encode))
+    run, _ = office.store.put_run("texts", RunSettings(), now=NOW)
+
+    def vectors(*texts: str) -> list[list[float]]:
+        items = [PromptRef(text=text) for text in texts]
+        names = [f"prompts[{i}]" for i in range(len(items))]
+        rows: list[list[float]] = featurizer.block(run, items, names=names).embedding_N_D.tolist()
+        return rows
+
+    first = vectors("one", "two", "one")
+    again = vectors("two", "three", " one ")  # white space at the ends makes no other text
+
+    assert embedded == ["one", "two", "three"]
+    assert first == again == [[0.5] * 4] * 3
+
+
+def test_only_so_many_texts_are_kept(office: Office) -> None:
+    embedded: list[str] = []
+
+    def encode(texts: list[str]) -> NDArray[np.float32]:
+        embedded.extend(texts)
+        return np.ones((len(texts), 4), dtype=np.float32)
+
+    featurizer = Featurizer(office.store, opener=lambda setting, prompt: Embedder("counting", 4, encode))
+    run, _ = office.store.put_run("texts", RunSettings(), now=NOW)
+    many = [PromptRef(text=f"text {i}") for i in range(CACHED_TEXTS + 1)]
+
+    featurizer.block(run, many, names=[""] * len(many))
+    featurizer.block(run, [many[-1], many[0]], names=["", ""])
+
+    assert len(embedded) == CACHED_TEXTS + 2
+    assert embedded[-1] == "text 0"
