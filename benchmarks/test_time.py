@@ -317,7 +317,7 @@ def saved(curve: Curve, uniform: Curve, budget: float) -> float:
     low, high = 1.0, GRID[-1]
     for _ in range(50):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if curve(middle) < wanted else (low, middle)
+        low, high = (middle, high) if curve(middle) < wanted - 1e-8 else (low, middle)
     return 1.0 - high / budget
 
 

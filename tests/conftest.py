@@ -114,7 +114,7 @@ def _serving(
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    app = create_app(store, **options)
+    app = create_app(store, **{"budget_deadline_ms": 30_000, **options})
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

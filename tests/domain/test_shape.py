@@ -54,6 +54,15 @@ def test_a_likelier_informative_group_asks_for_more_concentration(m: float, v: f
     assert low <= high
 
 
+@given(MEANS, PROBABILITIES, GROUP_SIZES)
+def test_one_prompt_gets_the_concentration_that_it_gets_among_many(m: float, v: float, g: int) -> None:
+    alone = matched_concentration(one(m), one(v), g)
+
+    among = matched_concentration(np.full(2_100, m), np.full(2_100, v), g)
+
+    assert among == pytest.approx(alone[0], rel=1e-6)
+
+
 @given(MEANS, GROUP_SIZES)
 def test_what_no_concentration_reaches_gets_the_nearest_limit(m: float, g: int) -> None:
     never, always = matched_concentration(np.array([m, m]), np.array([0.0, 1.0]), g)

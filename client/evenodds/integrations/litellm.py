@@ -24,6 +24,7 @@ Rewards = Sequence[float] | None
 Verify = Callable[[Mapping[str, Any], Any], "Rewards | Awaitable[Rewards]"]
 
 _CALL_TYPES = frozenset({"completion", "acompletion"})
+_DECISION = {"run", "policy", "policy_version", "attempts", "effort", "success_rate", "price", "log_position"}
 _LIMITS = ("max_completion_tokens", "max_tokens")
 EFFORT_ONLY: tuple[Parameter, ...] = ("reasoning_effort",)
 METADATA = "evenodds"
@@ -112,22 +113,9 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             limit = data.get(name) or self._default_max_tokens
             if limit is not None:
                 data[name] = max(1, round(limit * budget.max_tokens_scale))
-        metadata = data.get("metadata")
-        data["metadata"] = {
-            **(metadata if isinstance(metadata, Mapping) else {}),
-            METADATA: budget.model_dump(
-                include={
-                    "run",
-                    "policy",
-                    "policy_version",
-                    "attempts",
-                    "effort",
-                    "success_rate",
-                    "price",
-                    "log_position",
-                }
-            ),
-        }
+        if not isinstance(data.get("metadata"), dict):
+            data["metadata"] = {}
+        data["metadata"][METADATA] = budget.model_dump(include=_DECISION)
 
 
 def newest_user_text(messages: object) -> str:

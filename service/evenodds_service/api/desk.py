@@ -19,13 +19,13 @@ from anyio import CapacityLimiter, to_thread
 
 from evenodds.schemas import BudgetReply, BudgetRequest
 from evenodds_service.api.features import Featurizer
-from evenodds_service.api.questions import Beliefs, beliefs_about
+from evenodds_service.api.questions import UNKNOWN_HINT, Beliefs, beliefs_about
 from evenodds_service.api.views import View, Views
 from evenodds_service.domain.allocation import attempts_at_price, solve_probability
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.types import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy, FloatArray
-from evenodds_service.live_run import LiveRun
+from evenodds_service.live_run import LiveRun, UnknownPrompts
 from evenodds_service.storage.errors import PolicyUnknown
 from evenodds_service.storage.store import Run
 
@@ -87,7 +87,7 @@ class Desk:
         seconds = self._deadline
         if request.deadline_ms is not None:
             seconds = min(seconds, request.deadline_ms / 1_000)
-        waiting = _Waiting(request, loop.create_future())
+        waiting = _Waiting(request, loop.create_future(), self._views.now())
         queue = self._waiting.setdefault(request.run, [])
         queue.append(waiting)
         if len(queue) == 1:
@@ -121,8 +121,11 @@ class Desk:
             view.live.lock.release()
 
     async def _serve_refreshed(self, name: str, queue: Sequence[_Waiting]) -> None:
+        oldest_read = max(waiting.asked_at for waiting in queue) - self._staleness
         try:
             view = await asyncio.shield(self._refresh(name))
+            while view.read_at < oldest_read:  # that look was under way before the question came
+                view = await asyncio.shield(self._refresh(name))
         except Exception as error:  # whatever it is, it is the answer of all that wait
             for waiting in queue:
                 waiting.refuse(error)
@@ -162,15 +165,26 @@ class Desk:
 
     def _answers(self, view: View, queue: Sequence[_Waiting]) -> list[_Answer | Exception]:
         """An answer or a refusal for each. One request that is at fault spoils no other."""
+        answers: dict[int, _Answer | Exception] = {}
+        sound: list[int] = []
+        for i, waiting in enumerate(queue):
+            fault = _fault(view, waiting.request)
+            if fault is None:
+                sound.append(i)
+            else:
+                answers[i] = fault
         try:
-            return list(self._decided(view, queue))
-        except Exception as error:
-            if len(queue) == 1:
-                return [error]
-            return [self._answers(view, [waiting])[0] for waiting in queue]
+            answers |= zip(sound, self._decided(view, [queue[i].request for i in sound]), strict=True)
+        except Exception as error:  # of one of them, and rare: a vector that the run does not take, say
+            if len(sound) == 1:
+                answers[sound[0]] = error
+            else:
+                answers |= {i: self._answers(view, [queue[i]])[0] for i in sound}
+        return [answers[i] for i in range(len(queue))]
 
-    def _decided(self, view: View, queue: Sequence[_Waiting]) -> Sequence[_Answer]:
-        requests = [waiting.request for waiting in queue]
+    def _decided(self, view: View, requests: Sequence[BudgetRequest]) -> Sequence[_Answer]:
+        if not requests:
+            return ()
         policies = [budget_policy(view.run, request.policy) for request in requests]
         prompts = [request.prompt for request in requests]
         asked = beliefs_about(self._featurizer, view.run, view.live, prompts, names=["prompt"] * len(prompts))
@@ -181,8 +195,8 @@ class Desk:
             rows = np.array([i for i, other in enumerate(policies) if other is policy or other == policy])
             fresh = rows[failures[rows] == 0]  # what goes on is no new traffic
             done = failures[rows]
+            traffic = self._traffic_of(view, policy) if policy.price is None else None
             with self._traffic_lock:
-                traffic = self._traffic_of(view, policy) if policy.price is None else None
                 price = traffic.price(a[fresh], b[fresh]) if traffic is not None else policy.price or 0.0
                 attempts = attempts_at_price(
                     policy.mode,
@@ -204,12 +218,17 @@ class Desk:
     def _traffic_of(self, view: View, policy: BudgetPolicy) -> Traffic:
         """What was asked under this policy; begins with the prompts that the run observed last."""
         key = (view.run.id, policy)
+        fresh = None
         if key not in self._traffic:
-            self._traffic[key] = Traffic(policy, *_observed(view.run, view.live))
+            # Takes the run's lock: never while the traffic's is held, which is waited for with the run's lock in hand.
+            fresh = Traffic(policy, *_observed(view.run, view.live))
+        with self._traffic_lock:
+            traffic = self._traffic.get(key) or fresh or Traffic(policy, np.zeros(0), np.zeros(0))
+            self._traffic[key] = traffic
+            self._traffic.move_to_end(key)
             while len(self._traffic) > _KEPT_TRAFFIC:
                 self._traffic.popitem(last=False)
-        self._traffic.move_to_end(key)
-        return self._traffic[key]
+        return traffic
 
     def _reply(self, view: View, queue: Sequence[_Waiting], answers: Sequence[_Answer | Exception]) -> None:
         age_ms = 1_000 * self._views.age(view)
@@ -238,10 +257,23 @@ def budget_policy(run: Run, name: str) -> BudgetPolicy:
     )
 
 
+def _fault(view: View, request: BudgetRequest) -> PolicyUnknown | UnknownPrompts | None:
+    """What is unknown about the request, if anything."""
+    try:
+        budget_policy(view.run, request.policy)
+    except PolicyUnknown as error:
+        return error
+    prompt = request.prompt
+    if prompt.text is None and prompt.prompt_id not in view.live.pool.index:
+        return UnknownPrompts(view.run.name, [prompt.prompt_id or ""], path="prompt", hint=UNKNOWN_HINT)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     request: BudgetRequest
     reply: asyncio.Future[BudgetReply]
+    asked_at: float
 
     def refuse(self, error: Exception) -> None:
         if not self.reply.done():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,8 +66,8 @@ class Prepared:
 class Featurizer:
     """Computes features once per (embedder, text), as far as the store or the memory of this process has them."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, *, opener: Callable[[str, str | None], Embedder] = open_embedder) -> None:
+        self._store, self._open = store, opener
         self._lock = threading.Lock()
         self._embedders: dict[tuple[str, str | None], Embedder] = {}
         self._rows: OrderedDict[tuple[str, str], tuple[FloatArray, FloatArray]] = OrderedDict()
@@ -84,7 +84,7 @@ class Featurizer:
         key = (setting, settings.embedder_prompt)
         with self._lock:
             if key not in self._embedders:
-                self._embedders[key] = open_embedder(setting, settings.embedder_prompt)
+                self._embedders[key] = self._open(setting, settings.embedder_prompt)
             return self._embedders[key]
 
     def prepare(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> Prepared:

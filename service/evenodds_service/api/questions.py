@@ -12,6 +12,8 @@ from evenodds_service.domain.types import FloatArray
 from evenodds_service.live_run import LiveRun, UnknownPrompts
 from evenodds_service.storage.store import Run
 
+UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Beliefs:
@@ -49,8 +51,7 @@ def beliefs_about(
     outside = [i for i, index in enumerate(known) if index is None]
     unknown = [ids[i] for i in outside if items[i].text is None]
     if unknown:
-        hint = "send its text instead, or load it with POST /runs/{run}/prompts"
-        raise UnknownPrompts(run.name, unknown, path=names[0].partition("[")[0], hint=hint)
+        raise UnknownPrompts(run.name, unknown, path=names[0].partition("[")[0], hint=UNKNOWN_HINT)
     block = None
     if outside:
         block = featurizer.block(run, [items[i] for i in outside], names=[names[i] for i in outside])

@@ -65,6 +65,10 @@ class Views:
         """Seconds since the log was read."""
         return self._clock() - view.read_at
 
+    def now(self) -> float:
+        """What the clock says."""
+        return self._clock()
+
     def forget(self, name: str) -> None:
         """Read the run anew next time: it was changed here."""
         self._views.pop(name, None)

@@ -25,6 +25,7 @@ MIN_MATCHED, MAX_MATCHED = 0.05, 64.0
 SLAB_CONCENTRATION = 1.0
 
 _HALVINGS = 24
+_CELLS, _MOST_SECTIONS = 4_096, 64
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
 _LOG_NEVER = -1e30
 
@@ -63,15 +64,18 @@ def matched_concentration(mean: FloatArray, informative: FloatArray, group_size:
     Returns:
         s, float64, to a relative 1e-6.
     """
-    mean = np.clip(np.asarray(mean, dtype=np.float64), *_MEAN_RANGE)
-    low = np.full(mean.shape, np.log(MIN_MATCHED))
-    high = np.full(mean.shape, np.log(MAX_MATCHED))
-    for _ in range(_HALVINGS):
-        middle = 0.5 * (low + high)
-        s = np.exp(middle)
+    mean = np.clip(np.asarray(mean, dtype=np.float64), *_MEAN_RANGE)[..., None]
+    informative = np.asarray(informative)[..., None]
+    # Bisection, in as many sections at a time as fit: for a few prompts fewer, wider passes take a tenth of the time.
+    sections = int(np.clip(_CELLS // max(mean.size, 1), 2, _MOST_SECTIONS))
+    inner = np.arange(1, sections) / sections
+    low, width = np.full(mean.shape, np.log(MIN_MATCHED)), np.log(MAX_MATCHED) - np.log(MIN_MATCHED)
+    for _ in range(int(np.ceil(_HALVINGS / np.log2(sections)))):
+        s = np.exp(low + width * inner)
         short = _informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
-    return np.asarray(np.exp(0.5 * (low + high)))
+        width /= sections
+        low = low + width * short.sum(axis=-1, keepdims=True)
+    return np.asarray(np.exp(low + 0.5 * width)[..., 0])
 
 
 def matched_inflated(
