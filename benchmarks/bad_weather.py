@@ -135,6 +135,14 @@ class Writers:
         for thread in self._threads:
             thread.join()
 
+    def bring_home(self, n: int) -> None:
+        """Wait until so many more writes are acknowledged. Raises TimeoutError."""
+        due, deadline = self.n_acknowledged + n, time.monotonic() + PATIENCE_SECONDS
+        while self.n_acknowledged < due:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"fewer than {n} writes were taken in {PATIENCE_SECONDS:.0f} s")
+            time.sleep(0.01)
+
     @property
     def n_acknowledged(self) -> int:
         with self._lock:
@@ -456,7 +464,11 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
         subprocess.run(stop, user=server.system_user, cwd="/", check=True, capture_output=True)
 
     def start() -> None:
-        server.ensure_postgres_running()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not _has_started(server.ensure_postgres_running):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the database server did not start")
+            time.sleep(0.1)
         assert server.get_uri() == url
 
     try:
@@ -464,8 +476,17 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
             connection.execute("CREATE DATABASE weather")
         yield Postgresql(url.replace("/postgres?", "/weather?"), kill, start)
     finally:
-        server.ensure_postgres_running()
+        start()
         server.cleanup()
+
+
+def _has_started(start: Callable[[], None]) -> bool:
+    """A server that was killed is not replaced before the last of its processes has ended."""
+    try:
+        start()
+    except subprocess.SubprocessError:
+        return False
+    return True
 
 
 def run(

@@ -127,7 +127,7 @@ def test_cut_connections_cost_a_503_and_no_write(postgresql_server: str, start_s
                 time.sleep(0.05)
                 cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = 'cut'"
                 n_cut += connection.execute(cut).fetchall()[0][0]
-            time.sleep(0.2)
+            writers.bring_home(5)
 
         assert n_cut > 20
         assert set(writers.refusals) == {"store_unavailable"}
@@ -145,12 +145,12 @@ def test_a_restarted_server_is_found_again_without_a_restart_of_the_service(
         service = start_service(server.url)
         prepare(service.client)
         with Writers([service.base_url], 3, seed=0) as writers:
-            time.sleep(0.2)
+            writers.bring_home(5)
             server.kill()
             alive, ready, call = (service.http.get(path) for path in ("/healthz", "/readyz", f"/runs/{RUNS[0]}"))
             server.start()
             until_ready(service.client)
-            time.sleep(0.2)
+            writers.bring_home(5)
 
         assert (alive.status_code, ready.status_code, call.status_code) == (200, 503, 503)
         assert "connection" in ready.json()["reasons"][0]
