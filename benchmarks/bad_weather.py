@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -460,8 +461,11 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
     url: str = server.get_uri()
 
     def kill() -> None:
-        stop = [str(server.bin_path / "pg_ctl"), "-w", "-D", str(server.pgdata), "-m", "immediate", "stop"]
-        subprocess.run(stop, user=server.system_user, cwd="/", check=True, capture_output=True)
+        process = server.get_postmaster_info().process
+        assert process is not None
+        process.send_signal(signal.SIGQUIT)  # an immediate shutdown
+        while process.is_running() and process.status() != "zombie":
+            time.sleep(0.01)
 
     def start() -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
