@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -134,6 +135,14 @@ class Writers:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+    def bring_home(self, n: int) -> None:
+        """Wait until so many more writes are acknowledged. Raises TimeoutError."""
+        due, deadline = self.n_acknowledged + n, time.monotonic() + PATIENCE_SECONDS
+        while self.n_acknowledged < due:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"fewer than {n} writes were taken in {PATIENCE_SECONDS:.0f} s")
+            time.sleep(0.01)
 
     @property
     def n_acknowledged(self) -> int:
@@ -452,11 +461,18 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
     url: str = server.get_uri()
 
     def kill() -> None:
-        stop = [str(server.bin_path / "pg_ctl"), "-w", "-D", str(server.pgdata), "-m", "immediate", "stop"]
-        subprocess.run(stop, user=server.system_user, cwd="/", check=True, capture_output=True)
+        process = server.get_postmaster_info().process
+        assert process is not None
+        process.send_signal(signal.SIGQUIT)  # an immediate shutdown
+        while process.is_running() and process.status() != "zombie":
+            time.sleep(0.01)
 
     def start() -> None:
-        server.ensure_postgres_running()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not _has_started(server.ensure_postgres_running):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the database server did not start")
+            time.sleep(0.1)
         assert server.get_uri() == url
 
     try:
@@ -464,8 +480,17 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
             connection.execute("CREATE DATABASE weather")
         yield Postgresql(url.replace("/postgres?", "/weather?"), kill, start)
     finally:
-        server.ensure_postgres_running()
+        start()
         server.cleanup()
+
+
+def _has_started(start: Callable[[], None]) -> bool:
+    """A server that was killed is not replaced before the last of its processes has ended."""
+    try:
+        start()
+    except subprocess.SubprocessError:
+        return False
+    return True
 
 
 def run(

@@ -310,8 +310,8 @@ class _Past(Store):
         self._now = self._now or super().run(name)
         return replace(self._now, log_position=self.position)
 
-    def entries(self, run_id: int, *, after: int, as_of: int | None = None, limit: int = 1_000) -> tuple[Entry, ...]:
-        return super().entries(run_id, after=after, as_of=as_of, limit=min(limit, self.position - after))
+    def entries(self, run_id: int, *, after: int, limit: int = 1_000, **more: Any) -> tuple[Entry, ...]:
+        return super().entries(run_id, after=after, limit=min(limit, self.position - after), **more)
 
     def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
         return None

@@ -80,9 +80,11 @@ def test_a_crowd_over_one_connection_is_sent_away_and_served_later(
     problems = [Problem.model_validate_json(reply.content) for reply in refused]
     assert {problem.code for problem in problems} == {"store_unavailable"}
     assert sum("all connections are in use" in problem.detail for problem in problems) >= 60
-    assert (alive.status_code, metrics.status_code, ready.status_code) == (200, 200, 503)
-    assert ready.json()["reasons"]
-    assert answered[-1] == "/observe"  # while most of the crowd waited
+    assert (alive.status_code, metrics.status_code) == (200, 200)
+    for path in ("/healthz", "/metrics"):  # while some of the crowd waited
+        assert "/observe" in answered[answered.index(path) :]
+    assert ready.status_code == 503 or database_url.startswith("postgresql")  # where /readyz may get the connection
+    assert bool(ready.json()["reasons"]) == (ready.status_code == 503)
     with httpx.Client(base_url=service.base_url, timeout=30) as http:
         replies = [http.post("/observe", json=observation(i)) for i in range(20)]
     assert [reply.status_code for reply in replies] == [200] * 20
@@ -125,7 +127,7 @@ def test_cut_connections_cost_a_503_and_no_write(postgresql_server: str, start_s
                 time.sleep(0.05)
                 cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = 'cut'"
                 n_cut += connection.execute(cut).fetchall()[0][0]
-            time.sleep(0.2)
+            writers.bring_home(5)
 
         assert n_cut > 20
         assert set(writers.refusals) == {"store_unavailable"}
@@ -143,12 +145,12 @@ def test_a_restarted_server_is_found_again_without_a_restart_of_the_service(
         service = start_service(server.url)
         prepare(service.client)
         with Writers([service.base_url], 3, seed=0) as writers:
-            time.sleep(0.2)
+            writers.bring_home(5)
             server.kill()
             alive, ready, call = (service.http.get(path) for path in ("/healthz", "/readyz", f"/runs/{RUNS[0]}"))
             server.start()
             until_ready(service.client)
-            time.sleep(0.2)
+            writers.bring_home(5)
 
         assert (alive.status_code, ready.status_code, call.status_code) == (200, 503, 503)
         assert "connection" in ready.json()["reasons"][0]
@@ -156,6 +158,34 @@ def test_a_restarted_server_is_found_again_without_a_restart_of_the_service(
         assert set(writers.refusals) == {"store_unavailable"}
         assert faults(server.url, writers, service.client) == (0, 0, [])
         service.stop()
+
+
+def test_a_server_that_takes_no_writes_is_not_ready_and_still_predicts(
+    postgresql_server: str, start_service: Callable[..., Service]
+) -> None:
+    """As after a failover to a standby."""
+    with psycopg.connect(postgresql_server, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE standby")
+        service = start_service(postgresql_server.replace("/postgres?", "/standby?"))
+        service.client.put_run("math", embedder="none")
+        service.client.add_prompts("math", [{"prompt_id": "a"}])
+        connection.execute("ALTER DATABASE standby SET default_transaction_read_only = on")
+        cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = 'standby'"
+        connection.execute(cut)
+
+        ready, refused = service.client.readyz(), service.http.post("/observe", json=observation(1))
+        predicted = service.client.predict("math", ["a"])
+        connection.execute("ALTER DATABASE standby RESET default_transaction_read_only")
+        connection.execute(cut)
+        until_ready(service.client)
+        taken = service.http.post("/observe", json=observation(1))
+
+        assert "(cannot execute UPDATE in a read-only transaction)" in ready.reasons[0]
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert predicted.log_position == 1
+        assert (taken.status_code, taken.json()["replayed"]) == (200, False)
+        service.stop()
+        connection.execute("DROP DATABASE standby WITH (FORCE)")
 
 
 def test_a_connection_that_hangs_is_given_up_and_another_one_answers(
