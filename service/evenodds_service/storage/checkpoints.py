@@ -1,10 +1,11 @@
-"""Saved states of the fold, each at its log position."""
+"""Saved states of the fold, each at its log position, the older the sparser."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 
 from evenodds_service.storage.runs import keep_run, lock_run
 from evenodds_service.storage.tables import checkpoints
@@ -16,10 +17,13 @@ class _Outdated(Exception):
 
 
 class CheckpointMethods(Transactions):
-    def save_checkpoint(self, run_id: int, *, position: int, state: bytes, now: datetime, keep: int = 2) -> bool:
-        """Save the state at a log position and drop all but the newest `keep` (at least 1).
+    def save_checkpoint(self, run_id: int, *, position: int, state: bytes, now: datetime, keep: int = 8) -> bool:
+        """Save the state at a log position, and thin out the older ones; see `thinned`.
 
         The fold is a function of the log: a checkpoint that the position has already stays as it is.
+
+        Args:
+            keep: Most checkpoints that are kept, at least 1.
 
         Returns:
             Whether it was saved: not if something was voided behind the position, since the state may hold it.
@@ -29,8 +33,6 @@ class CheckpointMethods(Transactions):
         """
         row = {"run_id": run_id, "position": position, "state": state, "created_at": now}
         of_run = checkpoints.c.run_id == run_id
-        newest = select(checkpoints.c.position).where(of_run).order_by(checkpoints.c.position.desc()).limit(keep)
-        oldest_kept = select(func.min(newest.subquery().c.position)).scalar_subquery()
         try:
             with self._writing() as connection:
                 keep_run(connection, run_id)
@@ -38,7 +40,9 @@ class CheckpointMethods(Transactions):
                 # The lock that stops the trainer comes last: the state may be large.
                 if lock_run(connection, run_id).void_position > position:
                     raise _Outdated
-                connection.execute(delete(checkpoints).where(of_run, checkpoints.c.position < oldest_kept))
+                positions = connection.execute(select(checkpoints.c.position).where(of_run)).scalars().all()
+                superfluous = set(positions) - set(thinned(positions, keep=keep))
+                connection.execute(delete(checkpoints).where(of_run, checkpoints.c.position.in_(superfluous)))
         except _Outdated:
             return False
         return True
@@ -56,3 +60,22 @@ class CheckpointMethods(Transactions):
         with self._reading() as connection:
             row = connection.execute(statement).one_or_none()
         return None if row is None else (row.position, row.state)
+
+
+def thinned(positions: Sequence[int], *, keep: int) -> list[int]:
+    """Which of these checkpoints to keep, newest first: those without which the distance from the newest would more
+    than quadruple from one to the next.
+
+    A rewind by d entries then finds a checkpoint that is about 4 d back at most, not the log's beginning. Distances
+    only grow more alike as the newest moves on, so that this holds after any number of saves.
+
+    Args:
+        keep: Most to keep; the oldest give way.
+    """
+    newest_first = sorted(set(positions), reverse=True)
+    kept = newest_first[:2]
+    for position, older in zip(newest_first[2:], [*newest_first[3:], None], strict=False):
+        distance = newest_first[0] - kept[-1]
+        if older is None or newest_first[0] - older > 4 * distance:
+            kept.append(position)
+    return kept[:keep]
