@@ -7,18 +7,23 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from evenodds import Client
 from evenodds_service import importing
 from evenodds_service.__main__ import main
 from evenodds_service.importing import BLOCK_LINES, ImportRefused, read_blocks
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.migration import upgrade
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -175,3 +180,36 @@ def test_an_import_that_was_killed_goes_on_where_it_stopped(target: Service, tmp
 
     ids = [prompt.prompt_id for prompt in target.client.prompts(RUN)]
     assert ids == [f"p{i}" for i in range(n)]
+
+
+@pytest.mark.slow
+def test_an_import_outlasts_a_service_that_is_killed_and_starts_again(database_url: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    settings = {**os.environ, "EVENODDS_PORT": str(port), "EVENODDS_DATABASE_URL": database_url}
+    engine = open_engine(database_url)
+    upgrade(engine)
+    engine.dispose()
+    file, n = tmp_path / "pool.jsonl", 10 * BLOCK_LINES
+    file.write_text("\n".join(lines(n)))
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "evenodds_service", *arguments]
+        return subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    with ExitStack() as stack:
+        stack.callback((service := start("serve")).kill)
+        client = stack.enter_context(Client(url, retries=30))
+        client.put_run(RUN, embedder="none")
+        stack.callback((importing_ := start("import", RUN, str(file), "--url", url)).kill)
+        deadline = time.monotonic() + 60
+        while client.run(RUN).pool_size < BLOCK_LINES and time.monotonic() < deadline:
+            time.sleep(0.01)
+        service.kill()
+        service.wait()
+        stack.callback((again := start("serve")).wait)
+        stack.callback(again.kill)
+
+        assert importing_.wait(120) == 0
+        assert [prompt.prompt_id for prompt in client.prompts(RUN)] == [f"p{i}" for i in range(n)]
