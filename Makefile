@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all check bench bench-quality openapi migration
+.PHONY: setup serve test test-all check bench bench-quality demo openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ bench: $(STAMP)
 
 bench-quality: $(STAMP)  ## EVENODDS_DATA names the folder of recorded success rates
 	$(BIN)/python -m benchmarks.quality
+
+demo: $(STAMP)  ## train a small model by GRPO with each predictor; SEEDS="0 1 2 3 4" for the reported figures
+	$(BIN)/python -m examples.grpo_from_scratch.run --seeds $(or $(SEEDS),0)
 
 openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
 	$(BIN)/python -m evenodds_service openapi > openapi.json

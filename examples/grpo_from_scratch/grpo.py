@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from examples.grpo_from_scratch.model import Transformer, answers_of, log_probabilities, questions_of, sample
 from examples.grpo_from_scratch.task import PAD, Problem, World, is_right
+from torch import Tensor
 
 
 def pretrain(

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from examples.grpo_from_scratch.task import END, PAD, Levels, Problem
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.grpo_from_scratch.task import END, PAD, Levels, Problem
+_CHUNK = 512
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, [n, H, length, D / H] both."""
@@ -130,9 +131,8 @@ def log_probabilities(model: Transformer, questions: Tensor, answers: Tensor) ->
 @torch.no_grad()
 def success_rates(model: Transformer, questions: Tensor, answers: Tensor) -> Tensor:
     """Probability of drawing exactly the right answer, [n]: what accuracy at temperature 1 converges to."""
-    return torch.cat(
-        [
-            log_probabilities(model, q, a).sum(1).exp()
-            for q, a in zip(questions.split(512), answers.split(512), strict=True)
-        ]
-    )
+    parts = [
+        log_probabilities(model, questions[i : i + _CHUNK], answers[i : i + _CHUNK]).sum(1).exp()
+        for i in range(0, len(questions), _CHUNK)
+    ]
+    return torch.cat(parts)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-
 from examples.grpo_from_scratch.train import Record
 
 matplotlib.use("Agg")
@@ -17,6 +16,22 @@ from matplotlib import pyplot as plt
 
 SMOOTHED = 3
 """Evaluations in a running mean: a single one may cross the aim by chance."""
+
+_HEADS: tuple[str, ...] = (
+    "method",
+    "steps to aim",
+    "fewer steps",
+    "rollouts to aim",
+    "of dynamic's",
+    "accuracy at the end",
+    "sort",
+    "translate",
+    "informative",
+    "forecast error",
+    "distinct",
+    "select + observe",
+    "own step",
+)
 
 Records = Mapping[str, Mapping[int, Record]]
 """By method, then by seed."""
@@ -48,9 +63,7 @@ def table(records: Records, *, baseline: str = "uniform") -> str:
     The aim of a seed is the smoothed accuracy at the end of the baseline's run of that seed. A run that ends before it
     gets there counts with its length, and its mean is marked with `>`; the number in brackets is how many got there.
     """
-    heads = ("method", "steps to aim", "fewer steps", "rollouts to aim", "of dynamic's", "accuracy at the end")
-    heads = (*heads, "sort", "translate", "informative", "forecast error", "distinct", "select + observe", "own step")
-    rows = [heads]
+    rows = [_HEADS]
     for method, by_seed in records.items():
         seeds = [seed for seed in by_seed if seed in records.get(baseline, {})]
         if not seeds:
@@ -81,7 +94,7 @@ def table(records: Records, *, baseline: str = "uniform") -> str:
                 _spread([1e3 * statistics.median(run.own_seconds) for run in runs], ".0f") + " ms",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
@@ -92,7 +105,7 @@ def run_groups(record: Record) -> list[str]:
     return list(record.accuracies)
 
 
-def picture(records: Records, path: Path, *, n_pretrained: str) -> None:
+def picture(records: Records, path: Path, *, title: str) -> None:
     """Held-out accuracy against steps and rollouts, and informative share; means over seeds, seeds as thin lines."""
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
     for number, (method, by_seed) in enumerate(records.items()):
@@ -119,7 +132,7 @@ def picture(records: Records, path: Path, *, n_pretrained: str) -> None:
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(n_pretrained)
+    figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,7 +1,8 @@
-"""GRPO from scratch, its batches chosen through the service: `make demo`, or `python -m examples.grpo_from_scratch.run`.
+"""GRPO from scratch, its batches chosen through the service: `make demo`.
 
-Starts a service of its own on a free loopback port, pretrains one model per seed, trains it by each method, and writes a
-table and a picture. Every finished run is kept as a file, so that a run that was interrupted goes on where it stopped.
+Starts a service of its own on a free loopback port, pretrains one model per seed, trains it by each method, and writes
+a table and a picture. Every finished run is kept as a file, so that a demo that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-from evenodds import Client, EvenOddsError
 from examples.grpo_from_scratch.grpo import pretrain
 from examples.grpo_from_scratch.model import Transformer
 from examples.grpo_from_scratch.report import picture, table
 from examples.grpo_from_scratch.service import ServiceFailed, running_service
 from examples.grpo_from_scratch.task import Levels, Problem, World
 from examples.grpo_from_scratch.train import PREDICTORS, Method, Plan, Record, train
+from tqdm import tqdm
+
+from evenodds import Client, EvenOddsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        levels=Levels(digits=12, languages=30, words=10),
+        levels=Levels(digits=12, languages=30, words=12),
         pool_size=6_000,
         held_out=512,
         width=96,
@@ -105,10 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     records: dict[str, dict[int, Record]] = {method.name: {} for method in methods}
     try:
-        with tempfile.TemporaryDirectory(prefix="evenodds-demo-") as folder, running_service(Path(folder)) as url:
-            with Client(url, timeout_seconds=60) as client:
-                for seed in options.seeds:
-                    _run_seed(seed, methods, records, scale=scale, device=device, client=client, out=options.out)
+        with (
+            tempfile.TemporaryDirectory(prefix="evenodds-demo-") as folder,
+            running_service(Path(folder)) as url,
+            Client(url, timeout_seconds=60) as client,
+        ):
+            for seed in options.seeds:
+                _run_seed(seed, methods, records, scale=scale, device=device, client=client, out=options.out)
     except (EvenOddsError, ServiceFailed, RuntimeError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -159,7 +163,7 @@ def _run_seed(
         return
     world = World(scale.levels, seed)
     pool, held_out = world.problems(scale.pool_size, scale.held_out)
-    pretrained = _pretrained(world, scale, device)
+    pretrained = _pretrained(world, scale, device, out / f"seed-{seed}-pretrained.pt")
     for method in missing:
         model = copy.deepcopy(pretrained)
         with tqdm(total=scale.plan.steps, desc=f"seed {seed} {method.name}", unit="step", dynamic_ncols=True) as bar:
@@ -177,14 +181,32 @@ def _run_seed(
         content = {"scale": asdict(scale), "record": asdict(records[method.name][seed])}
         files[method.name].write_text(json.dumps(content))
         drawn = {name: by_seed for name, by_seed in records.items() if by_seed}
-        picture(drawn, out / "accuracy.png", n_pretrained=_title(scale, pretrained, pool))
+        picture(drawn, out / "accuracy.png", title=_title(scale, pretrained, pool))
 
 
-def _pretrained(world: World, scale: Scale, device: torch.device) -> Transformer:
-    """The model of this world's seed."""
+def _pretrained(world: World, scale: Scale, device: torch.device, file: Path) -> Transformer:
+    """The model of this world's seed, from the file if it was pretrained before."""
     torch.manual_seed(world.seed)
     model = Transformer(world.levels, width=scale.width, layers=scale.layers, heads=scale.heads).to(device)
-    with tqdm(total=scale.pretrain_steps, desc=f"seed {world.seed} pretraining", unit="step", dynamic_ncols=True) as bar:
+    key = repr(
+        (
+            scale.levels,
+            scale.width,
+            scale.layers,
+            scale.heads,
+            scale.pretrain_steps,
+            scale.pretrain_batch,
+            scale.pretrain_rate,
+        )
+    )
+    if file.exists():
+        content = torch.load(file, map_location=device)
+        if content["key"] == key:
+            model.load_state_dict(content["state"])
+            return model
+    with tqdm(
+        total=scale.pretrain_steps, desc=f"seed {world.seed} pretraining", unit="step", dynamic_ncols=True
+    ) as bar:
 
         def each(loss: float) -> None:
             bar.update()
@@ -199,6 +221,7 @@ def _pretrained(world: World, scale: Scale, device: torch.device) -> Transformer
             seed=world.seed,
             each=each,
         )
+    torch.save({"key": key, "state": model.state_dict()}, file)
     return model
 
 

@@ -2,9 +2,9 @@
 
 *sort*: `sort 4 1 7 3` -> `1 3 4 7`. The more digits, the harder; whoever reads the text can see it.
 
-*translate*: `translate mu: mulo mude mulo` -> `3 1 3`. Every language has ten words, each of which means a secret digit.
-How well the model knows a word depends on how reliable its corpus was there, which no text shows: prompts that look
-alike differ in difficulty.
+*translate*: `translate mu: mula mude mula` -> `3 1 3`. Every language has ten words, each of which means a secret
+digit. How well the model knows a word depends on how reliable its corpus was there, which no text shows: prompts that
+look alike differ in difficulty.
 
 Every problem has one right answer, so that rewards are verified. Knows nothing of models or of the service.
 """
@@ -97,7 +97,7 @@ class World:
         chance = random.Random(f"world {self.seed}")
         for _ in range(self.levels.languages):
             # Most languages are known well or hardly, as real pools are; their words scatter around that.
-            of_language = chance.betavariate(0.3, 0.3)
+            of_language = chance.betavariate(0.25, 0.3)
             for _ in range(WORDS):
                 meaning = chance.randrange(10)
                 self.meanings.append(meaning)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
-from evenodds import Client, SelectReply
-from evenodds.schemas import Predictor
 from examples.grpo_from_scratch import grpo
 from examples.grpo_from_scratch.grpo import Rollouts
 from examples.grpo_from_scratch.model import Transformer, answers_of, questions_of, success_rates
 from examples.grpo_from_scratch.task import Problem
+
+from evenodds import Client, SelectReply
+from evenodds.schemas import Predictor
 
 PREDICTORS: dict[str, Predictor] = {
     "uniform": "uniform",
@@ -21,6 +21,13 @@ PREDICTORS: dict[str, Predictor] = {
     "mopps": "mopps",
     "gps-paper": "gps-paper",
     "gps": "gps",
+}
+_SETTINGS: dict[str, Callable[[str], float | str]] = {
+    "acquisition": str,
+    "cooldown_steps": int,
+    "max_visits": int,
+    "optimism": float,
+    "target_rate": float,
 }
 _FITTED = ("gps", "gps-paper")
 _OWN_PACE = {"every_observations": 10_000_000, "every_seconds": 10_000_000}
@@ -36,24 +43,27 @@ class Method:
 
     name: str
     base: str
-    settings: dict[str, float]
+    settings: Mapping[str, float | str]
 
     @staticmethod
     def parse(name: str) -> Method:
-        """Raises:
-        ValueError: no such method, or a setting without a number.
+        """The method of that name.
+
+        Raises:
+            ValueError: no such method or setting, or a setting whose value is no number.
         """
         base, *parts = name.split("+")
         if base not in PREDICTORS:
             raise ValueError(f"method {base!r} is none of {', '.join(PREDICTORS)}")
-        settings = {}
+        settings: dict[str, float | str] = {}
         for part in parts:
             setting, _, value = part.partition("=")
+            if setting not in _SETTINGS:
+                raise ValueError(f"setting {setting!r} in method {name!r} is none of {', '.join(_SETTINGS)}")
             try:
-                number = float(value)
+                settings[setting] = _SETTINGS[setting](value)
             except ValueError:
-                raise ValueError(f"{part!r} in method {name!r} must be SETTING=NUMBER") from None
-            settings[setting] = int(number) if number.is_integer() and setting != "optimism" else number
+                raise ValueError(f"{part!r} in method {name!r}: {value!r} is not a number of that kind") from None
         return Method(name, base, settings)
 
 
@@ -180,9 +190,7 @@ class Batches:
             refit=_OWN_PACE,
             **method.settings,  # type: ignore[arg-type]  # the service checks them
         )
-        client.add_prompts(
-            run, [{"prompt_id": str(i), "text": p.text, "group": p.group} for i, p in enumerate(pool)]
-        )
+        client.add_prompts(run, [{"prompt_id": str(i), "text": p.text, "group": p.group} for i, p in enumerate(pool)])
         self._ids = {problem.text: str(i) for i, problem in enumerate(pool)}
 
     def choose(self, step: int) -> tuple[SelectReply, list[Problem]]:
