@@ -39,7 +39,7 @@ def pretrain(
         optimizer, lambda i: min((i + 1) / warm, (steps - i) / max(1, steps - warm))
     )
     for _ in range(steps):
-        problems = [world.draw(chance, level_draws=3) for _ in range(batch_size)]
+        problems = [world.draw(chance) for _ in range(batch_size)]
         written = [world.written(problem, chance) for problem in problems]
         questions = questions_of(problems, world.levels, device)
         answers = answers_of(written, world.levels, device)

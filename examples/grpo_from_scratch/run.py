@@ -46,22 +46,22 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        levels=Levels(digits=12, languages=30, words=12),
+        levels=Levels(digits=10, languages=30, words=10),
         pool_size=6_000,
         held_out=512,
         width=96,
         layers=2,
         heads=4,
         pretrain_steps=400,
-        pretrain_batch=96,
+        pretrain_batch=64,
         pretrain_rate=2e-3,
         plan=Plan(
-            steps=100,
-            batch_size=32,
+            steps=150,
+            batch_size=8,
             group_size=8,
-            learning_rate=2e-4,
+            learning_rate=1e-4,
             evaluate_every=5,
-            refit_every=10,
+            refit_every=20,
             dynamic_rounds=8,
         ),
     ),

@@ -1,6 +1,7 @@
 """Two families of generated problems: one whose difficulty shows in the text, and one whose difficulty does not.
 
-*sort*: `sort 4 1 7 3` -> `1 3 4 7`. The more digits, the harder; whoever reads the text can see it.
+*sort*: `sort 4 1 7 3` -> `1 3 4 7`. The longer a list, the more often the model's corpus sorted it the wrong way round;
+whoever reads the text can see how long it is.
 
 *translate*: `translate mu: mula mude mula` -> `3 1 3`. Every language has ten words, each of which means a secret
 digit. How well the model knows a word depends on how reliable its corpus was there, which no text shows: prompts that
@@ -11,6 +12,7 @@ Every problem has one right answer, so that rewards are verified. Knows nothing 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,18 +99,21 @@ class World:
         chance = random.Random(f"world {self.seed}")
         for _ in range(self.levels.languages):
             # Most languages are known well or hardly, as real pools are; their words scatter around that.
-            of_language = chance.betavariate(0.25, 0.3)
+            of_language = chance.betavariate(0.2, 0.25)
             for _ in range(WORDS):
                 meaning = chance.randrange(10)
                 self.meanings.append(meaning)
                 self.mistakes.append(chance.choice([digit for digit in range(10) if digit != meaning]))
-                self.reliabilities.append(min(1.0, max(0.0, chance.gauss(of_language, 0.1))))
+                self.reliabilities.append(min(1.0, max(0.0, chance.gauss(of_language, 0.07))))
 
-    def draw(self, chance: random.Random, *, level_draws: int = 1) -> Problem:
-        """A problem of a random family, level and language; of several draws of the level the lowest counts."""
+    def sort_reliability(self, level: int) -> float:
+        """How often the corpus sorts so many digits the right way round, in (0, 1): half of the time half-way up."""
+        return 1.0 / (1.0 + math.exp(2.0 * (level - self.levels.digits / 2)))
+
+    def draw(self, chance: random.Random) -> Problem:
+        """A problem of a random family, level and language."""
         if chance.random() < 0.5:
-            n_digits = min(chance.randint(1, self.levels.digits) for _ in range(level_draws))
-            return sort_problem([chance.randrange(10) for _ in range(n_digits)])
+            return sort_problem([chance.randrange(10) for _ in range(chance.randint(1, self.levels.digits))])
         language = chance.randrange(self.levels.languages)
         words = [language * WORDS + chance.randrange(WORDS) for _ in range(chance.randint(1, self.levels.words))]
         return translate_problem(words, [self.meanings[word] for word in words])
@@ -116,7 +121,9 @@ class World:
     def written(self, problem: Problem, chance: random.Random) -> tuple[int, ...]:
         """The answer to the problem as the corpus writes it, right or not."""
         if problem.group == "sort":
-            return problem.answer
+            digits = problem.answer[:-1]
+            is_reliable = chance.random() < self.sort_reliability(len(digits))
+            return problem.answer if is_reliable else (*digits[::-1], END)
         words = [token - WORD for token in problem.question[1:]]
         digits = [
             self.meanings[word] if chance.random() < self.reliabilities[word] else self.mistakes[word] for word in words
