@@ -38,8 +38,9 @@ bench: $(STAMP)
 bench-quality: $(STAMP)  ## EVENODDS_DATA names the folder of recorded success rates
 	$(BIN)/python -m benchmarks.quality
 
-demo: $(STAMP)  ## train a small model by GRPO with each predictor; SEEDS="0 1 2 3 4" for the reported figures
-	$(BIN)/python -m examples.grpo_from_scratch.run --seeds $(or $(SEEDS),0)
+demo: export OMP_NUM_THREADS = 1
+demo: $(STAMP)  ## train a small model by GRPO, its batches chosen by each predictor; SEEDS="0 1" names the seeds
+	$(BIN)/python -m examples.grpo_from_scratch.run $(if $(SEEDS),--seeds $(SEEDS))
 
 openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
 	$(BIN)/python -m evenodds_service openapi > openapi.json

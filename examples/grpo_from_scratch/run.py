@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ SCALES = {
         pretrain_batch=64,
         pretrain_rate=2e-3,
         plan=Plan(
-            steps=150,
+            steps=100,
             batch_size=8,
             group_size=8,
             learning_rate=1e-4,
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale = replace(scale, plan=replace(scale.plan, **changes))
     if options.pretrain_steps is not None:
         scale = replace(scale, pretrain_steps=options.pretrain_steps)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the service would outlive the demo
     options.out.mkdir(parents=True, exist_ok=True)
     records: dict[str, dict[int, Record]] = {method.name: {} for method in methods}
     try:
@@ -130,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(PREDICTORS),
         metavar="METHOD",
-        help=f"any of {', '.join(PREDICTORS)}; with settings of the run as in gps+cooldown_steps=2+optimism=1",
+        help=f"any of {', '.join(PREDICTORS)}; with settings of the run as in gps+acquisition=thompson",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--device", help="torch device; CUDA where there is one")
     parser.add_argument("--scale", choices=SCALES, help="model and task; large on CUDA, else small")
     parser.add_argument("--steps", type=int, help="GRPO steps of each run")

@@ -121,9 +121,8 @@ class World:
     def written(self, problem: Problem, chance: random.Random) -> tuple[int, ...]:
         """The answer to the problem as the corpus writes it, right or not."""
         if problem.group == "sort":
-            digits = problem.answer[:-1]
-            is_reliable = chance.random() < self.sort_reliability(len(digits))
-            return problem.answer if is_reliable else (*digits[::-1], END)
+            is_reliable = chance.random() < self.sort_reliability(problem.level)
+            return problem.answer if is_reliable else (*problem.answer[-2::-1], END)
         words = [token - WORD for token in problem.question[1:]]
         digits = [
             self.meanings[word] if chance.random() < self.reliabilities[word] else self.mistakes[word] for word in words

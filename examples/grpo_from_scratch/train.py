@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ PREDICTORS: dict[str, Predictor] = {
 }
 _SETTINGS: dict[str, Callable[[str], float | str]] = {
     "acquisition": str,
+    "candidates": int,
     "cooldown_steps": int,
     "max_visits": int,
     "optimism": float,
@@ -38,12 +40,15 @@ class Method:
     """How batches are chosen: a predictor of the service, or dynamic sampling over uniform batches.
 
     Attributes:
-        name: As given: a key of `PREDICTORS`, then settings of the run, as in `gps+cooldown_steps=2`.
+        name: As given: a key of `PREDICTORS`, then settings, as in `gps+cooldown_steps=20`.
+        settings: Of the run.
+        candidates: The service chooses among so many random prompts for each one of the batch; 0: among the whole pool.
     """
 
     name: str
     base: str
     settings: Mapping[str, float | str]
+    candidates: int = 0
 
     @staticmethod
     def parse(name: str) -> Method:
@@ -64,7 +69,10 @@ class Method:
                 settings[setting] = _SETTINGS[setting](value)
             except ValueError:
                 raise ValueError(f"{part!r} in method {name!r}: {value!r} is not a number of that kind") from None
-        return Method(name, base, settings)
+        candidates = int(settings.pop("candidates", 0))
+        if candidates < 0:
+            raise ValueError(f"candidates {candidates} in method {name!r} must be at least 0")
+        return Method(name, base, settings, candidates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +191,7 @@ class Batches:
     ) -> None:
         self._client, self._run, self._pool, self._seed = client, run, pool, seed
         self._size = plan.batch_size * (plan.dynamic_rounds if method.base == "dynamic" else 1)
+        self._n_candidates = self._size * method.candidates
         client.put_run(
             run,
             predictor=PREDICTORS[method.base],
@@ -195,7 +204,11 @@ class Batches:
 
     def choose(self, step: int) -> tuple[SelectReply, list[Problem]]:
         """The batch of this step; for dynamic sampling as many as it may need, in the order to try them."""
-        reply = self._client.select_batch(self._run, step, self._size, seed=self._seed)
+        candidates = None
+        if self._n_candidates:
+            chance = random.Random(f"candidates {self._seed} {step}")
+            candidates = chance.sample(list(self._ids.values()), min(self._n_candidates, len(self._ids)))
+        reply = self._client.select_batch(self._run, step, self._size, seed=self._seed, candidates=candidates)
         return reply, [self._pool[int(prompt.prompt_id)] for prompt in reply.prompts]
 
     def report(self, step: int, reply: SelectReply, rollouts: Rollouts) -> None:

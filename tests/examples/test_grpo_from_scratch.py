@@ -229,7 +229,11 @@ def test_the_same_seed_trains_the_same_model(service: Service, pretrained: Trans
     ("name", "message"),
     [
         ("gsp", "method 'gsp' is none of uniform, dynamic, mopps, gps-paper, gps"),
-        ("gps+cooldown=2", "setting 'cooldown' in method 'gps.cooldown=2' is none of acquisition, cooldown_steps"),
+        (
+            "gps+cooldown=2",
+            "setting 'cooldown' in method 'gps.cooldown=2' is none of acquisition, candidates, cooldown_steps",
+        ),
+        ("gps+candidates=-1", "candidates -1 in method .* must be at least 0"),
         ("gps+cooldown_steps=x", "'cooldown_steps=x' in method .*: 'x' is not a number of that kind"),
     ],
 )
@@ -297,7 +301,16 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def demo(*methods: str) -> subprocess.CompletedProcess[str]:
         options = ["--steps", "6", "--pretrain-steps", "40", "--refit-every", "3", "--out", str(tmp_path)]
-        command = [sys.executable, "-m", "examples.grpo_from_scratch.run", *options, "--methods", *methods]
+        command = [
+            sys.executable,
+            "-m",
+            "examples.grpo_from_scratch.run",
+            *options,
+            "--seeds",
+            "0",
+            "--methods",
+            *methods,
+        ]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
 
     first = demo("uniform", "gps")
