@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all check bench bench-quality openapi migration
+.PHONY: setup serve test test-all check bench bench-quality demo openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ bench: $(STAMP)
 
 bench-quality: $(STAMP)  ## EVENODDS_DATA names the folder of recorded success rates
 	$(BIN)/python -m benchmarks.quality
+
+demo: export OMP_NUM_THREADS = 1
+demo: $(STAMP)  ## train a small model by GRPO, its batches chosen by each predictor; SEEDS="0 1" names the seeds
+	$(BIN)/python -m examples.grpo_from_scratch.run $(if $(SEEDS),--seeds $(SEEDS))
 
 openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
 	$(BIN)/python -m evenodds_service openapi > openapi.json
