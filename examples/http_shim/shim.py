@@ -10,6 +10,7 @@ not answer within the deadline. Answers are passed on as they come, streams too.
 
 import json
 import os
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
@@ -31,7 +32,7 @@ def create_app(
     model = httpx.AsyncClient(base_url=upstream, timeout=httpx.Timeout(10.0, read=None))
 
     @asynccontextmanager
-    async def lifespan(app: Starlette):
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await gateway.close()
         await model.aclose()

@@ -1,11 +1,13 @@
 """The callback that `config.yaml` names: budgets from Even Odds before each call, outcomes after it."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from evenodds.integrations.litellm import BudgetHook
 
 
-def verify(request, response):
+def verify(request: Mapping[str, Any], response: Any) -> list[float] | None:
     """Your verifier: a reward in [0, 1] for each choice, or None where it cannot tell.
 
     Here the caller sends the right answer along, as `metadata: {"answer": ...}`.

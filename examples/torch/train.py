@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader
 from evenodds import PromptSelector
 from evenodds.integrations.torch import PromptSampler, ranks
 
-ROWS = [{"prompt_id": f"{a}+{b}", "text": f"What is {a} + {b}?", "sum": a + b} for a in range(40) for b in range(40)]
+ROWS: Any = [
+    {"prompt_id": f"{a}+{b}", "text": f"What is {a} + {b}?", "sum": a + b} for a in range(40) for b in range(40)
+]
 BATCH_SIZE, GROUP_SIZE, N_STEPS = 32, 8, 20
 
 
@@ -28,7 +31,7 @@ def main(base_url: str, checkpoint: str = "checkpoint.pt") -> None:
     sampler = PromptSampler(selector, BATCH_SIZE, n_steps=N_STEPS)
     if Path(checkpoint).is_file():
         sampler.load_state_dict(torch.load(checkpoint))
-    loader = DataLoader(ROWS, batch_size=BATCH_SIZE, sampler=sampler, collate_fn=list)
+    loader: DataLoader[list[dict[str, Any]]] = DataLoader(ROWS, batch_size=BATCH_SIZE, sampler=sampler, collate_fn=list)
     for rows in loader:
         step = sampler.newest_step
         rewards = {

@@ -26,7 +26,7 @@ LIMIT = 1_000_000
 
 
 def packed(body: object) -> bytes:
-    return gzip.compress(json.dumps(body).encode())
+    return gzip.compress(json.dumps(body).encode(), mtime=0)
 
 
 def in_pieces(content: bytes, size: int) -> Iterator[bytes]:
@@ -73,7 +73,9 @@ def test_packed_bodies_are_read_as_plain_ones(caller: Caller, encoding: str) -> 
 @pytest.mark.parametrize("n", [1, 7, 10**6])
 def test_a_packed_body_may_come_in_pieces_and_members(caller: Caller, n: int) -> None:
     lines = [json.dumps({"prompt_id": f"p{i}"}).encode() + b"\n" for i in range(3_000)]
-    content = gzip.compress(b"".join(lines[:1_500])) + gzip.compress(b"") + gzip.compress(b"".join(lines[1_500:]))
+    content = (
+        gzip.compress(b"".join(lines[:1_500]), mtime=0) + gzip.compress(b"") + gzip.compress(b"".join(lines[1_500:]))
+    )
 
     added = caller.ok(
         "POST", f"/runs/{caller.run}/prompts", content=in_pieces(content, n), headers={**NDJSON, **PACKED}
@@ -126,7 +128,7 @@ def test_a_body_is_taken_up_to_the_limit_and_refused_beyond(small: Service, way:
             return small.http.post("/observe", content=content, headers=JSON)
         if way == "in pieces":
             return small.http.post("/observe", content=in_pieces(content, 60_000), headers=JSON)
-        return small.http.post("/observe", content=gzip.compress(content), headers={**JSON, **PACKED})
+        return small.http.post("/observe", content=gzip.compress(content, mtime=0), headers={**JSON, **PACKED})
 
     taken, too_large = send(LIMIT), send(LIMIT + 1)
 
@@ -152,7 +154,7 @@ def test_the_limit_holds_for_a_pool_as_json(small: Service) -> None:
 
 @pytest.mark.parametrize("media_type", [JSON, NDJSON])
 def test_a_bomb_is_not_unpacked(small: Service, media_type: dict[str, str]) -> None:
-    bomb = gzip.compress(b"x" * 150_000_000, compresslevel=1)
+    bomb = gzip.compress(b"x" * 150_000_000, compresslevel=1, mtime=0)
     assert len(bomb) < 2_000_000
     tracemalloc.start()
 
@@ -174,7 +176,9 @@ def test_lines_have_no_limit_together(small: Service) -> None:
     assert len(lines) > 2 * LIMIT
 
     plain = small.http.post("/runs/math/prompts", content=lines, headers=NDJSON)
-    compressed = small.http.post("/runs/math/prompts", content=gzip.compress(lines), headers={**NDJSON, **PACKED})
+    compressed = small.http.post(
+        "/runs/math/prompts", content=gzip.compress(lines, mtime=0), headers={**NDJSON, **PACKED}
+    )
 
     assert (plain.json()["added"], compressed.json()["existing"]) == (4_000, 4_000)
 
