@@ -69,6 +69,7 @@ class Calls(Protocol):
         embedder_prompt: str | None = None,
         acquisition: Acquisition | None = None,
         optimism: float | None = None,
+        diversity: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
         refit: RefitPolicy | Mapping[str, object] | None = None,
@@ -85,6 +86,7 @@ class Calls(Protocol):
             embedder_prompt: Instruction that the embedder puts before each text.
             acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
+            diversity: Weight of unlikeness, in the batch and to the previous ones, against the score, in [0, 10].
             cooldown_steps: Steps that a chosen prompt rests.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
@@ -105,6 +107,7 @@ class Calls(Protocol):
                     "embedder_prompt": embedder_prompt,
                     "acquisition": acquisition,
                     "optimism": optimism,
+                    "diversity": diversity,
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
                     "refit": refit,
@@ -282,6 +285,7 @@ class Calls(Protocol):
         group_size: int | None = None,
         acquisition: Acquisition | None = None,
         optimism: float | None = None,
+        diversity: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
     ) -> Exchange[SelectReply]:
@@ -314,6 +318,7 @@ class Calls(Protocol):
                     "group_size": group_size,
                     "acquisition": acquisition,
                     "optimism": optimism,
+                    "diversity": diversity,
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
                 }

@@ -72,6 +72,7 @@ class SelectArguments:
     group_size: int
     target_rate: float | None
     optimism: float
+    diversity: float
     cooldown_steps: int
     max_visits: int
     candidates: Sequence[str] | None
@@ -222,6 +223,7 @@ class LiveRun:
                 generator=generator,
                 directions_of=self._directions if arguments.acquisition in ("yield", "paper") else None,
                 recent_batches=state.recent_batches,
+                diversity=arguments.diversity,
                 groups={group: (share, self._members(group)) for group, share in arguments.groups.items()},
             )
         except NotEnoughPrompts as error:

@@ -25,6 +25,7 @@ DEFAULTS = {
     "embedder_prompt": None,
     "acquisition": "yield",
     "optimism": 0.5,
+    "diversity": 0.1,
     "cooldown_steps": 0,
     "max_visits": 0,
     "refit": {"every_observations": 2_048, "every_seconds": 600},
@@ -43,6 +44,7 @@ CHANGED = {
     "embedder_prompt": "Solve: ",
     "acquisition": "uniform",
     "optimism": 0.0,
+    "diversity": 1.0,
     "cooldown_steps": 3,
     "max_visits": 2,
 }

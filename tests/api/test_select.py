@@ -212,6 +212,7 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"group_size": 1025}, "group_size: Input should be less than or equal to 1024, got 1025"),
         ({"acquisition": "best"}, "acquisition: Input should be 'yield', 'paper', 'thompson' or 'uniform', got 'best'"),
         ({"optimism": 11}, "optimism: Input should be less than or equal to 10, got 11"),
+        ({"diversity": -0.1}, "diversity: Input should be greater than or equal to 0, got -0.1"),
         ({"max_visits": -1}, "max_visits: Input should be greater than or equal to 0, got -1"),
         ({"candidates": []}, "candidates: Tuple should have at least 1 item after validation, not 0"),
         ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),

@@ -25,6 +25,7 @@ RUN: dict[str, object] = {
     "embedder_prompt": None,
     "acquisition": "yield",
     "optimism": 0.5,
+    "diversity": 0.1,
     "cooldown_steps": 0,
     "max_visits": 0,
     "refit": {"every_observations": 2048, "every_seconds": 600},

@@ -16,7 +16,6 @@ from evenodds_service.domain.distributions import target_moments
 from evenodds_service.domain.types import Acquisition, BoolArray, FloatArray, IntArray
 
 LEAST_RECENTLY_SEEN_SHARE = 0.05
-DIVERSITY_SHARE = 0.1
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
 
@@ -116,6 +115,7 @@ def choose(
     generator: np.random.Generator,
     directions_of: Callable[[IntArray], FloatArray] | None = None,
     recent_batches: Sequence[IntArray] = (),
+    diversity: float = 0.1,
     groups: Mapping[str, tuple[float, BoolArray]] | None = None,
 ) -> Choice:
     """Choose a batch: group minima, the least recently seen, then score plus diversity.
@@ -130,6 +130,7 @@ def choose(
         directions_of: Unit feature vectors [n, D] of n prompts; None switches diversity and the least-recently-seen
             quota off, as a purely random or published acquisition wants.
         recent_batches: The previous batches, the anchors of diversity.
+        diversity: Of `greedy_diverse`.
         groups: Least share of the batch and membership by group name.
 
     Raises:
@@ -154,13 +155,13 @@ def choose(
         allowed = eligible_N & members_N & ~taken
         if int(allowed.sum()) < wanted:
             raise NotEnoughPrompts(asked=wanted, eligible=int(allowed.sum()), group=group)
-        take(_best(scores_N, ties_N, allowed, wanted, directions_of, anchor_D))
+        take(_best(scores_N, ties_N, allowed, wanted, directions_of, anchor_D, diversity))
     if directions_of is not None:
         free = batch_size - int(taken.sum())
         quota = min(free, math.floor(LEAST_RECENTLY_SEEN_SHARE * batch_size + generator.random()))
         take(_first(last_seen_N, ties_N, eligible_N & ~taken, quota))
     free = batch_size - int(taken.sum())
-    take(_best(scores_N, ties_N, eligible_N & ~taken, free, directions_of, anchor_D))
+    take(_best(scores_N, ties_N, eligible_N & ~taken, free, directions_of, anchor_D, diversity))
 
     prompts = np.concatenate(chosen)
     return Choice(prompts, informative_N[prompts], _pad_to(scores_N, informative_N, eligible_N, prompts))
@@ -179,13 +180,14 @@ def _best(
     n: int,
     directions_of: Callable[[IntArray], FloatArray] | None,
     anchor_D: FloatArray | None,
+    diversity: float,
 ) -> IntArray:
     """The n best by score, or by greedy score plus diversity over a shortlist."""
     candidates = np.flatnonzero(allowed_N)
     if directions_of is None:
         return _top(candidates, scores_N, ties_N, n)
     shortlist = _top(candidates, scores_N, ties_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
-    order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D)
+    order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D, diversity=diversity)
     return shortlist[order]
 
 
@@ -199,12 +201,17 @@ def _top(candidates: IntArray, scores_N: FloatArray, ties_N: FloatArray, n: int)
 
 
 def greedy_diverse(
-    scores_S: FloatArray, directions_S_D: FloatArray, n: int, *, anchor_D: FloatArray | None = None
+    scores_S: FloatArray,
+    directions_S_D: FloatArray,
+    n: int,
+    *,
+    anchor_D: FloatArray | None = None,
+    diversity: float = 0.1,
 ) -> IntArray:
     """Greedy max-sum of score and history-anchored diversity (GPS Eq. 12-14; algorithm section 4).
 
     The marginal gain of a prompt is its score + its mean cosine distance to the chosen + half the mean distance to the
-    previous batches, each scaled so that its spread over the shortlist is `DIVERSITY_SHARE` of the scores' spread.
+    previous batches, each scaled so that its spread over the shortlist is `diversity` times the scores' spread.
     Distances to the chosen are brought up to date every n / 64 picks.
 
     Args:
@@ -212,11 +219,12 @@ def greedy_diverse(
         directions_S_D: Unit vectors.
         n: How many to choose, at most S.
         anchor_D: Mean of the previous batches' unit vectors, or None.
+        diversity: At least 0.
 
     Returns:
         int64 [n] positions in the shortlist, in the order of choice.
     """
-    unit = DIVERSITY_SHARE * max(float(scores_S.std()), 1e-3)
+    unit = diversity * max(float(scores_S.std()), 1e-3)
     gain = scores_S.astype(np.float64)
     if anchor_D is not None:
         gain = gain + 0.5 * unit * _standardised(1.0 - directions_S_D @ anchor_D)

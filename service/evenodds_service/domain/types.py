@@ -40,6 +40,7 @@ class RunSettings:
         acquisition: None follows the predictor (`yield`; `paper` under `gps-paper`, `thompson` under `mopps`,
             `uniform` under `uniform`).
         optimism: Weight of the standard deviation in the yield score.
+        diversity: Spread of the diversity terms, in units of the scores' spread.
         cooldown_steps: Steps that a chosen prompt rests.
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
         refit_every_observations: A refit is due after so many new observations (sooner while there are few).
@@ -53,6 +54,7 @@ class RunSettings:
     embedder_prompt: str | None = None
     acquisition: Acquisition | None = None
     optimism: float = 0.5
+    diversity: float = 0.1
     cooldown_steps: int = 0
     max_visits: int = 0
     refit_every_observations: int = 2_048
