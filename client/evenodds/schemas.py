@@ -142,6 +142,10 @@ class RunUpdate(Request):
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
         default=None, description="weight of the uncertainty in the yield score; 0.5 by default"
     )
+    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="weight of unlikeness, in the batch and to the previous ones, against the score; 0.1 by default",
+    )
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt rests for this many steps after it was chosen; 0 by default"
     )
@@ -266,6 +270,7 @@ class RunState(Reply):
     embedder_prompt: str | None
     acquisition: Acquisition
     optimism: float
+    diversity: float
     cooldown_steps: int
     lease_steps: int = 8
     max_visits: int
@@ -508,6 +513,7 @@ class SelectRequest(Request):
     group_size: GroupSize | None = None
     acquisition: Acquisition | None = None
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     allow_outstanding: bool = Field(
