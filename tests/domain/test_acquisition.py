@@ -414,7 +414,7 @@ def test_diversity_keeps_a_crowd_of_look_alikes_from_filling_the_batch() -> None
     shop.eligible_N[:] = True
     crowd, nearly = np.arange(400) < 100, np.arange(400) >= 200
     shop.directions_N_D[crowd] = shop.directions_N_D[0]
-    shop.scores_N *= 0.8
+    shop.scores_N = np.minimum(shop.scores_N, 0.98)
     shop.scores_N[crowd], shop.scores_N[nearly] = 0.99, 0.9
     shop.recent = ()
 
