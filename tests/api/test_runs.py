@@ -191,10 +191,9 @@ def test_the_floor_follows_the_acquisition_until_it_is_set(caller: Caller, acqui
             {"groups": {"a": 0.5}, "groups_at_most": {"a": 0.25}},
             "groups.a: 0.5 is more than groups_at_most allows, 0.25: lower the one or raise the other",
         ),
-        (
-            {"fallback": "perhaps"},
-            "fallback: Input should be a valid boolean, unable to interpret input, got 'perhaps'",
-        ),
+        ({"fallback": "no"}, "fallback: Input should be a truth value, got 'no'"),
+        ({"keep_text": 0}, "keep_text: Input should be a truth value, got 0"),
+        ({"groups": {"a": "0.5"}}, "groups: a should be a number, got '0.5'"),
         ({"embedder": ""}, "embedder: String should have at least 1 character, got ''"),
         ({"embeder": "none"}, "embeder: Extra inputs are not permitted, got 'none'"),
         ([], "body: Input should be a valid dictionary or object to extract fields from"),
