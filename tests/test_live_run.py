@@ -26,6 +26,7 @@ ARGUMENTS = SelectArguments(
     group_size=8,
     target_rate=None,
     optimism=0.5,
+    diversity=0.1,
     cooldown_steps=0,
     max_visits=0,
     lease_steps=8,

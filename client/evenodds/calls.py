@@ -90,6 +90,7 @@ class Calls(Protocol):
         embedder_prompt: str | None = None,
         acquisition: Acquisition | None = None,
         optimism: float | None = None,
+        diversity: float | None = None,
         cooldown_steps: int | None = None,
         lease_steps: int | None = None,
         max_visits: int | None = None,
@@ -116,6 +117,7 @@ class Calls(Protocol):
             embedder_prompt: Instruction that the embedder puts before each text.
             acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
+            diversity: Weight of unlikeness, in the batch and to the previous ones, against the score, in [0, 10].
             cooldown_steps: Steps that a chosen prompt rests.
             lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
                 comes; 8 by default, 0 waits for none.
@@ -150,6 +152,7 @@ class Calls(Protocol):
                     "embedder_prompt": embedder_prompt,
                     "acquisition": acquisition,
                     "optimism": optimism,
+                    "diversity": diversity,
                     "cooldown_steps": cooldown_steps,
                     "lease_steps": lease_steps,
                     "max_visits": max_visits,
@@ -439,6 +442,7 @@ class Calls(Protocol):
         group_size: int | None = None,
         acquisition: Acquisition | None = None,
         optimism: float | None = None,
+        diversity: float | None = None,
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
         allow_outstanding: bool = False,
@@ -477,6 +481,7 @@ class Calls(Protocol):
                     "group_size": group_size,
                     "acquisition": acquisition,
                     "optimism": optimism,
+                    "diversity": diversity,
                     "cooldown_steps": cooldown_steps,
                     "max_visits": max_visits,
                     **({"allow_outstanding": True} if allow_outstanding else {}),

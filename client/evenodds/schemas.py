@@ -6,11 +6,22 @@ them, so that an old client keeps working against a newer service. Nothing here 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonValue
 
 MAX_ITEMS = 10_000
@@ -48,6 +59,9 @@ PromptId = Annotated[Key, Field(description="stable inside a run", examples=["gs
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_storable)]
 Step = Annotated[int, Field(ge=0, le=MAX_STEP, description="the policy version", examples=[12])]
 Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Reward = Annotated[
+    Rate, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "boolean"}]})
+]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 GroupSize = Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE, description="attempts per prompt in training")]
 TargetRate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -74,21 +88,61 @@ class Request(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before", check_fields=False)
     @classmethod
-    def _truth_is_no_number(cls, sent: object) -> object:
-        """Refuse true and false where a number is meant: they would count as 1 and 0. (A reward may be one.)"""
-        if isinstance(sent, dict):
-            for name, value in sent.items():
-                field = cls.model_fields.get(name)
-                if isinstance(value, bool) and field is not None and bool not in _kinds(field.annotation):
-                    raise ValueError(f"{name}: {str(value).lower()} is no value for it")
-        return sent
+    def _means_what_it_says(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse "1" and true where a number is meant, and "no" and 0 where true or false is: they would be taken."""
+        kind = _kinds(cls).get(info.field_name or "")
+        if kind is None:
+            return value
+        wrong = _WRONG[kind]
+        if type(value) in wrong:
+            raise ValueError(f"Input should be a {kind}")
+        many: Iterable[tuple[object, object]] = ()
+        if isinstance(value, (list, tuple)) and not wrong.isdisjoint(map(type, value)):
+            many = ((f"item {i}", each) for i, each in enumerate(value))
+        elif isinstance(value, dict) and not wrong.isdisjoint(map(type, value.values())):
+            many = value.items()
+        for name, each in many:
+            if type(each) in wrong:
+                raise ValueError(f"{name} should be a {kind}, got {each!r:.80}")
+        return value
 
 
-def _kinds(annotation: object) -> tuple[object, ...]:
-    """A type, or the types of a union."""
-    return get_args(annotation) or (annotation,)
+_Kind = Literal["number", "reward", "truth value"]
+_WRONG: Mapping[_Kind, frozenset[type]] = {
+    "number": frozenset({bool, str}),
+    "reward": frozenset({str}),
+    "truth value": frozenset({str, int, float}),
+}
+
+
+@cache
+def _kinds(model: type[BaseModel]) -> Mapping[str, _Kind]:
+    """Of fields that hold numbers or truth values, alone or in lists and by name, what they hold."""
+    found: dict[str, _Kind] = {}
+    for name, field in model.model_fields.items():
+        leaves = set(_leaves(field.annotation))
+        if leaves & {int, float}:
+            found[name] = "reward" if name == "rewards" else "number"
+        elif bool in leaves:
+            found[name] = "truth value"
+    return found
+
+
+def _leaves(annotation: object) -> Iterator[object]:
+    """The plain types in an annotation, without the names of a mapping."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        inner = inner[:1]
+    elif get_origin(annotation) is dict:
+        inner = inner[1:]
+    elif get_origin(annotation) is Literal:
+        return
+    if not inner:
+        yield annotation
+    for each in inner:
+        yield from _leaves(each)
 
 
 def _example(**fields: JsonValue) -> ConfigDict:
@@ -141,6 +195,10 @@ class RunUpdate(Request):
     )
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
         default=None, description="weight of the uncertainty in the yield score; 0.5 by default"
+    )
+    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="weight of unlikeness, in the batch and to the previous ones, against the score; 0.1 by default",
     )
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description="a prompt rests for this many steps after it was chosen; 0 by default"
@@ -266,6 +324,7 @@ class RunState(Reply):
     embedder_prompt: str | None
     acquisition: Acquisition
     optimism: float
+    diversity: float
     cooldown_steps: int
     lease_steps: int = 8
     max_visits: int
@@ -391,8 +450,8 @@ class Observation(Request):
         default=None, description="fractional rewards count as fractional successes"
     )
     attempts: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    rewards: Annotated[tuple[Rate, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
-        default=None, description="instead of successes and attempts: one reward in [0, 1] per attempt"
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
+        default=None, description="instead of successes and attempts: a reward in [0, 1] per attempt (true counts as 1)"
     )
     text: Text | None = Field(default=None, description="for a prompt that the pool does not have yet")
     group: Key | None = None
@@ -508,6 +567,7 @@ class SelectRequest(Request):
     group_size: GroupSize | None = None
     acquisition: Acquisition | None = None
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     allow_outstanding: bool = Field(

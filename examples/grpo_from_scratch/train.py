@@ -27,6 +27,7 @@ _SETTINGS: dict[str, Callable[[str], float | str]] = {
     "acquisition": str,
     "candidates": int,
     "cooldown_steps": int,
+    "diversity": float,
     "max_visits": int,
     "optimism": float,
     "target_rate": float,

@@ -82,6 +82,7 @@ class SelectArguments:
     group_size: int
     target_rate: float | None
     optimism: float
+    diversity: float
     cooldown_steps: int
     max_visits: int
     lease_steps: int
@@ -337,6 +338,7 @@ class LiveRun:
                     generator=generator,
                     directions_of=directions_of if acquired in ("yield", "paper") else None,
                     recent_batches=state.recent_batches,
+                    diversity=arguments.diversity,
                     groups=least,
                     groups_at_most=_members(arguments.groups_at_most, pool, state.n_prompts),
                     are_groups_strict=arguments.are_groups_strict,

@@ -176,6 +176,18 @@ def test_a_key_that_is_bound_to_runs_may_name_no_other(guarded: Guarded) -> None
     assert guarded.store.run("code-1").n_prompts == 0
 
 
+@pytest.mark.parametrize("content", [b"{bad", b"\xff", b"[" * 100_000, b""])
+def test_what_cannot_be_read_is_refused_under_a_bound_key_too(guard: Callable[..., Guarded], content: bytes) -> None:
+    guarded = guard()
+    bound = guarded.key("bound", runs="math-*")
+    headers = {"Authorization": f"Bearer {bound}", "Content-Type": "text/plain"}
+
+    for method, path in (("POST", "/observe"), ("POST", "/v1/chat/completions"), ("PUT", "/runs/math-1")):
+        reply = guarded.http.request(method, path, content=content, headers=headers)
+
+        assert refusal(reply)[:2] == (422, "malformed")
+
+
 def test_a_key_may_only_call_so_often(guard: Callable[..., Guarded]) -> None:
     now = [0.0]
     guarded = guard(clock=lambda: now[0])

@@ -99,6 +99,30 @@ def test_a_policy_names_the_labels_and_json_is_answered_under_the_property_that_
             "response_format: the budget policy's tier 'low' is none of 'A', 'B'; give the policy tiers with these "
             "labels (PUT /runs/{run}/budget_policies/{policy})",
         ),
+        (
+            {"response_format": json_schema(tier={"enum": "low or high"})},
+            422,
+            "malformed",
+            "response_format: the budget policy's tier 'low' is none of 'low or high'",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": [1]}},
+            422,
+            "malformed",
+            "response_format: 'json_schema' is [1]; send a JSON schema, or leave it out",
+        ),
+        (
+            {"response_format": json_schema(tier=5)},
+            422,
+            "malformed",
+            "response_format: 'tier' is 5; send a JSON schema, or leave it out",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "\x00 "}]},
+            422,
+            "malformed",
+            "messages: no user message with a text in it",
+        ),
         ({"model": "no run"}, 422, "malformed", "model: String should match pattern"),
         ({"model": "nowhere"}, 404, "run_unknown", "run 'nowhere' does not exist: create it first"),
     ],

@@ -121,10 +121,9 @@ def test_observations_name_the_selection_that_they_answer(mopps: Caller) -> None
         ({"rewards": [float("inf")]}, ".rewards[0]: Input should be a finite number, got inf"),
         ({"rewards": [float("-inf")]}, ".rewards[0]: Input should be a finite number, got -inf"),
         ({"rewards": []}, ".rewards: Tuple should have at least 1 item after validation, not 0"),
-        (
-            {"rewards": ["x"]},
-            ".rewards[0]: Input should be a valid number, unable to parse string as a number, got 'x'",
-        ),
+        ({"rewards": [True, "x"]}, ".rewards: item 1 should be a reward, got 'x'"),
+        ({"successes": True, "attempts": 2}, ".successes: Input should be a number, got True"),
+        ({"successes": 0, "attempts": "2"}, ".attempts: Input should be a number, got '2'"),
         ({"successes": float("nan"), "attempts": 2}, ".successes: Input should be a finite number, got nan"),
         ({"successes": -1, "attempts": 2}, ".successes: Input should be greater than or equal to 0, got -1"),
         ({"successes": 0, "attempts": 0}, ".attempts: Input should be greater than or equal to 1, got 0"),

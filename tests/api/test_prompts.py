@@ -182,10 +182,8 @@ def test_one_id_with_two_texts_in_one_call_is_refused(caller: Caller) -> None:
             r".group: a NUL character (\u0000) cannot be stored: remove it, got '\x00'",
         ),
         ({"prompt_id": "a", "prior_rate": 1.5}, ".prior_rate: Input should be less than or equal to 1, got 1.5"),
-        (
-            {"prompt_id": "a", "features": {"x": "many"}},
-            ".features.x: Input should be a valid number, unable to parse string as a number, got 'many'",
-        ),
+        ({"prompt_id": "a", "features": {"x": "1"}}, ".features: x should be a number, got '1'"),
+        ({"prompt_id": "a", "embedding": [1, True]}, ".embedding: item 1 should be a number, got True"),
         (
             {"prompt_id": "a", "features": {f"f{i}": 1 for i in range(65)}},
             ".features: Dictionary should have at most 64 items after validation, not more",

@@ -167,6 +167,25 @@ def test_a_target_rate_moves_the_choice(caller: Caller) -> None:
     assert sum(low) / 5 + 0.2 < sum(high) / 5
 
 
+def test_diversity_lets_prompts_of_another_kind_in(caller: Caller) -> None:
+    """As an argument and as a setting of the run."""
+    alike = [{"prompt_id": f"alike-{i}", "text": f"What is {i + 10} + 10?"} for i in range(40)]
+    others = [{"prompt_id": f"other-{i}", "text": "Prove that " + "x < y, " * (5 + i) + "\n" * i} for i in range(40)]
+    caller.load([*alike, *others])
+    caller.observe(0, *({"prompt_id": f"alike-{i}", "successes": 2, "attempts": 4} for i in range(40)))
+    caller.observe(0, *({"prompt_id": f"other-{i}", "successes": 1, "attempts": 8} for i in range(40)))
+
+    def others_in(step: int, **arguments: Any) -> int:
+        return sum(i.startswith("other") for i in caller.chosen(step, 12, optimism=0, **arguments))
+
+    little, much = others_in(1), others_in(2, diversity=3)
+    caller.create(diversity=3)
+
+    assert little <= 2
+    assert much >= 4
+    assert others_in(3) >= 4
+
+
 def test_a_larger_group_is_likelier_to_be_informative(caller: Caller, pool: list[str]) -> None:
     small = caller.select(3, 16, group_size=2)["forecast"]["informative_share"]
     large = caller.select(4, 16, group_size=32)["forecast"]["informative_share"]
@@ -286,6 +305,7 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"group_size": 1025}, "group_size: Input should be less than or equal to 1024, got 1025"),
         ({"acquisition": "best"}, "acquisition: Input should be 'yield', 'paper', 'thompson' or 'uniform', got 'best'"),
         ({"optimism": 11}, "optimism: Input should be less than or equal to 10, got 11"),
+        ({"diversity": -0.1}, "diversity: Input should be greater than or equal to 0, got -0.1"),
         ({"max_visits": -1}, "max_visits: Input should be greater than or equal to 0, got -1"),
         ({"candidates": []}, "candidates: Tuple should have at least 1 item after validation, not 0"),
         ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),

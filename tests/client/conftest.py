@@ -26,6 +26,7 @@ RUN: dict[str, object] = {
     "embedder_prompt": None,
     "acquisition": "yield",
     "optimism": 0.5,
+    "diversity": 0.1,
     "cooldown_steps": 0,
     "max_visits": 0,
     "keep_text": True,

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from evenodds_service.domain.acquisition import (
-    DIVERSITY_SHARE,
     Choice,
     NotEnoughPrompts,
     choose,
@@ -48,7 +47,7 @@ class Shop:
         self.reprobe_share: float | None = None
         self.control_share = 0.0
 
-    def choose(self, batch_size: int, *, seed: int = 0, diverse: bool = True) -> Choice:
+    def choose(self, batch_size: int, *, seed: int = 0, diverse: bool = True, diversity: float = 0.1) -> Choice:
         directions_of: Callable[[IntArray], FloatArray] | None = self.directions_N_D.__getitem__ if diverse else None
         return choose(
             self.scores_N,
@@ -59,6 +58,7 @@ class Shop:
             generator=np.random.default_rng(seed),
             directions_of=directions_of,
             recent_batches=self.recent if diverse else (),
+            diversity=diversity,
             groups=self.groups,
             groups_at_most=self.groups_at_most,
             are_groups_strict=self.are_groups_strict,
@@ -83,7 +83,7 @@ def slow_pad_to(shop: Shop, choice: Choice) -> int | None:
 
 def slow_greedy(scores_S: FloatArray, directions: FloatArray, n: int, anchors: FloatArray | None) -> list[int]:
     """One at a time, every distance anew."""
-    unit = DIVERSITY_SHARE * max(scores_S.std(), 1e-3)
+    unit = 0.1 * max(scores_S.std(), 1e-3)
 
     def in_spreads(others: FloatArray) -> FloatArray:
         distances = np.array([np.mean([1 - x @ y for y in others]) for x in directions])
@@ -406,6 +406,25 @@ def test_greedy_diversity_in_rounds_gains_nearly_as_much_as_one_by_one(n: int) -
     assert len(set(order.tolist())) == n
     assert scores_S[order].mean() > scores_S[:n].mean() - 0.02
     assert spread(order) >= spread(np.arange(n)) - 1e-3
+
+
+def test_diversity_keeps_a_crowd_of_look_alikes_from_filling_the_batch() -> None:
+    """A hundred problems of one kind, all at the frontier, against others that are nearly as good."""
+    shop = Shop(0, n=400)
+    shop.eligible_N[:] = True
+    crowd, nearly = np.arange(400) < 100, np.arange(400) >= 200
+    shop.directions_N_D[crowd] = shop.directions_N_D[0]
+    shop.scores_N = np.minimum(shop.scores_N, 0.98)
+    shop.scores_N[crowd], shop.scores_N[nearly] = 0.99, 0.9
+    shop.recent = ()
+
+    batches = [shop.choose(16, diversity=diversity).prompts for diversity in (0.0, 0.1, 1.0)]
+
+    in_crowd = [int(crowd[batch].sum()) for batch in batches]
+    assert 15 <= in_crowd[0] <= 16  # one may be the least recently seen
+    assert in_crowd[0] > in_crowd[1] > in_crowd[2] >= 1
+    assert in_crowd[2] <= 8
+    assert (shop.scores_N[batches[2]] >= 0.9).sum() >= 15
 
 
 def test_greedy_diversity_leaves_the_scores_it_is_given() -> None:

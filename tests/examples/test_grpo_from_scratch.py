@@ -23,6 +23,7 @@ from examples.grpo_from_scratch.model import (
     success_rates,
 )
 from examples.grpo_from_scratch.report import picture, reached_at, smoothed, table
+from examples.grpo_from_scratch.run import ADVISED
 from examples.grpo_from_scratch.task import DIGIT, END, PAD, Levels, World, is_right, sort_problem
 from examples.grpo_from_scratch.train import PREDICTORS, Method, Plan, Record, train
 
@@ -76,21 +77,25 @@ def test_the_verifier_takes_the_right_answer_and_no_other() -> None:
     assert not is_right(problem, problem.question)
 
 
-def test_the_corpus_is_right_about_a_word_as_often_as_it_is_reliable(world: World) -> None:
+def test_the_corpus_is_right_as_often_as_it_is_reliable(world: World) -> None:
     chance = random.Random(0)
-    right: dict[int, list[bool]] = {}
-    for _ in range(4_000):
+    of_word: dict[int, list[bool]] = {}
+    of_level: dict[int, list[bool]] = {}
+    for _ in range(6_000):
         problem = world.draw(chance)
         written = world.written(problem, chance)
         if problem.group == "sort":
-            assert written == problem.answer
+            assert sorted(written[:-1]) == list(problem.answer[:-1])
+            if len(set(written)) > 2:  # else both ways round are the same
+                of_level.setdefault(problem.level, []).append(written == problem.answer)
             continue
         for token, ours, theirs in zip(problem.question[1:], problem.answer, written, strict=False):
-            right.setdefault(token, []).append(ours == theirs)
+            of_word.setdefault(token, []).append(ours == theirs)
 
-    shares = [sum(of_word) / len(of_word) for _, of_word in sorted(right.items())]
+    words, levels = ([sum(told) / len(told) for _, told in sorted(x.items())] for x in (of_word, of_level))
 
-    assert shares == pytest.approx(world.reliabilities, abs=0.15)
+    assert words == pytest.approx(world.reliabilities, abs=0.12)
+    assert levels == pytest.approx([world.sort_reliability(level) for level in (2, 3, 4)], abs=0.06)
 
 
 def test_too_few_distinct_problems_are_said() -> None:
@@ -315,13 +320,13 @@ def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     first = demo("uniform", "gps")
     kept = (tmp_path / "seed-0-gps.json").read_bytes()
-    second = demo(*PREDICTORS)
+    second = demo(*PREDICTORS, ADVISED)
 
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "seed-0-gps.json").read_bytes() == kept
     assert "pretraining" not in second.stderr
-    assert all(f"| {name} " in second.stdout for name in PREDICTORS)
+    assert all(f"| {name} " in second.stdout for name in (*PREDICTORS, ADVISED))
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "seed-0-gps-paper.json").read_text())["record"]["refit_seconds"] > 0
 

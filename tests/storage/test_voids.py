@@ -423,6 +423,7 @@ class Written:
     step: int
     outcomes: dict[int, int]
     request_id: str
+    number: int
 
 
 OUTCOMES = st.dictionaries(st.integers(0, 7), st.integers(0, 4), min_size=1, max_size=5)
@@ -451,12 +452,12 @@ def test_the_run_stands_as_if_what_was_voided_had_never_happened(
             watcher.catch_up(store, trainer.run)
         elif act in ("observe", "select"):
             assert isinstance(what, dict)
-            written = Written(act == "select", step, what, f"r{number % 3}")
+            written = Written(act == "select", step, what, f"r{number % 3}", number)
             taken = any(w.request_id == written.request_id and not w.is_selection for w in left)
             chosen = any(w.step == step and w.is_selection for w in left)
             if not (chosen if written.is_selection else taken):
                 left.append(written)
-                _write(store, run.id, written, number, now)
+                _write(store, run.id, written, now)
         elif act == "rewind":
             left = [w for w in left if w.step <= step]
             trainer.rewind(step)
@@ -470,7 +471,7 @@ def test_the_run_stands_as_if_what_was_voided_had_never_happened(
             else:
                 trainer.retract(request_id=f"r{step % 3}")
     for number, written in enumerate(left):
-        _write(store, never.id, replace(written, request_id=f"n{number}"), 1_000 + number, now)
+        _write(store, never.id, replace(written, request_id=f"n{number}"), now)
 
     states = []
     for live, name in ((watcher, run), (LiveRun(run.id), run), (LiveRun(never.id), never)):
@@ -509,10 +510,10 @@ def _new_run(store: Store, now: datetime) -> Run:
     return run
 
 
-def _write(store: Store, run_id: int, written: Written, number: int, now: datetime) -> None:
+def _write(store: Store, run_id: int, written: Written, now: datetime) -> None:
     trainer = Trainer(store, run_id, now)
     if written.is_selection:
-        trainer.select(written.step, *written.outcomes, selection_id=f"s{number}")
+        trainer.select(written.step, *written.outcomes, selection_id=f"s{written.number}")
         return
     rows = [NewObservation.of_counts(prompt, k, 4) for prompt, k in written.outcomes.items()]
     appended = store.append_observations(

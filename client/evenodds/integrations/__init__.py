@@ -9,6 +9,7 @@
     prime_rl    task sampler
     trinity     task selector of Trinity-RFT
     nemo_rl     custom dataloader of NeMo-RL
+    litellm     budgets before and outcomes after each call of LiteLLM's proxy
 
 Importing `evenodds` or this package imports none of them. `examples/` shows each at work.
 """

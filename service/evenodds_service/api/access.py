@@ -203,7 +203,10 @@ async def run_is_allowed(request: Request) -> None:
         raise AccessRefused(403, "run_forbidden", f"key {key.name!r} is bound to runs {key.runs!r}: metrics show all")
     named = [request.path_params.get("run")]
     if request.method == "PUT" or (request.method == "POST" and named == [None]):
-        body = await request.json()  # parsed already; what is no object is refused as malformed
+        try:
+            body = await request.json()  # parsed already, unless it came under another name than JSON
+        except (ValueError, RecursionError):
+            return  # the route refuses it, as it does what is no object
         if isinstance(body, dict):
             named += [body.get("run"), body.get("fork_of")]
             if request.url.path == _CHAT_PATH:

@@ -120,9 +120,11 @@ def create_app(
         predictions=Rounds(partial(loop.predict_known, store, views_of_runs)),
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    for room in (loop, budgets, chat, refits, reports, runs, voids, operations):
+    rooms = (loop, budgets, chat, refits, reports, runs, voids, operations)
+    for room in rooms:
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     app.include_router(page)
+    app.state.routes = tuple(route for room in rooms for route in room.router.routes)
     errors.install(app)
     # The last one that is added meets a request first.
     app.add_middleware(Bodies, max_bytes=max_body_mb * 1_000_000)

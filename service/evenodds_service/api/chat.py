@@ -6,6 +6,7 @@ Only as much of the protocol as a classifier needs: one short answer, whole. Err
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,9 @@ from evenodds_service.api.services import PROBLEMS, Hands, now
 
 ASKED_BEFORE = ("\nClassify this message:\n",)
 """What routers put between their own words and the message that is to be judged: only what follows counts."""
+
+_STORED_NOWHERE = re.compile("[\x00\ud800-\udfff]")
+"""NUL characters and halves of surrogate pairs say nothing about how hard a request is."""
 
 router = APIRouter(responses=PROBLEMS, tags=["budgets"])
 
@@ -64,7 +68,7 @@ def _text(body: ChatRequest) -> str:
             text = parts if isinstance(parts, str) else "\n".join(part.text or "" for part in parts or ())
             for mark in ASKED_BEFORE:
                 text = text.rpartition(mark)[2] or text
-            text = text.replace("\x00", "").strip()
+            text = _STORED_NOWHERE.sub("", text).strip()
             if text:
                 return text
     raise ChatRefused("messages: no user message with a text in it; send the request that is to be judged as one")
@@ -73,13 +77,25 @@ def _text(body: ChatRequest) -> str:
 def _answer(response_format: Mapping[str, Any] | None, label: str) -> str:
     if not response_format or response_format.get("type") not in ("json_object", "json_schema"):
         return label
-    schema = (response_format.get("json_schema") or {}).get("schema") or {}
-    properties: Mapping[str, Any] = schema.get("properties") or {"tier": {}}
-    fitting = [name for name, allowed in properties.items() if label in allowed.get("enum", (label,))]
+    schema = _part(_part(response_format, "json_schema"), "schema")
+    properties = _part(schema, "properties") or {"tier": {}}
+    allowed = {name: _part(properties, name).get("enum", [label]) for name in properties}
+    fitting = [name for name, values in allowed.items() if isinstance(values, list) and label in values]
     if not fitting:
-        allowed = next(iter(properties.values())).get("enum", ())
+        first = next(iter(allowed.values()))
+        labels = ", ".join(map(repr, first)) if isinstance(first, list) else repr(first)
         raise ChatRefused(
-            f"response_format: the budget policy's tier {label!r} is none of {', '.join(map(repr, allowed))}; give the "
+            f"response_format: the budget policy's tier {label!r} is none of {labels[:500]}; give the "
             "policy tiers with these labels (PUT /runs/{run}/budget_policies/{policy})"
         )
     return json.dumps({fitting[0]: label})
+
+
+def _part(whole: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object in an object, empty where it is missing."""
+    part = whole.get(name)
+    if part is None:
+        return {}
+    if not isinstance(part, Mapping):
+        raise ChatRefused(f"response_format: {name!r} is {json.dumps(part)[:100]}; send a JSON schema, or leave it out")
+    return part

@@ -11,7 +11,8 @@ from evenodds_service.api.errors import RETRY_AFTER_SECONDS, problem
 MAX_WAITING = 120
 """Three times the threads: with a database that hangs, the last in line still hears so within seconds."""
 
-_ALWAYS_ANSWERED = frozenset({"/healthz", "/readyz", "/metrics"})
+_ALWAYS_ANSWERED = frozenset({"/healthz", "/readyz", "/metrics", "/budget", "/v1/chat/completions"})
+"""They take none of these threads; budgets have a queue of their own."""
 
 
 class Crowding:

@@ -14,7 +14,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
@@ -152,10 +151,9 @@ async def _http(request: Request, error: Exception) -> Response:
 def _allowed(request: Request) -> list[str]:
     """The methods of every route at this path: the router names those of the first only."""
     methods: set[str] = set()
-    for route in request.app.routes:
-        matched, _ = route.matches({**request.scope, "type": "http"})
-        if matched is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
+    for route in request.app.state.routes:
+        if route.path_regex.match(request.scope["path"]):
+            methods |= route.methods
     return sorted(methods)
 
 

@@ -230,6 +230,7 @@ def _arguments(body: SelectRequest, run: Run) -> SelectArguments:
         group_size=setting("group_size"),
         target_rate=setting("target_rate"),
         optimism=setting("optimism"),
+        diversity=setting("diversity"),
         cooldown_steps=setting("cooldown_steps"),
         max_visits=setting("max_visits"),
         lease_steps=settings.lease_steps,

@@ -313,6 +313,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         embedder_prompt=settings.embedder_prompt,
         acquisition=settings.effective_acquisition,
         optimism=settings.optimism,
+        diversity=settings.diversity,
         cooldown_steps=settings.cooldown_steps,
         lease_steps=settings.lease_steps,
         max_visits=settings.max_visits,

@@ -18,7 +18,9 @@ def rewind(run: RunPath, body: RewindRequest, hands: Hands) -> Voided:
     The run stands as if none of it had happened; prompts stay in the pool. A step above may be selected and reported
     anew, under the same request ids too. Outcomes for a selection that was forgotten are refused (409).
     """
-    return _reply(run, hands.store.rewind(hands.store.run(run).id, step=body.step, now=now()))
+    voided = hands.store.rewind(hands.store.run(run).id, step=body.step, now=now())
+    hands.views.forget(run)
+    return _reply(run, voided)
 
 
 @router.post("/runs/{run}/retract", summary="Drop observations")
@@ -42,6 +44,7 @@ def retract(run: RunPath, body: RetractRequest, hands: Hands) -> Voided:
         request_id=body.request_id,
         now=now(),
     )
+    hands.views.forget(run)
     return _reply(run, voided)
 
 

@@ -16,7 +16,6 @@ from evenodds_service.domain.distributions import target_moments
 from evenodds_service.domain.types import REPROBE_SHARE, Acquisition, BoolArray, FloatArray, IntArray
 
 REPROBE_SEEN = 0.25
-DIVERSITY_SHARE = 0.1
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
 _FEW = 8
@@ -165,6 +164,7 @@ def choose(
     generator: np.random.Generator,
     directions_of: Callable[[IntArray], FloatArray] | None = None,
     recent_batches: Sequence[IntArray] = (),
+    diversity: float = 0.1,
     groups: Mapping[str, tuple[float, BoolArray]] | None = None,
     groups_at_most: Mapping[str, tuple[float, BoolArray]] | None = None,
     are_groups_strict: bool = True,
@@ -188,6 +188,7 @@ def choose(
         directions_of: Unit feature vectors [n, D] of n prompts; None switches diversity off, as a purely random or
             published acquisition wants.
         recent_batches: The previous batches, the anchors of diversity.
+        diversity: Of `greedy_diverse`.
         groups: Least share of the batch and membership by group name; at least floor(share B) prompts.
         groups_at_most: Largest share, likewise; at most ceil(share B) prompts.
         are_groups_strict: Whether a group with too few eligible prompts for its least share is an error; else it
@@ -237,7 +238,7 @@ def choose(
         if available < missing and are_groups_strict:
             raise NotEnoughPrompts(asked=wanted, eligible=wanted - missing + available, group=group)
         missing = min(missing, available)
-        take(_best(scores_N, ties_N, eligible_N & members_N & ~taken, missing, directions_of, anchor_D))
+        take(_best(scores_N, ties_N, eligible_N & members_N & ~taken, missing, directions_of, anchor_D, diversity))
     if reprobe_share is None:
         reprobe_share = REPROBE_SHARE if directions_of is not None else 0.0
     if reprobe_share > 0.0:
@@ -247,7 +248,7 @@ def choose(
         longest_N = -last_seen_N.astype(np.float64)
         take(_top(longest_N, ties_N, allowed(longest_N, last_seen_N >= 0), min(of_seen, quota)))
         take(_top(longest_N, ties_N, allowed(longest_N, eligible_N), free() - rest))
-    take(_best(scores_N, ties_N, allowed(scores_N, eligible_N), free(), directions_of, anchor_D))
+    take(_best(scores_N, ties_N, allowed(scores_N, eligible_N), free(), directions_of, anchor_D, diversity))
 
     prompts = np.concatenate((*chosen, control))
     is_control = np.arange(batch_size) >= batch_size - len(control)
@@ -306,12 +307,13 @@ def _best(
     n: int,
     directions_of: Callable[[IntArray], FloatArray] | None,
     anchor_D: FloatArray | None,
+    diversity: float,
 ) -> IntArray:
     """The n best by score, or by greedy score plus diversity over a shortlist."""
     if directions_of is None or n == 0:
         return _top(scores_N, ties_N, allowed_N, n)
     shortlist = _top(scores_N, ties_N, allowed_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
-    order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D)
+    order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D, diversity=diversity)
     return shortlist[order]
 
 
@@ -344,12 +346,17 @@ def _at_least_top(values_N: FloatArray, n: int) -> IntArray:
 
 
 def greedy_diverse(
-    scores_S: FloatArray, directions_S_D: FloatArray, n: int, *, anchor_D: FloatArray | None = None
+    scores_S: FloatArray,
+    directions_S_D: FloatArray,
+    n: int,
+    *,
+    anchor_D: FloatArray | None = None,
+    diversity: float = 0.1,
 ) -> IntArray:
     """Greedy max-sum of score and history-anchored diversity (GPS Eq. 12-14; algorithm section 4).
 
     The marginal gain of a prompt is its score + its mean cosine distance to the chosen + half the mean distance to the
-    previous batches, each scaled so that its spread over the shortlist is `DIVERSITY_SHARE` of the scores' spread.
+    previous batches, each scaled so that its spread over the shortlist is `diversity` times the scores' spread.
     Distances to the chosen are brought up to date every n / 64 picks.
 
     Args:
@@ -357,11 +364,12 @@ def greedy_diverse(
         directions_S_D: Unit vectors.
         n: How many to choose, at most S.
         anchor_D: Mean of the previous batches' unit vectors, or None.
+        diversity: At least 0.
 
     Returns:
         int64 [n] positions in the shortlist, in the order of choice.
     """
-    unit = DIVERSITY_SHARE * max(float(scores_S.std()), 1e-3)
+    unit = diversity * max(float(scores_S.std()), 1e-3)
     gain = scores_S.astype(np.float64)
     if anchor_D is not None:
         gain = gain + 0.5 * unit * _standardised(1.0 - directions_S_D @ anchor_D)

@@ -87,6 +87,7 @@ class RunSettings:
         acquisition: None follows the predictor (`yield`; `paper` under `gps-paper`, `thompson` under `mopps`,
             `uniform` under `uniform`).
         optimism: Weight of the standard deviation in the yield score.
+        diversity: Spread of the diversity terms, in units of the scores' spread.
         cooldown_steps: Steps that a chosen prompt rests.
         lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome comes;
             0 waits for none.
@@ -110,6 +111,7 @@ class RunSettings:
     embedder_prompt: str | None = None
     acquisition: Acquisition | None = None
     optimism: float = 0.5
+    diversity: float = 0.1
     cooldown_steps: int = 0
     lease_steps: int = 8
     max_visits: int = 0
