@@ -124,9 +124,7 @@ def _copy(image: Image, words: Sequence[str], stages: Mapping[str, Image]) -> No
     if words[0].startswith("--from="):
         source, words = stages[words[0].removeprefix("--from=")].folder, words[1:]
     *paths, target = words
-    inside = image.folder / image.folder_inside.lstrip("/") / (target.lstrip("/") if target != "./" else "")
-    if target.startswith("/"):
-        inside = image.folder / target.lstrip("/")
+    inside = image.folder / os.path.join(image.folder_inside, target).lstrip("/")
     for path in paths:
         taken = source / path.lstrip("/")
         into = inside / taken.name if target.endswith("/") else inside
