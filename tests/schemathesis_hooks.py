@@ -22,7 +22,7 @@ _OWN_RUNS = {("PUT", "/runs/{run}"), ("DELETE", "/runs/{run}")}
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
     """Ask about the seeded run always, and about its prompts every other time."""
     if (case.method, case.operation.path) in _OWN_RUNS:
         return
@@ -31,7 +31,7 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwar
         path["run"] = RUN
     if "prompt_id" in path and len(str(path["prompt_id"])) % 2:
         path["prompt_id"] = PROMPTS[len(str(path["prompt_id"])) % len(PROMPTS)]
-    body = case.body
+    body: Any = case.body
     if not isinstance(body, dict):
         return
     if _is_run(body.get("run")):

@@ -37,7 +37,11 @@ PROMPTS = [f"seeded-{i}" for i in range(12)]
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_no_generated_request_breaks_the_contract(
-    tmp_path: Path, start_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path,
+    start_service: Callable[..., Service],
+    monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
+    seed: int,
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it looks for embedders of any name
     service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
@@ -74,7 +78,7 @@ def test_no_generated_request_breaks_the_contract(
     )
 
     said = done.stdout + done.stderr
-    print(said[-4_000:])  # pytest -s shows the operations and cases
+    pytestconfig.get_terminal_writer().line(said[said.find("API Operations:") :])  # pytest -s shows it
     assert done.returncode == 0, said
     for fault in ("Failures:", "Errors:", "Warnings:.*Serialization"):
         assert not re.search(f"^{fault}", said, re.MULTILINE), said
