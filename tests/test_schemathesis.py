@@ -6,19 +6,22 @@ Schema, so a request that keeps to the schema may be answered 422. And 503 is an
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import huggingface_hub.constants
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.conftest import Service
 
+HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 CONFIGURATION = """
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503]
@@ -26,15 +29,27 @@ expected-statuses = ["2xx", "3xx", "4xx", 503]
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "3xx", 401, 403, 404, 409, 413, 422, 429, "5xx"]
 """
-EXAMPLES = 30
+EXAMPLES = int(os.environ.get("EVENODDS_SCHEMATHESIS_EXAMPLES", "30"))
+RUN = "seeded"  # as the hooks know them
+PROMPTS = [f"seeded-{i}" for i in range(12)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_no_generated_request_breaks_the_contract(
-    tmp_path: Path, start_service: Callable[..., Service], seed: int
+    tmp_path: Path,
+    start_service: Callable[..., Service],
+    monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
+    seed: int,
 ) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it looks for embedders of any name
     service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+    service.client.put_run(RUN, embedder="none")
+    service.client.add_prompts(RUN, [{"prompt_id": prompt, "text": f"What is {prompt}?"} for prompt in PROMPTS])
+    chosen = service.client.select_batch(RUN, 0, 4)
+    outcomes = [{"prompt_id": prompt.prompt_id, "successes": 1, "attempts": 2} for prompt in chosen.prompts]
+    service.client.observe(RUN, 0, outcomes, selection_id=chosen.selection_id)
     (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
 
     done = subprocess.run(
@@ -52,8 +67,10 @@ def test_no_generated_request_breaks_the_contract(
             f"--max-examples={EXAMPLES}",
             f"--seed={seed}",
             "--no-color",
+            *os.environ.get("EVENODDS_SCHEMATHESIS_OPTIONS", "").split(),
         ],
         cwd=tmp_path,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": HOOKS.stem, "PYTHONPATH": str(HOOKS.parent)},
         capture_output=True,
         text=True,
         check=False,
@@ -61,5 +78,8 @@ def test_no_generated_request_breaks_the_contract(
     )
 
     said = done.stdout + done.stderr
-    assert not re.search(r"^Failures:", said, re.MULTILINE), said
+    pytestconfig.get_terminal_writer().line(said[said.find("API Operations:") :])  # pytest -s shows it
+    assert done.returncode == 0, said
+    for fault in ("Failures:", "Errors:", "Warnings:.*Serialization"):
+        assert not re.search(f"^{fault}", said, re.MULTILINE), said
     assert re.search(r"Tested: (\d+)", said), said

@@ -172,3 +172,12 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, offline: None) -> N
 
     with pytest.raises(EmbedderUnavailable, match=r"cannot be opened \(.+\); name a sentence-transformers model"):
         open_embedder(str(tmp_path))
+
+
+def test_where_the_library_is_not_installed_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+
+    with pytest.raises(
+        EmbedderUnavailable, match=r"embedder 'some/model': .* install evenodds\[service\] there, or use"
+    ):
+        open_embedder("some/model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.numpy import load, save
 from evenodds_service.domain.fold import PAPER
 from evenodds_service.domain.pool import Basis
 from evenodds_service.domain.types import FittedPrior, Predictor, RawBlock
+from evenodds_service.model.errors import TorchMissing
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import Material, fit_shared_model, gather
@@ -118,6 +120,16 @@ def test_a_model_predicts_the_same_after_its_bytes(model: SharedModel) -> None:
         np.testing.assert_array_equal(prior.concentrations_N, theirs[name].concentrations_N)
         assert ((prior.means_N > 0) & (prior.means_N < 1)).all()
         assert (prior.concentrations_N > 0).all()
+
+
+def test_without_torch_only_the_published_model_cannot_speak_of_other_prompts(
+    models: dict[str, SharedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    assert models["gps"].predict(NEW, block_of(list(NEW))).keys() == models["gps"].priors.keys()
+    with pytest.raises(TorchMissing, match=r"install evenodds\[service\] there, or load the prompts into the pool"):
+        models["gps-paper"].predict(NEW, block_of(list(NEW)))
 
 
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])

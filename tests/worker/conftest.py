@@ -180,8 +180,8 @@ class Bench:
 
 @pytest.fixture
 def bench(database_url: str) -> Iterator[Bench]:
-    """Over a migrated database of the test's own, once for each backend; a lock is waited for a second."""
-    engine = open_engine(database_url, pool_size=10, timeout_seconds=1)
+    """Over a migrated database of the test's own, once for each backend; a lock is waited for three seconds."""
+    engine = open_engine(database_url, pool_size=10, timeout_seconds=3)
     upgrade(engine)
     yield Bench(database_url, engine, Store(engine), Clock())
     engine.dispose()

@@ -88,7 +88,7 @@ def _open_builtin(prompt: str) -> Embedder:
     if spec is None or spec.origin is None:
         raise EmbedderUnavailable(
             f"embedder {BUILTIN!r}: the package wordllama, which brings its weights, is not installed; "
-            "install evenodds[service]"
+            "install evenodds[api]"
         )
     folder = Path(spec.origin).parent
     for file in (_WEIGHTS, _TOKENIZER):
@@ -119,6 +119,11 @@ def _open_builtin(prompt: str) -> Embedder:
 
 
 def _open_sentence_transformer(model_name: str, prompt: str) -> Embedder:
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise EmbedderUnavailable(
+            f"embedder {model_name!r}: the package sentence-transformers, which opens it, is not installed where the "
+            f"service runs; install evenodds[service] there, or use {BUILTIN!r}"
+        )
     lock = threading.Lock()  # the tokenizers of transformers change their settings while they encode
     try:
         from sentence_transformers import SentenceTransformer

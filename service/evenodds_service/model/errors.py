@@ -19,3 +19,9 @@ class DeviceUnavailable(ModelError):
     """The named torch device does not exist here, or cannot be used."""
 
     code = "device_unavailable"
+
+
+class TorchMissing(ModelError):
+    """A prediction needs torch, and this process was installed without it."""
+
+    code = "torch_missing"

@@ -20,7 +20,7 @@ from evenodds_service.domain.pool import Basis
 from evenodds_service.domain.shape import matched_concentration
 from evenodds_service.domain.types import FittedPrior, FloatArray, RawBlock
 from evenodds_service.model import latent, ngrams
-from evenodds_service.model.errors import ModelError
+from evenodds_service.model.errors import ModelError, TorchMissing
 
 FORMAT = 1
 PAPER_CONCENTRATION = 4.0
@@ -136,7 +136,13 @@ class SharedModel:
 
     def _published(self, block: RawBlock) -> FittedPrior:
         """The published model's predictions. Imports torch, which no other prior needs."""
-        import torch
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise TorchMissing(
+                "gps-paper predicts prompts outside of the pool with torch, which is not installed where the service "
+                "runs; install evenodds[service] there, or load the prompts into the pool first"
+            ) from error
 
         from evenodds_service.model.fitting import predict_paper
         from evenodds_service.model.history import History
