@@ -54,7 +54,7 @@ def _is_run(value: object) -> bool:
 
 def _name_known_prompts(items: object) -> None:
     for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and "prompt_id" in item and len(item) % 2:
+        if isinstance(item, dict) and "prompt_id" in item and (item.get("text") is None or len(item) % 2):
             item["prompt_id"] = _known(item["prompt_id"])
 
 

@@ -326,4 +326,4 @@ def test_any_sequence_of_calls_leaves_what_a_plain_model_says(service: Service) 
 
 @pytest.mark.slow
 def test_many_longer_sequences_do_on_both_databases(service: Service) -> None:
-    tried(service.http, examples=150, n_steps=40)
+    tried(service.http, examples=80, n_steps=40)
