@@ -10,6 +10,7 @@ import functools
 import gzip
 import inspect
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from random import Random
@@ -23,6 +24,9 @@ from evenodds.errors import ConfigurationError, TimedOut, TransportError, Unreac
 from evenodds.protocol import Exchange, Failed, Received, Send, Wait
 from evenodds.schemas import PromptInfo, RunState
 from evenodds.version import __version__
+
+API_KEY_VARIABLE = "EVENODDS_API_KEY"
+"""Where no key is given, the environment's: also for what builds a client of its own, as `PromptSelector` does."""
 
 COMPRESSED_FROM_BYTES = 100_000
 """Smaller bodies are sent sooner than they are compressed."""
@@ -72,7 +76,7 @@ class Client:
         base_url: Where the service is: http or https, a path prefix if it has one.
         timeout_seconds: Longest silence in one attempt: to connect, and to wait for the next bytes. Above 0. What
             a call waits for on purpose (`wait_seconds`) comes on top.
-        api_key: Sent with every request, where the service asks for one.
+        api_key: Sent with every request, where the service asks for one; the variable EVENODDS_API_KEY by default.
         retries: Repeats after the first attempt, at least 0.
         transport: Carries the requests; a connection pool by default.
         sleep: Waits for so many seconds.
@@ -310,6 +314,8 @@ def _checked_url(base_url: str) -> httpx.URL:
 def _headers(api_key: str | None) -> dict[str, str]:
     """Of every request. A key that no header can hold is refused here, and not shown."""
     headers = {"User-Agent": f"evenodds/{__version__}", "Accept": "application/json"}
+    if api_key is None:
+        api_key = os.environ.get(API_KEY_VARIABLE) or None
     if api_key is not None:
         if not api_key or not all("!" <= character <= "~" for character in api_key):
             raise ConfigurationError(

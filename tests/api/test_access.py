@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from evenodds import Client, ConfigurationError, Forbidden, Unauthorized
+from evenodds import Client, ConfigurationError, Forbidden, PromptSelector, Unauthorized
 from evenodds_service.api.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
@@ -259,6 +259,24 @@ def test_the_client_sends_its_key_and_tells_refusals_apart(tmp_path: Path, start
             client.put_run("math")
     with Client(running.base_url) as client, pytest.raises(Unauthorized, match="asks for an API key"):
         client.runs_page()
+
+
+def test_whoever_builds_a_client_of_its_own_takes_the_key_from_the_environment(
+    tmp_path: Path, start_service: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/evenodds.db"
+    running = start_service(url, asks_for_keys=True)
+    store = Store(open_engine(url))
+    monkeypatch.setenv("EVENODDS_API_KEY", Guarded(store, running.http).key("trainer"))
+    prompts = [{"prompt_id": f"p{i}", "text": f"What is {i}?"} for i in range(8)]
+
+    with PromptSelector(running.base_url, "math", prompts, deadline_seconds=20, outbox=tmp_path / "outbox") as selector:
+        selector.wait_until_ready()
+        batch = selector.select(0, 4)
+        selector.observe(0, {prompt_id: [1.0, 0.0] for prompt_id in batch})
+
+    assert store.run("math").n_observations == 4
+    store.close()
 
 
 @pytest.mark.parametrize("api_key", ["", "two words", "eo_\n", "eo_ä"])
