@@ -111,11 +111,20 @@ class Worker:
         while True:
             runs = self._store.runs(after=after, limit=_PAGE)
             for run in runs:
-                if run.n_observations and is_due(run, self._store.refits(run.id, limit=10), now=self._clock()):
+                if run.n_observations and self._is_due(run.id):
                     self._store.request_refit(run.id, now=self._clock())
             if len(runs) < _PAGE:
                 return
             after = runs[-1].name
+
+    def _is_due(self, run_id: int) -> bool:
+        # The refits first: a run that is older than they are seems to have lost what was published meanwhile.
+        refits = self._store.refits(run_id, limit=10)
+        try:
+            run = self._store.run_with_id(run_id)
+        except RunUnknown:
+            return False
+        return is_due(run, refits, now=self._clock())
 
     def _work(self, refit: Refit) -> None:
         started = time.monotonic()
