@@ -136,6 +136,18 @@ def test_the_stack_starts_as_the_mean_of_the_log_odds(pool: Pool, rates: FloatAr
     np.testing.assert_allclose(scales[c] * MATCHED, np.full(N, 4.0), rtol=1e-6)
 
 
+def test_the_stack_is_believed_also_where_what_it_reads_has_no_weight_of_its_own(pool: Pool, rates: FloatArray) -> None:
+    state = started(pool)
+    publish(state, pool, 1, {"ngrams": prior(rates), "latent": prior(rates)})
+    weights = np.full(state.mixture.log_weights.shape, -np.inf)
+    weights[PRIORS.index(STACKED)] = -np.log(weights[0].size)
+    state.mixture = beliefs.Mixture(weights, -50.0)
+
+    a, b = beliefs_of(state, pool)
+
+    assert np.corrcoef(a / (a + b), rates)[0, 1] > 0.9
+
+
 def test_the_stack_follows_a_policy_that_left_the_snapshot_behind(pool: Pool, rates: FloatArray) -> None:
     """Rates rise for all prompts after the fit: the fitted priors stay behind, the stack does not."""
     state = started(pool)

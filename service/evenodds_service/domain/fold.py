@@ -286,7 +286,12 @@ def _priors_of(
     state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
 ) -> tuple[FloatArray, FloatArray]:
     """Of these prompts of the pool, whose features are x, under the state's snapshot."""
-    fitted = {name: _rows(prior, rows) for name, prior in _mixed(state, pool).items() if wanted[PRIORS.index(name)]}
+    needs_all = wanted[PRIORS.index(STACKED)]  # the stack reads what alone may have lost its weight
+    fitted = {
+        name: _rows(prior, rows)
+        for name, prior in _mixed(state, pool).items()
+        if needs_all or wanted[PRIORS.index(name)]
+    }
     return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], fitted, wanted)
 
 
