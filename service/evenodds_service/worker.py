@@ -111,20 +111,21 @@ class Worker:
         while True:
             runs = self._store.runs(after=after, limit=_PAGE)
             for run in runs:
-                if run.n_observations and self._is_due(run.id):
+                if run.n_observations and self._is_due(run):
                     self._store.request_refit(run.id, now=self._clock())
             if len(runs) < _PAGE:
                 return
             after = runs[-1].name
 
-    def _is_due(self, run_id: int) -> bool:
-        # The refits first: a run that is older than they are seems to have lost what was published meanwhile.
-        refits = self._store.refits(run_id, limit=10)
+    def _is_due(self, run: Run) -> bool:
+        refits = self._store.refits(run.id, limit=10)
+        if not is_due(run, refits, now=self._clock()):
+            return False
+        # A run that is older than its refits seems to have lost what was published meanwhile: look again.
         try:
-            run = self._store.run_with_id(run_id)
+            return is_due(self._store.run_with_id(run.id), refits, now=self._clock())
         except RunUnknown:
             return False
-        return is_due(run, refits, now=self._clock())
 
     def _work(self, refit: Refit) -> None:
         started = time.monotonic()

@@ -196,7 +196,7 @@ async def run_is_allowed(request: Request) -> None:
     Raises:
         AccessRefused
     """
-    key: ApiKey | None = getattr(request.state, "api_key", None)
+    key = _api_key(request)
     if key is None or key.runs == "*":
         return
     if request.url.path == "/metrics":
