@@ -37,6 +37,14 @@ def until(client: Client, status: str) -> tuple[str, ...]:
     return ready.reasons
 
 
+def until_refused(writers: Writers) -> None:
+    """Wait until a writer has met the full disk too: /readyz may see it, and room be made, between two writes."""
+    deadline = time.monotonic() + 30
+    while not writers.refusals:
+        assert time.monotonic() < deadline, "no write was refused"
+        time.sleep(0.02)
+
+
 def test_sqlite_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     """No file of the process may grow: for SQLite that is a write that the disk did not take."""
     town = Town(f"sqlite:///{tmp_path}/evenodds.db", tmp_path)
@@ -50,6 +58,7 @@ def test_sqlite_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
                 resource.prlimit(town.pid("serve"), resource.RLIMIT_FSIZE, (written, resource.RLIM_INFINITY))
                 reasons = until(client, "unavailable")
                 alive = client.healthz()
+                until_refused(writers)
                 resource.prlimit(town.pid("serve"), resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
                 until(client, "ok")
                 writers.bring_home(5)
@@ -93,7 +102,7 @@ def weather_the_full_disk(service: Service, disk: Path) -> tuple[Writers, tuple[
         ballast = fill(disk)
         reasons = until(service.client, "unavailable")
         assert service.client.healthz().status == "ok"
-        time.sleep(0.3)
+        until_refused(writers)
         ballast.unlink()
         until(service.client, "ok")
         writers.bring_home(5)
