@@ -129,7 +129,7 @@ def test_the_stack_starts_as_the_mean_of_the_log_odds(pool: Pool, rates: FloatAr
     flipped = 1 - rates**2
     publish(state, pool, 1, {"ngrams": prior(rates, 2.0), "latent": prior(flipped, 8.0)})
 
-    means, scales = shared_priors(state, features(state, pool), pool.prior_rates(N), pool.fitted(1), ALL)
+    means, scales, _ = shared_priors(state, features(state, pool), pool.prior_rates(N), pool.fitted(1), ALL)
 
     c = PRIORS.index(STACKED)
     np.testing.assert_allclose(log_odds(means[c]), (0 + log_odds(rates) + log_odds(flipped)) / 3, atol=1e-5)
@@ -156,7 +156,7 @@ def test_the_stack_follows_a_policy_that_left_the_snapshot_behind(pool: Pool, ra
 
     observe(state, pool, risen, steps=10)
 
-    means, _ = shared_priors(state, features(state, pool), pool.prior_rates(N), pool.fitted(1), ALL)
+    means, *_ = shared_priors(state, features(state, pool), pool.prior_rates(N), pool.fitted(1), ALL)
     errors = np.abs(means - risen).mean(axis=1)
     assert errors[PRIORS.index(STACKED)] < 0.5 * errors[PRIORS.index("ngrams")]
     assert shares(state)[STACKED] > shares(state)["ngrams"]
@@ -193,7 +193,7 @@ def test_strengths_are_relative_to_the_concentration_of_each_prompt(pool: Pool, 
     publish(state, pool, 1, {"ngrams": prior(rates, concentrations)})
     x = pool.rows(state.basis, slice(0, N)) if state.basis is not None else None
 
-    means, scales = shared_priors(state, x, pool.prior_rates(N), pool.fitted(1), ALL)
+    means, scales, _ = shared_priors(state, x, pool.prior_rates(N), pool.fitted(1), ALL)
 
     c = PRIORS.index("ngrams")
     np.testing.assert_allclose(means[c], rates, rtol=1e-6)
@@ -222,7 +222,7 @@ def test_prompts_newer_than_the_snapshot_get_the_online_regression_in_its_stead(
     x = pool.rows(state.basis, slice(0, N)) if state.basis is not None else None
     padded = prior(np.append(rates[:20], [np.nan] * 10), 40.0)
 
-    means, scales = shared_priors(state, x, pool.prior_rates(N), {"ngrams": padded}, ALL)
+    means, scales, _ = shared_priors(state, x, pool.prior_rates(N), {"ngrams": padded}, ALL)
 
     c, stand_in = PRIORS.index("ngrams"), PRIORS.index("surface")
     np.testing.assert_array_equal(means[c, 20:], means[stand_in, 20:])

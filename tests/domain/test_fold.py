@@ -492,7 +492,7 @@ def test_prior_means_stand_in_one_row_for_each_prior(make_block: MakeBlock) -> N
     assert log.state.basis is not None
 
     x = log.pool.matrix(log.state.basis, 2)
-    means, _ = shared_priors(log.state, x, log.pool.prior_rates(2), {}, np.ones(len(PRIORS), bool))
+    means, *_ = shared_priors(log.state, x, log.pool.prior_rates(2), {}, np.ones(len(PRIORS), bool))
 
     running = running_mean(log.state)
     assert means.shape == (len(PRIORS), 2)

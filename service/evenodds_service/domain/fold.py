@@ -144,18 +144,24 @@ def shared_priors(
     prior_rates_n: FloatArray,
     fitted: Mapping[str, FittedPrior],
     wanted: BoolArray,
-) -> tuple[FloatArray, FloatArray]:
+    rows: IntArray | slice | None = None,
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
     """What each shared prior says about n prompts.
+
+    Here alone is decided which of the snapshot's priors are read: those asked for, and all that the stack reads where
+    it is asked for, though alone they may have lost their weight.
 
     Args:
         x_n_d: Projected features under the state's basis; None where it has none yet.
         prior_rates_n: The caller's rates, NaN where there is none (the running mean stands in).
-        fitted: The snapshot's priors of these prompts; NaN means where a prompt is newer than the snapshot (the
-            online regression stands in).
-        wanted: Which priors are asked for, bool [C]; the others' means are left at the running mean.
+        fitted: The snapshot's priors; NaN means where a prompt is newer than the snapshot (the online regression
+            stands in).
+        wanted: Which priors are asked for, bool [C]; the means of others may be left at the running mean.
+        rows: Which of the prompts that `fitted` speaks of these n are; without it they are the same ones.
 
     Returns:
-        Mean success rates [C, n] in (0, 1), and what each prior's strengths are multiplied with, [C, n].
+        Mean success rates [C, n] in (0, 1); what each prior's strengths are multiplied with, [C, n]; and the stack's
+        inputs (`_log_odds`), None where it has no say.
     """
     n = len(prior_rates_n)
     means_C_n = np.full((len(PRIORS), n), running_mean(state), dtype=np.float32)
@@ -164,9 +170,11 @@ def shared_priors(
     known = np.isfinite(prior_rates_n)
     means_C_n[PRIORS.index("caller"), known] = prior_rates_n[known]
     if x_n_d is None or state.basis is None or state.surface is None:
-        return means_C_n, scales_C_n
-    priors = {name: prior for name, prior in fitted.items() if name in FITTED and wanted[PRIORS.index(name)]}
-    newer = any(np.isnan(prior.means_N).any() for prior in fitted.values())
+        return means_C_n, scales_C_n, None
+    stack = state.stack if wanted[PRIORS.index(STACKED)] and _stackable(fitted) else None
+    read = [name for name in FITTED if name in fitted and (wanted[PRIORS.index(name)] or stack is not None)]
+    priors = {name: _rows(fitted[name], slice(0, n) if rows is None else rows) for name in read}
+    newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
         means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
@@ -176,13 +184,15 @@ def shared_priors(
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
         scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
-    if state.stack is not None and wanted[PRIORS.index(STACKED)] and _stackable(fitted):
-        c, stacked = PRIORS.index(STACKED), state.stack.mode(_log_odds(state, x_n_d, fitted))
-        known = np.isfinite(stacked)
-        means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
-        product = np.multiply.reduce([fitted[name].concentrations_N for name in FITTED])
-        scales_C_n[c] = np.where(known, product ** (1 / len(FITTED)) / MATCHED, 1.0)
-    return means_C_n, scales_C_n
+    if stack is None:
+        return means_C_n, scales_C_n, None
+    inputs = _log_odds(state, x_n_d, priors)
+    c, stacked = PRIORS.index(STACKED), stack.mode(inputs)
+    known = np.isfinite(stacked)
+    means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
+    product = np.multiply.reduce([priors[name].concentrations_N for name in FITTED])
+    scales_C_n[c] = np.where(known, product ** (1 / len(FITTED)) / MATCHED, 1.0)
+    return means_C_n, scales_C_n, inputs
 
 
 def _stackable(fitted: Mapping[str, FittedPrior]) -> bool:
@@ -229,7 +239,7 @@ def beliefs_of(
     def compute(block: slice) -> None:
         rows = block if indices is None else indices[block]
         x = pool.rows(state.basis, rows) if state.basis is not None else None
-        means_C_n, scales_C_n = _priors_of(state, pool, rows, x, wanted)
+        means_C_n, scales_C_n, _ = _priors_of(state, pool, rows, x, wanted)
         own, lost = _own(state, rows)
         predict = beliefs.predict if n > _FEW else beliefs.predict_rows
         a_n[block], b_n[block] = predict(weights, means_C_n, own, lost, scales_C_n)
@@ -248,7 +258,7 @@ def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedP
     x = outside.matrix(state.basis, outside.n) if state.basis is not None else None
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
-    means_C_n, scales_C_n = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)
+    means_C_n, scales_C_n, _ = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)
     none = np.zeros((len(MEMORIES), outside.n), dtype=np.float32)
     return beliefs.predict(weights, means_C_n, none, none, scales_C_n)
 
@@ -284,15 +294,9 @@ def new_paper_beliefs(n: int, fitted: Mapping[str, FittedPrior]) -> tuple[FloatA
 
 def _priors_of(
     state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
-) -> tuple[FloatArray, FloatArray]:
-    """Of these prompts of the pool, whose features are x, under the state's snapshot."""
-    needs_all = wanted[PRIORS.index(STACKED)]  # the stack reads what alone may have lost its weight
-    fitted = {
-        name: _rows(prior, rows)
-        for name, prior in _mixed(state, pool).items()
-        if needs_all or wanted[PRIORS.index(name)]
-    }
-    return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], fitted, wanted)
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """`shared_priors` of these prompts of the pool, whose features are x, under the state's snapshot."""
+    return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], _mixed(state, pool), wanted, rows)
 
 
 def _mixed(state: State, pool: Pool) -> Mapping[str, FittedPrior]:
@@ -404,7 +408,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
 
     x = pool.rows(state.basis, prompts) if state.basis is not None else None
     here = state.mixture.present()
-    means_C_n, scales_C_n = _priors_of(state, pool, prompts, x, here)
+    means_C_n, scales_C_n, stack_inputs = _priors_of(state, pool, prompts, x, here)
     own, lost = _own(state, prompts)
 
     def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
@@ -434,13 +438,11 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     worth = effective_count(counts)
     state.running_successes += float(worth @ (k / counts))
     state.running_counts += float(worth.sum())
-    snapshot = {name: _rows(prior, prompts) for name, prior in _mixed(state, pool).items()}
-    if x is not None and state.stack is not None and _stackable(snapshot):
-        inputs = _log_odds(state, x, snapshot)
-        known = np.isfinite(inputs).all(axis=1)
+    if state.stack is not None and stack_inputs is not None:
+        known = np.isfinite(stack_inputs).all(axis=1)
         if known.any():
             # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
-            state.stack.update(inputs[known], k[known], counts[known], further_count(counts, before)[known])
+            state.stack.update(stack_inputs[known], k[known], counts[known], further_count(counts, before)[known])
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
