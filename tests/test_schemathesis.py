@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import huggingface_hub.constants
 import pytest
 
 if TYPE_CHECKING:
@@ -39,11 +38,9 @@ PROMPTS = [f"seeded-{i}" for i in range(12)]
 def test_no_generated_request_breaks_the_contract(
     tmp_path: Path,
     start_service: Callable[..., Service],
-    monkeypatch: pytest.MonkeyPatch,
     pytestconfig: pytest.Config,
     seed: int,
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it looks for embedders of any name
     service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
     service.client.put_run(RUN, embedder="none")
     service.client.add_prompts(RUN, [{"prompt_id": prompt, "text": f"What is {prompt}?"} for prompt in PROMPTS])

@@ -113,7 +113,7 @@ class Calls(Protocol):
                 evidence alone; `uniform`, chance.
             group_size: Attempts per prompt in training, in [1, 1024].
             target_rate: Success rate to aim at, in (0, 1), instead of the likeliest to be informative.
-            embedder: `builtin`, `caller`, `none`, or a sentence-transformers model.
+            embedder: `builtin`, `caller`, `none`, or a sentence-transformers model that the service's operator allows.
             embedder_prompt: Instruction that the embedder puts before each text.
             acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].

@@ -183,8 +183,8 @@ class RunUpdate(Request):
     )
     embedder: Key | None = Field(
         default=None,
-        description="'builtin', 'caller' (every vector comes with its prompt), 'none', or the name or path "
-        "of a sentence-transformers model. Fixed once the pool has prompts",
+        description="'builtin', 'caller' (every vector comes with its prompt), 'none', or a sentence-transformers "
+        "model that the service's operator allows. Fixed once the pool has prompts",
     )
     embedder_prompt: Annotated[str, Field(max_length=2_000), AfterValidator(_storable)] | None = Field(
         default=None, description="instruction that the embedder puts before each text"

@@ -136,6 +136,7 @@ def _serve(options: argparse.Namespace) -> int:
             budget_staleness_ms=settings.budget_staleness_ms,
             budget_deadline_ms=settings.budget_deadline_ms,
             budget_queue=settings.budget_queue,
+            embedders=settings.allowed_embedders(),
         )
         uvicorn.run(
             app,

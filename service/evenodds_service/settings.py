@@ -41,6 +41,11 @@ class Settings(BaseSettings):
     budget_queue: int = Field(
         default=256, ge=1, le=100_000, description="requests for a budget that may wait at a time"
     )
+    embedders: str | None = Field(
+        default=None,
+        description="models that runs may name as their embedder besides the built-in one, separated by commas: names "
+        "on the hub of sentence-transformers models, which are downloaded when first used, or folders",
+    )
     worker_lease_seconds: float = Field(
         default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"
     )
@@ -54,3 +59,7 @@ class Settings(BaseSettings):
     telemetry: bool = Field(default=False, description="send OpenTelemetry traces by OTLP, as the variables OTEL_* say")
     device: str | None = Field(default=None, description="torch device of the worker; CUDA where there is one")
     data: str | None = Field(default=None, description="folder of recorded success rates for benchmarks and replay")
+
+    def allowed_embedders(self) -> tuple[str, ...]:
+        """The names in `embedders`."""
+        return tuple(name.strip() for name in (self.embedders or "").split(",") if name.strip())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from evenodds import Invalid, Problem
+
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
+    from tests.conftest import Service
 
 
 @pytest.fixture
@@ -135,12 +140,48 @@ def test_the_embedder_is_fixed_once_prompts_exist(own: Caller) -> None:
     )
 
 
-@pytest.mark.slow  # the library takes seconds to load
-def test_an_embedder_that_cannot_be_opened_is_refused_at_once(caller: Caller) -> None:
-    problem = caller.refused("PUT", f"/runs/{caller.run}", json={"embedder": "/nowhere/model"})
+@pytest.mark.parametrize("name", ["sentence-transformers/all-MiniLM-L6-v2", "/etc", "Builtin"])
+def test_a_model_that_the_operator_has_not_listed_is_refused_before_it_is_looked_for(caller: Caller, name: str) -> None:
+    problem = caller.refused("PUT", f"/runs/{caller.run}", json={"embedder": name})
 
+    assert (problem.status, problem.code) == (422, "embedder_not_allowed")
+    assert problem.detail == (
+        f"embedder {name!r} is not allowed here: take 'builtin', 'caller' or 'none', or ask the service's operator to "
+        "list it in EVENODDS_EMBEDDERS (listed at present: none)"
+    )
+
+
+@pytest.mark.slow  # the library takes seconds to load
+def test_a_listed_model_makes_the_vectors_of_a_run_while_it_is_listed(
+    start_service: Callable[..., Service], tmp_path: Path, minilm_folder: str
+) -> None:
+    listing = start_service(f"sqlite:///{tmp_path}/evenodds.db", embedders=[minilm_folder])
+
+    assert listing.client.put_run("named", embedder=minilm_folder).embedder == minilm_folder
+    assert listing.client.add_prompts("named", [{"text": "What is 2 + 2?"}]).added == 1
+    with pytest.raises(Invalid) as other:
+        listing.client.put_run("other", embedder="some/model")
+    assert other.value.detail.endswith(f"(listed at present: {minilm_folder!r})")
+
+    listing.stop()
+    client = start_service(f"sqlite:///{tmp_path}/evenodds.db").client
+    with pytest.raises(Invalid, match="embedder_not_allowed"):
+        client.add_prompts("named", [{"text": "What is 3 + 3?"}])
+    assert len(client.select_batch("named", 0, 1).prompts) == 1
+
+
+@pytest.mark.slow  # the library takes seconds to load
+def test_a_listed_model_that_cannot_be_opened_is_refused_at_once(
+    start_service: Callable[..., Service], tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "model")
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db", embedders=[nowhere])
+
+    reply = service.http.put("/runs/math", json={"embedder": nowhere})
+
+    problem = Problem.model_validate_json(reply.content)
     assert (problem.status, problem.code) == (409, "embedder_unavailable")
-    assert problem.detail.startswith("embedder '/nowhere/model' cannot be opened (")
+    assert problem.detail.startswith(f"embedder {nowhere!r} cannot be opened (")
     assert problem.detail.endswith(
         "name a sentence-transformers model on the hub that this machine can reach, "
         "the path of a folder that holds one, or 'builtin'"

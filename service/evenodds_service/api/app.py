@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from functools import partial
 from typing import Any, cast
 
@@ -70,6 +70,7 @@ def create_app(
     budget_staleness_ms: float = 200.0,
     budget_deadline_ms: float = 500.0,
     budget_queue: int = 256,
+    embedders: Collection[str] = (),
 ) -> FastAPI:
     """The ASGI application over this store.
 
@@ -83,8 +84,9 @@ def create_app(
             0 reads the log for each answer.
         budget_deadline_ms: After so long a request for a budget is given up.
         budget_queue: Requests for a budget that may wait at a time.
+        embedders: Models that runs may name as their embedder besides the built-in one.
     """
-    featurizer = Featurizer(store)
+    featurizer = Featurizer(store, allowed=embedders)
     views_of_runs = LiveRuns(store, capacity=live_runs)
     views = Views(store, views_of_runs)
     registry = CollectorRegistry()

@@ -20,7 +20,7 @@ from evenodds.schemas import Problem
 from evenodds_service.api.access import AccessRefused
 from evenodds_service.api.chat import ChatRefused
 from evenodds_service.api.desk import DeadlinePassed, DeskFull
-from evenodds_service.api.features import EmbeddingRefused
+from evenodds_service.api.features import EmbedderNotAllowed, EmbeddingRefused
 from evenodds_service.domain.acquisition import NotEnoughPrompts
 from evenodds_service.domain.types import SharesConflict
 from evenodds_service.live_run import UnknownPrompts
@@ -83,6 +83,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
     app.add_exception_handler(SharesConflict, _fact(409, "shares_conflict"))
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
+    app.add_exception_handler(EmbedderNotAllowed, _fact(422, "embedder_not_allowed"))
     app.add_exception_handler(ChatRefused, _fact(422, "malformed"))
     app.add_exception_handler(DeskFull, _fact(503, "overloaded", Retry_After="1"))
     app.add_exception_handler(DeadlinePassed, _fact(503, "deadline_passed"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,6 +53,10 @@ class EmbeddingRefused(ValueError):
     """A vector was sent that the run cannot take. The message names the item and the limit."""
 
 
+class EmbedderNotAllowed(ValueError):
+    """The embedder is a model that the operator has not listed. The message names it and those that are allowed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """Prompts ready for the store: their vectors that are not stored yet, the run's embedder and vector length."""
@@ -64,10 +68,20 @@ class Prepared:
 
 
 class Featurizer:
-    """Computes features once per (embedder, text), as far as the store or the memory of this process has them."""
+    """Computes features once per (embedder, text), as far as the store or the memory of this process has them.
 
-    def __init__(self, store: Store, *, opener: Callable[[str, str | None], Embedder] = open_embedder) -> None:
-        self._store, self._open = store, opener
+    Args:
+        allowed: Models that runs may name besides the built-in one. Opening one may download it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        allowed: Collection[str] = (),
+        opener: Callable[[str, str | None], Embedder] = open_embedder,
+    ) -> None:
+        self._store, self._allowed, self._open = store, frozenset(allowed), opener
         self._lock = threading.Lock()
         self._embedders: dict[tuple[str, str | None], Embedder] = {}
         self._rows: OrderedDict[tuple[str, str], tuple[FloatArray, FloatArray]] = OrderedDict()
@@ -76,11 +90,18 @@ class Featurizer:
         """The run's text embedder; None where vectors come from the caller or there are none.
 
         Raises:
+            EmbedderNotAllowed: the run names a model that is not among those allowed.
             EmbedderUnavailable: the model cannot be loaded.
         """
         setting = settings.embedder or BUILTIN
         if setting in (CALLER, NO_EMBEDDER):
             return None
+        if setting != BUILTIN and setting not in self._allowed:
+            listed = ", ".join(repr(name) for name in sorted(self._allowed)) or "none"
+            raise EmbedderNotAllowed(
+                f"embedder {setting!r} is not allowed here: take {BUILTIN!r}, {CALLER!r} or {NO_EMBEDDER!r}, or ask "
+                f"the service's operator to list it in EVENODDS_EMBEDDERS (listed at present: {listed})"
+            )
         key = (setting, settings.embedder_prompt)
         with self._lock:
             if key not in self._embedders:
