@@ -64,7 +64,7 @@ def test_the_wheel_holds_client_service_and_migrations_and_nothing_else(wheel: P
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
 
     assert {name.split("/")[0] for name in names} == {"evenodds", "evenodds_service"}
-    assert {"evenodds/py.typed", "evenodds/schemas.py", "evenodds_service/__main__.py"} <= names
+    assert {"evenodds/py.typed", "evenodds/schemas/__init__.py", "evenodds_service/__main__.py"} <= names
     assert "evenodds_service/migrations/env.py" in names
     assert any(name.startswith("evenodds_service/migrations/versions/") for name in names)
     assert not [name for name in names if "tests" in name.split("/") or name.endswith(".pyc")]

@@ -1,0 +1,122 @@
+"""Attempts for one request of a gateway, by a policy."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from evenodds.schemas.base import Reply, Request, example
+from evenodds.schemas.fields import MAX_ATTEMPTS, MAX_TIERS, BudgetMode, Label, PolicyName, Rate, RunName
+from evenodds.schemas.prompts import PromptRef
+
+
+class Tier(Request):
+    """An effort for requests of at least this predicted success rate."""
+
+    label: Label = Field(description="what the gateway sends on, a reasoning effort say", examples=["low"])
+    at_least: Rate = Field(description="predicted success rate")
+    max_tokens_scale: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
+        default=1.0, description="what to multiply the usual length limit with"
+    )
+
+
+class PolicyUpdate(Request):
+    """A budget policy, whole: what is left out has its default."""
+
+    model_config = example(
+        mode="sequential",
+        target_attempts=4,
+        max_attempts=16,
+        tiers=[
+            {"label": "low", "at_least": 0.8, "max_tokens_scale": 0.5},
+            {"label": "high", "at_least": 0.05, "max_tokens_scale": 2},
+            {"label": "low", "at_least": 0},
+        ],
+    )
+
+    mode: BudgetMode = Field(
+        default="parallel",
+        description="parallel: all attempts at once; sequential: one after another until the first success",
+    )
+    target_attempts: Annotated[float, Field(ge=1, le=MAX_ATTEMPTS, allow_inf_nan=False)] = Field(
+        default=4.0, description="attempts per request on average; the price is fitted to recent traffic so"
+    )
+    min_attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = 1
+    max_attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = 32
+    price: Rate | None = Field(
+        default=None, description="a fixed price instead: least gain in the probability of a success per attempt"
+    )
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=MAX_TIERS)] = (
+        Tier(label="low", at_least=0.8, max_tokens_scale=0.5),
+        Tier(label="medium", at_least=0.3),
+        Tier(label="high", at_least=0.0, max_tokens_scale=2.0),
+    )
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> PolicyUpdate:
+        if not self.min_attempts <= self.target_attempts <= self.max_attempts:
+            raise ValueError(
+                f"target_attempts {self.target_attempts:g} must lie between min_attempts {self.min_attempts} and "
+                f"max_attempts {self.max_attempts}"
+            )
+        bounds = [tier.at_least for tier in self.tiers]
+        if bounds[-1] != 0.0 or any(low >= high for high, low in pairwise(bounds)):
+            raise ValueError(
+                f"tiers: at_least must fall from tier to tier and end with 0, got {', '.join(f'{b:g}' for b in bounds)}"
+            )
+        return self
+
+
+class PolicyState(Reply):
+    """A budget policy as the run stores it."""
+
+    run: RunName
+    policy: PolicyName
+    version: int = Field(description="a new one whenever the policy changes; 0 is built in")
+    mode: BudgetMode
+    target_attempts: float
+    min_attempts: int
+    max_attempts: int
+    price: float | None = Field(description="null: fitted to recent traffic")
+    tiers: tuple[Tier, ...]
+
+
+class PolicyList(Reply):
+    policies: tuple[PolicyState, ...] = Field(description="by name; default is always there")
+
+
+class BudgetRequest(Request):
+    model_config = example(run="math-7b", prompt={"text": "What is 19 + 23?"})
+
+    run: RunName
+    prompt: PromptRef
+    policy: PolicyName = "default"
+    failures: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=0, description="attempts of this request that failed, as long as they are not reported by /observe"
+    )
+    deadline_ms: Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)] | None = Field(
+        default=None, description="a reply after so long is of no use: 503 instead; the service's own limit by default"
+    )
+
+
+class BudgetReply(Reply):
+    run: RunName
+    policy: PolicyName
+    policy_version: int
+    mode: BudgetMode
+    attempts: int = Field(
+        description="how many more to make; one after another, at most so many until the first success"
+    )
+    go_on: bool = Field(description="whether to make one more attempt; false when attempts is 0")
+    effort: str = Field(description="label of the tier")
+    max_tokens_scale: float
+    success_rate: float = Field(description="of one attempt, failures of this request included")
+    std: float
+    solve_probability: float = Field(description="that at least one of these attempts succeeds")
+    price: float = Field(description="the gain below which an attempt is not bought")
+    attempts_seen: int = Field(description="of this prompt, in the run's history")
+    model_version: int
+    log_position: int
+    age_ms: float = Field(description="how old the view of the log is that answered")

@@ -1,0 +1,77 @@
+"""Limits and types of fields that several requests and replies share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, WithJsonSchema
+
+MAX_ITEMS = 10_000
+"""Most items in one list. Larger pools are sent as NDJSON."""
+MAX_TEXT = 200_000
+"""Most characters in one prompt's text."""
+MAX_ID = 256
+MAX_VECTOR = 8_192
+MAX_FEATURES = 64
+MAX_GROUP_SIZE = 1_024
+MAX_STEP = 2**62
+MAX_ATTEMPTS = 1_024
+"""Most attempts for one prompt."""
+MAX_ALLOCATION = 2_000_000
+"""Most attempts to choose among in one allocation: prompts times the most attempts for one of them."""
+MAX_TIERS = 16
+
+RUN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+
+def storable(value: str) -> str:
+    """Refuse what no database column or UTF-8 reply can hold: NUL characters and lone surrogates."""
+    if "\x00" in value:
+        raise ValueError("a NUL character (\\u0000) cannot be stored: remove it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair cannot be stored: send valid Unicode") from error
+    return value
+
+
+RunName = Annotated[str, Field(pattern=RUN_PATTERN, examples=["math-7b"])]
+Key = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(storable)]
+PromptId = Annotated[Key, Field(description="stable inside a run", examples=["gsm8k-00017"])]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(storable)]
+Step = Annotated[int, Field(ge=0, le=MAX_STEP, description="the policy version", examples=[12])]
+Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Reward = Annotated[
+    Rate, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "boolean"}]})
+]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+GroupSize = Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE, description="attempts per prompt in training")]
+TargetRate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+GroupShares = Annotated[dict[Key, Rate], Field(min_length=1, max_length=1_000)]
+Vector = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MAX_VECTOR)]
+Features = Annotated[dict[Key, Finite], Field(max_length=MAX_FEATURES)]
+
+Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
+Acquisition = Literal["yield", "paper", "thompson", "uniform"]
+ModelSize = Literal["small", "published"]
+RefitStatus = Literal["pending", "running", "done", "failed"]
+Objective = Literal["solve", "signal"]
+AllocationMethod = Literal["greedy", "bins"]
+BudgetMode = Literal["parallel", "sequential"]
+Attempts = Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)]
+PolicyName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="of a budget policy", examples=["default"])
+]
+Label = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(storable)]
+
+
+def check_shares(least: dict[str, float] | None, most: dict[str, float] | None) -> None:
+    """Raises ValueError: least shares that sum to more than 1, or one that is above its group's largest."""
+    if least is not None and sum(least.values()) > 1 + 1e-9:
+        raise ValueError(f"groups: the shares sum to {sum(least.values()):g}, the limit is 1")
+    for group in (least or {}).keys() & (most or {}).keys():
+        if (least or {})[group] > (most or {})[group]:
+            raise ValueError(
+                f"groups.{group}: {(least or {})[group]:g} is more than groups_at_most allows, "
+                f"{(most or {})[group]:g}: lower the one or raise the other"
+            )

@@ -1,0 +1,167 @@
+"""The training loop: select a batch, and observe its outcomes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from evenodds.schemas.base import Reply, Request, example
+from evenodds.schemas.fields import (
+    MAX_ITEMS,
+    Acquisition,
+    Features,
+    GroupShares,
+    GroupSize,
+    Key,
+    PromptId,
+    Rate,
+    Reward,
+    RunName,
+    Step,
+    TargetRate,
+    Text,
+    Vector,
+    check_shares,
+)
+
+
+class Observation(Request):
+    """Outcomes of attempts on one prompt. Attempts that failed for other reasons than the policy stay out."""
+
+    prompt_id: PromptId | None = None
+    successes: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="fractional rewards count as fractional successes"
+    )
+    attempts: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
+        default=None, description="instead of successes and attempts: a reward in [0, 1] per attempt (true counts as 1)"
+    )
+    text: Text | None = Field(default=None, description="for a prompt that the pool does not have yet")
+    group: Key | None = None
+    embedding: Vector | None = None
+    features: Features | None = None
+    prior_rate: Rate | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Observation:
+        if self.prompt_id is None and self.text is None:
+            raise ValueError("an observation needs a prompt_id, a text, or both")
+        if self.rewards is not None:
+            if self.successes is not None or self.attempts is not None:
+                raise ValueError("send either rewards or successes and attempts, not both")
+            return self
+        if self.successes is None or self.attempts is None:
+            raise ValueError("send successes and attempts, or rewards")
+        if self.successes > self.attempts:
+            raise ValueError(f"successes {self.successes:g} exceeds attempts {self.attempts}")
+        return self
+
+
+class ObserveRequest(Request):
+    model_config = example(
+        run="math-7b",
+        step=12,
+        request_id="step-12-rank-0",
+        observations=[
+            {"prompt_id": "sum-1", "successes": 7, "attempts": 8},
+            {"prompt_id": "root-1", "rewards": [0, 1, 0.5, 0, 0, 1, 0, 0]},
+        ],
+    )
+
+    run: RunName
+    step: Step
+    request_id: Key | None = Field(default=None, description="makes the call repeatable: send the same id again")
+    selection_id: Key | None = Field(
+        default=None, description="the selection whose outcomes these are; other prompts may come along"
+    )
+    observations: Annotated[tuple[Observation, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+
+
+class ObserveReply(Reply):
+    run: RunName
+    log_position: int = Field(description="where the observations stand in the run's log")
+    accepted: int
+    model_version: int
+    replayed: bool = Field(description="this request_id was accepted before; nothing was written again")
+
+
+class SelectRequest(Request):
+    model_config = example(run="math-7b", step=13, batch_size=2, seed=0, groups={"algebra": 0.5})
+
+    run: RunName
+    step: Step
+    batch_size: Annotated[int, Field(ge=1, le=MAX_ITEMS, examples=[256])]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    candidates: Annotated[tuple[PromptId, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
+        default=None, description="choose among these only; the whole pool otherwise"
+    )
+    exclude: Annotated[tuple[PromptId, ...], Field(max_length=MAX_ITEMS)] | None = None
+    groups: GroupShares | None = Field(
+        default=None,
+        description="least share of the batch for each group; the shares sum to at most 1. Instead of the run's, and "
+        "unlike those an error where a group has too few prompts",
+    )
+    groups_at_most: GroupShares | None = Field(
+        default=None, description="largest share of the batch for each group; the run's by default"
+    )
+    target_rate: TargetRate | None = None
+    group_size: GroupSize | None = None
+    acquisition: Acquisition | None = None
+    optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    allow_outstanding: bool = Field(
+        default=False, description="choose prompts again whose outcomes from earlier selections have not come yet"
+    )
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> SelectRequest:
+        check_shares(self.groups, self.groups_at_most)
+        return self
+
+
+class SelectedPrompt(Reply):
+    prompt_id: PromptId
+    group: str | None = None
+    success_rate: float
+    std: float
+    informative_probability: float
+    arm: Literal["policy", "control"] = Field(
+        default="policy", description="control: drawn uniformly, whatever is believed about it"
+    )
+
+
+class Forecast(Reply):
+    informative_share: float = Field(description="expected share of informative groups in the batch")
+    informative_groups: float = Field(description="expected number of informative groups in the batch")
+    pad_to: int | None = Field(
+        description="prompts to take for batch_size informative groups in expectation; "
+        "null if the pool cannot give them"
+    )
+
+
+class FallbackNotice(Reply):
+    """What the service does instead of what was asked, and why."""
+
+    to: Literal["uniform"] = "uniform"
+    reason: str
+    since_step: int
+
+
+class SelectReply(Reply):
+    run: RunName
+    step: int
+    selection_id: str
+    model_version: int
+    log_position: int = Field(description="the state that the choice was made in")
+    replayed: bool = Field(description="this (run, step) was chosen before; the same batch is returned")
+    outstanding: int = Field(
+        default=0, description="how many of the prompts are still waited for from earlier selections"
+    )
+    forecast: Forecast
+    fallback: FallbackNotice | None = Field(
+        default=None, description="the batch is a uniform choice, because the model's skill stays negative"
+    )
+    prompts: tuple[SelectedPrompt, ...]

@@ -1,0 +1,123 @@
+"""Prompts of a pool or from outside of it, and what is believed about them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from evenodds.schemas.base import Reply, Request, example
+from evenodds.schemas.fields import MAX_ITEMS, Features, GroupSize, Key, PromptId, Rate, RunName, Step, Text, Vector
+
+
+class PromptIn(Request):
+    """A prompt for the pool. Without `prompt_id` the id is a hash of the normalised text."""
+
+    prompt_id: PromptId | None = None
+    text: Text | None = None
+    group: Key | None = Field(default=None, description="dataset, domain or environment")
+    embedding: Vector | None = Field(default=None, description="the caller's own vector (embedder 'caller')")
+    features: Features | None = Field(default=None, description="numeric features by name")
+    prior_rate: Rate | None = Field(default=None, description="a success rate known beforehand, say of a profile")
+
+    @model_validator(mode="after")
+    def _has_identity(self) -> PromptIn:
+        if self.prompt_id is None and self.text is None:
+            raise ValueError("a prompt needs a prompt_id, a text, or both")
+        return self
+
+
+class PromptsIn(Request):
+    model_config = example(
+        prompts=[
+            {"prompt_id": "sum-1", "text": "What is 17 + 25?", "group": "arithmetic"},
+            {"prompt_id": "root-1", "text": "Solve x^2 - 5x + 6 = 0.", "group": "algebra", "prior_rate": 0.4},
+        ]
+    )
+
+    prompts: Annotated[tuple[PromptIn, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+
+
+class PromptsAdded(Reply):
+    run: RunName
+    added: int
+    existing: int = Field(description="prompts of this call that the pool had already")
+    pool_size: int
+    log_position: int
+
+
+class PromptInfo(Reply):
+    prompt_id: PromptId
+    text: str | None
+    group: str | None
+    features: dict[str, float] | None
+    prior_rate: float | None
+
+
+class PromptPage(Reply):
+    prompts: tuple[PromptInfo, ...]
+    next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")
+
+
+class PromptRef(Request):
+    """A prompt of the pool by its id, or a new text."""
+
+    prompt_id: PromptId | None = None
+    text: Text | None = None
+    group: Key | None = None
+    embedding: Vector | None = None
+    features: Features | None = None
+    prior_rate: Rate | None = None
+
+    @model_validator(mode="after")
+    def _has_identity(self) -> PromptRef:
+        if self.prompt_id is None and self.text is None:
+            raise ValueError("a prompt needs a prompt_id, a text, or both")
+        return self
+
+
+class PredictRequest(Request):
+    model_config = example(run="math-7b", prompts=[{"prompt_id": "sum-1"}, {"text": "What is 18 + 24?"}])
+
+    run: RunName
+    prompts: Annotated[tuple[PromptRef, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    step: Step | None = None
+    group_size: GroupSize | None = None
+
+
+class Prediction(Reply):
+    prompt_id: PromptId | None = None
+    success_rate: float = Field(description="mean of the belief")
+    std: float = Field(description="standard deviation of the belief")
+    interval: tuple[float, float] = Field(description="central 90% of the belief")
+    informative_probability: float = Field(description="that a group of group_size attempts is not all equal")
+    attempts_seen: int
+
+
+class PredictReply(Reply):
+    run: RunName
+    model_version: int
+    log_position: int
+    predictions: tuple[Prediction, ...] = Field(description="in the order asked")
+
+
+class Visit(Reply):
+    """One observation of a prompt, as the log keeps it."""
+
+    log_position: int
+    step: int
+    successes: float
+    attempts: int
+    selection_id: str | None
+
+
+class PromptState(PromptInfo):
+    """A prompt with the present belief about it and its own history."""
+
+    run: RunName
+    model_version: int
+    log_position: int
+    belief: Prediction
+    visits: int
+    last_step: int | None
+    history: tuple[Visit, ...] = Field(description="newest first, at most 100")

@@ -1,0 +1,250 @@
+"""How good a run's forecasts were, what choosing brought, and how the beliefs are spread."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.config import JsonValue
+
+from evenodds.schemas.base import Reply
+from evenodds.schemas.fields import PromptId, RunName
+from evenodds.schemas.loop import FallbackNotice
+
+
+class Share(Reply):
+    """A share in [0, 1] with its 95% interval (Wilson's), of so many observations."""
+
+    value: float
+    interval: tuple[float, float]
+    observations: int = Field(description="rounded, where observations are weighted")
+
+
+class ReliabilityBin(Reply):
+    """Forecasts in [from_forecast, to_forecast), and what came of them."""
+
+    from_forecast: float
+    to_forecast: float
+    count: int
+    mean_forecast: float | None = Field(description="null where count is 0")
+    mean_outcome: float | None
+
+
+class ForecastQuality(Reply):
+    """How forecasts, made before the outcomes were known, met them."""
+
+    count: int = Field(description="observations: one prompt's attempts under one selection or in one call")
+    mean_forecast: float | None
+    mean_outcome: float | None
+    calibration_error: float | None = Field(description="mean over the bins of |mean forecast - mean outcome|")
+    squared_error: float | None = Field(description="mean of (forecast - outcome)^2; the Brier score of 0-1 outcomes")
+    reliability: tuple[ReliabilityBin, ...] = Field(description="in tenths of the forecast")
+
+
+class WindowReport(Reply):
+    """What happened in some consecutive steps. Outcomes of a selection count at its step."""
+
+    first_step: int
+    last_step: int
+    observations: int
+    rank_correlation: float | None = Field(
+        description="Spearman's, of forecast and observed success rate, from 50 bins of the forecast and 17 of the "
+        "rate; null with fewer than 8 observations"
+    )
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None = Field(description="of all observations of two attempts or more")
+    informative_share: float | None
+    policy_informative_share: Share | None
+    control_informative_share: Share | None
+    chosen: int = Field(description="prompts in selections")
+    fresh: int = Field(description="of these, never chosen or observed before")
+    skill: float | None = Field(description="nats per observation against flat MoPPS; see skill")
+
+
+class ArmReport(Reply):
+    """One arm of the selections: the policy's choice, or the uniform control."""
+
+    arm: Literal["policy", "control"]
+    selected: int
+    observed: int = Field(description="selected prompts with outcomes of two attempts or more")
+    attempts: int
+    informative_forecast: float | None = Field(description="mean forecast of the observed ones")
+    informative_share: Share | None
+
+
+class LiftReport(Reply):
+    """The policy's choice against the control arm, over the selections that had one. Intervals hold 95%."""
+
+    policy_share: Share
+    control_share: Share = Field(description="weighted where the run's control_share was changed meanwhile")
+    difference: float = Field(description="of the two informative shares: the lift")
+    difference_interval: tuple[float, float]
+    rollouts_saved_share: float | None = Field(
+        description="share saved of the rollouts that uniform choice would have needed for as many informative groups"
+    )
+    rollouts_saved_share_interval: tuple[float | None, float | None] = Field(description="null: not finite")
+    rollouts_saved: float | None = Field(description="as a number of rollouts, by the policy arm so far")
+    rollouts_saved_interval: tuple[float | None, float | None] = Field(description="null: not finite")
+
+
+class VisitCount(Reply):
+    from_visits: int
+    to_visits: int | None = Field(description="null: no limit")
+    prompts: int
+
+
+class Coverage(Reply):
+    """How much of the pool was tried, and how often. A visit is a selection or an observed step."""
+
+    pool_size: int
+    chosen: int = Field(description="prompts ever selected")
+    observed: int = Field(description="prompts ever observed")
+    tried_share: float = Field(description="share of the pool that was either")
+    mean_visits: float
+    visits: tuple[VisitCount, ...]
+
+
+class GroupReport(Reply):
+    """One group of prompts, over the whole run."""
+
+    group: str | None = Field(description="null: prompts without a group")
+    prompts: int
+    tried: int
+    chosen: int
+    chosen_control: int
+    observed: int
+    attempts: int
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None
+    informative_share: Share | None
+
+
+class SkillReport(Reply):
+    """Log likelihood of outcomes under the gps mixture less that under flat MoPPS, in nats, before they were known."""
+
+    per_observation: float | None
+    observations: int
+    recent: float = Field(description="summed over the newest observations, which alarms and fallback look at")
+    recent_observations: int
+
+
+_QUALITY: dict[str, JsonValue] = {
+    "count": 512,
+    "mean_forecast": 0.41,
+    "mean_outcome": 0.43,
+    "calibration_error": 0.021,
+    "squared_error": 0.094,
+    "reliability": [
+        {"from_forecast": 0.4, "to_forecast": 0.5, "count": 512, "mean_forecast": 0.41, "mean_outcome": 0.43}
+    ],
+}
+_POLICY: dict[str, JsonValue] = {"value": 0.78, "interval": [0.74, 0.82], "observations": 461}
+_CONTROL: dict[str, JsonValue] = {"value": 0.47, "interval": [0.34, 0.61], "observations": 51}
+_REPORT: dict[str, JsonValue] = {
+    "run": "math-7b",
+    "log_position": 5,
+    "model_version": 0,
+    "observations": 512,
+    "selections": 2,
+    "since_step": 12,
+    "window_steps": 1,
+    "success_rate": _QUALITY,
+    "informative": _QUALITY,
+    "rank_correlation": 0.52,
+    "windows": [
+        {
+            **{"first_step": 12, "last_step": 12, "observations": 512, "rank_correlation": 0.52},
+            **{"success_rate_forecast": 0.41, "success_rate": 0.43},
+            **{"informative_forecast": 0.73, "informative_share": 0.75},
+            **{"policy_informative_share": _POLICY, "control_informative_share": _CONTROL},
+            **{"chosen": 512, "fresh": 498, "skill": 0.21},
+        }
+    ],
+    "arms": [
+        {
+            **{"arm": "policy", "selected": 461, "observed": 461, "attempts": 3688},
+            **{"informative_forecast": 0.76, "informative_share": _POLICY},
+        },
+        {
+            **{"arm": "control", "selected": 51, "observed": 51, "attempts": 408},
+            **{"informative_forecast": 0.46, "informative_share": _CONTROL},
+        },
+    ],
+    "lift": {
+        "policy_share": _POLICY,
+        "control_share": _CONTROL,
+        "difference": 0.31,
+        "difference_interval": [0.16, 0.44],
+        "rollouts_saved_share": 0.4,
+        "rollouts_saved_share_interval": [0.22, 0.57],
+        "rollouts_saved": 2433,
+        "rollouts_saved_interval": [1028, 4843],
+    },
+    "lift_missing": None,
+    "coverage": {
+        **{"pool_size": 29115, "chosen": 498, "observed": 498, "tried_share": 0.0171, "mean_visits": 0.0176},
+        "visits": [{"from_visits": 1, "to_visits": 1, "prompts": 484}],
+    },
+    "groups": [
+        {
+            **{"group": "algebra", "prompts": 7473, "tried": 127, "chosen": 131, "chosen_control": 13},
+            **{"observed": 131, "attempts": 1048, "success_rate_forecast": 0.44, "success_rate": 0.45},
+            **{"informative_forecast": 0.77, "informative_share": _POLICY},
+        }
+    ],
+    "other_groups": None,
+    "skill": {"per_observation": 0.21, "observations": 512, "recent": 107.5, "recent_observations": 512},
+    "fallback": None,
+}
+
+
+class RunReport(Reply):
+    """How good the forecasts of a run are, and what choosing brought. Outcomes count once they are observed."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_REPORT]})
+
+    run: RunName
+    log_position: int = Field(description="what the report has seen")
+    model_version: int
+    observations: int = Field(description="observations accepted")
+    selections: int
+    since_step: int | None = Field(description="first step of the first window that counts; null before any")
+    window_steps: int = Field(description="width of a window; it doubles as the run grows, to at most 32 windows")
+    success_rate: ForecastQuality
+    informative: ForecastQuality = Field(
+        description="of groups of two attempts or more; the forecast is for the number of attempts that were made"
+    )
+    rank_correlation: float | None = Field(description="as in windows, over all that count")
+    windows: tuple[WindowReport, ...] = Field(description="those in which something happened, oldest first")
+    arms: tuple[ArmReport, ...]
+    lift: LiftReport | None = None
+    lift_missing: str | None = Field(default=None, description="why there is no lift, and what to do")
+    coverage: Coverage
+    groups: tuple[GroupReport, ...] = Field(description="the first 500 groups, in the order in which they came")
+    other_groups: GroupReport | None = Field(default=None, description="all later groups together")
+    skill: SkillReport
+    fallback: FallbackNotice | None = None
+
+
+class BelievedPrompt(Reply):
+    prompt_id: PromptId
+    group: str | None
+    text: str | None = Field(description="its first 500 characters")
+    success_rate: float
+    informative_probability: float
+    attempts_seen: int
+
+
+class BeliefReport(Reply):
+    """How the beliefs about the whole pool are spread."""
+
+    run: RunName
+    model_version: int
+    log_position: int
+    pool_size: int
+    success_rate_counts: tuple[int, ...] = Field(description="prompts by believed success rate, in 20 equal bins")
+    informative_counts: tuple[int, ...] = Field(description="prompts by informative probability, in 20 equal bins")
+    hardest: tuple[BelievedPrompt, ...] = Field(description="hardest first")
+    easiest: tuple[BelievedPrompt, ...] = Field(description="easiest first")

@@ -1,0 +1,252 @@
+"""A run: its settings and state, its refits and alarms, and what of its log no longer counts."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from evenodds.schemas.base import Reply, Request, example
+from evenodds.schemas.fields import (
+    MAX_ITEMS,
+    Acquisition,
+    GroupShares,
+    GroupSize,
+    Key,
+    ModelSize,
+    Predictor,
+    PromptId,
+    Rate,
+    RefitStatus,
+    RunName,
+    Step,
+    TargetRate,
+    check_shares,
+    storable,
+)
+
+
+class RefitPolicy(Request):
+    """When the worker fits the shared model anew. A refit is due when either limit is reached."""
+
+    every_observations: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        default=2_048, description="new observations since the last fit; sooner while there are few"
+    )
+    every_seconds: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        default=600, description="since the last fit, if anything was observed"
+    )
+
+
+class RunUpdate(Request):
+    """Settings of a run. On an existing run, a field that is left out keeps its value."""
+
+    model_config = example(predictor="gps", group_size=8, acquisition="yield", control_share=0.05)
+
+    predictor: Predictor | None = Field(
+        default=None,
+        description="gps: shared model fused with own evidence; gps-paper: the published model alone; "
+        "mopps: per-prompt Beta; uniform: chance",
+    )
+    group_size: GroupSize | None = Field(default=None, description="attempts per prompt in training; 8 by default")
+    target_rate: TargetRate | None = Field(
+        default=None, description="the success rate to aim at, instead of the likeliest to be informative"
+    )
+    embedder: Key | None = Field(
+        default=None,
+        description="'builtin', 'caller' (every vector comes with its prompt), 'none', or a sentence-transformers "
+        "model that the service's operator allows. Fixed once the pool has prompts",
+    )
+    embedder_prompt: Annotated[str, Field(max_length=2_000), AfterValidator(storable)] | None = Field(
+        default=None, description="instruction that the embedder puts before each text"
+    )
+    acquisition: Acquisition | None = Field(
+        default=None,
+        description="yield by default under gps, paper under gps-paper, thompson (as published) under mopps",
+    )
+    optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
+        default=None, description="weight of the uncertainty in the yield score; 0.5 by default"
+    )
+    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="weight of unlikeness, in the batch and to the previous ones, against the score; 0.1 by default",
+    )
+    cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        default=None, description="a prompt rests for this many steps after it was chosen; 0 by default"
+    )
+    lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="for so many steps a chosen prompt is waited for and not chosen again before its outcome comes; "
+        "8 by default, 0 waits for none",
+    )
+    max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
+    )
+    keep_text: bool | None = Field(
+        default=None,
+        description="false: texts are embedded and forgotten, only hashes and vectors are stored; true by default",
+    )
+    model_size: ModelSize | None = Field(
+        default=None,
+        description="of the networks of gps-paper: small (0.15 million parameters, the default) or published "
+        "(20 million, for a GPU worker); applies from the next refit on",
+    )
+    refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
+    control_share: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="share of each batch that is drawn uniformly from the eligible prompts and marked, from which the "
+        "report estimates what choosing brings; 0 by default",
+    )
+    reprobe_share: Rate | None = Field(
+        default=None,
+        description="least share of each batch for the prompts least recently seen, a quarter of it for those seen "
+        "before, however hopeless they are believed to be; 0.05 by default under yield and paper, else 0",
+    )
+    groups: GroupShares | None = Field(
+        default=None,
+        description="least share of each batch for a group, as far as its prompts go; the shares sum to at most 1",
+    )
+    groups_at_most: GroupShares | None = Field(default=None, description="largest share of each batch for a group")
+    fallback: bool | None = Field(
+        default=None,
+        description="choose uniformly while the gps predictor's skill against flat MoPPS stays negative; true by "
+        "default",
+    )
+
+    fork_of: RunName | None = Field(
+        default=None, description="of a new run: start with the pool, settings and memory of this one"
+    )
+    at_step: Step | None = Field(
+        default=None, description="with fork_of: what came after this step is left out; nothing by default"
+    )
+
+    @model_validator(mode="after")
+    def _forks_from_a_run(self) -> RunUpdate:
+        if self.at_step is not None and self.fork_of is None:
+            raise ValueError("at_step needs fork_of, the run to start from")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> RunUpdate:
+        check_shares(self.groups, self.groups_at_most)
+        return self
+
+
+class RefitState(Reply):
+    """One fit of the shared model."""
+
+    refit_id: int
+    status: RefitStatus
+    worker: str | None = Field(description="who works or worked on it")
+    attempts: int = Field(description="how often a worker has claimed it")
+    requested_at: datetime
+    finished_at: datetime | None
+    model_version: int | None = Field(description="the snapshot that it published")
+    report: dict[str, float] | None = Field(description="figures of the fit")
+    error: str | None
+
+
+class RefitRequest(Request):
+    model_config = example(wait_seconds=30)
+
+    wait_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = Field(
+        default=0.0, description="wait so long for the refit to end"
+    )
+
+
+class RefitList(Reply):
+    refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
+
+
+class Alarm(Reply):
+    """Something that a person should look at."""
+
+    code: str = Field(
+        description="group_silent, outcomes_stopped, skill_not_positive, fallback or coverage_stalls; a newer service "
+        "may know more",
+        examples=["outcomes_stopped"],
+    )
+    message: str = Field(description="what was seen, and what to check")
+    since_step: int = Field(description="since when")
+    value: float = Field(description="what was measured")
+    limit: float = Field(description="where the alarm begins")
+
+
+class RunState(Reply):
+    """A run as it stands."""
+
+    run: RunName
+    predictor: Predictor
+    group_size: int
+    target_rate: float | None
+    embedder: str
+    embedder_prompt: str | None
+    acquisition: Acquisition
+    optimism: float
+    diversity: float
+    cooldown_steps: int
+    lease_steps: int = 8
+    max_visits: int
+    keep_text: bool
+    model_size: ModelSize
+    refit: RefitPolicy
+    control_share: float = 0.0
+    reprobe_share: float = 0.05
+    groups: dict[str, float] | None = None
+    groups_at_most: dict[str, float] | None = None
+    fallback: bool = True
+    last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
+    pool_size: int = Field(description="prompts that may be selected")
+    log_position: int = Field(description="entries in the run's log")
+    head_step: int | None = Field(description="the highest step seen")
+    model_version: int = Field(description="the snapshot in use; 0 while only streaming beliefs exist")
+    observations: int = Field(description="observations that count: accepted, and not dropped since")
+    fork_of: RunName | None = Field(default=None, description="the run that it started from")
+    at_step: int | None = Field(default=None, description="the step of that run at which it started")
+    created_at: datetime
+    alarms: tuple[Alarm, ...] | None = Field(
+        default=None, description="what a person should look at now; null in lists, which do not look"
+    )
+
+
+class RewindRequest(Request):
+    model_config = example(step=11)
+
+    step: Step = Field(description="the step of the checkpoint that the trainer restarted from")
+
+
+class RetractRequest(Request):
+    """At least one condition; several narrow it together."""
+
+    model_config = example(from_step=10, to_step=12, prompt_ids=["sum-1"])
+
+    from_step: Step | None = Field(default=None, description="the first step whose observations are dropped")
+    to_step: Step | None = Field(default=None, description="the last one")
+    prompt_ids: Annotated[tuple[PromptId, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
+        default=None, description="prompts whose observations are dropped"
+    )
+    request_id: Key | None = Field(default=None, description="the observe request whose observations are dropped")
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> RetractRequest:
+        given = (self.from_step, self.to_step, self.prompt_ids, self.request_id)
+        if all(condition is None for condition in given):
+            raise ValueError("send at least one of from_step, to_step, prompt_ids and request_id")
+        if self.from_step is not None and self.to_step is not None and self.from_step > self.to_step:
+            raise ValueError(f"from_step {self.from_step} is behind to_step {self.to_step}")
+        return self
+
+
+class Voided(Reply):
+    """What a run has forgotten."""
+
+    run: RunName
+    log_position: int = Field(description="head of the run's log afterwards")
+    head_step: int | None = Field(description="the highest step that is left")
+    voided_observations: int
+    voided_selections: int
+
+
+class RunPage(Reply):
+    runs: tuple[RunState, ...]
+    next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")
