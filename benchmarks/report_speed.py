@@ -139,6 +139,8 @@ class _Silent(Record):
 
     def compare(self, *_: Any) -> None: ...
 
+    def look(self, *_: Any) -> None: ...
+
 
 class _SilentRails(Rails):
     """Watches nothing."""

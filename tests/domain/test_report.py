@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from evenodds_service.domain.acquisition import choose
-from evenodds_service.domain.fold import State, fold
+from evenodds_service.domain.fold import LOOKED_AT, State, beliefs_of, fold
 from evenodds_service.domain.pool import Pool
 from evenodds_service.domain.record import MAX_GROUPS, Record
 from evenodds_service.domain.report import LiftReport, report
@@ -279,3 +281,49 @@ def test_since_step_leaves_out_earlier_windows() -> None:
     assert late.since_step == 7
     assert sum(arm.observed for arm in late.arms) == 3 * 40 == late.success_rate.count
     assert report(State(record=training.record), EMPTY, since_step=10).since_step is None
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(advances=st.lists(st.integers(-3, 12), min_size=1, max_size=60), first=st.integers(0, 100))
+def test_a_window_holds_the_beliefs_before_its_first_outcome_however_wide_it_became(
+    make_block: MakeBlock, advances: list[int], first: int
+) -> None:
+    rng = np.random.default_rng(0)
+    pool = Pool(surface_width=2, embedding_width=0)
+    pool.append(make_block(30, surface=rng.normal(size=(30, 2))))
+    state = fold(State(), PoolEntry(1, 30), pool)
+    looks: list[tuple[int, tuple[int, ...]]] = []
+    for advance in (0, *advances):
+        step = max(first, state.head_step + advance)
+        a, b = beliefs_of(state, pool)
+        if step > state.head_step:
+            looks.append((step, tuple(np.histogram(a / (a + b), 20, (0, 1))[0].tolist())))
+        k = rng.integers(0, 9, size=5).astype(float)
+        prompts = rng.choice(30, size=5, replace=False)
+        fold(
+            state,
+            ObserveEntry(state.position + 1, step, prompts, k, np.full(5, 8.0), (k > 0) & (k < 8)),
+            pool,
+        )
+
+    told = report(state, pool)
+
+    for window in told.windows:
+        inside = [counts for step, counts in looks if window.first_step <= step <= window.last_step]
+        assert window.believed_counts == (inside[0] if inside else None)
+
+
+def test_the_beliefs_about_a_large_pool_are_sampled_evenly(make_block: MakeBlock) -> None:
+    n = 3 * LOOKED_AT
+    pool = Pool(surface_width=0, embedding_width=0)
+    pool.append(make_block(n, prior_rates=np.repeat([0.05, 0.95, 0.95], LOOKED_AT)))
+    state = fold(State(), PoolEntry(1, n), pool)
+    one = np.ones(1)
+
+    fold(state, ObserveEntry(2, 0, np.zeros(1, np.int64), one, one, np.zeros(1, bool)), pool)
+
+    (window,) = report(state, pool).windows
+    assert window.believed_counts is not None
+    low, high = sum(window.believed_counts[:10]), sum(window.believed_counts[10:])
+    assert low + high == LOOKED_AT
+    assert low == pytest.approx(LOOKED_AT / 3, abs=1)

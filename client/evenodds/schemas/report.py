@@ -60,6 +60,12 @@ class WindowReport(Reply):
     chosen: int = Field(description="prompts in selections")
     fresh: int = Field(description="of these, never chosen or observed before")
     skill: float | None = Field(description="nats per observation against flat MoPPS; see skill")
+    believed_counts: tuple[int, ...] | None = Field(
+        default=None,
+        description="how the gps beliefs were spread before the first outcome of these steps: prompts by believed "
+        "success rate, in 20 equal bins, of at most 2,048 prompts that stand evenly in the pool; null where only "
+        "late outcomes came",
+    )
 
 
 class ArmReport(Reply):
@@ -160,6 +166,7 @@ _REPORT: dict[str, JsonValue] = {
             **{"informative_forecast": 0.73, "informative_share": 0.75},
             **{"policy_informative_share": _POLICY, "control_informative_share": _CONTROL},
             **{"chosen": 512, "fresh": 498, "skill": 0.21},
+            "believed_counts": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2048, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         }
     ],
     "arms": [

@@ -21,7 +21,7 @@ from evenodds_service.domain.rails import Rails
 from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic
 
-FORMAT = 4
+FORMAT = 5
 _SCALARS = (
     "position",
     "n_prompts",

@@ -37,6 +37,9 @@ BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 BLOCK = 16_384
 """Prompts whose beliefs are computed together: their arrays stay in the processor's cache."""
 
+LOOKED_AT = 2_048
+"""Prompts, spread evenly over the pool, from whose beliefs the record keeps how those moved."""
+
 _FEW = 64
 _MEMORIES_L = np.asarray(MEMORIES)
 _AGEING_L = np.asarray(AGEING)
@@ -400,6 +403,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     np.add.at(counts, position, entry.attempts)
     informative = _is_informative(entry, position, len(prompts))
     if entry.step > state.head_step:
+        state.record.look(entry.step, lambda: _sampled_rates(state, pool))
         if state.head_step >= 0:
             _forget(state)
             state.n_advances += 1
@@ -448,6 +452,13 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         if state.embedding is not None:
             state.embedding.update(x, k, counts)
     state.n_observations += len(entry.prompts)
+
+
+def _sampled_rates(state: State, pool: Pool) -> FloatArray:
+    """Mean of the `gps` belief about each of at most `LOOKED_AT` prompts."""
+    sample = np.unique(np.linspace(0, state.n_prompts - 1, min(state.n_prompts, LOOKED_AT)).astype(np.int64))
+    a, b = beliefs_of(state, pool, sample)
+    return np.asarray(a / (a + b))
 
 
 def _is_informative(entry: ObserveEntry, position: IntArray, n: int) -> BoolArray:

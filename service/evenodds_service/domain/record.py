@@ -19,6 +19,7 @@ from evenodds_service.domain.types import BoolArray, FloatArray, IntArray, Selec
 N_WINDOWS = 32
 N_BINS = 10
 N_FORECASTS, N_RATES = 50, 17
+N_BELIEVED = 20
 MAX_GROUPS = 500
 """Groups with sums of their own, by first appearance; all later ones share one more row."""
 MAX_OPEN, MIN_OPEN, MAX_OPEN_ROWS = 64, 8, 65_536
@@ -51,6 +52,8 @@ class Record:
             weighted with (1 - c) / c (sum, informative sum, sum of squares), so that they stand for the policy's
             observations at the same steps though the share was changed.
         skill: [W, 2] log likelihood of the mixture less MoPPS's in nats, and observations.
+        believed: [W, 20] prompts by believed success rate, in equal bins, before the first outcome of the window; of a
+            sample of the pool. 0 where none or only late ones came.
         groups: [G, 10] columns `GROUP_COLUMNS`, G grows up to 501.
         n_selections: Of any kind.
         open_*: The newest selections, whose outcomes may still come: ids, steps, control shares, first rows; and by
@@ -66,6 +69,7 @@ class Record:
     arms: FloatArray = field(default_factory=partial(np.zeros, (N_WINDOWS, len(ARMS), len(ARM_COLUMNS))))
     lift: FloatArray = field(default_factory=partial(np.zeros, (N_WINDOWS, len(LIFT_COLUMNS))))
     skill: FloatArray = field(default_factory=partial(np.zeros, (N_WINDOWS, 2)))
+    believed: FloatArray = field(default_factory=partial(np.zeros, (N_WINDOWS, N_BELIEVED)))
     groups: FloatArray = field(default_factory=partial(np.zeros, (0, len(GROUP_COLUMNS))))
     open_ids: tuple[str | None, ...] = ()
     open_steps: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -82,10 +86,13 @@ class Record:
         if self.first_step < 0:
             self.first_step = step
         while (step - self.first_step) // self.width >= N_WINDOWS:
+            half = N_WINDOWS // 2
             for sums in (self.rate_bins, self.informative_bins, self.ranks, self.arms, self.lift, self.skill):
-                half = N_WINDOWS // 2
                 sums[:half] = sums[0::2] + sums[1::2]
                 sums[half:] = 0.0
+            first, second = self.believed[0::2], self.believed[1::2]
+            self.believed[:half] = np.where(first.any(axis=1, keepdims=True), first, second)
+            self.believed[half:] = 0.0
             self.width *= 2
         return max(0, (step - self.first_step) // self.width)
 
@@ -171,6 +178,16 @@ class Record:
     def compare(self, step: int, nats: float, n: int) -> None:
         """Count by how much the mixture foresaw n observations better than MoPPS did."""
         self.skill[self.window(step)] += (nats, n)
+
+    def look(self, step: int, rates_of: Callable[[], FloatArray]) -> None:
+        """Keep how the beliefs are spread, once for each window; call before an outcome of a new step is folded in.
+
+        Args:
+            rates_of: The believed success rates of a sample of the pool.
+        """
+        w = self.window(step)
+        if not self.believed[w].any():
+            self.believed[w] = np.histogram(rates_of(), N_BELIEVED, (0.0, 1.0))[0]
 
     def _surplus(self, n: int) -> int:
         """How many of the oldest open selections go before one of n prompts comes."""

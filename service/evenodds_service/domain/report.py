@@ -69,7 +69,12 @@ class ForecastQuality:
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """Steps `first_step` to `last_step`. Shares and means are None where nothing was observed."""
+    """Steps `first_step` to `last_step`. Shares and means are None where nothing was observed.
+
+    Attributes:
+        believed_counts: How the `gps` beliefs about a sample of the pool were spread before the first outcome of these
+            steps, in equal bins of the success rate.
+    """
 
     first_step: int
     last_step: int
@@ -84,6 +89,7 @@ class WindowReport:
     chosen: int
     fresh: int
     skill: float | None
+    believed_counts: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +296,7 @@ def _window(record: Record, w: int) -> WindowReport:
         chosen=round(policy["selected"] + control["selected"]),
         fresh=round(policy["fresh"] + control["fresh"]),
         skill=_mean(nats, compared),
+        believed_counts=tuple(round(n) for n in record.believed[w].tolist()) if record.believed[w].any() else None,
     )
 
 
