@@ -52,8 +52,8 @@ class Parts:
             regressions, and the guard that bounds the loss by MoPPS's.
         refit_every: Steps between two refits of the n-gram and the latent prior, the first after the first step that
             observes enough prompts; 0 never refits.
-        optimism, diversity, quota: Of the choice: weight of the standard deviation, and whether diversity and the
-            quota of the least recently seen are on.
+        optimism, diversity, rest, quota: Of the choice: weight of the standard deviation, how much of the score may be
+            given up for diversity, and whether a chosen prompt rests and the least recently seen have their quota.
     """
 
     priors: tuple[str, ...] = PRIORS
@@ -64,7 +64,8 @@ class Parts:
     guard: bool = True
     refit_every: int = 0
     optimism: float = 0.5
-    diversity: bool = True
+    diversity: float = 0.1
+    rest: bool = True
     quota: bool = True
 
 
@@ -106,6 +107,10 @@ class Gps:
         informative, deviation = informative_moments(a, b, self._group_size)
         scores = informative + parts.optimism * deviation
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
+        if parts.rest:
+            steps = acquisition.rest_steps(state.n_prompts, batch_size)
+            resting = (last_seen >= 0) & (np.abs(step - last_seen) <= steps) & (steps > 0)
+            allowed = acquisition.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))
         choice = acquisition.choose(
@@ -115,8 +120,9 @@ class Gps:
             batch_size=batch_size,
             last_seen_N=last_seen,
             generator=generator,
-            directions_of=self._directions if parts.diversity else _alike,
-            recent_batches=state.recent_batches if parts.diversity else (),
+            directions_of=self._directions,
+            recent_batches=state.recent_batches,
+            diversity=parts.diversity,
         )
         fold(state, SelectEntry(state.position + 1, step, choice.prompts), self._pool)
         return choice.prompts
@@ -288,8 +294,3 @@ def _unforgetting(regression: OnlineLogistic | None) -> OnlineLogistic | None:
 class _Unforgetting(OnlineLogistic):
     def forget(self, keep: float) -> None:
         """Nothing is forgotten."""
-
-
-def _alike(prompts: IntArray) -> FloatArray:
-    """The same direction for all prompts: no batch is more diverse than another."""
-    return np.ones((len(prompts), 1), dtype=np.float32)

@@ -44,12 +44,15 @@ RIVALS: Mapping[str, Make] = {
     "gps-paper": lambda world, seed: GpsPaper(world, seed=seed),
 }
 REFIT_EVERY = 4
+GREEDY = Parts(diversity=0.0, rest=False)
+"""The highest scores, again and again: what recorded rates reward, which do not answer to the choice."""
 GPS: Mapping[str, Make] = {
     "gps": lambda world, seed: Gps(world, Parts(refit_every=REFIT_EVERY)),
     "gps, streaming only": lambda world, seed: Gps(world),
+    "gps, greedy": lambda world, seed: Gps(world, replace(GREEDY, refit_every=REFIT_EVERY)),
 }
 FILLS_BATCH = "dynamic sampling"
-CHOICE_ONLY = (FILLS_BATCH, "MoPPS, yield score", "ARCUS-like, greedy")
+CHOICE_ONLY = (FILLS_BATCH, "MoPPS, yield score", "ARCUS-like, greedy", "gps, greedy")
 """Methods that predict as another one of the table does: they have no row in the open loop."""
 HELD_OUT_TASKS = 0.2
 
@@ -159,9 +162,12 @@ BELIEF_PARTS: Mapping[str, Parts] = {
 CHOICE_PARTS: Mapping[str, Parts] = {
     "no optimism": Parts(optimism=0.0),
     "optimism 1": Parts(optimism=1.0),
-    "no diversity": Parts(diversity=False),
+    "no diversity": Parts(diversity=0.0),
+    "diversity .05": Parts(diversity=0.05),
+    "diversity .2": Parts(diversity=0.2),
+    "no rest": Parts(rest=False),
     "no least-recently-seen quota": Parts(quota=False),
-    "score alone": Parts(optimism=0.0, diversity=False, quota=False),
+    "score alone": Parts(optimism=0.0, diversity=0.0, rest=False, quota=False),
 }
 PARTS: Mapping[str, Callable[[Path, Mapping[str, Make], int], list[report.Table]]] = {
     "trajectory": trajectory,

@@ -117,8 +117,10 @@ class Calls(Protocol):
             embedder_prompt: Instruction that the embedder puts before each text.
             acquisition: `yield`, `paper`, `thompson` or `uniform`.
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
-            diversity: Weight of unlikeness, in the batch and to the previous ones, against the score, in [0, 10].
-            cooldown_steps: Steps that a chosen prompt rests.
+            diversity: How far below the best score a prompt counts as equally good, in [0, 1]; of these the most
+                unlike are chosen.
+            cooldown_steps: Steps that a chosen prompt rests; by default a twentieth of an epoch, while there are enough
+                others.
             lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
                 comes; 8 by default, 0 waits for none.
             max_visits: A prompt is chosen at most so often; 0 sets no limit.

@@ -83,7 +83,7 @@ class SelectArguments:
     target_rate: float | None
     optimism: float
     diversity: float
-    cooldown_steps: int
+    cooldown_steps: int | None
     max_visits: int
     lease_steps: int
     allow_outstanding: bool
@@ -123,13 +123,15 @@ class _Allowed:
     """Who may be chosen: bool [N] each, and int64 [N].
 
     Attributes:
-        eligible: Rested, below the visit cap, among the candidates.
+        eligible: Rested if a cooldown is set, below the visit cap, among the candidates.
         waited_for: Chosen before, and the outcome has not come.
+        resting: Chosen a short while ago, where no cooldown is set.
         last_seen_N: Step of the last selection or observation that counts, -1 for never.
     """
 
     eligible: BoolArray
     waited_for: BoolArray
+    resting: BoolArray
     last_seen_N: IntArray
 
 
@@ -276,23 +278,30 @@ class LiveRun:
         selected, last_selected = state.selected_N, state.last_selected_N
         if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
             selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-        eligible = acquisition.eligible(
-            selected,
-            last_selected,
-            state.visits_N,
-            state.last_step_N,
-            step=arguments.step,
-            cooldown_steps=arguments.cooldown_steps,
-            max_visits=arguments.max_visits,
-        )
+
+        def eligible(cooldown_steps: int, max_visits: int) -> BoolArray:
+            return acquisition.eligible(
+                selected,
+                last_selected,
+                state.visits_N,
+                state.last_step_N,
+                step=arguments.step,
+                cooldown_steps=cooldown_steps,
+                max_visits=max_visits,
+            )
+
+        allowed = eligible(arguments.cooldown_steps or 0, arguments.max_visits)
+        resting = np.zeros(state.n_prompts, dtype=bool)
+        if arguments.cooldown_steps is None:
+            resting = ~eligible(acquisition.rest_steps(state.n_prompts, arguments.batch_size), 0)
         if arguments.candidates is not None:
             hint = "load it with POST /runs/{run}/prompts, or leave it out"
             among = np.zeros(state.n_prompts, dtype=bool)
             among[self.indices(run, arguments.candidates, path="candidates", hint=hint)] = True
-            eligible &= among
+            allowed &= among
         if arguments.exclude:
-            eligible[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
-        return _Allowed(eligible, waited_for, np.maximum(last_selected, state.last_step_N))
+            allowed[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
+        return _Allowed(allowed, waited_for, resting, np.maximum(last_selected, state.last_step_N))
 
     def _chosen(
         self, state: State, pool: Pool, allowed: _Allowed, fallback: Fallback | None, arguments: SelectArguments
@@ -328,7 +337,7 @@ class LiveRun:
                 assert state.basis is not None  # a pool with a prompt to choose has one
                 return directions(pool.rows(state.basis, prompts))
 
-            def chosen_among(eligible: BoolArray) -> Choice:
+            def chosen_among(eligible: BoolArray, control_eligible: BoolArray) -> Choice:
                 return acquisition.choose(
                     scores,
                     informative,
@@ -339,36 +348,37 @@ class LiveRun:
                     directions_of=directions_of if acquired in ("yield", "paper") else None,
                     recent_batches=state.recent_batches,
                     diversity=arguments.diversity,
+                    is_max_sum=acquired == "paper",
                     groups=least,
                     groups_at_most=_members(arguments.groups_at_most, pool, state.n_prompts),
                     are_groups_strict=arguments.are_groups_strict,
                     reprobe_share=arguments.reprobe_share if fallback is None else 0.0,
                     control_share=arguments.control_share,
+                    control_eligible_N=control_eligible,
                 )
 
-            free = allowed.eligible
+            def without(held: BoolArray, since: IntArray, among: BoolArray) -> BoolArray:
+                return acquisition.held_back(among, held, since, scores, batch_size=arguments.batch_size, groups=least)
+
+            here = allowed.eligible
             if not arguments.allow_outstanding:
-                free = acquisition.without_outstanding(
-                    free,
-                    allowed.waited_for,
-                    state.outstanding_step_N,
-                    scores,
-                    batch_size=arguments.batch_size,
-                    groups=least,
-                )
+                here = without(allowed.waited_for, state.outstanding_step_N, here)
+            # Published acquisitions stay as published: only the yield score needs the rest.
+            rested = without(allowed.resting, allowed.last_seen_N, here) if acquired == "yield" else here
             try:
                 try:
-                    choice = chosen_among(free)
+                    choice = chosen_among(rested, here)
                 except NotEnoughPrompts:
-                    if arguments.allow_outstanding:
+                    if rested is allowed.eligible:
                         raise
-                    choice = chosen_among(allowed.eligible)  # the groups' limits leave too few: do not stop a trainer
+                    # The groups' limits leave too few: do not stop a trainer.
+                    choice = chosen_among(allowed.eligible, allowed.eligible)
             except NotEnoughPrompts as error:
                 raise NotEnoughPrompts(
                     asked=error.asked,
                     eligible=error.eligible,
                     group=error.group,
-                    advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps}, max_visits "
+                    advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps or 0}, max_visits "
                     f"{arguments.max_visits or 'none'}{_in_words(arguments.groups_at_most)}): ask for fewer, load more "
                     "prompts, or loosen what rules them out",
                 ) from None

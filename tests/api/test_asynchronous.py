@@ -280,7 +280,7 @@ def test_four_workers_in_flight_leave_what_one_after_the_other_would(caller: Cal
             (v.step, v.successes) for v in other.history
         )
     means = np.array([[p.success_rate for p in predictions] for predictions in (ours, theirs)])
-    assert np.abs(means[0] - means[1]).mean() < 0.02
+    assert np.abs(means[0] - means[1]).mean() < 0.03
     assert stats.spearmanr(means[0], means[1]).statistic > 0.97
     for run in (late, in_order):
         client.put_run(run, predictor="mopps")

@@ -26,7 +26,7 @@ DEFAULTS = {
     "acquisition": "yield",
     "optimism": 0.5,
     "diversity": 0.1,
-    "cooldown_steps": 0,
+    "cooldown_steps": None,
     "lease_steps": 8,
     "max_visits": 0,
     "keep_text": True,

@@ -132,6 +132,34 @@ def test_a_chosen_prompt_rests_for_the_cooldown(caller: Caller) -> None:
     assert batches[0] & batches[3] | batches[1] & batches[4] | batches[2] & batches[5]
 
 
+def test_by_default_a_chosen_prompt_rests_for_a_twentieth_of_an_epoch(caller: Caller) -> None:
+    caller.load_texts(*(f"p{i}" for i in range(80)))
+    caller.observe(0, *({"prompt_id": f"p{i}", "successes": 4 if i < 8 else 0, "attempts": 8} for i in range(80)))
+
+    def repeats(first: int, **arguments: Any) -> int:
+        """How many of the next eight batches repeat a prompt of the two before them: 80 / (20 x 2) = 2 steps."""
+        batches = [set(caller.chosen(step, 2, **arguments)) for step in range(first, first + 8)]
+        return sum(bool(batches[i] & (batches[i - 1] | batches[i - 2])) for i in range(2, 8))
+
+    caller.create(lease_steps=0, reprobe_share=0)
+    assert repeats(10) == 0
+    assert repeats(30, cooldown_steps=0) > 0
+    assert repeats(50, acquisition="paper") > 0
+
+
+def test_the_rest_never_stops_a_trainer(caller: Caller) -> None:
+    """Where too few others are left, those come back first that have rested the longest."""
+    caller.load_texts(*(f"p{i}" for i in range(80)))
+    caller.create(lease_steps=0)
+    first, second = (caller.chosen(step, 1, candidates=["p1", "p2"])[0] for step in (5, 6))
+
+    third = caller.chosen(7, 1, candidates=["p1", "p2"])
+
+    assert {first, second} == {"p1", "p2"}
+    assert third == [first]
+    assert set(caller.chosen(8, 2, candidates=["p1", "p2"])) == {"p1", "p2"}
+
+
 def test_with_a_visit_limit_prompts_do_not_repeat_until_all_were_chosen(caller: Caller) -> None:
     caller.load_texts(*(names := [f"p{i}" for i in range(12)]))
     caller.create(max_visits=1)
@@ -178,8 +206,8 @@ def test_diversity_lets_prompts_of_another_kind_in(caller: Caller) -> None:
     def others_in(step: int, **arguments: Any) -> int:
         return sum(i.startswith("other") for i in caller.chosen(step, 12, optimism=0, **arguments))
 
-    little, much = others_in(1), others_in(2, diversity=3)
-    caller.create(diversity=3)
+    little, much = others_in(1), others_in(2, diversity=1)
+    caller.create(diversity=1)
 
     assert little <= 2
     assert much >= 4
@@ -306,6 +334,7 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"acquisition": "best"}, "acquisition: Input should be 'yield', 'paper', 'thompson' or 'uniform', got 'best'"),
         ({"optimism": 11}, "optimism: Input should be less than or equal to 10, got 11"),
         ({"diversity": -0.1}, "diversity: Input should be greater than or equal to 0, got -0.1"),
+        ({"diversity": 1.5}, "diversity: Input should be less than or equal to 1, got 1.5"),
         ({"max_visits": -1}, "max_visits: Input should be greater than or equal to 0, got -1"),
         ({"candidates": []}, "candidates: Tuple should have at least 1 item after validation, not 0"),
         ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),

@@ -57,7 +57,7 @@ def test_parts_taken_away_stay_away(world: World, refit_every: int) -> None:
 
 def test_gps_and_gps_paper_choose_among_the_candidates(world: World) -> None:
     candidates = np.arange(10, 50)
-    for method in (Gps(world), Gps(world, Parts(diversity=False, quota=False)), GpsPaper(world, seed=0)):
+    for method in (Gps(world), Gps(world, Parts(diversity=0.0, rest=False, quota=False)), GpsPaper(world, seed=0)):
         tell(method, 0, range(0, 60, 3))
 
         chosen = method.select(candidates, 8, step=1, generator=np.random.default_rng(0))

@@ -27,7 +27,7 @@ RUN: dict[str, object] = {
     "acquisition": "yield",
     "optimism": 0.5,
     "diversity": 0.1,
-    "cooldown_steps": 0,
+    "cooldown_steps": None,
     "max_visits": 0,
     "keep_text": True,
     "model_size": "small",

@@ -15,6 +15,7 @@ from evenodds_service.domain.acquisition import (
     choose,
     eligible,
     greedy_diverse,
+    rest_steps,
     scores,
 )
 from evenodds_service.domain.distributions import informative_moments, target_moments
@@ -46,6 +47,7 @@ class Shop:
         self.are_groups_strict = True
         self.reprobe_share: float | None = None
         self.control_share = 0.0
+        self.control_eligible_N: BoolArray | None = None
 
     def choose(self, batch_size: int, *, seed: int = 0, diverse: bool = True, diversity: float = 0.1) -> Choice:
         directions_of: Callable[[IntArray], FloatArray] | None = self.directions_N_D.__getitem__ if diverse else None
@@ -64,6 +66,7 @@ class Shop:
             are_groups_strict=self.are_groups_strict,
             reprobe_share=self.reprobe_share,
             control_share=self.control_share,
+            control_eligible_N=self.control_eligible_N,
         )
 
 
@@ -416,15 +419,63 @@ def test_diversity_keeps_a_crowd_of_look_alikes_from_filling_the_batch() -> None
     shop.directions_N_D[crowd] = shop.directions_N_D[0]
     shop.scores_N = np.minimum(shop.scores_N, 0.98)
     shop.scores_N[crowd], shop.scores_N[nearly] = 0.99, 0.9
+    shop.scores_N[100:200] = np.minimum(shop.scores_N[100:200], 0.7)
     shop.recent = ()
 
-    batches = [shop.choose(16, diversity=diversity).prompts for diversity in (0.0, 0.1, 1.0)]
+    batches = [shop.choose(16, diversity=diversity).prompts for diversity in (0.0, 0.05, 0.1)]
 
     in_crowd = [int(crowd[batch].sum()) for batch in batches]
     assert 15 <= in_crowd[0] <= 16  # one may be the least recently seen
-    assert in_crowd[0] > in_crowd[1] > in_crowd[2] >= 1
-    assert in_crowd[2] <= 8
+    assert in_crowd[1] == in_crowd[0]
+    assert 1 <= in_crowd[2] <= 4
     assert (shop.scores_N[batches[2]] >= 0.9).sum() >= 15
+
+
+@quick
+@given(seed=SEED, n=st.integers(1, 40), diversity=st.floats(0, 1))
+def test_diversity_gives_up_no_more_of_the_score_than_it_says(seed: int, n: int, diversity: float) -> None:
+    shop = Shop(seed, n=200)
+    shop.reprobe_share = 0.0
+    chosen_by_score = shop.choose(n, diversity=0.0).prompts
+
+    chosen = shop.choose(n, diversity=diversity).prompts
+
+    by_score = shop.scores_N[chosen_by_score]
+    assert sorted(chosen_by_score) == sorted(
+        np.flatnonzero(shop.eligible_N)[np.argsort(-shop.scores_N[shop.eligible_N])[:n]]
+    )
+    assert shop.scores_N[chosen].min() >= min(by_score.min(), by_score.max() - diversity) - 1e-8
+
+
+def test_where_few_are_good_the_score_alone_decides() -> None:
+    shop = Shop(0, n=400)
+    shop.reprobe_share = 0.0
+    shop.scores_N = np.where(np.arange(400) < 20, 0.9, 0.1 + 0.5 * shop.scores_N)
+    shop.eligible_N[:] = True
+
+    by_score, diverse = (set(shop.choose(64, diversity=d).prompts.tolist()) for d in (0.0, 0.1))
+
+    assert diverse == by_score
+
+
+def test_the_control_arm_may_take_prompts_that_rest() -> None:
+    shop = Shop(0, n=100)
+    shop.eligible_N = np.arange(100) < 50
+    shop.control_eligible_N = np.ones(100, dtype=bool)
+    shop.control_share = 0.5
+
+    choices = [shop.choose(20, seed=seed) for seed in range(20)]
+
+    resting = [int((choice.prompts[choice.control] >= 50).sum()) for choice in choices]
+    assert 70 <= sum(resting) <= 130  # of 200, half of the pool
+    assert not any((choice.prompts[~choice.control] >= 50).any() for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("n_prompts", "batch_size", "steps"), [(6_000, 8, 37), (29_115, 256, 5), (1_209, 32, 1), (1_209, 128, 0), (1, 1, 0)]
+)
+def test_a_prompt_rests_for_a_twentieth_of_an_epoch(n_prompts: int, batch_size: int, steps: int) -> None:
+    assert rest_steps(n_prompts, batch_size) == steps
 
 
 def test_greedy_diversity_leaves_the_scores_it_is_given() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenodds_service.domain.acquisition import eligible, outstanding, without_outstanding
+from evenodds_service.domain.acquisition import eligible, held_back, outstanding
 from evenodds_service.domain.fold import State, fold
 from evenodds_service.domain.pool import Pool
 from evenodds_service.domain.types import ObserveEntry, PoolEntry, SelectEntry
@@ -150,7 +150,7 @@ def allowed(steps: list[int], batch_size: int, **groups: tuple[float, list[bool]
     step_N, scores_N = np.array(steps), np.arange(len(steps), dtype=float)
     members = {name: (share, np.array(members)) for name, (share, members) in groups.items()}
     everyone = np.ones(len(steps), dtype=bool)
-    may = without_outstanding(everyone, step_N >= 0, step_N, scores_N, batch_size=batch_size, groups=members)
+    may = held_back(everyone, step_N >= 0, step_N, scores_N, batch_size=batch_size, groups=members)
     return np.flatnonzero(may).tolist()
 
 
@@ -184,7 +184,7 @@ def test_a_batch_is_short_only_where_all_eligible_together_are(
     step_N, may = np.array(steps), np.array(eligible_N[: len(steps)])
     waiting = step_N >= 0
 
-    allowed_N = without_outstanding(may, waiting, step_N, np.zeros(len(steps)), batch_size=batch_size, groups={})
+    allowed_N = held_back(may, waiting, step_N, np.zeros(len(steps)), batch_size=batch_size, groups={})
 
     assert not (allowed_N & ~may).any()
     assert (allowed_N | waiting | ~may).all()

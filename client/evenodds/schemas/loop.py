@@ -109,7 +109,7 @@ class SelectRequest(Request):
     group_size: GroupSize | None = None
     acquisition: Acquisition | None = None
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
-    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    diversity: Rate | None = None
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     allow_outstanding: bool = Field(

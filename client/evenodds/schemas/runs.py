@@ -67,12 +67,15 @@ class RunUpdate(Request):
     optimism: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
         default=None, description="weight of the uncertainty in the yield score; 0.5 by default"
     )
-    diversity: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = Field(
+    diversity: Rate | None = Field(
         default=None,
-        description="weight of unlikeness, in the batch and to the previous ones, against the score; 0.1 by default",
+        description="how far below the best score a prompt counts as equally good; of these the most unlike are "
+        "chosen. Under paper the weight of unlikeness against the score; 0.1 by default",
     )
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
-        default=None, description="a prompt rests for this many steps after it was chosen; 0 by default"
+        default=None,
+        description="a prompt rests for this many steps after it was chosen, come what may. By default it rests for "
+        "a twentieth of an epoch (pool / (20 batch_size) steps) under yield, while there are enough others; 0: never",
     )
     lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
@@ -184,7 +187,7 @@ class RunState(Reply):
     acquisition: Acquisition
     optimism: float
     diversity: float
-    cooldown_steps: int
+    cooldown_steps: int | None
     lease_steps: int = 8
     max_visits: int
     keep_text: bool

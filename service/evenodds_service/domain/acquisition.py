@@ -16,6 +16,7 @@ from evenodds_service.domain.distributions import target_moments
 from evenodds_service.domain.types import REPROBE_SHARE, Acquisition, BoolArray, FloatArray, IntArray
 
 REPROBE_SEEN = 0.25
+REST_SHARE = 0.05
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
 _FEW = 8
@@ -93,29 +94,40 @@ def outstanding(outstanding_step_N: IntArray, *, step: int, lease_steps: int) ->
     return waited_for, chosen & ~waited_for
 
 
-def without_outstanding(
+def rest_steps(n_prompts: int, batch_size: int) -> int:
+    """For how many steps a chosen prompt rests unless a cooldown is set: a twentieth of an epoch.
+
+    So at most a twentieth of the pool rests at a time. Chosen in a training (examples/grpo_from_scratch), not on
+    recorded rates: those do not answer to the choice, and reward to roll out the same prompts again and again.
+    """
+    return math.floor(REST_SHARE * n_prompts / batch_size + 1e-9)
+
+
+def held_back(
     eligible_N: BoolArray,
-    waited_for_N: BoolArray,
-    outstanding_step_N: IntArray,
+    held_N: BoolArray,
+    since_N: IntArray,
     scores_N: FloatArray,
     *,
     batch_size: int,
     groups: Mapping[str, tuple[float, BoolArray]],
 ) -> BoolArray:
-    """The eligible prompts that are not waited for, bool [N]. A trainer is not stopped by slow rollouts: as many as
-    are missing for the batch, or for a group's share of it, come back, those waited for the longest first.
+    """The eligible prompts without those held back, bool [N]. A trainer is not stopped by it: as many as are missing
+    for the batch, or for a group's share of it, come back, those held back the longest first.
 
     Args:
-        scores_N: Of those chosen for the same step, the best come back first.
+        held_N: Who is waited for, or rests.
+        since_N: The step since when.
+        scores_N: Of those held back since the same step, the best come back first.
         groups: As in `choose`.
     """
-    allowed_N = eligible_N & ~waited_for_N
+    allowed_N = eligible_N & ~held_N
     wanted = [(_share(share, batch_size), eligible_N & members_N) for share, members_N in groups.values()]
     for n, among_N in (*wanted, (batch_size, eligible_N)):
         missing = n - int((allowed_N & among_N).sum())
         if missing > 0:
             back = np.flatnonzero(among_N & ~allowed_N)
-            allowed_N[back[np.lexsort((-scores_N[back], outstanding_step_N[back]))[:missing]]] = True
+            allowed_N[back[np.lexsort((-scores_N[back], since_N[back]))[:missing]]] = True
     return allowed_N
 
 
@@ -165,17 +177,23 @@ def choose(
     directions_of: Callable[[IntArray], FloatArray] | None = None,
     recent_batches: Sequence[IntArray] = (),
     diversity: float = 0.1,
+    is_max_sum: bool = False,
     groups: Mapping[str, tuple[float, BoolArray]] | None = None,
     groups_at_most: Mapping[str, tuple[float, BoolArray]] | None = None,
     are_groups_strict: bool = True,
     reprobe_share: float | None = None,
     control_share: float = 0.0,
+    control_eligible_N: BoolArray | None = None,
 ) -> Choice:
-    """Choose a batch: the control arm, group minima, the least recently seen, then score plus diversity.
+    """Choose a batch: the control arm, group minima, the least recently seen, then the most diverse of the best.
 
     The least recently seen are a floor that no belief lowers. Those never seen come first; but a quarter of the floor
     is kept for prompts that were seen before, however hopeless (or solved) they are believed to be, so that these are
     tried again though a large pool is not yet through.
+    A policy that is trained on the batch learns more from unlike prompts that are nearly as good than from the best if
+    these are all alike. So all prompts whose score is at most `diversity` below the best one's count as equally good,
+    and of these the most unlike are taken. Where fewer are that good than the batch needs, the score alone decides:
+    then they are unlike anyway.
     The limits of groups hold for the batch as a whole, the control arm with it.
 
     Args:
@@ -188,13 +206,17 @@ def choose(
         directions_of: Unit feature vectors [n, D] of n prompts; None switches diversity off, as a purely random or
             published acquisition wants.
         recent_batches: The previous batches, the anchors of diversity.
-        diversity: Of `greedy_diverse`.
+        diversity: How far below the best score a prompt is as good as the best, at least 0; with `is_max_sum`, of
+            `greedy_diverse`.
+        is_max_sum: Weigh diversity against the score as the paper does (GPS Eq. 12-14) instead.
         groups: Least share of the batch and membership by group name; at least floor(share B) prompts.
         groups_at_most: Largest share, likewise; at most ceil(share B) prompts.
         are_groups_strict: Whether a group with too few eligible prompts for its least share is an error; else it
             gets what there is.
         reprobe_share: Share of the batch for the least recently seen; None is .05 with diversity and 0 without.
-        control_share: Share of the batch drawn uniformly from the eligible prompts, before all others.
+        control_share: Share of the batch drawn uniformly, before all others, from the prompts that
+            `control_eligible_N` says; all eligible ones by default. What merely rests should be among them, or the
+            control arm would miss the prompts that were just found to be good.
 
     Raises:
         NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
@@ -220,6 +242,19 @@ def choose(
         taken[prompts] = True
         chosen.append(prompts)
 
+    def best(among_N: BoolArray, n: int) -> IntArray:
+        if directions_of is None or n == 0:
+            return _top(scores_N, ties_N, among_N, n)
+        if is_max_sum:
+            shortlist = _top(scores_N, ties_N, among_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
+            worth_S = scores_N[shortlist]
+        else:
+            shortlist = _good_enough(scores_N, ties_N, among_N, n, tolerance=diversity)
+            worth_S = np.zeros(len(shortlist))
+        weight = diversity if is_max_sum else 1.0
+        order = greedy_diverse(worth_S, directions_of(shortlist), n, anchor_D=anchor_D, diversity=weight)
+        return shortlist[order]
+
     def free() -> int:
         return batch_size - int(taken.sum())
 
@@ -230,7 +265,8 @@ def choose(
     control = np.empty(0, dtype=np.int64)
     if control_share > 0.0:
         wanted = math.floor(control_share * batch_size + generator.random())
-        control = _uniform(eligible_N, min(wanted, batch_size), batch_size, least, most, generator)
+        among_N = eligible_N if control_eligible_N is None else control_eligible_N
+        control = _uniform(among_N, min(wanted, batch_size), batch_size, least, most, generator)
         taken[control] = True
     for group, (wanted, members_N) in least.items():
         missing = max(0, wanted - int((taken & members_N).sum()))
@@ -238,7 +274,7 @@ def choose(
         if available < missing and are_groups_strict:
             raise NotEnoughPrompts(asked=wanted, eligible=wanted - missing + available, group=group)
         missing = min(missing, available)
-        take(_best(scores_N, ties_N, eligible_N & members_N & ~taken, missing, directions_of, anchor_D, diversity))
+        take(best(eligible_N & members_N & ~taken, missing))
     if reprobe_share is None:
         reprobe_share = REPROBE_SHARE if directions_of is not None else 0.0
     if reprobe_share > 0.0:
@@ -248,7 +284,7 @@ def choose(
         longest_N = -last_seen_N.astype(np.float64)
         take(_top(longest_N, ties_N, allowed(longest_N, last_seen_N >= 0), min(of_seen, quota)))
         take(_top(longest_N, ties_N, allowed(longest_N, eligible_N), free() - rest))
-    take(_best(scores_N, ties_N, allowed(scores_N, eligible_N), free(), directions_of, anchor_D, diversity))
+    take(best(allowed(scores_N, eligible_N), free()))
 
     prompts = np.concatenate((*chosen, control))
     is_control = np.arange(batch_size) >= batch_size - len(control)
@@ -300,21 +336,18 @@ def _with_room(
     return allowed_N
 
 
-def _best(
-    scores_N: FloatArray,
-    ties_N: FloatArray,
-    allowed_N: BoolArray,
-    n: int,
-    directions_of: Callable[[IntArray], FloatArray] | None,
-    anchor_D: FloatArray | None,
-    diversity: float,
+def _good_enough(
+    scores_N: FloatArray, ties_N: FloatArray, allowed_N: BoolArray, n: int, *, tolerance: float
 ) -> IntArray:
-    """The n best by score, or by greedy score plus diversity over a shortlist."""
-    if directions_of is None or n == 0:
-        return _top(scores_N, ties_N, allowed_N, n)
-    shortlist = _top(scores_N, ties_N, allowed_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
-    order = greedy_diverse(scores_N[shortlist], directions_of(shortlist), n, anchor_D=anchor_D, diversity=diversity)
-    return shortlist[order]
+    """Those allowed whose score is at most `tolerance` below the best, in random order; at least the n best.
+
+    Of more than a shortlist takes, some by chance: they are as good as each other.
+    """
+    best = _top(scores_N, ties_N, allowed_N, n)
+    if len(best) < n:
+        return best
+    good_N = allowed_N & (scores_N >= min(scores_N[best[-1]], scores_N[best[0]] - tolerance))
+    return _top(ties_N, ties_N, good_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
 
 
 def _top(scores_N: FloatArray, ties_N: FloatArray, allowed_N: BoolArray, n: int) -> IntArray:

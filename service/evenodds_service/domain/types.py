@@ -87,8 +87,10 @@ class RunSettings:
         acquisition: None follows the predictor (`yield`; `paper` under `gps-paper`, `thompson` under `mopps`,
             `uniform` under `uniform`).
         optimism: Weight of the standard deviation in the yield score.
-        diversity: Spread of the diversity terms, in units of the scores' spread.
-        cooldown_steps: Steps that a chosen prompt rests.
+        diversity: How much of the yield score may be given up for unlike prompts, in [0, 1]; under `paper` the
+            spread of the diversity terms in units of the scores' spread.
+        cooldown_steps: Steps that a chosen prompt rests, come what may; None lets it rest for a twentieth of an epoch
+            under `yield` while there are enough others, and not at all under the published acquisitions.
         lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome comes;
             0 waits for none.
         max_visits: A prompt is chosen at most so often; 0 sets no limit.
@@ -112,7 +114,7 @@ class RunSettings:
     acquisition: Acquisition | None = None
     optimism: float = 0.5
     diversity: float = 0.1
-    cooldown_steps: int = 0
+    cooldown_steps: int | None = None
     lease_steps: int = 8
     max_visits: int = 0
     keep_text: bool = True
