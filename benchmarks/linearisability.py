@@ -4,7 +4,8 @@
 
 Clients send a mixture of calls to services in turn: observations with request ids (some of them repeated, also at
 another service, and some with another body under a used id), predictions for known ids and new texts, selections (some
-repeated, some with other arguments), new prompts, states of the run and of prompts, and refits. Afterwards one more
+repeated, some with other arguments), new prompts, states of the run and of prompts, refits, rewinds and retractions.
+Afterwards one more
 replica, in this process and alone, folds the log from its beginning entry by entry, without checkpoints, and answers
 every prediction and selection again at the log position that the answer names. A violation is:
 
@@ -51,7 +52,18 @@ from evenodds_service.storage.tables import log, runs, selections
 RUN = "replicas"
 POOL_SIZE = 400
 GROUP_SIZE = 8
-KINDS = {"observe": 0.42, "predict": 0.3, "select": 0.1, "prompts": 0.04, "run": 0.06, "prompt": 0.06, "refit": 0.02}
+KINDS = {
+    "observe": 0.42,
+    "predict": 0.3,
+    "select": 0.1,
+    "prompts": 0.04,
+    "run": 0.06,
+    "prompt": 0.05,
+    "refit": 0.018,
+    "retract": 0.01,
+    "rewind": 0.002,
+}
+VOIDS = ("retract", "rewind")
 _REPEATED = 0.2
 _WORDS = ("find", "number", "triangle", "integer", "sum", "angle", "prime", "digits", "circle", "area")
 
@@ -87,6 +99,7 @@ class Clients:
         self._n_requests = n_requests
         self._numbers = itertools.count(1)
         self._steps = itertools.count(1)
+        self._head = 0
         self._n_prompts = itertools.count(POOL_SIZE)
         self._failure: BaseException | None = None
         self._threads = [
@@ -135,7 +148,7 @@ class Clients:
         rows = [{"prompt_id": f"p{i}", "successes": _successes(i, chance), "attempts": GROUP_SIZE} for i in ids]
         if chance.random() < 0.1:
             rows.append({"text": f"Prove: {_text(chance)} {number}.", "successes": 1, "attempts": GROUP_SIZE})
-        step = max(0, number // 20 - chance.choice((0, 0, 0, 1, 3)))
+        step = max(0, self._head - chance.choice((0, 0, 0, 1, 3)))
         body = {"run": RUN, "step": step, "request_id": f"r{number}", "observations": rows}
         return "POST", "/observe", body, f"r{number}"
 
@@ -146,7 +159,7 @@ class Clients:
         return "POST", "/predict", {"run": RUN, "prompts": items}, ""
 
     def _select(self, chance: random.Random) -> tuple[str, str, dict[str, Any], str]:
-        step = next(self._steps)
+        step = self._head = next(self._steps)
         body = {"run": RUN, "step": step, "batch_size": chance.choice((4, 16)), "seed": 0}
         return "POST", "/select_batch", body, f"step {step}"
 
@@ -160,6 +173,18 @@ class Clients:
 
     def _prompt(self, chance: random.Random) -> tuple[str, str, None, str]:
         return "GET", f"/runs/{RUN}/prompts/p{chance.randrange(POOL_SIZE)}", None, ""
+
+    def _retract(self, chance: random.Random) -> tuple[str, str, dict[str, Any], str]:
+        """A whole report, or the outcomes of a few prompts in a few steps."""
+        if chance.random() < 0.5:
+            body: dict[str, Any] = {"request_id": f"r{chance.randint(1, 200)}"}
+        else:
+            ids = [f"p{i}" for i in chance.sample(range(POOL_SIZE), 10)]
+            body = {"prompt_ids": ids, "from_step": max(0, self._head - 20), "to_step": self._head}
+        return "POST", f"/runs/{RUN}/retract", body, ""
+
+    def _rewind(self, chance: random.Random) -> tuple[str, str, dict[str, Any], str]:
+        return "POST", f"/runs/{RUN}/rewind", {"step": max(0, self._head - chance.randint(0, 5))}, ""
 
     def _refit(self, _: random.Random) -> tuple[str, str, dict[str, Any], str]:
         return "POST", f"/runs/{RUN}/refit", {}, ""
@@ -202,11 +227,11 @@ def check(engine: Engine, calls: Sequence[Call]) -> Verdict:
     say = verdict.violations.append
     if [row["position"] for row in rows] != list(range(1, len(rows) + 1)):
         say("log: its positions have gaps")
-    _check_refusals(calls, say)
-    _check_repetitions(calls, say)
+    voids = [row["position"] for row in rows if row["kind"] in VOIDS]
+    _check_repetitions(calls, voids, say)
     _check_log(calls, rows, engine, say)
     _check_order(calls, rows, engine, say)
-    _check_fold(calls, engine, say)
+    _check_fold(calls, voids, engine, say)
     return verdict
 
 
@@ -222,49 +247,53 @@ def _entries_of_selections(engine: Engine) -> dict[str, int]:
         return {row[0]: row[1] for row in connection.execute(statement)}
 
 
-def _conflicts(call: Call) -> bool:
-    return call.of.startswith("!")
-
-
-def _check_refusals(calls: Sequence[Call], say: Any) -> None:
-    for call in calls:
-        if call.status >= 400 and not (_conflicts(call) and call.status == 409):
-            say(f"refusal: {call.method} {call.path} {call.of}: {call.status} {call.reply.get('detail')}")
-        if _conflicts(call) and call.status != 409:
-            say(f"repetition: {call.of[1:]} with another body was answered with {call.status}")
-
-
-def _check_repetitions(calls: Sequence[Call], say: Any) -> None:
+def _check_repetitions(calls: Sequence[Call], voids: Sequence[int], say: Any) -> None:
+    """What was said before is answered as before, and with another body refused; unless it was voided meanwhile."""
     first: dict[str, Call] = {}
     fields = {
         "observe": ("log_position", "accepted", "model_version"),
         "select": ("selection_id", "prompts", "forecast"),
     }
     for call in calls:
-        if not call.of or call.status >= 400 or call.kind not in fields:
+        of = call.of.removeprefix("!")
+        if call.status >= 400:
+            if not (of != call.of and call.status == 409):
+                say(f"refusal: {call.method} {call.path} {call.of}: {call.status} {call.reply.get('detail')}")
             continue
-        if call.reply["replayed"] != (call.of in first):
-            say(f"repetition: {call.of} was answered with replayed {call.reply['replayed']}")
-        earlier = first.setdefault(call.of, call)
-        if any(call.reply[name] != earlier.reply[name] for name in fields[call.kind]):
+        if not of or call.kind not in fields:
+            continue
+        earlier = first.get(of)
+        if not call.reply["replayed"]:
+            at = call.reply["log_position"]
+            if earlier is not None and not any(earlier.reply["log_position"] < void <= at for void in voids):
+                say(f"repetition: {call.of} was answered anew at {at}, and nothing was voided")
+            first[of] = call
+        elif earlier is None or of != call.of:
+            say(f"repetition: {call.of} was answered as a repetition")
+        elif any(call.reply[name] != earlier.reply[name] for name in fields[call.kind]):
             say(f"repetition: {call.of} was answered {earlier.reply}, and then {call.reply}")
 
 
 def _check_log(calls: Sequence[Call], rows: Sequence[Mapping[str, Any]], engine: Engine, say: Any) -> None:
-    observed = {row["request_id"]: row for row in rows if row["kind"] == "observe"}
-    if len(observed) != sum(row["kind"] == "observe" for row in rows):
+    observed = {(row["request_id"], row["position"]): row for row in rows if row["kind"] == "observe"}
+    acknowledged = {
+        (call.of.removeprefix("!"), call.reply["log_position"]): call
+        for call in calls
+        if call.kind == "observe" and call.status < 400 and not call.reply["replayed"]
+    }
+    standing = [row["request_id"] for row in observed.values() if row["voided_at"] is None]
+    if len(set(standing)) != len(standing):
         say("log: a request id stands twice")
-    acknowledged = {call.of: call for call in calls if call.kind == "observe" and call.status < 400}
     if acknowledged.keys() != observed.keys():
         say(f"log: {acknowledged.keys() ^ observed.keys()} are acknowledged or in the log, not both")
-    for of, call in acknowledged.items():
-        row = observed.get(of)
+    for key, call in acknowledged.items():
+        row = observed.get(key)
         if row is None:
             continue
         body, sent = json.loads(row["body"]), call.body or {}
         same = [float(item["successes"]) for item in sent["observations"]] == body["successes"]
-        if not same or (row["position"], row["step"]) != (call.reply["log_position"], sent["step"]):
-            say(f"log: {of} was answered with position {call.reply['log_position']}, at {row['position']} is another")
+        if not same or row["step"] != sent["step"]:
+            say(f"log: {key[0]} was answered with position {key[1]}, where another one is")
     chosen = {call.reply["selection_id"] for call in calls if call.kind == "select" and call.status < 400}
     stored = _entries_of_selections(engine)
     at = [row["position"] for row in rows if row["kind"] == "select"]
@@ -301,14 +330,16 @@ def _check_order(calls: Sequence[Call], rows: Sequence[Mapping[str, Any]], engin
 class _Past(Store):
     """The store as it was at a log position, for one run: what came later is not there, and nothing is written."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, voids: Sequence[int]) -> None:
         super().__init__(engine)
         self.position = 0
+        self._voids = voids
         self._now: Run | None = None
 
     def run(self, name: str) -> Run:
         self._now = self._now or super().run(name)
-        return replace(self._now, log_position=self.position)
+        void_position = max((void for void in self._voids if void <= self.position), default=0)
+        return replace(self._now, log_position=self.position, void_position=void_position)
 
     def entries(self, run_id: int, *, after: int, limit: int = 1_000, **more: Any) -> tuple[Entry, ...]:
         return super().entries(run_id, after=after, limit=min(limit, self.position - after), **more)
@@ -328,11 +359,11 @@ class _Past(Store):
 _FIRST_TIME = {"selection_id": None, "replayed": False}
 
 
-def _check_fold(calls: Sequence[Call], engine: Engine, say: Any) -> None:
-    """A replica that folds the log entry by entry answers every question again."""
+def _check_fold(calls: Sequence[Call], voids: Sequence[int], engine: Engine, say: Any) -> None:
+    """A replica that folds the log entry by entry, and again after what was voided, answers every question again."""
     asked = [c for c in calls if c.kind in ("predict", "select", "prompt") and c.status < 400]
     asked.sort(key=lambda call: call.reply["log_position"])
-    past = _Past(engine)
+    past = _Past(engine, voids)
     with TestClient(create_app(past), base_url="http://past") as replica:
         for call in asked:
             for position in range(past.position + 1, call.reply["log_position"] + 1):
@@ -390,7 +421,7 @@ def main() -> None:
         f"violations: {len(verdict.violations)} {dict(Counter(v.partition(':')[0] for v in verdict.violations))}"
     )
     for violation in verdict.violations[:20]:
-        print(f"  {violation[:1_000]}")
+        print(f"  {violation[:6_000]}")
     raise SystemExit(int(bool(verdict.violations)))
 
 
