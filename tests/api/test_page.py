@@ -137,13 +137,16 @@ def test_a_run_is_shown_live_and_hostile_texts_are_only_shown(caller: Caller, se
         "Informative share over steps",
         "Reliability",
         "Forecast against outcome",
+        "Beliefs about the pool now",
+        "Beliefs over the run",
         "Coverage",
         "Refits",
         "Search",
     ):
         assert f"<h2>{heading}</h2>" in page
-    assert page.count("<svg") >= 5
-    assert "owned" not in re.sub(r"document\.title='owned'", "", page)
+    assert page.count("<svg") == 6
+    assert page.count('class="cell"') >= 6, "the beliefs before each of the six steps"
+    assert "owned" not in re.sub(r"document\.title(=|%3D)'owned'", "", page)
     assert "<img" not in page
     assert "&lt;img src=x" in page
 

@@ -5,8 +5,6 @@ const POLL_MS = 4000;
 const SHOWN_RUNS = 100;
 const view = document.getElementById("view");
 const statusLine = document.getElementById("status");
-const beliefsSeen = new Map(); // run -> histograms that this page has seen, oldest first
-const KEPT_HISTOGRAMS = 12;
 let lastShown = ""; // the state of the run that is drawn
 let generation = 0; // of the route that is shown; what comes for an older one is dropped
 
@@ -32,7 +30,7 @@ function shape(name, attributes, ...children) {
 
 const number = (value, digits = 3) =>
   value === null || value === undefined || !Number.isFinite(value) ? "–" : value.toFixed(digits).replace(/^(-?)0\./, "$1.");
-const percent = (value) => (value === null || value === undefined || !Number.isFinite(value) ? "–" : `${(100 * value).toFixed(1)} %`);
+const percent = (value) => (value === null || value === undefined || !Number.isFinite(value) ? "–" : `${(100 * value).toFixed(1)}\u00a0%`);
 const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en"));
 const moment = (iso) => (iso ? new Date(iso).toISOString().slice(0, 19).replace("T", " ") : "–");
 
@@ -53,8 +51,9 @@ function panel(title, ...children) {
 // Charts. Each has its figures as a table beside it, for those who cannot see it.
 
 const WIDTH = 480;
-const HEIGHT = 220;
-const MARGIN = { left: 36, right: 10, top: 10, bottom: 26 };
+const HEIGHT = 230;
+const MARGIN = { left: 36, right: 10, top: 10, bottom: 36 };
+const TICKS_AT = HEIGHT - 21; // the axis title stands below
 
 function frame(label, { x, y, xTicks, yTicks, xTitle }) {
   const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
@@ -62,8 +61,11 @@ function frame(label, { x, y, xTicks, yTicks, xTitle }) {
     svg.append(shape("line", { class: "axis", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: y(tick), y2: y(tick) }));
     svg.append(shape("text", { x: MARGIN.left - 6, y: y(tick) + 4, "text-anchor": "end" }, String(tick).replace(/^0\./, ".")));
   }
-  for (const tick of xTicks) svg.append(shape("text", { x: x(tick), y: HEIGHT - 10, "text-anchor": "middle" }, String(tick).replace(/^0\./, ".")));
-  if (xTitle) svg.append(shape("text", { x: WIDTH - MARGIN.right, y: HEIGHT, "text-anchor": "end" }, xTitle));
+  xTicks.forEach((tick, i) => {
+    const anchor = i && i === xTicks.length - 1 ? "end" : "middle"; // the last one would be cut off
+    svg.append(shape("text", { x: x(tick), y: TICKS_AT, "text-anchor": anchor }, typeof tick === "number" && tick >= 1000 ? count(tick) : String(tick).replace(/^0\./, ".")));
+  });
+  if (xTitle) svg.append(shape("text", { x: WIDTH - MARGIN.right, y: HEIGHT - 5, "text-anchor": "end" }, xTitle));
   return svg;
 }
 
@@ -186,37 +188,56 @@ function forecastAgainstOutcome(windows) {
       rows.map((w) => [`${w.first_step}–${w.last_step}`, number(w.success_rate_forecast), number(w.success_rate)])));
 }
 
-function bars(label, counts, names, colour, ghosts = []) {
-  const most = Math.max(1, ...counts, ...ghosts.flat());
+function bars(label, counts, names, colour) {
+  const most = Math.max(1, ...counts);
   const x = scale(0, counts.length, MARGIN.left, WIDTH - MARGIN.right);
   const y = scale(0, most, HEIGHT - MARGIN.bottom, MARGIN.top);
   const svg = frame(label, { x, y, xTicks: [], yTicks: [0, most] });
   const width = (WIDTH - MARGIN.left - MARGIN.right) / counts.length;
   counts.forEach((value, i) => {
     svg.append(shape("rect", { x: x(i) + 1, width: Math.max(1, width - 2), y: y(value), height: y(0) - y(value), fill: `var(--${colour})`, opacity: 0.8 }));
-    if (names[i] !== "") svg.append(shape("text", { x: x(i) + width / 2, y: HEIGHT - 10, "text-anchor": "middle" }, names[i]));
+    if (names[i] !== "") svg.append(shape("text", { x: x(i) + width / 2, y: TICKS_AT, "text-anchor": "middle" }, names[i]));
   });
-  ghosts.forEach((ghost, age) =>
-    svg.append(shape("path", {
-      d: ghost.map((value, i) => `${i ? "L" : "M"}${(x(i) + width / 2).toFixed(1)} ${y(value).toFixed(1)}`).join(" "),
-      fill: "none", stroke: "var(--quiet)", opacity: 0.15 + 0.5 * ((age + 1) / ghosts.length) })),
-  );
   return svg;
 }
 
-function beliefHistogram(run, beliefs) {
-  const seen = beliefsSeen.get(run) ?? [];
-  if (!seen.length || seen.at(-1).position !== beliefs.log_position) seen.push({ position: beliefs.log_position, counts: beliefs.success_rate_counts });
-  beliefsSeen.set(run, seen.slice(-KEPT_HISTOGRAMS));
+function beliefHistogram(beliefs) {
   const counts = beliefs.success_rate_counts;
   const names = counts.map((_, i) => (i % 5 === 0 ? number(i / counts.length, 2) : ""));
-  const before = seen.slice(0, -1).slice(-KEPT_HISTOGRAMS).map((entry) => entry.counts);
   return panel(
-    "Beliefs about the pool",
-    bars("Prompts by believed success rate", counts, names, "policy", before),
-    element("p", { class: "quiet" }, `Prompts by believed success rate${before.length ? "; thin lines: earlier, since this page was opened" : ""}.`),
+    "Beliefs about the pool now",
+    bars("Prompts by believed success rate", counts, names, "policy"),
+    element("p", { class: "quiet" }, "Prompts by believed success rate."),
     figures("Prompts by believed success rate", [["from", "number"], ["to", "number"], ["prompts", "number"]],
       counts.map((value, i) => [number(i / counts.length, 2), number((i + 1) / counts.length, 2), count(value)])),
+  );
+}
+
+function beliefsOverSteps(windows) {
+  const title = "Beliefs over the run";
+  const rows = windows.filter((w) => w.believed_counts).map((w) => ({ ...w, total: w.believed_counts.reduce((sum, n) => sum + n, 0) }));
+  if (!rows.length) return panel(title, element("p", { class: "quiet" }, "No outcomes yet."));
+  const [first, last] = [rows[0].first_step, rows.at(-1).last_step];
+  const x = scale(first, last + 1, MARGIN.left, WIDTH - MARGIN.right);
+  const y = scale(0, 1, HEIGHT - MARGIN.bottom, MARGIN.top);
+  const svg = frame("Share of the pool by believed success rate, over steps: the darker, the more prompts", {
+    x, y, xTicks: [first, last], yTicks: [0, 0.25, 0.5, 0.75, 1], xTitle: "step",
+  });
+  const share = (w, i) => w.believed_counts[i] / w.total;
+  for (const w of rows)
+    w.believed_counts.forEach((n, i) => {
+      const bins = w.believed_counts.length;
+      // By its root, or one full bin leaves all others pale.
+      if (n) svg.append(shape("rect", { class: "cell", x: x(w.first_step), width: x(w.last_step + 1) - x(w.first_step), y: y((i + 1) / bins), height: y(i / bins) - y((i + 1) / bins), fill: "var(--policy)", opacity: Math.min(1, Math.sqrt(2 * share(w, i))).toFixed(3) }));
+    });
+  const between = (w, from, to) => percent(w.believed_counts.reduce((sum, _, i) => sum + (i >= from && i < to ? share(w, i) : 0), 0));
+  return panel(
+    title,
+    svg,
+    element("p", { class: "quiet" }, "Believed success rate (upwards) by step: the stronger the colour, the more prompts. The gps belief, as it was when each stretch of steps began."),
+    figures("Share of the pool by believed success rate, over steps",
+      [["steps"], ["below .2", "number"], [".2 to .4", "number"], [".4 to .6", "number"], [".6 to .8", "number"], [".8 and above", "number"]],
+      rows.map((w) => [`${w.first_step}–${w.last_step}`, ...[0, 4, 8, 12, 16].map((from) => between(w, from, from + 4))])),
   );
 }
 
@@ -263,10 +284,13 @@ async function showRuns(current) {
 
 async function showRun(run, current) {
   const path = `runs/${encodeURIComponent(run)}`;
+  const rest = () => Promise.all([ask(`${path}/report`), ask(`${path}/beliefs`), ask(`${path}/refits`)]);
+  const early = view.hasChildNodes() ? null : rest(); // nothing is drawn yet: do not wait for the state first
+  early?.catch(() => null); // where the state fails too, its error is the one that is shown
   const state = await ask(path);
   const shown = `${current} ${JSON.stringify(state)}`;
   if (shown === lastShown) return; // nothing has happened since
-  const [report, beliefs, refits] = await Promise.all([ask(`${path}/report`), ask(`${path}/beliefs`), ask(`${path}/refits`)]);
+  const [report, beliefs, refits] = await (early ?? rest());
   if (current !== generation) return;
   lastShown = shown;
   document.title = `${run} · Even Odds`;
@@ -293,17 +317,20 @@ async function showRun(run, current) {
       shareOverSteps(report.windows),
       reliability(report),
       forecastAgainstOutcome(report.windows),
-      beliefHistogram(run, beliefs),
+      beliefHistogram(beliefs),
+      beliefsOverSteps(report.windows),
       coveragePanel(report.coverage),
       refitsPanel(refits.refits),
     ),
     element("div", { class: "grid pair" }, groupsPanel(report.groups), promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
     searchPanel(run),
   );
+  // When the charts first stood on the screen, in milliseconds since the navigation: benchmarks/page.py reads it.
+  requestAnimationFrame(() => setTimeout(() => (view.dataset.drawnMs ??= Math.round(performance.now()))));
 }
 
 function refitsPanel(refits) {
-  if (!refits.length) return panel("Refits", element("p", { class: "quiet" }, "None yet. A worker (`evenodds work`) fits the shared model once enough was observed."));
+  if (!refits.length) return panel("Refits", element("p", { class: "quiet" }, "None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed."));
   return panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fit s", "number"], ["error", "text"]],
     refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])));
 }
