@@ -17,7 +17,6 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evenodds_service.domain.beliefs import Mixture
 from evenodds_service.domain.fold import State
@@ -147,13 +146,13 @@ def block_from_bytes(content: bytes) -> RawBlock:
         raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error} is missing") from error
 
 
-def _packed(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def _packed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
     return buffer.getvalue()
 
 
-def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = dict(stored)
