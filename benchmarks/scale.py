@@ -272,9 +272,8 @@ def time_cold_start(url: str, n_prompts: int) -> None:
             run = store.run(RUN)
             live = LiveRun(run.id)
             live.catch_up(store, run)
-            content = to_bytes(live.state)
-            store.save_checkpoint(run.id, position=live.state.position, state=content, now=datetime.now(timezone.utc))
-            print(f"checkpoint: {len(content) / 1e6:.0f} MB")
+            live.save(store, run, now=datetime.now(timezone.utc))
+            print(f"checkpoint: {len(to_bytes(live.state)) / 1e6:.0f} MB, and the pool's features")
             del live
         started = time.perf_counter()
         with service_process(url) as (base_url, pid):

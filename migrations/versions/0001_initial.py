@@ -116,6 +116,17 @@ def upgrade() -> None:
         postgresql_where=sa.text("request_id IS NOT NULL AND voided_at IS NULL"),
     )
     op.create_table(
+        "pool_blocks",
+        sa.Column("run_id", sa.Integer(), nullable=False),
+        sa.Column("first", sa.Integer(), nullable=False),
+        sa.Column("last", sa.Integer(), nullable=False),
+        sa.Column("features", sa.Text(), nullable=False),
+        sa.Column("content", sa.LargeBinary(), nullable=False),
+        sa.CheckConstraint("first >= 0 AND last > first", name=op.f("ck_pool_blocks_range")),
+        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_pool_blocks_run_id_runs"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("run_id", "first", name=op.f("pk_pool_blocks")),
+    )
+    op.create_table(
         "prompts",
         sa.Column("run_id", sa.Integer(), nullable=False),
         sa.Column("index", sa.Integer(), nullable=False),
@@ -212,6 +223,7 @@ def downgrade() -> None:
     op.drop_table("selections")
     op.drop_table("refits")
     op.drop_table("prompts")
+    op.drop_table("pool_blocks")
     op.drop_table("log")
     op.drop_table("checkpoints")
     op.drop_table("runs")

@@ -12,12 +12,20 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 
 from evenodds_service.domain import acquisition
 from evenodds_service.domain.acquisition import Choice, NotEnoughPrompts
-from evenodds_service.domain.checkpoint import CheckpointUnusable, from_bytes
+from evenodds_service.domain.checkpoint import (
+    BLOCK_FORMAT,
+    CheckpointUnusable,
+    block_from_bytes,
+    block_to_bytes,
+    from_bytes,
+    to_bytes,
+)
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.fold import (
     EachBlock,
@@ -57,6 +65,9 @@ from evenodds_service.storage.store import Run, Store
 from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
+
+PACKED = 8_192
+"""Prompts of a packed block of the pool's features."""
 
 _BLOCK = 10_000
 _THREADS = 4
@@ -184,6 +195,7 @@ class LiveRun:
     def _start(self, store: Store, run: Run, embedder: str | None) -> None:
         self._is_started = False  # until the end: who fails on the way starts over
         self.state, self.model = State(), None
+        self.pool.reserve(run.n_prompts)
         checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
         if checkpoint is not None:
             try:
@@ -196,7 +208,33 @@ class LiveRun:
         self.void_position = run.void_position
         self._is_started = True
 
+    def save(self, store: Store, run: Run, *, now: datetime) -> None:
+        """Save what a process may start from: the state, and before it what is not yet saved of the pool's features.
+
+        Raises:
+            RunUnknown: the run was deleted since `run` was read.
+        """
+        features = _packing(vector_name(run.settings))
+        with self.lock:
+            position, state, n = self.state.position, to_bytes(self.state), self.state.n_prompts
+        for first in range(store.packed_until(self.run_id, features=features), n - PACKED + 1, PACKED):
+            last = first + PACKED
+            with self.lock:
+                content = block_to_bytes(self.pool.raw(first, last))
+            store.save_packed_block(self.run_id, content, first=first, last=last, features=features)
+        store.save_checkpoint(self.run_id, position=position, state=state, now=now)
+
     def _extend_pool(self, store: Store, n_prompts: int, embedder: str | None) -> None:
+        while n_prompts - self.pool.n >= PACKED:
+            content = store.packed_block(self.run_id, first=self.pool.n, features=_packing(embedder))
+            if content is None:
+                break
+            try:
+                block = block_from_bytes(content)
+            except CheckpointUnusable as error:
+                logger.warning("run with id %d: %s; reading its prompts one by one", self.run_id, error)
+                break
+            self.pool.append(block)
         for first in range(self.pool.n, n_prompts, _BLOCK):
             last = min(first + _BLOCK, n_prompts)
             self.pool.append(store.pool_block(self.run_id, first=first, last=last, surface=SURFACE, embedder=embedder))
@@ -415,6 +453,11 @@ def _beliefs(
         n = state.n_prompts if indices is None else len(indices)
         return np.ones(n), np.ones(n)
     return beliefs_of(state, pool, indices, each_block=each_block)
+
+
+def _packing(embedder: str | None) -> str:
+    """The name under which blocks of these features are kept."""
+    return f"{BLOCK_FORMAT} {SURFACE} {embedder or NO_EMBEDDER}"
 
 
 def vector_name(settings: RunSettings) -> str | None:

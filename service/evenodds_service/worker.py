@@ -17,7 +17,6 @@ from datetime import datetime, timedelta
 
 from scipy import sparse
 
-from evenodds_service.domain.checkpoint import to_bytes
 from evenodds_service.domain.types import ObserveEntry
 from evenodds_service.live_run import LiveRun, vector_name
 from evenodds_service.model.history import History
@@ -152,8 +151,7 @@ class Worker:
         logger.info("%s: run %r has snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
         run = self._store.run_with_id(refit.run_id)
         view.live.catch_up(self._store, run)
-        state = view.live.state
-        self._store.save_checkpoint(run.id, position=state.position, state=to_bytes(state), now=self._clock())
+        view.live.save(self._store, run, now=self._clock())
 
     @contextmanager
     def _heartbeat(self, refit: Refit) -> Iterator[None]:

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,10 @@ def samples(service: Service, run: str) -> dict[str, float]:
 
 
 def test_a_run_is_measured_as_far_as_the_process_has_folded_it(caller: Caller, service: Service) -> None:
-    caller.load_texts("a", "b", "c", "d")
+    caller.load_texts("a", "b", "c")
+    caller.predict("a")
+    caller.load_texts("d")
+    after_write = samples(service, caller.run)
     batch = caller.select(3, 4)
     caller.observe(
         3,
@@ -43,7 +48,6 @@ def test_a_run_is_measured_as_far_as_the_process_has_folded_it(caller: Caller, s
         selection_id=batch["selection_id"],
     )
 
-    after_write = samples(service, caller.run)
     caller.predict("a")
     after_read = samples(service, caller.run)
 
@@ -55,6 +59,18 @@ def test_a_run_is_measured_as_far_as_the_process_has_folded_it(caller: Caller, s
     assert after_read["evenodds_run_coverage"] == 1
     assert after_read["evenodds_run_informative_share policy"] == 1
     assert after_read["evenodds_run_refit_open"] == 0
+
+
+def test_what_was_observed_is_folded_before_anyone_asks(caller: Caller, service: Service) -> None:
+    caller.load_texts("a")
+
+    caller.observe(0, {"prompt_id": "a", "successes": 1, "attempts": 2})
+
+    pause, deadline = threading.Event(), time.monotonic() + 30
+    while samples(service, caller.run)["evenodds_run_observations"] == 0:
+        assert time.monotonic() < deadline, "it was not folded in time"
+        pause.wait(0.01)
+    assert samples(service, caller.run)["evenodds_run_head_lag"] == 0
 
 
 def test_a_deleted_run_is_no_longer_shown(caller: Caller, service: Service) -> None:

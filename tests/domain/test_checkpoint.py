@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from evenodds_service.domain.checkpoint import FORMAT, CheckpointUnusable, from_bytes, to_bytes
+from evenodds_service.domain.checkpoint import (
+    FORMAT,
+    CheckpointUnusable,
+    block_from_bytes,
+    block_to_bytes,
+    from_bytes,
+    to_bytes,
+)
 from evenodds_service.domain.fold import State, beliefs_of, fold
 from evenodds_service.domain.pool import Pool
 from evenodds_service.domain.types import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
@@ -107,3 +114,43 @@ def test_a_checkpoint_of_another_format_is_refused() -> None:
     message = rf"^the checkpoint has format {FORMAT + 1}, this release reads {FORMAT}$"
     with pytest.raises(CheckpointUnusable, match=message):
         from_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize("numeric", [None, {"depth": 0.1, "length": -1e300}])
+@pytest.mark.parametrize("embedding_width", [0, 5])
+def test_a_packed_block_comes_back_as_it_was(
+    make_block: MakeBlock, numeric: dict[str, float] | None, embedding_width: int
+) -> None:
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(40, embedding_width))
+    embedding[3] = np.nan
+    taken = Pool(surface_width=3, embedding_width=embedding_width)
+    taken.append(
+        make_block(
+            40,
+            surface=rng.normal(size=(40, 3)),
+            embedding=embedding,
+            groups=tuple(("b", "ä", None)[i % 3] for i in range(40)),
+            numeric=(None, numeric) * 20,
+            prior_rates=np.where(rng.random(40) < 0.5, rng.random(40), np.nan),
+        )
+    )
+    block = taken.raw(10, 40)
+
+    again = block_from_bytes(block_to_bytes(block))
+
+    assert (again.first, again.prompt_ids, again.groups) == (10, block.prompt_ids, block.groups)
+    assert again.numeric == block.numeric
+    for name in ("prior_rates_N", "surface_N_S", "embedding_N_D"):
+        ours, expected = getattr(again, name), getattr(block, name)
+        assert ours.dtype == expected.dtype
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_bytes_that_are_no_block_are_refused(pool: Pool, entries: list[Entry]) -> None:
+    content = block_to_bytes(pool.raw(0, 120))
+
+    with pytest.raises(CheckpointUnusable, match=r"^\d+ bytes are no checkpoint: "):
+        block_from_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointUnusable, match=r"^\d+ bytes are no packed block: 'prompt_ids' is missing$"):
+        block_from_bytes(to_bytes(folded(entries, pool)))

@@ -91,6 +91,41 @@ def test_a_prefix_of_the_matrix_and_single_rows_are_those_of_the_whole(whole: Ra
     assert np.array_equal(pool.matrix(basis, 700), expected[:700])
 
 
+@settings(deadline=None, max_examples=10)
+@given(
+    st.lists(st.lists(st.integers(0, N - 1), min_size=1, max_size=3), max_size=5),
+    st.lists(st.integers(1, N), max_size=3),
+)
+def test_rows_are_those_of_the_whole_matrix_in_whatever_order_they_are_asked_for(
+    whole: RawBlock, asked: list[list[int]], sizes: list[int]
+) -> None:
+    """Also while the pool grows in between: only what is asked for is projected, and to the last bit alike."""
+    basis = Basis.of(whole)
+    expected = pool_of(whole).matrix(basis, N).copy()
+    pool = Pool(surface_width=SURFACE, embedding_width=EMBEDDING)
+
+    for last in (*sorted(set(sizes)), N):
+        pool.append(part(whole, pool.n, last)) if last > pool.n else None
+        for rows in asked:
+            present = np.array([row for row in rows if row < pool.n], dtype=np.int64)
+            assert np.array_equal(pool.rows(basis, present), expected[present])
+        assert np.array_equal(pool.rows(basis, slice(pool.n // 3, pool.n // 2)), expected[pool.n // 3 : pool.n // 2])
+
+    assert np.array_equal(pool.matrix(basis, N), expected)
+
+
+def test_room_for_later_prompts_changes_nothing(whole: RawBlock) -> None:
+    pool = Pool(surface_width=SURFACE, embedding_width=0)  # as long as no block has come
+    pool.reserve(2 * N)
+    pool.append(part(whole, 0, 700))
+    pool.reserve(3)
+    pool.append(part(whole, 700, N))
+
+    for name in ("prior_rates_N", "surface_N_S", "embedding_N_D"):
+        ours, expected = (getattr(each.raw(0, N), name) for each in (pool, pool_of(whole)))
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_another_basis_gives_another_matrix(whole: RawBlock) -> None:
     pool = pool_of(whole)
     early, late = Basis.of(pool.raw(0, 50)), Basis.of(pool.raw(0, N))

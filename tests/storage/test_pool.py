@@ -258,3 +258,37 @@ def test_thousands_of_prompts_are_added_and_read_whole(store: Store, run: Run, n
     assert block.prompt_ids == tuple(names)
     np.testing.assert_array_equal(block.embedding_N_D, values.astype(np.float32))
     np.testing.assert_array_equal(block.surface_N_S, block.embedding_N_D)
+
+
+def test_packed_blocks_are_kept_once_and_found_by_name(store: Store, run: Run) -> None:
+    assert store.packed_until(run.id, features="1") == 0
+
+    for first, content in ((0, b"\x00a"), (10, b"b"), (0, b"another")):
+        store.save_packed_block(run.id, content, first=first, last=first + 10, features="1")
+
+    assert store.packed_until(run.id, features="1") == 20
+    assert [store.packed_block(run.id, first=first, features="1") for first in (0, 10, 5, 20)] == [
+        b"\x00a",
+        b"b",
+        None,
+        None,
+    ]
+    assert (store.packed_until(run.id, features="2"), store.packed_block(run.id, first=0, features="2")) == (0, None)
+
+
+def test_packed_blocks_of_other_features_give_way(store: Store, run: Run, now: datetime) -> None:
+    other = store.put_run("other", RunSettings(), now=now)[0]
+    for run_id in (run.id, other.id):
+        for first in (0, 10):
+            store.save_packed_block(run_id, b"old", first=first, last=first + 10, features="1")
+
+    store.save_packed_block(run.id, b"new", first=0, last=10, features="2")
+
+    assert [store.packed_until(run.id, features=name) for name in "12"] == [0, 10]
+    assert store.packed_block(run.id, first=0, features="2") == b"new"
+    assert store.packed_until(other.id, features="1") == 20
+
+
+def test_packed_block_of_an_unknown_run_is_refused(store: Store) -> None:
+    with pytest.raises(RunUnknown, match="run with id 0 does not exist"):
+        store.save_packed_block(0, b"content", first=0, last=10, features="1")

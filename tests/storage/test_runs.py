@@ -117,6 +117,7 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
         observation = NewObservation.of_counts(0, 1, 2)
         store.append_observations(owner.id, step=0, observations=[observation], model_version=0, now=now)
         store.save_checkpoint(owner.id, position=1, state=b"state", now=now)
+        store.save_packed_block(owner.id, b"block", first=0, last=1, features="1")
         refit = store.request_refit(owner.id, now=now)
         store.claim_refit(worker="w", lease=timedelta(minutes=1), now=now)
         store.publish_refit(
@@ -143,6 +144,7 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
     assert left == {
         "runs": 1,
         "prompts": 1,
+        "pool_blocks": 1,
         "embeddings": 2,
         "log": 4,
         "selections": 1,

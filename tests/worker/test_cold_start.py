@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
+from sqlalchemy import Engine, delete, update
 
 from evenodds_service.domain.checkpoint import to_bytes
-from evenodds_service.domain.types import Entry, FloatArray, Predictor
-from evenodds_service.live_run import LiveRun
+from evenodds_service.domain.types import Entry, FloatArray, Predictor, RawBlock, RunSettings
+from evenodds_service.live_run import PACKED, LiveRun
 from evenodds_service.storage.store import Store
+from evenodds_service.storage.tables import pool_blocks
 from evenodds_service.worker import Fit
 
 if TYPE_CHECKING:
@@ -20,9 +22,17 @@ PREDICTORS: tuple[Predictor, ...] = ("gps", "gps-paper", "mopps")
 
 
 class Watched(Store):
-    """Keeps from which position the log was first read."""
+    """Keeps from which position the log was first read, and which prompts were read row by row."""
 
     read_from: int | None = None
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.by_row: list[tuple[int, int]] = []
+
+    def pool_block(self, run_id: int, *, first: int, last: int, surface: str, embedder: str | None) -> RawBlock:
+        self.by_row.append((first, last))
+        return super().pool_block(run_id, first=first, last=last, surface=surface, embedder=embedder)
 
     def entries(self, run_id: int, *, after: int, as_of: int | None = None, limit: int = 1_000) -> tuple[Entry, ...]:
         if self.read_from is None:
@@ -137,3 +147,59 @@ def test_a_reader_does_not_start_from_a_checkpoint_behind_the_position_that_it_k
 
     assert live.state.position >= run.log_position
     assert store.read_from == run.log_position - 1
+
+
+def test_a_large_pool_is_read_in_packed_blocks_and_is_the_same(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Also by a fork, with blocks that cannot be read, and with none at all."""
+    n = PACKED + 200
+    bench.learned("math", n)
+    bench.worker(bench.constant(0.3)).work_once()
+    bench.store.fork_run("fork", RunSettings(group_size=8), fork_of="math", at_step=None, now=bench.clock())
+    whole = LiveRun(bench.store.run("math").id)
+
+    def read(name: str) -> tuple[LiveRun, list[tuple[int, int]]]:
+        store = Watched(bench.engine)
+        live = LiveRun(store.run(name).id)
+        live.catch_up(store, store.run(name))
+        return live, store.by_row
+
+    packed, by_row = read("math")
+    forked, by_row_of_fork = read("fork")
+    with bench.engine.begin() as connection:
+        connection.execute(update(pool_blocks).values(content=b"not packed"))
+    damaged, by_row_of_damaged = read("math")
+    with bench.engine.begin() as connection:
+        connection.execute(delete(pool_blocks))
+    bench.forget_checkpoints("math")
+    whole.catch_up(bench.store, bench.store.run("math"))
+
+    assert by_row == by_row_of_fork == [(PACKED, n)]
+    assert by_row_of_damaged[0][0] == 0
+    assert [message for message in caplog.messages if "10 bytes are no checkpoint" in message]
+    for live in (packed, forked, damaged):
+        assert_same(live, whole)
+        for name in ("prompt_ids", "groups", "numeric"):
+            assert getattr(live.pool.raw(0, n), name) == getattr(whole.pool.raw(0, n), name)
+        for name in ("prior_rates_N", "surface_N_S", "embedding_N_D"):
+            np.testing.assert_array_equal(getattr(live.pool.raw(0, n), name), getattr(whole.pool.raw(0, n), name))
+
+
+def test_only_what_is_new_is_packed(bench: Bench) -> None:
+    class Counting(Store):
+        saved: ClassVar[list[int]] = []
+
+        def save_packed_block(self, run_id: int, content: bytes, *, first: int, last: int, features: str) -> None:
+            self.saved.append(first)
+            super().save_packed_block(run_id, content, first=first, last=last, features=features)
+
+    store = Counting(bench.engine)
+    run = bench.load("math", PACKED - 1)
+    live = LiveRun(run.id)
+    for more in (0, 1, PACKED):
+        if more:
+            run = bench.load("math", more, first=run.n_prompts)
+        live.catch_up(store, run)
+        for _ in range(2):
+            live.save(store, run, now=bench.clock())
+
+    assert store.saved == [0, PACKED]

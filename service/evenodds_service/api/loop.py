@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, BackgroundTasks
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
@@ -33,7 +33,7 @@ from evenodds_service.api.services import PROBLEMS, Hands, Services, content_has
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.types import IntArray, NewObservation
 from evenodds_service.live_run import Chosen, LiveRuns, SelectArguments, UnknownPrompts
-from evenodds_service.storage.errors import ChoiceOutdated
+from evenodds_service.storage.errors import ChoiceOutdated, StoreError
 from evenodds_service.storage.store import Run, Store
 from evenodds_service.timing import phase
 
@@ -47,7 +47,7 @@ _UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts
 
 
 @router.post("/observe", summary="Report outcomes of attempts")
-def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
+def observe(body: ObserveRequest, hands: Hands, afterwards: BackgroundTasks) -> ObserveReply:
     """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
 
     An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
@@ -92,6 +92,7 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
         embedder=prepared.embedder if prepared.prompts else None,
         embedding_width=prepared.embedding_width if prepared.prompts else None,
     )
+    afterwards.add_task(_keep_up, hands.store, hands.live_runs, body.run)
     return ObserveReply(
         run=body.run,
         log_position=appended.log_position,
@@ -99,6 +100,14 @@ def observe(body: ObserveRequest, hands: Hands) -> ObserveReply:
         model_version=appended.model_version,
         replayed=appended.replayed,
     )
+
+
+def _keep_up(store: Store, live_runs: LiveRuns, run_name: str) -> None:
+    """Fold in what was acknowledged while the trainer goes on, so that its next question finds it done."""
+    try:
+        live_runs.at_head(store.run(run_name))
+    except StoreError as error:  # whoever asks next meets it, or does not
+        logger.info("run %r: not folded ahead of time: %s", run_name, error)
 
 
 @router.post("/predict", summary="Predict success rates", response_model=PredictReply)

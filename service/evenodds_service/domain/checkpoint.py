@@ -1,7 +1,10 @@
-"""A state of a run as bytes, so that a process may start from it instead of from the log's beginning.
+"""A state of a run and its pool's features as bytes, so that a process may start from them instead of from the
+log's beginning and from every prompt's rows.
 
-Exact: a state that went through bytes folds on bit for bit as the original would. Arrays are stored as numpy's npz,
-read without pickle; `FORMAT` changes whenever the fold changes, and bytes of another format are refused.
+Exact: a state that went through bytes folds on bit for bit as the original would, and a pool of packed blocks gives the
+features of the one that they were taken from. Arrays are stored as numpy's npz, read without pickle; `FORMAT` changes
+whenever the fold changes, and bytes of another format are refused. Blocks change with `BLOCK_FORMAT` only, which
+is part of the name that they are kept under.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -20,8 +24,10 @@ from evenodds_service.domain.pool import Basis
 from evenodds_service.domain.rails import Rails
 from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic
+from evenodds_service.domain.types import RawBlock
 
 FORMAT = 5
+BLOCK_FORMAT = 1
 _SCALARS = (
     "position",
     "n_prompts",
@@ -51,6 +57,7 @@ _BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding", "stack")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 _COUNTED: dict[str, Any] = {"record": Record, "rails": Rails}
+_BLOCK_ARRAYS = ("prior_rates_N", "surface_N_S", "embedding_N_D")
 
 
 class CheckpointUnusable(ValueError):
@@ -75,9 +82,7 @@ def to_bytes(state: State) -> bytes:
         values = {field.name: getattr(getattr(state, which), field.name) for field in fields(_COUNTED[which])}
         arrays |= {f"{which}.{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
         header[which] = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
-    buffer = io.BytesIO()
-    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
-    return buffer.getvalue()
+    return _packed(header, arrays)
 
 
 def from_bytes(content: bytes) -> State:
@@ -86,13 +91,8 @@ def from_bytes(content: bytes) -> State:
     Raises:
         CheckpointUnusable: no checkpoint, or one of another format.
     """
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays = dict(stored)
-        header = json.loads(bytes(arrays.pop("header")))
-        found = header["format"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error}") from error
+    header, arrays = _unpacked(content)
+    found = header.get("format")
     if found != FORMAT:
         raise CheckpointUnusable(f"the checkpoint has format {found}, this release reads {FORMAT}")
     state = State(**{name: header[name] for name in _SCALARS}, **{name: arrays[name] for name in _ARRAYS})
@@ -109,3 +109,53 @@ def from_bytes(content: bytes) -> State:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in header[which].items()}
         setattr(state, which, kind(**sums, **values))
     return state
+
+
+def block_to_bytes(block: RawBlock) -> bytes:
+    """A block of a pool's features as bytes."""
+    names = tuple(dict.fromkeys(block.groups))
+    code = {name: i for i, name in enumerate(names)}
+    header = {
+        "first": block.first,
+        "prompt_ids": block.prompt_ids,
+        "group_names": names,
+        "numeric": [features and dict(features) for features in block.numeric] if any(block.numeric) else None,
+    }
+    arrays = {name: getattr(block, name) for name in _BLOCK_ARRAYS}
+    arrays["group_codes"] = np.fromiter(map(code.__getitem__, block.groups), dtype=np.int32, count=len(block.groups))
+    return _packed(header, arrays)
+
+
+def block_from_bytes(content: bytes) -> RawBlock:
+    """The block that `block_to_bytes` took.
+
+    Raises:
+        CheckpointUnusable: the bytes are no block.
+    """
+    header, arrays = _unpacked(content)
+    try:
+        n, names = len(header["prompt_ids"]), header["group_names"]
+        return RawBlock(
+            first=header["first"],
+            prompt_ids=tuple(header["prompt_ids"]),
+            groups=tuple(map(names.__getitem__, arrays["group_codes"].tolist())),
+            numeric=tuple(header["numeric"] or (None,) * n),
+            **{name: arrays[name] for name in _BLOCK_ARRAYS},
+        )
+    except KeyError as error:
+        raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error} is missing") from error
+
+
+def _packed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = dict(stored)
+        return json.loads(bytes(arrays.pop("header"))), arrays
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error}") from error

@@ -29,7 +29,7 @@ _CLIP = 4.0
 _BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
 _CHUNK = 512
-_PROJECTED = 16 * _CHUNK
+_TOGETHER = 16
 
 
 class Pool:
@@ -49,8 +49,15 @@ class Pool:
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
         self._prior_rates = np.empty(0, dtype=np.float32)
-        self._matrix: tuple[Basis, FloatArray, int] | None = None
+        self._matrix: tuple[Basis, FloatArray, IntArray] | None = None  # with how many rows of each chunk are done
         self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
+
+    def reserve(self, n: int) -> None:
+        """Make room for n prompts in all, so that appending so many copies none of those before."""
+        self._surface = _with_rows(self._surface, self.n, n)
+        self._embedding = _with_rows(self._embedding, self.n, n)
+        self._prior_rates = _with_rows(self._prior_rates, self.n, n)
+        self._codes = _with_rows(self._codes, self.n, n)
 
     def append(self, block: RawBlock) -> None:
         """Append consecutive prompts. A block without vectors (width 0) counts as rows of NaN.
@@ -62,14 +69,14 @@ class Pool:
             raise ValueError(f"block starts at prompt {block.first}, the pool ends at {self.n}")
         n = len(block.prompt_ids)
         if self._embedding.shape[1] == 0 and block.embedding_N_D.shape[1] > 0:
-            self._embedding = np.full((len(self._embedding), block.embedding_N_D.shape[1]), np.nan, dtype=np.float16)
+            self._embedding = np.empty((len(self._embedding), block.embedding_N_D.shape[1]), dtype=np.float16)
+            self._embedding[: self.n] = np.nan
         surface = _of_width(block.surface_N_S, self._surface.shape[1], what="surface features")
         embedding = _of_width(block.embedding_N_D, self._embedding.shape[1], what="embeddings")
         self._surface = _append(self._surface, self.n, surface)
         self._embedding = _append(self._embedding, self.n, embedding)
         self._prior_rates = _append(self._prior_rates, self.n, block.prior_rates_N)
-        for offset, prompt_id in enumerate(block.prompt_ids):
-            self.index[prompt_id] = self.n + offset
+        self.index.update(zip(block.prompt_ids, range(self.n, self.n + n), strict=True))
         self.prompt_ids.extend(block.prompt_ids)
         codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in block.groups]
         self._codes = _append(self._codes, self.n, np.asarray(codes, dtype=np.int32))
@@ -132,22 +139,36 @@ class Pool:
         return self._prior_rates[:n]
 
     def rows(self, basis: Basis, rows: IntArray | slice) -> FloatArray:
-        """Projected features of these prompts, float32 [n, d]."""
-        return self.matrix(basis, self.n)[rows]
+        """Projected features of these prompts, float32 [n, d]; kept. Those of others need not be there."""
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(self.n)
+            chunks = np.arange(first // _CHUNK, -(-last // _CHUNK))
+        else:
+            chunks = np.unique(rows // _CHUNK)
+        return self._projected(basis, chunks)[rows]
 
     def matrix(self, basis: Basis, n: int) -> FloatArray:
         """Projected features of the first n prompts, float32 [n, d]; kept, and extended as the pool grows."""
+        return self._projected(basis, np.arange(-(-n // _CHUNK)))[:n]
+
+    def _projected(self, basis: Basis, chunks: IntArray) -> FloatArray:
+        """Projected features of the pool, float32 [N, d], of which these chunks are there."""
         kept = self._matrix
         if kept is None or kept[0] is not basis:
-            kept = (basis, np.empty((0, basis.width), dtype=np.float32), 0)
-        _, x_N_d, done = kept
-        if done < n:
-            # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
-            done -= done % _CHUNK
-            for first in range(done, n, _PROJECTED):
-                x_N_d = _append(x_N_d, first, basis.project(self.raw(first, min(first + _PROJECTED, n))))
-            self._matrix = (basis, x_N_d, n)
-        return x_N_d[:n]
+            kept = (basis, np.empty((0, basis.width), dtype=np.float32), np.zeros(0, dtype=np.int64))
+        _, x_N_d, done_K = kept
+        if len(x_N_d) < self.n:
+            x_N_d = _with_rows(x_N_d, len(x_N_d), len(self._surface))
+            done_K = np.append(done_K, np.zeros(-(-len(x_N_d) // _CHUNK) - len(done_K), dtype=np.int64))
+        # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
+        missing = chunks[done_K[chunks] < np.minimum(_CHUNK, self.n - _CHUNK * chunks)]
+        gaps = (np.diff(missing) > 1) | (np.diff(missing // _TOGETHER) > 0)
+        for together in np.split(missing, np.flatnonzero(gaps) + 1) if len(missing) else ():
+            first, last = int(together[0]) * _CHUNK, min((int(together[-1]) + 1) * _CHUNK, self.n)
+            x_N_d[first:last] = basis.project(self.raw(first, last))
+        done_K[missing] = np.minimum(_CHUNK, self.n - _CHUNK * missing)
+        self._matrix = (basis, x_N_d, done_K)
+        return x_N_d[: self.n]
 
 
 def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
@@ -163,11 +184,18 @@ def _append(array: NDArray[ScalarT], n: int, more: NDArray[ScalarT]) -> NDArray[
     """Write `more` behind the first n rows, doubling the capacity where needed."""
     needed = n + len(more)
     if needed > len(array):
-        grown = np.empty((max(needed, 2 * len(array)), *array.shape[1:]), dtype=array.dtype)
-        grown[:n] = array[:n]
-        array = grown
+        array = _with_rows(array, n, max(needed, 2 * len(array)))
     array[n:needed] = more
     return array
+
+
+def _with_rows(array: NDArray[ScalarT], n: int, rows: int) -> NDArray[ScalarT]:
+    """The array with its first n rows, and room for `rows` at least."""
+    if rows <= len(array):
+        return array
+    grown = np.empty((rows, *array.shape[1:]), dtype=array.dtype)
+    grown[:n] = array[:n]
+    return grown
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,8 +285,10 @@ class Basis:
             # A product of another height may round its rows differently: every one has the height of a chunk.
             centred = np.zeros((_CHUNK, len(self.embedding_mean_D)), dtype=np.float32)
             for first in range(0, n, _CHUNK):
-                rows = block.embedding_N_D[first : first + _CHUNK].astype(np.float32) - self.embedding_mean_D
-                centred[: len(rows)] = np.nan_to_num(rows, copy=False, nan=0.0)
+                rows = centred[: min(_CHUNK, n - first)]
+                np.subtract(block.embedding_N_D[first : first + _CHUNK], self.embedding_mean_D, out=rows)
+                if not np.isfinite(rows).all():
+                    np.nan_to_num(rows, copy=False, nan=0.0)
                 centred[len(rows) :] = 0.0
                 x[first : first + _CHUNK, self.n_surface :] = (centred @ self.components_D_P)[: len(rows)]
         return x

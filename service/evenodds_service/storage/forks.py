@@ -9,7 +9,16 @@ from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, lit
 from evenodds_service.domain.types import CALLER, RunSettings
 from evenodds_service.storage.errors import RunExists
 from evenodds_service.storage.runs import find_run, lock_run, settings_that_stand, settings_to_json, stored_embedder
-from evenodds_service.storage.tables import checkpoints, embeddings, log, prompts, runs, selections, snapshots
+from evenodds_service.storage.tables import (
+    checkpoints,
+    embeddings,
+    log,
+    pool_blocks,
+    prompts,
+    runs,
+    selections,
+    snapshots,
+)
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run
 from evenodds_service.storage.voids import newest_standing_snapshot, rewind_run
@@ -96,6 +105,8 @@ def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int) -> 
     for first in range(0, (connection.execute(n_prompts).scalar() or 0) + 1, _BLOCK):
         block = and_(prompts.c.index >= first, prompts.c.index < first + _BLOCK)
         _copy(connection, prompts, source_id, new_id, block)
+        packed = and_(pool_blocks.c.first >= first, pool_blocks.c.first < first + _BLOCK)
+        _copy(connection, pool_blocks, source_id, new_id, packed)
     for first in range(1, cut + 1, _BLOCK):
         block = and_(log.c.position >= first, log.c.position < first + _BLOCK, log.c.position <= cut)
         _copy(connection, log, source_id, new_id, block)

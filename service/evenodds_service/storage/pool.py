@@ -1,6 +1,8 @@
 """The pool: prompts in order of arrival.
 
-A prompt's surface features are the vector under its `text_key`, its embedding the one under its `vector_key`.
+A prompt's surface features are the vector under its `text_key`, its embedding the one under its `vector_key`. What is
+read of a prompt for its features never changes, so that whoever has read a block may keep it, packed, for those who
+start later.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, RowMapping, and_, insert, null, or_, select, update
+from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
 
 from evenodds_service.domain.types import CALLER, NewPrompt, PoolEntry, Prompt, RawBlock, Vector
 from evenodds_service.storage.entries import append_entry
@@ -24,9 +26,9 @@ from evenodds_service.storage.errors import (
     RunUnknown,
     VectorUnstorable,
 )
-from evenodds_service.storage.runs import lock_run, settings_to_json, stored_embedder
-from evenodds_service.storage.tables import embeddings, prompts, runs
-from evenodds_service.storage.transactions import Transactions, chunks
+from evenodds_service.storage.runs import keep_run, lock_run, settings_to_json, stored_embedder
+from evenodds_service.storage.tables import embeddings, pool_blocks, prompts, runs
+from evenodds_service.storage.transactions import Transactions, chunks, insert_or_ignore
 from evenodds_service.storage.values import PromptsAdded, Run
 from evenodds_service.storage.vectors import absent_keys, read_vectors, store_vectors
 
@@ -148,6 +150,38 @@ class PoolMethods(Transactions):
             surface_N_S=read_vectors([row[4] for row in rows], embedder=surface, default_width=0),
             embedding_N_D=read_vectors([row[5] for row in rows], embedder=embedder or "", default_width=width),
         )
+
+    def save_packed_block(self, run_id: int, content: bytes, *, first: int, last: int, features: str) -> None:
+        """Keep the features of prompts first <= index < last as these bytes. A block that is there stays as it is.
+
+        Args:
+            features: Names what is packed and how. Blocks of another name give way.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+        """
+        row = {"run_id": run_id, "first": first, "last": last, "features": features, "content": content}
+        with self._writing() as connection:
+            keep_run(connection, run_id)
+            others = (pool_blocks.c.run_id == run_id, pool_blocks.c.features != features)
+            connection.execute(delete(pool_blocks).where(*others))
+            connection.execute(insert_or_ignore(connection, pool_blocks).values(row))
+
+    def packed_until(self, run_id: int, *, features: str) -> int:
+        """Where the run's packed blocks of this name end; 0 where there is none."""
+        statement = select(func.max(pool_blocks.c.last)).where(
+            pool_blocks.c.run_id == run_id, pool_blocks.c.features == features
+        )
+        with self._reading() as connection:
+            return connection.execute(statement).scalar() or 0
+
+    def packed_block(self, run_id: int, *, first: int, features: str) -> bytes | None:
+        """The packed block of this name that starts at prompt `first`; None where there is none."""
+        statement = select(pool_blocks.c.content).where(
+            pool_blocks.c.run_id == run_id, pool_blocks.c.first == first, pool_blocks.c.features == features
+        )
+        with self._reading() as connection:
+            return connection.execute(statement).scalar()
 
     def missing_vectors(self, embedder: str, keys: Sequence[str]) -> frozenset[str]:
         """Those of `keys` for which (embedder, key) is not stored. Not for vectors that callers sent."""

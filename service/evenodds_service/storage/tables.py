@@ -111,6 +111,18 @@ prompts = Table(
     CheckConstraint("text IS NULL OR text_key IS NOT NULL", name="text_key"),  # a run may keep no texts
 )
 
+pool_blocks = Table(
+    "pool_blocks",
+    metadata,
+    _run_id(),
+    Column("first", Integer, nullable=False),
+    Column("last", Integer, nullable=False),  # of prompts first <= index < last
+    Column("features", Text, nullable=False),  # the names of what is packed: a run has blocks of one name
+    Column("content", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("run_id", "first"),
+    CheckConstraint("first >= 0 AND last > first", name="range"),
+)
+
 embeddings = Table(
     "embeddings",
     metadata,
