@@ -26,6 +26,7 @@ SLAB_CONCENTRATION = 1.0
 
 _HALVINGS = 24
 _CELLS, _MOST_SECTIONS = 4_096, 64
+_FACTORS = 32_768
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
 _LOG_NEVER = -1e30
 
@@ -152,4 +153,8 @@ def _informative_probability(a: FloatArray, b: FloatArray, group_size: int) -> F
     s = a + b
     if group_size == 1:
         return np.asarray(2.0 * a * b / (s * (s + 1.0)))
-    return np.asarray(1.0 - rising_ratio(a, s, group_size) - rising_ratio(b, s, group_size))
+    if a.size * group_size > _FACTORS:
+        return np.asarray(1.0 - rising_ratio(a, s, group_size) - rising_ratio(b, s, group_size))
+    # For few, the number of array operations is what costs: all factors at once.
+    j = np.arange(group_size).reshape(-1, *[1] * a.ndim)
+    return np.asarray(1.0 - ((a + j) / (s + j)).prod(axis=0) - ((b + j) / (s + j)).prod(axis=0))
