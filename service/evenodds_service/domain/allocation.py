@@ -234,13 +234,14 @@ def fit_price(
 
 def solve_probability(a: FloatArray, b: FloatArray, attempts: IntArray) -> FloatArray:
     """P(at least one of so many attempts succeeds) = 1 - (b)_k / (a+b)_k, elementwise."""
-    if attempts.size * int(attempts.max(initial=0)) > _FACTORS:
+    most = int(attempts.max(initial=0))
+    if attempts.size * most > _FACTORS:
         k = attempts.astype(np.float64)
         return np.asarray(-np.expm1(log_rising(b, k) - log_rising(np.asarray(a) + b, k)))
     # For few, the number of array operations is what costs: all factors at once.
-    j = np.arange(int(attempts.max(initial=0)))
-    a, b, k = np.asarray(a)[..., None], np.asarray(b)[..., None], attempts[..., None]
-    return np.asarray(1.0 - np.where(j < k, (b + j) / (a + b + j), 1.0).prod(axis=-1))
+    j = np.arange(most)
+    a, b = np.asarray(a)[..., None], np.asarray(b)[..., None]
+    return np.asarray(1.0 - np.where(j < attempts[..., None], (b + j) / (a + b + j), 1.0).prod(axis=-1))
 
 
 def _spend_rest(
