@@ -13,6 +13,7 @@
     │   ├── Conflict          409: the call contradicts what the service holds
     │   ├── TooLarge          413: more than one call may carry
     │   ├── Invalid           422: malformed request
+    │   ├── RateLimited       429: the API key made too many requests
     │   └── ServerError       500 and above: the service failed
     │       └── Unavailable   503: the service cannot answer now
     └── ReplyInvalid          a reply that this client does not understand
@@ -151,6 +152,16 @@ class TooLarge(ProblemError):
 
 class Invalid(ProblemError):
     """422: the service found the request malformed."""
+
+
+class RateLimited(ProblemError):
+    """429: the API key made too many requests. Nothing was done; repeating the call is safe.
+
+    Attributes:
+        retry_after: Seconds to wait before the next call, as the service asks; None where it does not say.
+    """
+
+    retry_after: float | None = None
 
 
 class ServerError(ProblemError):

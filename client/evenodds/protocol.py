@@ -21,6 +21,7 @@ from evenodds.errors import (
     Invalid,
     NotFound,
     ProblemError,
+    RateLimited,
     ReplyInvalid,
     ServerError,
     TooLarge,
@@ -35,7 +36,8 @@ RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 FIRST_WAIT_SECONDS = 0.25
 MAX_WAIT_SECONDS = 8.0
 MAX_RETRY_AFTER_SECONDS = 30.0
-"""A longer Retry-After is cut to this."""
+"""A longer Retry-After is cut to this, but that of a 429, which a repeat before its time would only meet again: such a
+call is given up at once."""
 
 _PROBLEMS: dict[int, type[ProblemError]] = {
     401: Unauthorized,
@@ -44,6 +46,7 @@ _PROBLEMS: dict[int, type[ProblemError]] = {
     409: Conflict,
     413: TooLarge,
     422: Invalid,
+    429: RateLimited,
     503: Unavailable,
 }
 
@@ -178,20 +181,29 @@ class Protocol:
                         reason = f"redirected to {outcome.headers.get('location', 'nowhere')}"
                         raise _not_understood(send, outcome, reason)
                     return outcome, reply_was_lost
+                retry_after = _retry_after(outcome)
+                if outcome.status == 429 and retry_after is not None and retry_after > MAX_RETRY_AFTER_SECONDS:
+                    return outcome, reply_was_lost
                 reply_was_lost |= outcome.status != 429
-                retry_after = outcome.headers.get("retry-after")
             yield Wait(self._wait_seconds(attempt, retry_after))
 
-    def _wait_seconds(self, attempt: int, retry_after: str | None) -> float:
-        """The whole seconds that the service asks for, else chance below a doubling bound ("full jitter")."""
-        if retry_after is not None and retry_after.isascii() and retry_after.isdigit():
-            return min(float(retry_after), MAX_RETRY_AFTER_SECONDS)
+    def _wait_seconds(self, attempt: int, retry_after: float | None) -> float:
+        """The seconds that the service asks for, else chance below a doubling bound ("full jitter")."""
+        if retry_after is not None:
+            return min(retry_after, MAX_RETRY_AFTER_SECONDS)
         bound = min(MAX_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(attempt - 1, 10))
         return self._random.uniform(0.0, bound)
 
 
 def problem(send: Send, received: Received) -> ProblemError:
     """The error that a reply of status 400 or above stands for, problem+json or not."""
+    error = _problem(send, received)
+    if isinstance(error, RateLimited):
+        error.retry_after = _retry_after(received)
+    return error
+
+
+def _problem(send: Send, received: Received) -> ProblemError:
     status = received.status
     kind = _PROBLEMS.get(status, ServerError if status >= 500 else ProblemError)
     try:
@@ -202,6 +214,12 @@ def problem(send: Send, received: Received) -> ProblemError:
         return kind(send.method, send.path, status, f"http_{status}", detail, _id_of(send, received))
     request_id = body.request_id or _id_of(send, received)
     return kind(send.method, send.path, status, body.code, body.detail, request_id, body.errors)
+
+
+def _retry_after(received: Received) -> float | None:
+    """The whole seconds that the service asks for; None where it does not, or names a date."""
+    given = received.headers.get("retry-after", "")
+    return float(given) if given.isascii() and given.isdigit() else None
 
 
 def _id_of(send: Send, received: Received) -> str:

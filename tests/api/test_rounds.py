@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
+import httpx
 import pytest
 
-from evenodds_service.api.rounds import MOST_AT_ONCE, Rounds
+from evenodds import Problem
+from evenodds_service.api.app import create_app
+from evenodds_service.api.rounds import MOST_AT_ONCE, MOST_WAITING, Rounds, RoundsFull
+from evenodds_service.storage import migration
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Run, Store
 
 
 class Oracle:
@@ -118,3 +125,60 @@ def test_a_question_that_was_given_up_holds_nobody_up() -> None:
         return await patient
 
     assert asyncio.run(ask()) == 2
+
+
+def test_who_would_be_one_too_many_is_sent_away_and_those_before_are_served() -> None:
+    oracle = Oracle()
+
+    async def ask() -> list[int | BaseException]:
+        rounds = Rounds(oracle.answer, most_waiting=2)
+        first = asyncio.create_task(rounds.ask("r", 0))
+        await began(oracle)
+        asked = [asyncio.create_task(rounds.ask("r", n)) for n in (1, 2, 3)]
+        await asyncio.wait(asked[2:])
+        asked[0].cancel()  # who has given up makes room
+        await asyncio.sleep(0)
+        asked.append(asyncio.create_task(rounds.ask("r", 4)))
+        await asyncio.sleep(0)
+        oracle.leave.release(2)
+        return await asyncio.gather(first, *asked, return_exceptions=True)
+
+    first, given_up, waited, too_many, late = asyncio.run(ask())
+
+    assert (first, waited, late) == (1, 2, 2)
+    assert isinstance(given_up, asyncio.CancelledError)
+    assert isinstance(too_many, RoundsFull)
+    assert str(too_many) == "2 requests wait for a prediction of run 'r', the limit is 2: repeat the call later"
+    assert oracle.rounds == [[0], [2, 4]]
+
+
+def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    class Hanging(Store):
+        def run(self, name: str) -> Run:
+            go_on.wait(30)
+            return super().run(name)
+
+    engine = open_engine(f"sqlite:///{tmp_path / 'hangs.db'}")
+    migration.upgrade(engine)
+    app = create_app(Hanging(engine))
+    body = {"run": "nobody", "prompts": [{"prompt_id": "a"}]}
+
+    async def crowd() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=30) as http:
+            asked = [asyncio.create_task(http.post("/predict", json=body)) for _ in range(MOST_WAITING + 50)]
+            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)  # nobody is served yet
+            go_on.set()
+            return list(await asyncio.gather(*asked))
+
+    replies = asyncio.run(crowd())
+    engine.dispose()
+
+    refused = [reply for reply in replies if reply.status_code == 503]
+    assert {reply.status_code for reply in replies if reply not in refused} == {404}
+    assert 0 < len(refused) <= 50
+    problem = Problem.model_validate_json(refused[0].content)
+    assert (problem.code, refused[0].headers["retry-after"]) == ("overloaded", "1")
+    assert f"the limit is {MOST_WAITING}:" in problem.detail

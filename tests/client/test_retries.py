@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from evenodds import (
     Invalid,
     NotFound,
     ProblemError,
+    RateLimited,
     ServerError,
     TimedOut,
     TooLarge,
@@ -168,6 +170,39 @@ def test_any_other_retry_after_leaves_the_usual_wait(talk: Conversation, retry_a
     talk.call("run", "math-7b")
 
     assert talk.waits == [Random(0).uniform(0, 0.25)]
+
+
+def test_a_rate_limit_tells_how_long_to_wait_once_repeats_are_used_up(talk: Conversation) -> None:
+    talk.options["retries"] = 1
+    for seconds in ("2", "3"):
+        talk.refuses(429, "rate_limited", "key 'a' may make 20 requests a minute", headers={"Retry-After": seconds})
+
+    with pytest.raises(RateLimited) as caught:
+        talk.call("run", "math-7b")
+
+    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (429, "rate_limited", 3.0)
+    assert pickle.loads(pickle.dumps(caught.value)).retry_after == 3.0
+    assert talk.waits == [2]
+
+
+def test_a_rate_limit_that_lasts_longer_than_a_call_waits_is_told_at_once(talk: Conversation) -> None:
+    """A repeat after the longest wait would only be refused again."""
+    talk.refuses(429, "rate_limited", "key 'a' may make 1 requests a minute", headers={"Retry-After": "60"})
+
+    with pytest.raises(RateLimited) as caught:
+        talk.call("run", "math-7b")
+
+    assert (caught.value.retry_after, talk.waits, len(talk.requests)) == (60.0, [], 1)
+
+
+def test_a_rate_limit_by_a_proxy_that_names_no_time_is_one_too(talk: Conversation) -> None:
+    talk.options["retries"] = 0
+    talk.replies.append(httpx.Response(429, text="slow down"))
+
+    with pytest.raises(RateLimited) as caught:
+        talk.call("run", "math-7b")
+
+    assert (caught.value.code, caught.value.retry_after) == ("http_429", None)
 
 
 @pytest.mark.parametrize(

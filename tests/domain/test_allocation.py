@@ -20,6 +20,7 @@ from evenodds_service.domain.allocation import (
     expected,
     fit_price,
     gains,
+    solve_probability,
     spend,
     uniform_attempts,
     verdict,
@@ -342,3 +343,15 @@ def test_a_target_at_the_least_buys_nothing_more_and_one_beyond_the_most_buys_al
     assert fit_price("parallel", a, b, 1.0, minimum=1, maximum=8) == (NEVER, 1.0)
     assert fit_price("parallel", a, b, 9.0, minimum=1, maximum=8) == (0.0, 8.0)
     assert fit_price("parallel", a, b, 8.0, minimum=8, maximum=8) == (0.0, 8.0)
+
+
+@given(a=st.floats(1e-2, 1e3), b=st.floats(1e-2, 1e3), k=st.integers(0, 200))
+def test_the_chance_to_solve_is_that_not_all_attempts_fail_for_one_belief_and_for_many(
+    a: float, b: float, k: int
+) -> None:
+    alone = solve_probability(np.array([a]), np.array([b]), np.array([k]))
+    among = solve_probability(np.full(40_000, a), np.full(40_000, b), np.full(40_000, k))
+
+    all_fail = np.exp(special.betaln(a, b + k) - special.betaln(a, b))
+    assert alone[0] == pytest.approx(1.0 - all_fail, abs=1e-9)
+    assert among[-1] == pytest.approx(alone[0], abs=1e-9)

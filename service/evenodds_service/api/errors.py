@@ -21,6 +21,7 @@ from evenodds_service.api.access import AccessRefused
 from evenodds_service.api.chat import ChatRefused
 from evenodds_service.api.desk import DeadlinePassed, DeskFull
 from evenodds_service.api.features import EmbedderNotAllowed, EmbeddingRefused
+from evenodds_service.api.rounds import RoundsFull
 from evenodds_service.domain.acquisition import NotEnoughPrompts
 from evenodds_service.domain.types import SharesConflict
 from evenodds_service.live_run import UnknownPrompts
@@ -85,7 +86,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
     app.add_exception_handler(EmbedderNotAllowed, _fact(422, "embedder_not_allowed"))
     app.add_exception_handler(ChatRefused, _fact(422, "malformed"))
-    app.add_exception_handler(DeskFull, _fact(503, "overloaded", Retry_After="1"))
+    for full in (DeskFull, RoundsFull):
+        app.add_exception_handler(full, _fact(503, "overloaded", Retry_After=str(RETRY_AFTER_SECONDS)))
     app.add_exception_handler(DeadlinePassed, _fact(503, "deadline_passed"))
 
 

@@ -32,6 +32,7 @@ BIN_WEIGHTS = (1.0, 4.0, 2.0, 1.0)
 """Of the method `bins`: relative attempts for predicted rates below .1 (near-hopeless), .5, .8 and above (easy)."""
 
 _SLACK = 1e-9  # of sums of costs, relative
+_FACTORS = 32_768
 
 
 class BudgetTooSmall(ValueError):
@@ -233,8 +234,14 @@ def fit_price(
 
 def solve_probability(a: FloatArray, b: FloatArray, attempts: IntArray) -> FloatArray:
     """P(at least one of so many attempts succeeds) = 1 - (b)_k / (a+b)_k, elementwise."""
-    k = attempts.astype(np.float64)
-    return np.asarray(-np.expm1(log_rising(b, k) - log_rising(np.asarray(a) + b, k)))
+    most = int(attempts.max(initial=0))
+    if attempts.size * most > _FACTORS:
+        k = attempts.astype(np.float64)
+        return np.asarray(-np.expm1(log_rising(b, k) - log_rising(np.asarray(a) + b, k)))
+    # For few, the number of array operations is what costs: all factors at once.
+    j = np.arange(most)
+    a, b = np.asarray(a)[..., None], np.asarray(b)[..., None]
+    return np.asarray(1.0 - np.where(j < attempts[..., None], (b + j) / (a + b + j), 1.0).prod(axis=-1))
 
 
 def _spend_rest(

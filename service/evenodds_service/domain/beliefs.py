@@ -236,10 +236,14 @@ def _unseen_moments(
         assert scales_C_N is not None
         mean, scale = means_C_N[c], scales_C_N[c].astype(np.float64)
         h = np.zeros(len(mean))
-        for strength, share in zip(STRENGTHS, share_C_S[c], strict=True):
-            if share:
-                s = strength * scale
-                h += share * s / (s + 1.0)
+        if len(mean) <= FEW:
+            s_S_n = strengths[:, None] * scale
+            h += share_C_S[c] @ (s_S_n / (s_S_n + 1.0))
+        else:  # without arrays of that size
+            for strength, share in zip(STRENGTHS, share_C_S[c], strict=True):
+                if share:
+                    s = strength * scale
+                    h += share * s / (s + 1.0)
         weighted = share_C_S[c].sum() * mean
         first += weighted
         second += weighted - h * mean * (1.0 - mean)

@@ -258,7 +258,7 @@ def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedP
     Args:
         fitted: What the state's snapshot says about them.
     """
-    x = outside.matrix(state.basis, outside.n) if state.basis is not None else None
+    x = state.basis.project_apart(outside.raw(0, outside.n)) if state.basis is not None else None
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
     means_C_n, scales_C_n, _ = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)

@@ -30,6 +30,7 @@ _BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
 _CHUNK = 512
 _TOGETHER = 16
+_FEW = 16
 
 
 class Pool:
@@ -269,8 +270,16 @@ class Basis:
             **{name: arrays[name] for name in _BASIS_ARRAYS},
         )
 
-    def project(self, block: RawBlock) -> FloatArray:
-        """Inputs of the regressions, float32 [n, width]; what a prompt lacks is taken as average."""
+    def project_apart(self, block: RawBlock) -> FloatArray:
+        """The same for prompts outside of the pool, which are few: their last bits may differ from those inside it."""
+        return self.project(block, height=_FEW)
+
+    def project(self, block: RawBlock, *, height: int = _CHUNK) -> FloatArray:
+        """Inputs of the regressions, float32 [n, width]; what a prompt lacks is taken as average.
+
+        Args:
+            height: Rows of one matrix product. A row depends on no other one, but on this in its last bits.
+        """
         n = len(block.prompt_ids)
         x = np.zeros((n, self.width), dtype=np.float32)
         x[:, 0] = 1.0
@@ -282,15 +291,15 @@ class Basis:
             if group in column:
                 x[row, column[group]] = GROUP_SCALE
         if self.components_D_P.shape[1]:
-            # A product of another height may round its rows differently: every one has the height of a chunk.
-            centred = np.zeros((_CHUNK, len(self.embedding_mean_D)), dtype=np.float32)
-            for first in range(0, n, _CHUNK):
-                rows = centred[: min(_CHUNK, n - first)]
-                np.subtract(block.embedding_N_D[first : first + _CHUNK], self.embedding_mean_D, out=rows)
+            # A product of another height may round its rows differently: every one has the same.
+            centred = np.zeros((height, len(self.embedding_mean_D)), dtype=np.float32)
+            for first in range(0, n, height):
+                rows = centred[: min(height, n - first)]
+                np.subtract(block.embedding_N_D[first : first + height], self.embedding_mean_D, out=rows)
                 if not np.isfinite(rows).all():
                     np.nan_to_num(rows, copy=False, nan=0.0)
                 centred[len(rows) :] = 0.0
-                x[first : first + _CHUNK, self.n_surface :] = (centred @ self.components_D_P)[: len(rows)]
+                x[first : first + height, self.n_surface :] = (centred @ self.components_D_P)[: len(rows)]
         return x
 
 

@@ -26,6 +26,7 @@ SLAB_CONCENTRATION = 1.0
 
 _HALVINGS = 24
 _CELLS, _MOST_SECTIONS = 4_096, 64
+_FACTORS = 32_768
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
 _LOG_NEVER = -1e30
 
@@ -50,6 +51,18 @@ class InflatedBeta:
         return np.asarray(np.maximum(1.0 - self.zero - self.one, 0.0))
 
 
+def informative_probability(a: FloatArray, b: FloatArray, group_size: int) -> FloatArray:
+    """The mean that `informative_moments` gives, alone."""
+    s = a + b
+    if group_size == 1:
+        return np.asarray(2.0 * a * b / (s * (s + 1.0)))
+    if a.size * group_size > _FACTORS:
+        return np.asarray(1.0 - rising_ratio(a, s, group_size) - rising_ratio(b, s, group_size))
+    # For few, the number of array operations is what costs: all factors at once.
+    j = np.arange(group_size).reshape(-1, *[1] * a.ndim)
+    return np.asarray(1.0 - ((a + j) / (s + j)).prod(axis=0) - ((b + j) / (s + j)).prod(axis=0))
+
+
 def matched_concentration(mean: FloatArray, informative: FloatArray, group_size: int) -> FloatArray:
     """The concentration s for which a group under Beta(m s, (1 - m) s) is informative with this probability.
 
@@ -72,7 +85,7 @@ def matched_concentration(mean: FloatArray, informative: FloatArray, group_size:
     low, width = np.full(mean.shape, np.log(MIN_MATCHED)), np.log(MAX_MATCHED) - np.log(MIN_MATCHED)
     for _ in range(int(np.ceil(_HALVINGS / np.log2(sections)))):
         s = np.exp(low + width * inner)
-        short = _informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative
+        short = informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative
         width /= sections
         low = low + width * short.sum(axis=-1, keepdims=True)
     return np.asarray(np.exp(low + 0.5 * width)[..., 0])
@@ -94,7 +107,7 @@ def matched_inflated(
     mean = np.clip(np.asarray(mean, dtype=np.float64), *_MEAN_RANGE)
     s = np.maximum(matched_concentration(mean, informative, group_size), slab_concentration)
     a, b = mean * s, (1.0 - mean) * s
-    spikes = np.clip(1.0 - informative / _informative_probability(a, b, group_size), 0.0, 1.0)
+    spikes = np.clip(1.0 - informative / informative_probability(a, b, group_size), 0.0, 1.0)
     spikes = np.where(s > slab_concentration, 0.0, spikes)
     return InflatedBeta(zero=spikes * (1.0 - mean), one=spikes * mean, a=a, b=b)
 
@@ -145,11 +158,3 @@ def inflated_informative_moments(belief: InflatedBeta, group_size: int) -> tuple
     slab = belief.slab
     square = slab * (deviation * deviation + mean * mean)
     return slab * mean, np.sqrt(np.maximum(square - (slab * mean) ** 2, 0.0))
-
-
-def _informative_probability(a: FloatArray, b: FloatArray, group_size: int) -> FloatArray:
-    """V_G alone, without its standard deviation."""
-    s = a + b
-    if group_size == 1:
-        return np.asarray(2.0 * a * b / (s * (s + 1.0)))
-    return np.asarray(1.0 - rising_ratio(a, s, group_size) - rising_ratio(b, s, group_size))

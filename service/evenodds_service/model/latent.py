@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.shape import informative_probability
 from evenodds_service.domain.types import FloatArray
 
 UNIT = 0.1
@@ -72,8 +72,8 @@ def outputs(calibration: FloatArray, held_n_O: FloatArray) -> tuple[NDArray[np.f
     g = held_n_O.astype(np.float64) / UNIT
     mean = np.clip(_sigmoid(level + t[0] * SLOPE * g[:, 0] + t[1]), *RATES)
     concentration = np.exp(np.clip(t[2] + t[3] * g[:, 1], *LOG_CONCENTRATIONS))
-    silent, _ = informative_moments(mean * concentration, (1.0 - mean) * concentration, max(round(group_size), 2))
-    silent = np.clip(1.0 - silent, *RATES)
+    a, b = mean * concentration, (1.0 - mean) * concentration
+    silent = np.clip(1.0 - informative_probability(a, b, max(round(group_size), 2)), *RATES)
     informative = _sigmoid(np.log1p(-silent) - np.log(silent) + t[4] + t[5] * g[:, 1])
     return mean.astype(np.float32), informative.astype(np.float32)
 
@@ -84,6 +84,7 @@ def _sigmoid(z: FloatArray) -> FloatArray:
 
 def kernel(rows_N_d: FloatArray, landmarks_M_d: FloatArray) -> FloatArray:
     """exp(-|a - b|^2 / (2 bandwidth^2)), [N, M]."""
-    squares = (rows_N_d * rows_N_d).sum(axis=1)[:, None] + (landmarks_M_d * landmarks_M_d).sum(axis=1)[None]
+    lengths = [np.einsum("nd,nd->n", rows, rows) for rows in (rows_N_d, landmarks_M_d)]
+    squares = lengths[0][:, None] + lengths[1]
     squares -= 2.0 * rows_N_d @ landmarks_M_d.T
     return np.asarray(np.exp(np.maximum(squares, 0.0) * (-0.5 / _BANDWIDTH**2)))

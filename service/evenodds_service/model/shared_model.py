@@ -123,13 +123,18 @@ class SharedModel:
             texts: n texts; None counts as empty.
             block: Their raw features.
         """
-        x_n_d = self.basis.project(block)
-        fitted: dict[str, FittedPrior] = {}
+        x_n_d = self.basis.project_apart(block)
+        told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
             words = [text or "" for text in texts]
-            fitted["ngrams"] = self._shaped(*ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:]))
+            told["ngrams"] = ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:])
         if "latent" in self.weights:
-            fitted["latent"] = self._shaped(*latent.predict_latent(self.weights["latent"], x_n_d))
+            told["latent"] = latent.predict_latent(self.weights["latent"], x_n_d)
+        fitted: dict[str, FittedPrior] = {}
+        if told:  # all priors in one pass, which for few texts costs no more than one
+            means, informative = (np.stack([pair[i] for pair in told.values()]) for i in (0, 1))
+            concentrations = matched_concentration(means, informative, self.group_size).astype(np.float32)
+            fitted |= {name: FittedPrior(means[i], concentrations[i]) for i, name in enumerate(told)}
         if PAPER in self.weights:
             fitted[PAPER] = self._published(block)
         return fitted
@@ -165,9 +170,6 @@ class SharedModel:
             device=torch.device("cpu"),
         )
         return FittedPrior(means_n, np.full(len(means_n), PAPER_CONCENTRATION, dtype=np.float32))
-
-    def _shaped(self, means_n: FloatArray, informative_n: FloatArray) -> FittedPrior:
-        return shaped(means_n, informative_n, self.group_size)
 
 
 def shaped(means_N: FloatArray, informative_N: FloatArray, group_size: int) -> FittedPrior:
