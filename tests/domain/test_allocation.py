@@ -123,6 +123,16 @@ def test_with_unequal_costs_the_best_is_missed_by_less_than_it_says(
     assert (costs[spending.attempts_N < maximum] > left - 1e-6).all()
 
 
+def test_what_is_missed_is_bounded_where_the_dearer_attempt_would_have_been_better() -> None:
+    """Two attempts, the better one per cost is bought, and what is left does not pay for the other."""
+    gained, costs, one = np.array([[0.5], [0.4]]), np.array([3.0, 2.0]), np.array([1, 1])
+
+    spending = spend(gained, costs_N=costs, minimum_N=0 * one, maximum_N=one, budget=3.0)
+
+    assert spending.attempts_N.tolist() == [0, 1]
+    assert spending.shortfall == pytest.approx(0.5 / 3.0)
+
+
 @quick
 @given(st.lists(st.tuples(PARAMETER, PARAMETER), min_size=1, max_size=30), st.integers(0, 400), st.integers(0, 3))
 def test_the_budget_is_spent_to_the_last_attempt_within_the_limits(

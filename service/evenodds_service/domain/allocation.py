@@ -121,8 +121,9 @@ def spend(
     attempts_N = np.array(minimum_N, dtype=np.int64)
     if affordable == 0:
         return Spending(attempts_N, 0.0)
-    # Only the best so many can be bought: sort those, not all.
-    threshold = np.partition(density, len(density) - affordable)[len(density) - affordable]
+    # Only the best so many can be bought: sort those, not all, and the next one, which bounds what is missed.
+    sorted_at_most = min(int(is_open.sum()), affordable + 1)
+    threshold = np.partition(density, len(density) - sorted_at_most)[len(density) - sorted_at_most]
     best = np.flatnonzero(density >= max(threshold, 0.0))
     best = best[np.argsort(-density[best], kind="stable")]
     paid = np.cumsum(costs_N[best // n_columns])
