@@ -261,11 +261,15 @@ def test_a_row_is_predicted_alike_alone_and_in_any_company() -> None:
     x = rng.normal(size=(1_000, 70)).astype(np.float32)
     regression = OnlineLogistic.new(70)
     regression.update(x, rng.binomial(8, 0.5, size=1_000).astype(float), np.full(1_000, 8.0))
-    whole = regression.predict(x)
+    whole, log_odds = regression.predict(x), regression.log_odds(x)
+    small = OnlineLogistic.averaging(3)
+    mode = small.mode(x[:, :4])
 
     for n in (1, 2, 3, 17, 63, 64, 65, 200):
         rows = rng.choice(1_000, n, replace=False)
         np.testing.assert_array_equal(regression.predict(x[rows]), whole[rows])
+        np.testing.assert_array_equal(regression.log_odds(x[rows]), log_odds[rows])
+        np.testing.assert_array_equal(small.mode(x[rows, :4]), mode[rows])
     np.testing.assert_allclose(regression.predict(np.tile(x, (3, 1)))[:1_000], whole, rtol=1e-6)
 
 

@@ -109,8 +109,9 @@ class OnlineLogistic:
         return twin
 
     def log_odds(self, x_N_d: FloatArray) -> FloatArray:
-        """Log-odds of success at the most likely weights, [N]."""
-        return np.asarray(x_N_d @ self.weights.astype(x_N_d.dtype))
+        """Log-odds of success at the most likely weights, [N]. In single precision, and as exact as `predict`."""
+        weights = self.weights.astype(np.float32)[:, None]
+        return _product(np.asarray(x_N_d, dtype=np.float32), weights)[:, 0]
 
     def mode(self, x_N_d: FloatArray) -> FloatArray:
         """Success rate at the most likely weights, [N] in (0, 1); for few, well-known weights."""
@@ -126,19 +127,22 @@ class OnlineLogistic:
             covariance = np.linalg.inv(self.precision)
             self._products = np.concatenate((covariance, self.weights[:, None]), axis=1).astype(np.float32)
         x = np.asarray(x_N_d, dtype=np.float32)
-        height = _HEIGHT if len(x) <= _MANY else len(x)
-        parts = [_variance_and_logit(x[i : i + height], self._products, height) for i in range(0, len(x), height)]
-        variance, logit = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), dtype=np.float32)
+        product = _product(x, self._products)
+        variance, logit = np.einsum("nd,nd->n", product[:, :-1], x), product[:, -1]
         return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
 
 
-def _variance_and_logit(x_n_d: FloatArray, products: FloatArray, height: int) -> FloatArray:
-    """x' L^-1 x and w'x, [2, n], by a matrix product of this height: one of another may round a row differently."""
+def _product(x_n_d: FloatArray, y_d_e: FloatArray) -> FloatArray:
+    """x y, [n, e]. Of few rows in products of one height: one of another height may round a row differently."""
     n, d = x_n_d.shape
-    if n < height:
-        x_n_d = np.concatenate((x_n_d, np.zeros((height - n, d), dtype=np.float32)))
-    product = x_n_d @ products
-    return np.stack((np.einsum("nd,nd->n", product[:n, :d], x_n_d[:n]), product[:n, d]))
+    if n > _MANY:
+        return np.asarray(x_n_d @ y_d_e)
+    padded = np.zeros((-(-n // _HEIGHT) * _HEIGHT, d), dtype=x_n_d.dtype)
+    padded[:n] = x_n_d
+    product = np.empty((len(padded), y_d_e.shape[1]), dtype=x_n_d.dtype)
+    for first in range(0, len(padded), _HEIGHT):
+        np.matmul(padded[first : first + _HEIGHT], y_d_e, out=product[first : first + _HEIGHT])
+    return product[:n]
 
 
 def effective_count(counts: FloatArray) -> FloatArray:
