@@ -421,7 +421,7 @@ def main() -> None:
         f"violations: {len(verdict.violations)} {dict(Counter(v.partition(':')[0] for v in verdict.violations))}"
     )
     for violation in verdict.violations[:20]:
-        print(f"  {violation[:6_000]}")
+        print(f"  {violation[:1_000]}")
     raise SystemExit(int(bool(verdict.violations)))
 
 

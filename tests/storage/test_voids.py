@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 
 from evenodds_service.domain.checkpoint import to_bytes
 from evenodds_service.domain.types import (
@@ -28,9 +28,10 @@ from evenodds_service.domain.types import (
     VoidEntry,
 )
 from evenodds_service.live_run import LiveRun
+from evenodds_service.storage.engine import WRITES as IS_WRITING
 from evenodds_service.storage.errors import ChoiceOutdated, RefitLost, RunUnknown, SelectionVoided
 from evenodds_service.storage.store import Run, Snapshot, Store, Voided
-from evenodds_service.storage.tables import log
+from evenodds_service.storage.tables import log, refits
 
 LEASE = timedelta(minutes=5)
 _numbers = itertools.count(1)
@@ -387,6 +388,24 @@ def test_a_fit_that_was_going_on_is_fenced_and_begun_again(trainer: Trainer) -> 
     assert again is not None
     assert (again.id, again.attempts) == (asked.id, 2)
     assert trainer.run.model_version == 0
+
+
+def test_a_refit_that_a_worker_is_just_claiming_is_fenced_too(trainer: Trainer, engine: Engine) -> None:
+    """The claim has not been committed when something is voided: its worker would fit what is void by then."""
+    trainer.observe(0, 0)
+    trainer.observe(1, 0)
+    asked = trainer.store.request_refit(trainer.run_id, now=trainer.now)
+    claim = update(refits).values(status="running", worker="w", attempts=1, lease_until=trainer.now + LEASE)
+
+    with ThreadPoolExecutor(1) as other:
+        with engine.execution_options(**{IS_WRITING: True}).begin() as connection:
+            connection.execute(claim.where(refits.c.id == asked.id))
+            voided = other.submit(trainer.rewind, 0)
+            wait([voided], timeout=0.3)
+        assert voided.result().n_observations == 1
+
+    refit = trainer.store.refit(asked.id)
+    assert (refit.status, refit.worker, refit.lease_until) == ("pending", None, None)
 
 
 def test_an_unknown_run_is_refused(store: Store, now: datetime) -> None:

@@ -212,10 +212,14 @@ def newest_standing_snapshot(connection: Connection, run_id: int) -> int:
 
 
 def _refit_again(connection: Connection, run_id: int, *, is_wanted: bool, now: datetime) -> None:
-    """Put a refit that is being fitted back in the queue; ask for one if that `is_wanted` and none is open."""
-    of_run = refits.c.run_id == run_id
-    again = {"status": "pending", "worker": None, "lease_until": None}
-    connection.execute(update(refits).where(of_run, refits.c.status == "running").values(again))
-    is_open = select(refits.c.id).where(of_run, refits.c.status == "pending")
-    if is_wanted and connection.execute(is_open).first() is None:
+    """Put a refit that is being fitted back in the queue; ask for one if that `is_wanted` and none is open.
+
+    A worker that is just claiming it holds its row, not the run's: it is waited for, else its fit would not be fenced.
+    """
+    is_open = and_(refits.c.run_id == run_id, refits.c.status.in_(("pending", "running")))
+    refit_id = connection.execute(select(refits.c.id).where(is_open).with_for_update()).scalar()
+    if refit_id is not None:
+        again = {"status": "pending", "worker": None, "lease_until": None}
+        connection.execute(update(refits).where(refits.c.id == refit_id).values(again))
+    elif is_wanted:
         connection.execute(insert(refits).values(run_id=run_id, status="pending", requested_at=now))
