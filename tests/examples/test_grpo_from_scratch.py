@@ -23,7 +23,7 @@ from examples.grpo_from_scratch.model import (
     success_rates,
 )
 from examples.grpo_from_scratch.report import picture, reached_at, smoothed, table
-from examples.grpo_from_scratch.run import ADVISED
+from examples.grpo_from_scratch.run import GREEDY
 from examples.grpo_from_scratch.task import DIGIT, END, PAD, Levels, World, is_right, sort_problem
 from examples.grpo_from_scratch.train import PREDICTORS, Method, Plan, Record, train
 
@@ -320,13 +320,13 @@ def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     first = demo("uniform", "gps")
     kept = (tmp_path / "seed-0-gps.json").read_bytes()
-    second = demo(*PREDICTORS, ADVISED)
+    second = demo(*PREDICTORS, GREEDY)
 
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "seed-0-gps.json").read_bytes() == kept
     assert "pretraining" not in second.stderr
-    assert all(f"| {name} " in second.stdout for name in (*PREDICTORS, ADVISED))
+    assert all(f"| {name} " in second.stdout for name in (*PREDICTORS, GREEDY))
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "seed-0-gps-paper.json").read_text())["record"]["refit_seconds"] > 0
 
