@@ -58,10 +58,10 @@ KINDS = {
     "select": 0.1,
     "prompts": 0.04,
     "run": 0.06,
-    "prompt": 0.05,
-    "refit": 0.018,
-    "retract": 0.01,
-    "rewind": 0.002,
+    "prompt": 0.0587,
+    "refit": 0.02,
+    "retract": 0.001,
+    "rewind": 0.0003,
 }
 VOIDS = ("retract", "rewind")
 _REPEATED = 0.2
@@ -99,7 +99,7 @@ class Clients:
         self._n_requests = n_requests
         self._numbers = itertools.count(1)
         self._steps = itertools.count(1)
-        self._head = 0
+        self._head = self._newest = 0
         self._n_prompts = itertools.count(POOL_SIZE)
         self._failure: BaseException | None = None
         self._threads = [
@@ -143,7 +143,7 @@ class Clients:
         self.calls.append(Call(kind, method, path, body, reply.status_code, reply.json(), sent, answered, of))
 
     def _observe(self, chance: random.Random) -> tuple[str, str, dict[str, Any], str]:
-        number = next(self._numbers)
+        number = self._newest = next(self._numbers)
         ids = chance.sample(range(POOL_SIZE), chance.choice((1, 4, 16)))
         rows = [{"prompt_id": f"p{i}", "successes": _successes(i, chance), "attempts": GROUP_SIZE} for i in ids]
         if chance.random() < 0.1:
@@ -177,7 +177,8 @@ class Clients:
     def _retract(self, chance: random.Random) -> tuple[str, str, dict[str, Any], str]:
         """A whole report, or the outcomes of a few prompts in a few steps."""
         if chance.random() < 0.5:
-            body: dict[str, Any] = {"request_id": f"r{chance.randint(1, 200)}"}
+            newest = self._newest
+            body: dict[str, Any] = {"request_id": f"r{chance.randint(max(1, newest - 200), max(1, newest))}"}
         else:
             ids = [f"p{i}" for i in chance.sample(range(POOL_SIZE), 10)]
             body = {"prompt_ids": ids, "from_step": max(0, self._head - 20), "to_step": self._head}
