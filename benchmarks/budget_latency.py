@@ -182,6 +182,10 @@ async def stopped(url: str, texts: Texts, *, n: int = 600, rate: float = 100.0) 
         gateway = GatewayBudget(base_url, run=RUN, deadline_ms=DEADLINE_MS, open_seconds=0.5)
         waits: dict[str, list[float]] = {"serving": [], "killed": [], "back": []}
         answers = dict.fromkeys(waits, 0)
+        for _ in range(1_000):  # the service loads the run, and the circuit closes again
+            if await gateway.budget(texts()) is not None:
+                break
+            await asyncio.sleep(0.05)
         for _ in range(WARM_UP):
             await gateway.budget(texts())
 

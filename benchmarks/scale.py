@@ -35,6 +35,7 @@ from evenodds import Client
 from evenodds_service.domain import acquisition
 from evenodds_service.domain.beliefs import MEMORIES, PRIORS, STRENGTHS
 from evenodds_service.domain.checkpoint import to_bytes
+from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.fold import State
 from evenodds_service.domain.pool import Pool
 from evenodds_service.live_run import LiveRun
@@ -303,7 +304,7 @@ def compare_with_numpy(bench: Bench, url: str, repetitions: int) -> None:
     """The service's server-side time against the same selection written plainly, in the same states, turn by turn."""
     store = Store(open_engine(url))
     live = LiveRun(store.run(RUN).id)
-    served, plain, agreed = [], [], []
+    served, plain, forecasts = [], [], []
     for _ in range(repetitions):
         live.catch_up(store, store.run(RUN))
         started = time.perf_counter()
@@ -311,13 +312,14 @@ def compare_with_numpy(bench: Bench, url: str, repetitions: int) -> None:
         plain.append(1_000 * (time.perf_counter() - started))
         times, chosen = bench.select()
         served.append(times["total"])
-        agreed.append(len({live.pool.prompt_ids[i] for i in prompts} & set(chosen)))
+        informative, _ = informative_moments(*live.beliefs("gps"), GROUP_SIZE)
+        forecasts.append((informative[[live.pool.index[i] for i in chosen]].mean(), informative[prompts].mean()))
         bench.observe(chosen)
     store.close()
     ours, theirs = np.median(served), np.median(plain)
     print(
         f"select in the service {ours:.1f} ms, in plain numpy {theirs:.1f} ms: {ours / theirs:.2f} times (aim 1.5); "
-        f"{np.mean(agreed):.0f} of {BATCH} prompts are the same",
+        "informative share foreseen {:.3f} and {:.3f}".format(*np.mean(forecasts, axis=0)),
         flush=True,
     )
 
@@ -363,16 +365,23 @@ def plain_selection(state: State, pool: Pool, *, step: int) -> IntArray:
     last_seen = np.maximum(state.last_selected_N, state.last_step_N)
     quota = int(0.05 * BATCH + generator.random())
     oldest = np.argpartition(last_seen - 1e-9 * ties, quota)[:quota]
-    scores[oldest] = -np.inf
-    shortlist = np.argpartition(-scores, max(8 * BATCH, 2_048))[: max(8 * BATCH, 2_048)]
-    shortlist = shortlist[np.argsort(-scores[shortlist])]
+    may = np.abs(step - last_seen) > acquisition.rest_steps(n, BATCH)
+    may |= last_seen < 0
+    may[oldest] = False
+    worth = np.where(may, scores, -np.inf)
+    good = np.flatnonzero(worth >= worth.max() - 0.1)
+    if len(good) < BATCH:
+        good = np.argpartition(-worth, BATCH)[:BATCH]
+    shortlist = generator.permutation(good)[: max(8 * BATCH, 2_048)]
 
     def directions(rows: IntArray) -> FloatArray:
         unit = x[rows, 1:]
         return np.asarray(unit / np.linalg.norm(unit, axis=1, keepdims=True))
 
     anchor = directions(np.concatenate(state.recent_batches)).mean(axis=0) if state.recent_batches else None
-    order = acquisition.greedy_diverse(scores[shortlist], directions(shortlist), BATCH - quota, anchor_D=anchor)
+    order = acquisition.greedy_diverse(
+        np.zeros(len(shortlist)), directions(shortlist), BATCH - quota, anchor_D=anchor, diversity=1.0
+    )
     chosen = np.concatenate((oldest, shortlist[order]))
     rest = np.argsort(-scores)  # the forecast of how many to take for B informative groups
     np.searchsorted(np.cumsum(informative[rest]), BATCH)
