@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
 from evenodds_service.api.app import create_app
 from evenodds_service.api.desk import DeadlinePassed, Desk, DeskFull
-from evenodds_service.api.features import CACHED_TEXTS, Featurizer
+from evenodds_service.api.features import CACHED_TEXTS, MOST_EMBEDDERS, Featurizer
 from evenodds_service.api.views import Views
 from evenodds_service.domain.types import NewObservation, NewPrompt, RunSettings
 from evenodds_service.live_run import LiveRuns
@@ -293,3 +293,24 @@ def test_only_so_many_texts_are_kept(office: Office) -> None:
 
     assert len(embedded) == CACHED_TEXTS + 2
     assert embedded[-1] == "text 0"
+
+
+def test_only_so_many_embedders_are_kept_open(office: Office) -> None:
+    """Any caller may name another instruction; the one that was used last stays."""
+    opened: list[str | None] = []
+
+    def opener(setting: str, prompt: str | None) -> Embedder:
+        opened.append(prompt)
+        return Embedder("counting", 4, lambda texts: np.ones((len(texts), 4), dtype=np.float32))
+
+    featurizer = Featurizer(office.store, opener=opener)
+    for i in range(MOST_EMBEDDERS):
+        featurizer.embedder(RunSettings(embedder_prompt=f"{i}"))
+    featurizer.embedder(RunSettings(embedder_prompt="0"))
+    assert len(opened) == MOST_EMBEDDERS
+
+    featurizer.embedder(RunSettings(embedder_prompt="one more"))
+    featurizer.embedder(RunSettings(embedder_prompt="0"))
+    featurizer.embedder(RunSettings(embedder_prompt="1"))
+
+    assert opened[MOST_EMBEDDERS:] == ["one more", "1"]

@@ -28,6 +28,8 @@ from evenodds_service.model.embedder import Embedder, open_embedder
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
 from evenodds_service.storage.store import Run, Store
 
+MOST_EMBEDDERS = 8
+"""Models kept open: an instruction makes another one, some tens of MB with the built-in weights."""
 CACHED_TEXTS = 8_192
 """Texts outside of pools whose features are kept in memory: some 10 MB with the built-in embedder."""
 
@@ -83,7 +85,7 @@ class Featurizer:
     ) -> None:
         self._store, self._allowed, self._open = store, frozenset(allowed), opener
         self._lock = threading.Lock()
-        self._embedders: dict[tuple[str, str | None], Embedder] = {}
+        self._embedders: OrderedDict[tuple[str, str | None], Embedder] = OrderedDict()
         self._rows: OrderedDict[tuple[str, str], tuple[FloatArray, FloatArray]] = OrderedDict()
 
     def embedder(self, settings: RunSettings) -> Embedder | None:
@@ -106,6 +108,9 @@ class Featurizer:
         with self._lock:
             if key not in self._embedders:
                 self._embedders[key] = self._open(setting, settings.embedder_prompt)
+            self._embedders.move_to_end(key)
+            while len(self._embedders) > MOST_EMBEDDERS:  # any caller may name another instruction
+                self._embedders.popitem(last=False)
             return self._embedders[key]
 
     def prepare(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> Prepared:
