@@ -108,8 +108,8 @@ class Gps:
         scores = informative + parts.optimism * deviation
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         if parts.rest:
-            steps = acquisition.rest_steps(state.n_prompts, batch_size)
-            resting = (last_seen >= 0) & (np.abs(step - last_seen) <= steps) & (steps > 0)
+            rest = acquisition.rest_steps(state.n_prompts, batch_size)
+            resting = acquisition.resting(last_seen, step=step, rest=rest)
             allowed = acquisition.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))

@@ -316,30 +316,28 @@ class LiveRun:
         selected, last_selected = state.selected_N, state.last_selected_N
         if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
             selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-
-        def eligible(cooldown_steps: int, max_visits: int) -> BoolArray:
-            return acquisition.eligible(
-                selected,
-                last_selected,
-                state.visits_N,
-                state.last_step_N,
-                step=arguments.step,
-                cooldown_steps=cooldown_steps,
-                max_visits=max_visits,
-            )
-
-        allowed = eligible(arguments.cooldown_steps or 0, arguments.max_visits)
-        resting = np.zeros(state.n_prompts, dtype=bool)
+        eligible = acquisition.eligible(
+            selected,
+            last_selected,
+            state.visits_N,
+            state.last_step_N,
+            step=arguments.step,
+            cooldown_steps=arguments.cooldown_steps or 0,
+            max_visits=arguments.max_visits,
+        )
+        last_seen = np.maximum(last_selected, state.last_step_N)
+        rest = 0
         if arguments.cooldown_steps is None:
-            resting = ~eligible(acquisition.rest_steps(state.n_prompts, arguments.batch_size), 0)
+            rest = acquisition.rest_steps(state.n_prompts, arguments.batch_size)
+        resting = acquisition.resting(last_seen, step=arguments.step, rest=rest)
         if arguments.candidates is not None:
             hint = "load it with POST /runs/{run}/prompts, or leave it out"
             among = np.zeros(state.n_prompts, dtype=bool)
             among[self.indices(run, arguments.candidates, path="candidates", hint=hint)] = True
-            allowed &= among
+            eligible &= among
         if arguments.exclude:
-            allowed[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
-        return _Allowed(allowed, waited_for, resting, np.maximum(last_selected, state.last_step_N))
+            eligible[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
+        return _Allowed(eligible, waited_for, resting, last_seen)
 
     def _chosen(
         self, state: State, pool: Pool, allowed: _Allowed, fallback: Fallback | None, arguments: SelectArguments

@@ -67,17 +67,19 @@ def eligible(
     cooldown_steps: int,
     max_visits: int,
 ) -> BoolArray:
-    """Prompts that are rested and below the visit cap, bool [N]. A visit is a selection or an observed step.
-
-    Steps may come out of order: a prompt rests on both sides of the step that it was chosen for.
-    """
-    allowed = np.ones(len(selected_N), dtype=bool)
-    if cooldown_steps:
-        last = np.maximum(last_selected_N, last_step_N)
-        allowed &= (last < 0) | (np.abs(step - last) > cooldown_steps)
+    """Prompts that are rested and below the visit cap, bool [N]. A visit is a selection or an observed step."""
+    allowed = ~resting(np.maximum(last_selected_N, last_step_N), step=step, rest=cooldown_steps)
     if max_visits:
         allowed &= np.maximum(selected_N, visits_N) < max_visits
     return allowed
+
+
+def resting(last_seen_N: IntArray, *, step: int, rest: int) -> BoolArray:
+    """Prompts that were seen at most `rest` steps ago, bool [N]; none where that is 0.
+
+    Steps may come out of order: a prompt rests on both sides of the step that it was chosen for.
+    """
+    return np.asarray((rest > 0) & (last_seen_N >= 0) & (np.abs(step - last_seen_N) <= rest))
 
 
 def outstanding(outstanding_step_N: IntArray, *, step: int, lease_steps: int) -> tuple[BoolArray, BoolArray]:
