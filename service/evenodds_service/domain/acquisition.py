@@ -21,6 +21,7 @@ SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
 _FEW = 8
 _SAMPLE, _SAMPLE_MARGIN = 8_192, 32
+_DIRECTION_STEPS = 2.0**16
 
 
 class NotEnoughPrompts(ValueError):
@@ -235,7 +236,7 @@ def choose(
     anchor_D = None
     if directions_of is not None and len(recent_batches):
         # 1 - x'anchor is the mean cosine distance of x to the previous batches.
-        anchor_D = directions_of(np.concatenate(recent_batches)).mean(axis=0)
+        anchor_D = directions_of(np.concatenate(recent_batches)).mean(axis=0, dtype=np.float64)
     ties_N = generator.random(len(scores_N))
     taken = np.zeros(len(scores_N), dtype=bool)
     chosen: list[IntArray] = []
@@ -359,8 +360,17 @@ def _top(scores_N: FloatArray, ties_N: FloatArray, allowed_N: BoolArray, n: int)
     perturbed[~allowed_N] = -np.inf
     candidates = _at_least_top(perturbed, n)
     if len(candidates) > n:
-        candidates = candidates[np.argpartition(-perturbed[candidates], n - 1)[:n]] if n else candidates[:0]
+        candidates = candidates[_greatest_of_many(perturbed[candidates], n)]
     return candidates[np.lexsort((ties_N[candidates], -scores_N[candidates]))]
+
+
+def _greatest_of_many(values: FloatArray, n: int) -> IntArray:
+    """Positions of the n greatest values, ascending; of equal ones the first. (`np.argpartition` takes any of them.)"""
+    if n == 0:
+        return np.zeros(0, dtype=np.int64)
+    threshold = np.partition(values, len(values) - n)[len(values) - n]
+    greater = np.flatnonzero(values > threshold)
+    return np.sort(np.concatenate((greater, np.flatnonzero(values == threshold)[: n - len(greater)])))
 
 
 def _at_least_top(values_N: FloatArray, n: int) -> IntArray:
@@ -392,7 +402,8 @@ def greedy_diverse(
 
     The marginal gain of a prompt is its score + its mean cosine distance to the chosen + half the mean distance to the
     previous batches, each scaled so that its spread over the shortlist is `diversity` times the scores' spread.
-    Distances to the chosen are brought up to date every n / 64 picks.
+    Distances to the chosen are brought up to date every n / 64 picks. Directions are taken as multiples of 2^-16, so
+    that all distances are exact sums.
 
     Args:
         scores_S: [S], best first.
@@ -406,27 +417,31 @@ def greedy_diverse(
     """
     unit = diversity * max(float(scores_S.std()), 1e-3)
     gain = scores_S.astype(np.float64)
+    steps_S_D = np.multiply(directions_S_D, _DIRECTION_STEPS, dtype=np.float64)
+    np.rint(steps_S_D, out=steps_S_D)
     if anchor_D is not None:
-        gain = gain + 0.5 * unit * _standardised(1.0 - directions_S_D @ anchor_D)
+        near = steps_S_D @ np.rint(anchor_D * _DIRECTION_STEPS) / _DIRECTION_STEPS**2
+        gain = gain + 0.5 * unit * _standardised(1.0 - near)
     per_round = max(1, n // _ROUNDS)
     order: list[int] = []
-    chosen_sum = np.zeros(directions_S_D.shape[1], dtype=directions_S_D.dtype)
+    chosen_sum = np.zeros(steps_S_D.shape[1])
     while len(order) < n:
         current = gain.copy()
         if order:
-            current += unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
+            near = steps_S_D @ chosen_sum / (len(order) * _DIRECTION_STEPS**2)
+            current += unit * _standardised(1.0 - near)
         picks = _greatest(current, min(per_round if order else 1, n - len(order)))
         order.extend(picks)
         gain[picks] = -np.inf
-        chosen_sum = chosen_sum + directions_S_D[picks].sum(axis=0)
+        chosen_sum = chosen_sum + steps_S_D[picks].sum(axis=0)
     return np.asarray(order, dtype=np.int64)
 
 
 def _greatest(values_S: FloatArray, k: int) -> list[int]:
     """Positions of the k greatest values, greatest first. Overwrites values."""
     if k > _FEW:
-        partition = np.argpartition(-values_S, k - 1)[:k]
-        return [int(i) for i in partition[np.argsort(-values_S[partition], kind="stable")]]
+        greatest = _greatest_of_many(values_S, k)
+        return [int(i) for i in greatest[np.argsort(-values_S[greatest], kind="stable")]]
     picks = []
     for _ in range(k):
         picks.append(int(np.argmax(values_S)))
@@ -437,7 +452,7 @@ def _greatest(values_S: FloatArray, k: int) -> list[int]:
 def _standardised(distances_S: FloatArray) -> FloatArray:
     """Distances in units of their spread; zeros where they do not differ beyond rounding."""
     centred = distances_S - distances_S.mean()
-    spread = math.sqrt(float(centred @ centred) / len(centred))
+    spread = math.sqrt(float((centred * centred).sum()) / len(centred))
     return np.asarray(centred / spread if spread > 1e-6 else np.zeros_like(centred))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain import beliefs
+from evenodds_service.domain import beliefs, exact
 from evenodds_service.domain.beliefs import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Mixture
 from evenodds_service.domain.pool import Basis, Pool, ScalarT
 from evenodds_service.domain.rails import Rails
@@ -40,9 +40,10 @@ BLOCK = 16_384
 LOOKED_AT = 2_048
 """Prompts, spread evenly over the pool, from whose beliefs the record keeps how those moved."""
 
-_FEW = 64
 _MEMORIES_L = np.asarray(MEMORIES)
+_LOG_MEMORIES_L = exact.log(_MEMORIES_L)
 _AGEING_L = np.asarray(AGEING)
+_LOG_AGEING_L = exact.log(_AGEING_L).astype(np.float32)
 _SHORTEST = MEMORIES.index(min(MEMORIES))
 _AGED = np.flatnonzero(_AGEING_L < 1.0)
 
@@ -193,8 +194,8 @@ def shared_priors(
     c, stacked = PRIORS.index(STACKED), stack.mode(inputs)
     known = np.isfinite(stacked)
     means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
-    product = np.multiply.reduce([priors[name].concentrations_N for name in FITTED])
-    scales_C_n[c] = np.where(known, product ** (1 / len(FITTED)) / MATCHED, 1.0)
+    one, other = (priors[name].concentrations_N for name in FITTED)
+    scales_C_n[c] = np.where(known, np.sqrt(one * other) / MATCHED, 1.0)
     return means_C_n, scales_C_n, inputs
 
 
@@ -212,7 +213,7 @@ def _log_odds(state: State, x_n_d: FloatArray, fitted: Mapping[str, FittedPrior]
     means = np.clip(np.stack([fitted[name].means_N for name in FITTED], axis=1), 1e-3, 1.0 - 1e-3)
     inputs = np.ones((len(means), 2 + len(FITTED)), dtype=np.float32)
     inputs[:, 1] = online.log_odds(x_n_d[:, : len(online.weights)])
-    inputs[:, 2:] = np.log(means) - np.log1p(-means)
+    inputs[:, 2:] = exact.log_odds(means)
     return inputs
 
 
@@ -244,8 +245,7 @@ def beliefs_of(
         x = pool.rows(state.basis, rows) if state.basis is not None else None
         means_C_n, scales_C_n, _ = _priors_of(state, pool, rows, x, wanted)
         own, lost = _own(state, rows)
-        predict = beliefs.predict if n > _FEW else beliefs.predict_rows
-        a_n[block], b_n[block] = predict(weights, means_C_n, own, lost, scales_C_n)
+        a_n[block], b_n[block] = beliefs.predict(weights, means_C_n, own, lost, scales_C_n)
 
     for _ in each_block(compute, in_blocks(n)):
         pass
@@ -258,7 +258,7 @@ def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedP
     Args:
         fitted: What the state's snapshot says about them.
     """
-    x = state.basis.project_apart(outside.raw(0, outside.n)) if state.basis is not None else None
+    x = state.basis.project(outside.raw(0, outside.n)) if state.basis is not None else None
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
     means_C_n, scales_C_n, _ = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)
@@ -334,7 +334,7 @@ def _aged(state: State, steps_n: IntArray) -> FloatArray:
     """What evidence is multiplied with that many steps later under each memory, float32 [L, n]."""
     advances_n = (steps_n / state.advance_steps).astype(np.float32)
     keep_L_n = np.ones((len(AGEING), len(steps_n)), dtype=np.float32)
-    keep_L_n[_AGED] = np.exp(np.log(_AGEING_L[_AGED, None]).astype(np.float32) * advances_n)
+    keep_L_n[_AGED] = exact.exp(_LOG_AGEING_L[_AGED, None] * advances_n)
     return keep_L_n
 
 
@@ -416,9 +416,8 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     own, lost = _own(state, prompts)
 
     def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
-        believe = beliefs.predict_rows if len(rows) <= beliefs.FEW else beliefs.predict
         weights = state.mixture.kept()
-        return believe(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
+        return beliefs.predict(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
 
     groups = pool.group_codes(prompts)
     informative = state.record.observe(
@@ -440,7 +439,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     arrived = _arrive(state, entry.selection_step, prompts)
     _remember(state, entry.step, prompts, k, counts, arrived)
     worth = effective_count(counts)
-    state.running_successes += float(worth @ (k / counts))
+    state.running_successes += float((worth * (k / counts)).sum())
     state.running_counts += float(worth.sum())
     if state.stack is not None and stack_inputs is not None:
         known = np.isfinite(stack_inputs).all(axis=1)
@@ -518,7 +517,7 @@ def _remember(
     ages = np.where(newer, 0.0, (last - step) / max(state.gap_steps, 1.0))
     aged_L_n = _aged(state, np.abs(step - last))
     old_L_n = np.where(newer & seen, _MEMORIES_L[:, None] * aged_L_n, 1.0)
-    new_L_n = _MEMORIES_L[:, None] ** ages * np.where(newer, 1.0, aged_L_n)
+    new_L_n = exact.exp(_LOG_MEMORIES_L[:, None] * ages) * np.where(newer, 1.0, aged_L_n)
     state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
     state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
     state.attempts_N[prompts] += counts

@@ -8,10 +8,12 @@ arrays, elementwise, and knows nothing of prompts or runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.distributions import (
     beta_binomial_log_likelihood,
     informative_moments,
@@ -25,7 +27,10 @@ MIN_MATCHED, MAX_MATCHED = 0.05, 64.0
 SLAB_CONCENTRATION = 1.0
 
 _HALVINGS = 24
-_CELLS, _MOST_SECTIONS = 4_096, 64
+MOST_SECTIONS = 64
+"""More at a time cost more than they save, even for one prompt."""
+
+_CELLS = 4_096
 _FACTORS = 32_768
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
 _LOG_NEVER = -1e30
@@ -63,7 +68,9 @@ def informative_probability(a: FloatArray, b: FloatArray, group_size: int) -> Fl
     return np.asarray(1.0 - ((a + j) / (s + j)).prod(axis=0) - ((b + j) / (s + j)).prod(axis=0))
 
 
-def matched_concentration(mean: FloatArray, informative: FloatArray, group_size: int) -> FloatArray:
+def matched_concentration(
+    mean: FloatArray, informative: FloatArray, group_size: int, *, sections: int | None = None
+) -> FloatArray:
     """The concentration s for which a group under Beta(m s, (1 - m) s) is informative with this probability.
 
     The probability grows with s from 0 towards 1 - m^G - (1 - m)^G (2 m (1 - m) for G = 1), so that s is unique. What
@@ -73,6 +80,8 @@ def matched_concentration(mean: FloatArray, informative: FloatArray, group_size:
         mean: m in [0, 1]; taken as at least .001 away from either end.
         informative: Probability in [0, 1], in the shape of the mean.
         group_size: G, at least 1.
+        sections: Into how many parts an interval is cut at a time, at least 2; without it as many as cost least for so
+            many. With a number, a prompt's s does not depend on the others, not even in its last bits.
 
     Returns:
         s, float64, to a relative 1e-6.
@@ -80,15 +89,16 @@ def matched_concentration(mean: FloatArray, informative: FloatArray, group_size:
     mean = np.clip(np.asarray(mean, dtype=np.float64), *_MEAN_RANGE)[..., None]
     informative = np.asarray(informative)[..., None]
     # Bisection, in as many sections at a time as fit: for a few prompts fewer, wider passes take a tenth of the time.
-    sections = int(np.clip(_CELLS // max(mean.size, 1), 2, _MOST_SECTIONS))
+    if sections is None:
+        sections = int(np.clip(_CELLS // max(mean.size, 1), 2, MOST_SECTIONS))
     inner = np.arange(1, sections) / sections
-    low, width = np.full(mean.shape, np.log(MIN_MATCHED)), np.log(MAX_MATCHED) - np.log(MIN_MATCHED)
-    for _ in range(int(np.ceil(_HALVINGS / np.log2(sections)))):
-        s = np.exp(low + width * inner)
+    low, width = np.full(mean.shape, exact.log(MIN_MATCHED)), float(exact.log(MAX_MATCHED / MIN_MATCHED))
+    for _ in range(math.ceil(_HALVINGS / math.log2(sections))):
+        s = exact.exp(low + width * inner)
         short = informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative
         width /= sections
         low = low + width * short.sum(axis=-1, keepdims=True)
-    return np.asarray(np.exp(low + 0.5 * width)[..., 0])
+    return exact.exp(low + 0.5 * width)[..., 0]
 
 
 def matched_inflated(
@@ -121,7 +131,7 @@ def updated(prior: InflatedBeta, successes: FloatArray, failures: FloatArray) ->
     zero = np.where(successes > 0, 0.0, prior.zero)
     one = np.where(failures > 0, 0.0, prior.one)
     # The slab's likelihood is at most 1, where a spike that is left has exactly 1.
-    slab = prior.slab * np.exp(own)
+    slab = prior.slab * exact.exp(own)
     only_slab = zero + one <= 0.0
     total = np.where(only_slab, 1.0, zero + one + slab)
     return InflatedBeta(zero=zero / total, one=one / total, a=prior.a + successes, b=prior.b + failures)
@@ -135,9 +145,10 @@ def log_likelihood(prior: InflatedBeta, k: FloatArray, n: FloatArray) -> FloatAr
     own = beta_binomial_log_likelihood(k, n, prior.a, prior.b)
     spikes = np.where(k == 0, prior.zero, 0.0) + np.where(k == n, prior.one, 0.0)
     slab = prior.slab
-    log_slab = np.where(slab > 0, np.log(np.where(slab > 0, slab, 1.0)) + own, _LOG_NEVER)
-    log_spikes = np.where(spikes > 0, np.log(np.where(spikes > 0, spikes, 1.0)), _LOG_NEVER)
-    return np.asarray(np.maximum(np.logaddexp(log_slab, log_spikes), _LOG_NEVER))
+    log_slab = np.where(slab > 0, exact.log(np.where(slab > 0, slab, 1.0)) + own, _LOG_NEVER)
+    log_spikes = np.where(spikes > 0, exact.log(np.where(spikes > 0, spikes, 1.0)), _LOG_NEVER)
+    greater, less = np.maximum(log_slab, log_spikes), np.minimum(log_slab, log_spikes)
+    return np.asarray(np.maximum(greater + exact.log(1.0 + exact.exp(less - greater)), _LOG_NEVER))
 
 
 def moments(belief: InflatedBeta) -> tuple[FloatArray, FloatArray]:

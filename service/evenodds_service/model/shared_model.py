@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from evenodds_service.domain.fold import PAPER
 from evenodds_service.domain.pool import Basis
-from evenodds_service.domain.shape import matched_concentration
+from evenodds_service.domain.shape import MOST_SECTIONS, matched_concentration
 from evenodds_service.domain.types import FittedPrior, FloatArray, RawBlock
 from evenodds_service.model import latent, ngrams
 from evenodds_service.model.errors import ModelError, TorchMissing
@@ -123,7 +123,7 @@ class SharedModel:
             texts: n texts; None counts as empty.
             block: Their raw features.
         """
-        x_n_d = self.basis.project_apart(block)
+        x_n_d = self.basis.project(block)
         told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
             words = [text or "" for text in texts]
@@ -133,7 +133,9 @@ class SharedModel:
         fitted: dict[str, FittedPrior] = {}
         if told:  # all priors in one pass, which for few texts costs no more than one
             means, informative = (np.stack([pair[i] for pair in told.values()]) for i in (0, 1))
-            concentrations = matched_concentration(means, informative, self.group_size).astype(np.float32)
+            concentrations = matched_concentration(means, informative, self.group_size, sections=MOST_SECTIONS).astype(
+                np.float32
+            )
             fitted |= {name: FittedPrior(means[i], concentrations[i]) for i, name in enumerate(told)}
         if PAPER in self.weights:
             fitted[PAPER] = self._published(block)
