@@ -70,12 +70,15 @@ def product(x_n_k: FloatArray, y_k_m: FloatArray) -> FloatArray:
     return result
 
 
-def gram(x_n_k: FloatArray) -> FloatArray:
-    """x' x, float64 [k, k], to about 2^-36 of the largest products; symmetric to the last bit."""
+def gram(x_n_k: FloatArray, *, is_rough: bool = False) -> FloatArray:
+    """x' x, float64 [k, k], to about 2^-36 (rough: 2^-18) of the largest products; symmetric to the last bit."""
     bits = _bits_of(len(x_n_k))
     high, unit = whole_numbers(x_n_k, bits, axis=0)
-    rest = high.T @ np.rint((x_n_k / unit - high) * 2.0**bits)
-    return np.asarray((high.T @ high + (rest + rest.T) * 2.0**-bits) * (unit * unit.T))
+    whole = high.T @ high
+    if not is_rough:
+        rest = high.T @ np.rint((x_n_k / unit - high) * 2.0**bits)
+        whole += (rest + rest.T) * 2.0**-bits
+    return np.asarray(whole * (unit * unit.T))
 
 
 class Columns:

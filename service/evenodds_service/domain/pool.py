@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -224,6 +224,10 @@ class Basis:
     scales: FloatArray
     embedding_mean_D: FloatArray
     components_D_P: FloatArray
+    _components: exact.Columns = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_components", exact.Columns(self.components_D_P, x_bits=_EMBEDDING_BITS))
 
     @property
     def n_surface(self) -> int:
@@ -290,13 +294,13 @@ class Basis:
             if group in column:
                 x[row, column[group]] = GROUP_SCALE
         if self.components_D_P.shape[1]:
-            components = exact.Columns(self.components_D_P, x_bits=_EMBEDDING_BITS)
             for first in range(0, n, _CHUNK):
                 centred = block.embedding_N_D[first : first + _CHUNK] - self.embedding_mean_D
                 if not np.isfinite(centred).all():
                     np.nan_to_num(centred, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
                 whole, unit = exact.whole_numbers(centred, _EMBEDDING_BITS, axis=1)
-                projected = components.times(whole) * (unit * components.unit_m)
+                projected = self._components.times(whole)
+                projected *= unit * self._components.unit_m
                 x[first : first + _CHUNK, self.n_surface :] = np.clip(projected, -_MOST, _MOST)
         return np.asarray(np.rint(x * np.float32(1.0 / FEATURE_STEP)) * np.float32(FEATURE_STEP))
 

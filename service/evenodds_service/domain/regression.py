@@ -83,7 +83,8 @@ class OnlineLogistic:
         for _ in range(_NEWTON_STEPS):
             s = exact.sigmoid(log_odds)
             gradient = (x * (worth * (rates - s))[:, None]).sum(axis=0) - exact.weighted(prior, w - start)
-            step = exact.solve(prior + _evidence(x, worth * s * (1.0 - s)), gradient)
+            curvature = prior + exact.gram(x * np.sqrt(worth * s * (1.0 - s))[:, None], is_rough=True)
+            step = exact.solve(curvature, gradient)
             moved = exact.weighted(x, step)
             largest = float(np.abs(moved).max(initial=0.0))
             share = min(1.0, 4.0 / max(largest, 1e-12))
@@ -92,7 +93,7 @@ class OnlineLogistic:
                 break
         s = exact.sigmoid(log_odds)
         self.weights = w
-        self.precision = prior + _evidence(x, worth * s * (1.0 - s))
+        self.precision = prior + exact.gram(x * np.sqrt(worth * s * (1.0 - s))[:, None])
         self._products = None
 
     def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
@@ -170,11 +171,6 @@ def _in_steps(x_n_d: FloatArray) -> FloatArray:
     """The features as whole numbers of steps, float64."""
     steps = np.multiply(x_n_d, 1.0 / FEATURE_STEP, dtype=np.float64)
     return np.rint(steps, out=steps)
-
-
-def _evidence(x_n_d: FloatArray, worth_n: FloatArray) -> FloatArray:
-    """sum_i worth x x', [d, d]."""
-    return exact.gram(x_n_d * np.sqrt(worth_n)[:, None])
 
 
 def effective_count(counts: FloatArray) -> FloatArray:
