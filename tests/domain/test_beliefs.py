@@ -20,6 +20,8 @@ from evenodds_service.domain.beliefs import (
 )
 from evenodds_service.domain.types import FloatArray
 
+pytestmark = pytest.mark.numbers
+
 quick = settings(deadline=None, max_examples=25)
 SEED = st.integers(0, 2**32 - 1)
 SHAPE = (len(PRIORS), len(STRENGTHS), len(MEMORIES))

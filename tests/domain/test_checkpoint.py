@@ -22,6 +22,8 @@ from evenodds_service.domain.types import Entry, ObserveEntry, PoolEntry, Select
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.fixture
 def pool(make_block: MakeBlock) -> Pool:

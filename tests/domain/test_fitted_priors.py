@@ -26,6 +26,8 @@ from evenodds_service.domain.types import FittedPrior, FloatArray, ObserveEntry,
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
 
+pytestmark = pytest.mark.numbers
+
 N = 30
 ALL = np.ones(len(PRIORS), dtype=bool)
 BROUGHT = (*FITTED, STACKED)

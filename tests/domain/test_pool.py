@@ -16,6 +16,8 @@ from evenodds_service.domain.types import FloatArray, RawBlock
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
 
+pytestmark = pytest.mark.numbers
+
 N, SURFACE, EMBEDDING = 1_300, 3, 40
 
 

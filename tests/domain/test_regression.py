@@ -15,6 +15,8 @@ from evenodds_service.domain.regression import (
 )
 from evenodds_service.domain.types import FloatArray
 
+pytestmark = pytest.mark.numbers
+
 quick = settings(deadline=None, max_examples=20)
 SEED = st.integers(0, 2**32 - 1)
 
