@@ -23,8 +23,6 @@ from evenodds_service.model.refit import Material, fit_shared_model, gather
 from evenodds_service.model.shared_model import FORMAT, SharedModel, SnapshotUnusable
 from evenodds_service.model.surface import surface_features
 
-pytestmark = pytest.mark.numbers
-
 EMBEDDER = "caller"
 N, D, G = 60, 5, 8
 TEXTS = [f"{'Prove' if i % 2 else 'Compute'} something about the number {i}." for i in range(N)]

@@ -26,7 +26,7 @@ from evenodds_service.domain.record import Record
 from evenodds_service.domain.regression import OnlineLogistic
 from evenodds_service.domain.types import RawBlock
 
-FORMAT = 5
+FORMAT = 6
 BLOCK_FORMAT = 1
 _SCALARS = (
     "position",

@@ -227,7 +227,7 @@ EachBlock = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[None]]
 
 
 def in_blocks(n: int) -> list[slice]:
-    """The blocks of n prompts, always the same ones: rounding may depend on them."""
+    """The blocks of n prompts."""
     return [slice(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
 
 
