@@ -34,7 +34,7 @@ from matplotlib import pyplot
 from scipy import sparse
 from scipy.stats import rankdata
 
-from evenodds_service.domain.allocation import (
+from evenodds_service.domain.budgets.allocation import (
     attempts_at_price,
     bin_gains,
     expected,
@@ -42,10 +42,10 @@ from evenodds_service.domain.allocation import (
     spend,
     uniform_attempts,
 )
-from evenodds_service.domain.fold import State, fold, new_prompt_beliefs
-from evenodds_service.domain.pool import Pool
-from evenodds_service.domain.pricing import Traffic
-from evenodds_service.domain.types import (
+from evenodds_service.domain.budgets.pricing import Traffic
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import State, fold, new_prompt_beliefs
+from evenodds_service.domain.settings import (
     BudgetMode,
     BudgetPolicy,
     FloatArray,
@@ -59,7 +59,7 @@ from evenodds_service.domain.types import (
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.refit import Material, fit_shared_model, gather
-from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE_NAMES
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from evenodds_service import importing
-    from evenodds_service.replay import arguments as replay_arguments
+    from evenodds_service.commands import import_prompts
+    from evenodds_service.commands.replay import arguments as replay_arguments
 
     parser = argparse.ArgumentParser(
         prog="evenodds",
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(command=_replay)
 
     load = commands.add_parser("import", help="load a file of prompts, of any size, into the pool of a run")
-    importing.add_arguments(load)
+    import_prompts.add_arguments(load)
     load.set_defaults(command=_import)
 
     openapi = commands.add_parser("openapi", help="print the OpenAPI document")
@@ -187,7 +187,7 @@ def _work(options: argparse.Namespace) -> int:
     from datetime import datetime, timedelta, timezone
 
     from evenodds_service.model.errors import DeviceUnavailable
-    from evenodds_service.model.network import open_device
+    from evenodds_service.model.paper_network import open_device
     from evenodds_service.model.refit import fit_shared_model
     from evenodds_service.worker import Worker
 
@@ -247,10 +247,10 @@ def _opened() -> tuple[Settings, Store]:
     """
     from pydantic import ValidationError
 
+    from evenodds_service.errors import StoreError
     from evenodds_service.settings import Settings
     from evenodds_service.storage import migration
     from evenodds_service.storage.engine import open_engine
-    from evenodds_service.storage.errors import StoreError
     from evenodds_service.storage.store import Store
 
     try:
@@ -272,8 +272,8 @@ def _opened() -> tuple[Settings, Store]:
 def _create_key(options: argparse.Namespace) -> int:
     from datetime import datetime, timezone
 
-    from evenodds_service.api.access import hash_of, new_secret
-    from evenodds_service.storage.errors import StoreError
+    from evenodds_service.api.middleware.access import hash_of, new_secret
+    from evenodds_service.errors import StoreError
 
     secret = new_secret()
     megabytes = options.max_body_mb
@@ -300,7 +300,7 @@ def _create_key(options: argparse.Namespace) -> int:
 
 
 def _list_keys(_: argparse.Namespace) -> int:
-    from evenodds_service.storage.errors import StoreError
+    from evenodds_service.errors import StoreError
 
     try:
         _settings, store = _opened()
@@ -319,7 +319,7 @@ def _list_keys(_: argparse.Namespace) -> int:
 def _revoke_key(options: argparse.Namespace) -> int:
     from datetime import datetime, timezone
 
-    from evenodds_service.storage.errors import StoreError
+    from evenodds_service.errors import StoreError
 
     try:
         _, store = _opened()
@@ -341,10 +341,10 @@ def _positive(text: str) -> int:
 def _migrate(_: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
+    from evenodds_service.errors import StoreError
     from evenodds_service.settings import Settings
     from evenodds_service.storage import migration
     from evenodds_service.storage.engine import open_engine
-    from evenodds_service.storage.errors import StoreError
 
     try:
         engine = open_engine(Settings().database_url)
@@ -359,13 +359,13 @@ def _migrate(_: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from evenodds_service.replay.command import run
+    from evenodds_service.commands.replay.command import run
 
     return run(options)
 
 
 def _import(options: argparse.Namespace) -> int:
-    from evenodds_service.importing import run
+    from evenodds_service.commands.import_prompts import run
 
     return run(options)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from evenodds_service.domain.types import FloatArray, RawBlock
+from evenodds_service.domain.settings import FloatArray, RawBlock
 
 
 class MakeBlock(Protocol):

@@ -19,7 +19,7 @@ from evenodds_service.domain.distributions import (
     rising_ratio,
     target_moments,
 )
-from evenodds_service.domain.types import FloatArray
+from evenodds_service.domain.settings import FloatArray
 
 quick = settings(deadline=None, max_examples=40)
 PARAMETER = st.floats(0.05, 60)

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import pytest
 from sqlalchemy import Engine, delete
 
-from evenodds_service.domain.types import RunSettings
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from evenodds_service.domain.types import RunSettings
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import DatabaseUrlUnusable, StoreUnavailable
 from evenodds_service.storage.engine import open_engine
-from evenodds_service.storage.errors import DatabaseUrlUnusable, StoreUnavailable
 from evenodds_service.storage.migration import check_schema, upgrade
 from evenodds_service.storage.store import Run, Store
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, func, select
 
-from evenodds_service.domain.types import CALLER, NewObservation, NewPrompt, RunSettings, Vector
-from evenodds_service.storage.errors import EmbedderFixed, NaiveDatetime, RunUnknown
+from evenodds_service.domain.settings import CALLER, NewObservation, NewPrompt, RunSettings, Vector
+from evenodds_service.errors import EmbedderFixed, NaiveDatetime, RunUnknown
 from evenodds_service.storage.store import Run, Store
 from evenodds_service.storage.tables import api_keys, embeddings, metadata
 

@@ -6,8 +6,8 @@ from datetime import datetime
 
 import pytest
 
-from evenodds_service.domain.types import NewPrompt, SelectEntry
-from evenodds_service.storage.errors import SelectionConflict
+from evenodds_service.domain.settings import NewPrompt, SelectEntry
+from evenodds_service.errors import SelectionConflict
 from evenodds_service.storage.store import Run, Selection, Store
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from evenodds_service.domain.types import NewObservation
-from evenodds_service.live_run import LiveRun
+from evenodds_service.domain.settings import NewObservation
+from evenodds_service.runtime.live_run import LiveRun
 
 if TYPE_CHECKING:
     from tests.conftest import Service

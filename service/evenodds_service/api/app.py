@@ -19,18 +19,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from evenodds.version import __version__
-from evenodds_service.api import budgets, chat, errors, loop, operations, refits, reports, runs, voids
-from evenodds_service.api.access import Access, KeyRing, run_is_allowed
-from evenodds_service.api.bodies import MAX_BODY_MB, Bodies
-from evenodds_service.api.crowding import Crowding
-from evenodds_service.api.desk import Desk
-from evenodds_service.api.features import Featurizer
+from evenodds_service.api import problems
+from evenodds_service.api.dependencies import Services, now
+from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
+from evenodds_service.api.middleware.load_shedding import Crowding
+from evenodds_service.api.middleware.request_body import MAX_BODY_MB, Bodies
 from evenodds_service.api.page import router as page
-from evenodds_service.api.rounds import Rounds
+from evenodds_service.api.routes import budgets, chat, operations, refits, reports, rewind, runs, training
 from evenodds_service.api.run_metrics import RunMetrics
-from evenodds_service.api.services import Services, now
-from evenodds_service.api.views import Views
-from evenodds_service.live_run import LiveRuns
+from evenodds_service.runtime.budgets import Desk
+from evenodds_service.runtime.coalescer import Rounds
+from evenodds_service.runtime.featurizer import Featurizer
+from evenodds_service.runtime.live_run import LiveRuns
+from evenodds_service.runtime.live_runs import Views
 from evenodds_service.storage.store import ApiKey, Store
 from evenodds_service.timing import collected_phases
 
@@ -119,21 +120,21 @@ def create_app(
         predict_staleness_seconds=predict_staleness_ms / 1_000,
         registry=registry,
         run_registry=run_registry,
-        predictions=Rounds(partial(loop.predict_known, store, views_of_runs)),
+        predictions=Rounds(partial(training.predict_known, store, views_of_runs)),
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    rooms = (loop, budgets, chat, refits, reports, runs, voids, operations)
+    rooms = (training, budgets, chat, refits, reports, runs, rewind, operations)
     for room in rooms:
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     app.include_router(page)
     app.state.routes = tuple(route for room in rooms for route in room.router.routes)
-    errors.install(app)
+    problems.install(app)
     # The last one that is added meets a request first.
     app.add_middleware(Bodies, max_bytes=max_body_mb * 1_000_000)
     app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
     app.add_middleware(Crowding)
     if asks_for_keys:
-        app.add_middleware(Access, ring=KeyRing(store, clock), refused=errors.refused)
+        app.add_middleware(Access, ring=KeyRing(store, clock), refused=problems.refused)
     app.add_middleware(_Observed, registry=registry)
     _describe(app)
     return app
@@ -151,7 +152,7 @@ def _describe(app: FastAPI) -> None:
                     for response in operation["responses"].values():
                         schema = response.get("content", {}).get("application/json", {}).get("schema", {})
                         if schema.get("$ref") == "#/components/schemas/Problem":
-                            response["content"] = {errors.MEDIA_TYPE: response["content"]["application/json"]}
+                            response["content"] = {problems.MEDIA_TYPE: response["content"]["application/json"]}
         return cast("dict[str, Any]", app.openapi_schema)
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the description

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain.types import BUILTIN
+from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.errors import EmbedderUnavailable
 
 BUILTIN_NAME = "builtin/1"

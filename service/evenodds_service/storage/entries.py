@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, RowMapping, case, insert, update
 
-from evenodds_service.domain.types import (
+from evenodds_service.domain.settings import (
     Entry,
     IntArray,
     ObserveEntry,

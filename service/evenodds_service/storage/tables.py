@@ -27,7 +27,7 @@ from sqlalchemy import (
     text,
 )
 
-from evenodds_service.storage.errors import NaiveDatetime
+from evenodds_service.errors import NaiveDatetime
 
 
 class UtcDateTime(TypeDecorator[datetime]):
