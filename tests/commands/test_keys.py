@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from tests.test_command_line import evenodds, main_with, serve
+from tests.commands.test_command_line import evenodds, main_with, serve
 
 from evenodds import Client
 
 if TYPE_CHECKING:
-    from tests.test_command_line import Server
+    from tests.commands.test_command_line import Server
 
 __all__ = ["main_with", "serve"]  # fixtures
 
