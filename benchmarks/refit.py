@@ -37,7 +37,8 @@ import torch
 from benchmarks.kills import kill_workers, serving
 
 from evenodds import PromptIn
-from evenodds_service.domain.settings import NewObservation, RunSettings
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 
 from scipy import sparse
 
-from evenodds_service.domain.settings import ObserveEntry
+from evenodds_service.domain.log_entries import ObserveEntry
 from evenodds_service.errors import RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
 from evenodds_service.api.app import create_app
-from evenodds_service.domain.settings import NewObservation, NewPrompt, RunSettings
-from evenodds_service.errors import StoreUnavailable
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import DeadlinePassed, DeskFull, StoreUnavailable
 from evenodds_service.model.embedder import Embedder
-from evenodds_service.runtime.budgets import DeadlinePassed, Desk, DeskFull
+from evenodds_service.runtime.budgets import Desk
 from evenodds_service.runtime.featurizer import CACHED_TEXTS, MOST_EMBEDDERS, Featurizer
-from evenodds_service.runtime.live_run import LiveRuns
-from evenodds_service.runtime.live_runs import Views
+from evenodds_service.runtime.live_runs import LiveRuns, Views
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store

@@ -12,7 +12,8 @@ import pytest
 
 from evenodds import Problem
 from evenodds_service.api.app import create_app
-from evenodds_service.runtime.coalescer import MOST_AT_ONCE, MOST_WAITING, Rounds, RoundsFull
+from evenodds_service.errors import RoundsFull
+from evenodds_service.runtime.coalescer import MOST_AT_ONCE, MOST_WAITING, Rounds
 from evenodds_service.storage import migration
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Run, Store

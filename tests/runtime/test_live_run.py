@@ -10,8 +10,11 @@ from datetime import datetime, timezone
 import numpy as np
 import pytest
 
-from evenodds_service.domain.settings import NewObservation, NewPrompt, RunSettings
-from evenodds_service.runtime.live_run import LiveRun, SelectArguments
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.selection.selection import SelectArguments
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store

@@ -10,7 +10,9 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from evenodds_service.domain.settings import NewObservation, NewPrompt, ObserveEntry, PoolEntry, RunSettings, Vector
+from evenodds_service.domain.log_entries import NewObservation, ObserveEntry, PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import PromptConflict, PromptUnknown, RequestConflict, RunUnknown, SelectionUnknown
 from evenodds_service.storage.store import Appended, PromptVisit, Run, Store
 

@@ -6,7 +6,9 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from evenodds_service.domain.settings import NewPrompt, RunSettings, SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
 from evenodds_service.storage.store import Refit, Run, Snapshot, Store
 

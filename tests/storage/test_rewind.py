@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, select, update
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
-from evenodds_service.domain.settings import (
+from evenodds_service.domain.log_entries import (
     Entry,
     NewObservation,
-    NewPrompt,
     ObserveEntry,
     PoolEntry,
-    RunSettings,
     SelectEntry,
     SnapshotEntry,
     VoidEntry,
 )
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import ChoiceOutdated, RefitLost, RunUnknown, SelectionVoided
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import WRITES as IS_WRITING

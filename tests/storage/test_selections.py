@@ -6,7 +6,8 @@ from datetime import datetime
 
 import pytest
 
-from evenodds_service.domain.settings import NewPrompt, SelectEntry
+from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.errors import SelectionConflict
 from evenodds_service.storage.store import Run, Selection, Store
 

@@ -18,7 +18,9 @@ import torch
 from sqlalchemy import Engine, delete, text
 
 from evenodds import PromptIn
-from evenodds_service.domain.settings import FittedPrior, NewObservation, RunSettings, SnapshotEntry
+from evenodds_service.domain.log_entries import NewObservation, SnapshotEntry
+from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from evenodds_service.domain.settings import NewObservation
+from evenodds_service.domain.log_entries import NewObservation
 from evenodds_service.runtime.live_run import LiveRun
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from evenodds_service.domain.settings import Prompt
+from evenodds_service.domain.prompts import Prompt
 from evenodds_service.errors import StoreUnavailable
 from evenodds_service.model.refit import Material
 from evenodds_service.model.snapshot import SharedModel

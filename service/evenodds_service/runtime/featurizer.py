@@ -13,17 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from evenodds_service.domain.settings import (
-    BUILTIN,
-    CALLER,
-    NO_EMBEDDER,
-    FloatArray,
-    NewPrompt,
-    RawBlock,
-    RunSettings,
-    Vector,
-    text_key,
-)
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.prompts import NewPrompt, RawBlock, Vector, text_key
+from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, RunSettings
+from evenodds_service.errors import EmbedderNotAllowed, EmbeddingRefused
 from evenodds_service.model.embedder import Embedder, open_embedder
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
 from evenodds_service.storage.store import Run, Store
@@ -49,14 +42,6 @@ class PromptLike(Protocol):
     def features(self) -> Mapping[str, float] | None: ...
     @property
     def prior_rate(self) -> float | None: ...
-
-
-class EmbeddingRefused(ValueError):
-    """A vector was sent that the run cannot take. The message names the item and the limit."""
-
-
-class EmbedderNotAllowed(ValueError):
-    """The embedder is a model that the operator has not listed. The message names it and those that are allowed."""
 
 
 @dataclass(frozen=True, slots=True)

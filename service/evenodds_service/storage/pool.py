@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
 
-from evenodds_service.domain.settings import CALLER, NewPrompt, PoolEntry, Prompt, RawBlock, Vector
+from evenodds_service.domain.log_entries import PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, Prompt, RawBlock, Vector
+from evenodds_service.domain.settings import CALLER
 from evenodds_service.errors import (
     EmbedderFixed,
     EmbeddingWidthConflict,

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, insert, or_, select, update
 
-from evenodds_service.domain.settings import SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
 from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
 from evenodds_service.storage.entries import append_entry
 from evenodds_service.storage.runs import lock_run

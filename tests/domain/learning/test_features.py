@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import (
     COMPONENTS,
     GROUP_SCALE,
@@ -19,7 +20,7 @@ from evenodds_service.domain.learning.features import (
     Pool,
     directions,
 )
-from evenodds_service.domain.settings import FloatArray, RawBlock
+from evenodds_service.domain.prompts import RawBlock
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

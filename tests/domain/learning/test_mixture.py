@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.mixture import (
     MEMORIES,
     N_EXPERTS,
@@ -19,7 +20,6 @@ from evenodds_service.domain.learning.mixture import (
     predict,
     predict_rows,
 )
-from evenodds_service.domain.settings import FloatArray
 
 quick = settings(deadline=None, max_examples=25)
 SEED = st.integers(0, 2**32 - 1)

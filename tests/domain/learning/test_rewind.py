@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from evenodds_service.domain.learning.checkpoint import from_bytes, to_bytes
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, fold
-from evenodds_service.domain.settings import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

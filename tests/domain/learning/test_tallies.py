@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, MAX_OPEN, MAX_OPEN_ROWS, MIN_OPEN, N_WINDOWS, Record
+from evenodds_service.domain.log_entries import SelectEntry
 from evenodds_service.domain.report.report import rank_correlation
-from evenodds_service.domain.settings import FloatArray, IntArray, SelectEntry
 
 N_PROMPTS, N_GROUPS = 40, 3
 

@@ -9,12 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import LOOKED_AT, State, beliefs_of, fold
+from evenodds_service.domain.learning.fold import LOOKED_AT, fold
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, Record
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.report.report import LiftReport, report
 from evenodds_service.domain.selection.batch import choose
-from evenodds_service.domain.settings import FloatArray, ObserveEntry, PoolEntry, SelectEntry
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

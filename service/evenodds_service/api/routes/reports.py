@@ -10,9 +10,9 @@ from fastapi import APIRouter, Query
 
 from evenodds.schemas import MAX_STEP, BeliefReport, BelievedPrompt, FallbackNotice, RunReport
 from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.report.report import report
-from evenodds_service.domain.settings import IntArray
 
 router = APIRouter(responses=PROBLEMS)
 

@@ -27,13 +27,16 @@ from evenodds.schemas import (
     SelectReply,
     SelectRequest,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Hands, Services, content_hash, now, predictions
+from evenodds_service.api.dependencies import PROBLEMS, Hands, Services
+from evenodds_service.api.wire import content_hash, now, predictions
+from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
-from evenodds_service.domain.settings import IntArray, NewObservation
-from evenodds_service.errors import ChoiceOutdated, StoreError
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.selection.selection import Chosen, SelectArguments
+from evenodds_service.errors import ChoiceOutdated, StoreError, UnknownPrompts
 from evenodds_service.runtime.beliefs import beliefs_about
 from evenodds_service.runtime.featurizer import new_prompt
-from evenodds_service.runtime.live_run import Chosen, LiveRuns, SelectArguments, UnknownPrompts
+from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.storage.store import Run, Store
 from evenodds_service.timing import phase
 
