@@ -22,6 +22,7 @@ from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_probability
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
+from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
 from evenodds_service.errors import DeadlinePassed, DeskFull, PolicyUnknown, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, Beliefs, beliefs_about
@@ -315,6 +316,7 @@ def _observed(run: Run, live: LiveRun) -> tuple[FloatArray, FloatArray]:
 
 def _is_light(run: Run, queue: Sequence[_Waiting]) -> bool:
     """Whether the event loop can answer itself within a few milliseconds."""
-    if run.settings.predictor == "gps-paper" or run.settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
+    settings = run.settings
+    if PREDICTORS[settings.predictor].is_published or settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
         return False
     return sum(len(waiting.request.prompt.text or "") for waiting in queue) <= _LIGHT_CHARACTERS

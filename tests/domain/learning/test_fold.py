@@ -20,11 +20,11 @@ from evenodds_service.domain.learning.mixture import AGEING, MEMORIES, PRIORS, M
 from evenodds_service.domain.learning.prediction import (
     BLOCK,
     beliefs_of,
-    mopps_beliefs,
     new_prompt_beliefs,
     running_mean,
     shared_priors,
 )
+from evenodds_service.domain.learning.predictors import Mopps
 from evenodds_service.domain.learning.state import State, copied
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 from evenodds_service.domain.prompts import RawBlock
@@ -334,11 +334,11 @@ def test_mopps_beliefs_are_one_plus_everything_that_was_counted(make_block: Make
     log.observe(0, [0, 1], [3, 0.5], [8, 1])
     log.observe(4, [0], [8], [8])
 
-    a, b = mopps_beliefs(log.state)
+    a, b = Mopps().beliefs(log.state, log.pool)
 
     assert a.tolist() == [12, 1.5, 1]
     assert b.tolist() == [6, 1.5, 1]
-    assert [x.tolist() for x in mopps_beliefs(log.state, np.array([2, 0]))] == [[1, 12], [1, 6]]
+    assert [x.tolist() for x in Mopps().beliefs(log.state, log.pool, np.array([2, 0]))] == [[1, 12], [1, 6]]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -402,7 +402,7 @@ def test_prompts_never_seen_are_ranked_by_what_their_texts_share_with_the_seen(
     world.visit(log, range(400), attempts=8)
 
     assert stats.spearmanr(log.means()[400:], world.rates[400:]).statistic > 0.7
-    mopps_a, mopps_b = mopps_beliefs(log.state)
+    mopps_a, mopps_b = Mopps().beliefs(log.state, log.pool)
     assert np.ptp(mopps_a[400:]) == np.ptp(mopps_b[400:]) == 0
 
 
@@ -415,7 +415,7 @@ def test_after_one_visit_a_prompt_the_belief_is_closer_to_the_truth_than_that_of
 
     world.visit(log, range(500), attempts=8)
 
-    a, b = mopps_beliefs(log.state)
+    a, b = Mopps().beliefs(log.state, log.pool)
     assert np.abs(log.means() - world.rates).mean() < 0.9 * np.abs(a / (a + b) - world.rates).mean()
     assert log.state.log_likelihood > log.state.mopps_log_likelihood
 
@@ -464,7 +464,7 @@ def test_a_policy_that_improves_is_followed(make_block: MakeBlock) -> None:
         k = rng.binomial(8, 0.1 if step < 15 else 0.9, size=100)
         log.observe(step, list(range(100)), k.tolist(), [8] * 100)
 
-    a, b = mopps_beliefs(log.state)
+    a, b = Mopps().beliefs(log.state, log.pool)
     assert (a / (a + b)).mean() == pytest.approx(0.5, abs=0.05)
     assert log.means().mean() > 0.8
 
