@@ -121,7 +121,7 @@ class RunSettings:
 
 def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
     """Raises SharesConflict."""
-    for group in least.keys() & most.keys():
+    for group in sorted(least.keys() & most.keys()):  # every process names the same one
         if least[group] > most[group]:
             raise SharesConflict(
                 f"group {group!r} is to get at least {least[group]:g} of a batch (groups) and at most {most[group]:g} "
