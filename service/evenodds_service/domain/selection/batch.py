@@ -103,7 +103,7 @@ def choose(
     Raises:
         NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
     """
-    draft = _Draft.empty(candidates.eligible_N, shares, batch_size, ties_N=generator.random(len(scores_N)))
+    draft = _Draft.empty(candidates.eligible_N, shares, batch_size, generator)
     control = _control_arm(draft, candidates.control_N, shares.control, generator)  # 1
     _group_minima(draft, scores_N, picker, is_strict=shares.is_least_strict)  # 2
     _least_recently_seen(draft, candidates.last_seen_N, shares.reprobe, generator)  # 3
@@ -139,7 +139,7 @@ class _Draft:
     chosen: list[IntArray] = field(default_factory=list)
 
     @staticmethod
-    def empty(eligible_N: BoolArray, shares: Shares, batch_size: int, *, ties_N: FloatArray) -> _Draft:
+    def empty(eligible_N: BoolArray, shares: Shares, batch_size: int, generator: np.random.Generator) -> _Draft:
         """Raises NotEnoughPrompts where the eligible prompts that fit the groups' limits do not fill a batch."""
         least = {group: (count_of(share, batch_size), members) for group, (share, members) in shares.least.items()}
         most = {g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in shares.most.items()}
@@ -148,7 +148,8 @@ class _Draft:
             fitting -= max(0, int((eligible_N & members_N).sum()) - cap)
         if fitting < batch_size:
             raise NotEnoughPrompts(asked=batch_size, eligible=fitting)
-        return _Draft(batch_size, eligible_N, ties_N, least, most, np.zeros(len(ties_N), dtype=bool))
+        ties_N = generator.random(len(eligible_N))  # not before: an attempt that fails here draws nothing
+        return _Draft(batch_size, eligible_N, ties_N, least, most, np.zeros(len(eligible_N), dtype=bool))
 
     def room(self) -> int:
         return self.batch_size - int(self.taken_N.sum())
