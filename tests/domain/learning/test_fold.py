@@ -470,6 +470,51 @@ def test_a_policy_that_improves_is_followed(make_block: MakeBlock) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("solved", [True, False])
+def test_the_later_the_step_the_nearer_a_belief_is_to_the_shared_priors(
+    make_block: MakeBlock, seed: int, solved: bool
+) -> None:
+    world = World(make_block, seed, 80)
+    log = random_log(world, seed)
+    log.observe(20, [7], [8 if solved else 0], [8])
+    log.observe(30, [8], [4], [8])
+    unseen = copied(log.state)
+    unseen.successes_L_N[:, 7] = unseen.failures_L_N[:, 7] = 0
+    log.state.successes_L_N[:, 7] *= solved  # all of its outcomes are on one side of every prior
+    log.state.failures_L_N[:, 7] *= not solved
+
+    steps = np.arange(20, 400)
+    a, b = beliefs_of(log.state, log.pool, np.full(len(steps), 7), steps_n=steps)
+
+    a0, b0 = beliefs_of(unseen, log.pool, np.array([7]))
+    away = (a / (a + b) - a0 / (a0 + b0)) * (1 if solved else -1)
+    assert (np.diff(away) < 1e-9).all()
+    assert away[0] > away[10] + 1e-6
+    assert away[10] > away[100] + 1e-6
+    assert (away > -1e-9).all()
+
+
+def test_a_belief_without_a_step_is_that_of_the_head(make_block: MakeBlock) -> None:
+    log = random_log(World(make_block, 0, 80), 0)
+    rows = np.arange(80)
+
+    asked = beliefs_of(log.state, log.pool, rows, steps_n=np.full(80, log.state.head_step))
+
+    assert_equal(asked, beliefs_of(log.state, log.pool, rows))
+
+
+def test_at_a_step_before_its_newest_outcome_evidence_counts_in_full_and_not_more(make_block: MakeBlock) -> None:
+    log = Log(World(make_block, 0, 20).block)
+    log.observe(4, [1], [8], [8])
+    log.observe(9, [2], [4], [8])
+
+    a, b = beliefs_of(log.state, log.pool, np.ones(4, np.int64), steps_n=np.array([0, 4, 5, 9]))
+
+    means = a / (a + b)
+    assert means[0] == means[1] > means[2] > means[3]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_good_prior_rates_of_the_caller_come_to_be_trusted(make_block: MakeBlock, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rates = rng.beta(0.5, 0.5, size=300)
