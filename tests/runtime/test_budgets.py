@@ -18,7 +18,7 @@ from evenodds_service.api.app import create_app
 from evenodds_service.domain.log_entries import NewObservation
 from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.errors import DeadlinePassed, DeskFull, StoreUnavailable
+from evenodds_service.errors import DeadlinePassed, Overloaded, StoreUnavailable
 from evenodds_service.model.embedder import Embedder
 from evenodds_service.runtime.budgets import Desk
 from evenodds_service.runtime.featurizer import CACHED_TEXTS, MOST_EMBEDDERS, Featurizer
@@ -194,7 +194,7 @@ def test_more_than_the_desk_holds_are_turned_away_at_once(office: Office) -> Non
 
     replies = asyncio.run(ask())
 
-    assert [type(reply) for reply in replies] == [BudgetReply] * 5 + [DeskFull] * 3
+    assert [type(reply) for reply in replies] == [BudgetReply] * 5 + [Overloaded] * 3
     assert str(replies[-1]) == (
         "5 requests wait for a budget, the most that one process holds: go on without one, or raise "
         "EVENODDS_BUDGET_QUEUE"

@@ -12,7 +12,7 @@ import pytest
 
 from evenodds import Problem
 from evenodds_service.api.app import create_app
-from evenodds_service.errors import RoundsFull
+from evenodds_service.errors import Overloaded
 from evenodds_service.runtime.coalescer import MOST_AT_ONCE, MOST_WAITING, Rounds
 from evenodds_service.storage import migration
 from evenodds_service.storage.engine import open_engine
@@ -148,7 +148,7 @@ def test_who_would_be_one_too_many_is_sent_away_and_those_before_are_served() ->
 
     assert (first, waited, late) == (1, 2, 2)
     assert isinstance(given_up, asyncio.CancelledError)
-    assert isinstance(too_many, RoundsFull)
+    assert isinstance(too_many, Overloaded)
     assert str(too_many) == "2 requests wait for a prediction of run 'r', the limit is 2: repeat the call later"
     assert oracle.rounds == [[0], [2, 4]]
 

@@ -17,8 +17,8 @@ from evenodds.version import __version__
 from evenodds_service.api import problems
 from evenodds_service.api.dependencies import Services
 from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
-from evenodds_service.api.middleware.load_shedding import Crowding
-from evenodds_service.api.middleware.request_body import MAX_BODY_MB, Bodies
+from evenodds_service.api.middleware.load_shedding import LoadShedding
+from evenodds_service.api.middleware.request_body import RequestBodyLimit
 from evenodds_service.api.middleware.request_log import RequestLog, is_quiet
 from evenodds_service.api.page import router as page
 from evenodds_service.api.routes import budgets, chat, operations, prompts, refits, reports, rewind, runs, training
@@ -51,7 +51,7 @@ def create_app(
     store: Store,
     *,
     live_runs: int = 32,
-    max_body_mb: int = MAX_BODY_MB,
+    max_body_mb: int = 64,
     asks_for_keys: bool = False,
     clock: Callable[[], float] = time.monotonic,
     telemetry: bool = False,
@@ -118,11 +118,11 @@ def create_app(
     app.state.routes = tuple(route for room in rooms for route in room.router.routes)
     problems.install(app)
     # The last one that is added meets a request first.
-    app.add_middleware(Bodies, max_bytes=max_body_mb * 1_000_000)
+    app.add_middleware(RequestBodyLimit, max_bytes=max_body_mb * 1_000_000)
     app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
-    app.add_middleware(Crowding)
+    app.add_middleware(LoadShedding)
     if asks_for_keys:
-        app.add_middleware(Access, ring=KeyRing(store, clock), refused=problems.refused)
+        app.add_middleware(Access, ring=KeyRing(store, clock))
     app.add_middleware(RequestLog, registry=registry)
     _describe(app)
     return app

@@ -23,7 +23,7 @@ from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
-from evenodds_service.errors import DeadlinePassed, DeskFull, PolicyUnknown, UnknownPrompts
+from evenodds_service.errors import DeadlinePassed, Overloaded, PolicyUnknown, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, Beliefs, beliefs_about
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_run import LiveRun
@@ -68,11 +68,11 @@ class Desk:
         """The budget of one request.
 
         Raises:
-            DeskFull, DeadlinePassed: the service is too busy now.
+            Overloaded, DeadlinePassed: the service is too busy now.
             RunUnknown, PolicyUnknown, UnknownPrompts, EmbeddingRefused, StoreUnavailable: as elsewhere.
         """
         if self._n_waiting >= self._capacity:
-            raise DeskFull(
+            raise Overloaded(
                 f"{self._n_waiting} requests wait for a budget, the most that one process holds: go on without one, "
                 "or raise EVENODDS_BUDGET_QUEUE"
             )

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from evenodds_service.errors import RoundsFull
+from evenodds_service.errors import Overloaded
 
 QuestionT = TypeVar("QuestionT")
 AnswerT = TypeVar("AnswerT")
@@ -50,7 +50,7 @@ class Rounds(Generic[QuestionT, AnswerT]):
         """The answer of the next round.
 
         Raises:
-            RoundsFull: too many wait already.
+            Overloaded: too many wait already.
         """
         loop = asyncio.get_running_loop()
         waiting = self._waiting.setdefault(run, [])
@@ -58,7 +58,7 @@ class Rounds(Generic[QuestionT, AnswerT]):
             # Who has gone away in the meantime keeps nobody out.
             waiting[:] = [(asked, future) for asked, future in waiting if not future.done()]
         if len(waiting) >= self._most_waiting:
-            raise RoundsFull(
+            raise Overloaded(
                 f"{len(waiting)} requests wait for a prediction of run {run!r}, the limit is {self._most_waiting}: "
                 "repeat the call later"
             )
