@@ -25,7 +25,7 @@ from evenodds.schemas import RunUpdate
 from evenodds_service import errors
 from evenodds_service.__main__ import parser
 from evenodds_service.api.problems import HTTP_CODES, STATUS_OF
-from evenodds_service.api.run_metrics import _GAUGES
+from evenodds_service.api.run_metrics import GAUGES
 from evenodds_service.errors import ServiceError
 from evenodds_service.settings import Settings
 
@@ -142,8 +142,8 @@ def test_every_alarm_and_alert_is_documented() -> None:
 def test_every_metric_of_a_run_is_documented_and_no_other_is_named() -> None:
     of_requests = {"evenodds_requests_total", "evenodds_request_seconds"}
 
-    assert set(rows("operations.md", "What to watch")) == set(_GAUGES) | of_requests
-    assert set(re.findall(r"\bevenodds_[a-z_]+[a-z]", ALL)) <= set(_GAUGES) | of_requests | {"evenodds_service"}
+    assert set(rows("operations.md", "What to watch")) == set(GAUGES) | of_requests
+    assert set(re.findall(r"\bevenodds_[a-z_]+[a-z]", ALL)) <= set(GAUGES) | of_requests | {"evenodds_service"}
 
 
 def test_every_command_that_is_named_exists() -> None:

@@ -1,4 +1,4 @@
-"""A view of a run serves everybody while somebody chooses from it."""
+"""A live run serves everybody while somebody chooses from it."""
 
 from __future__ import annotations
 

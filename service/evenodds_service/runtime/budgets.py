@@ -247,7 +247,7 @@ class Budgets:
         key = (folded.run.id, policy)
         fresh = None
         if key not in self._traffic:
-            # Takes the run's lock: never while the traffic's is held, which is waited for with the run's lock in hand.
+            # Takes the run's lock: never while the traffic's is held, which is waited for while the run's is held.
             fresh = Traffic(policy, *_observed(folded.run, folded.live))
         with self._traffic_lock:
             traffic = self._traffic.get(key) or fresh or Traffic(policy, np.zeros(0), np.zeros(0))

@@ -1,6 +1,6 @@
-"""The folded view of one run: what a process knows of it, brought up to the log's head before each answer.
+"""One run as a process knows it: its log folded, up to the log's head before each answer.
 
-Any replica that folds the same log holds the same view. Built from the store's blocks and entries; knows no HTTP.
+Any replica that folds the same log holds the same. Built from the store's blocks and entries; knows no HTTP.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _PIECE_BYTES = 256 * 1024
 
 
 class RequestBodyLimit:
-    """Middleware that hands on request bodies unpacked, of at most `max_bytes`.
+    """Middleware that passes request bodies on unpacked, of at most `max_bytes`.
 
     A fault is raised where the route reads: 413 for the limit, 415 for another encoding than gzip, 422 for bytes that
     are no gzip.

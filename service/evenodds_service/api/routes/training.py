@@ -237,8 +237,8 @@ def select_batch(body: SelectRequest, services: Dependencies) -> Response:
                 )
             except ChoiceOutdated as error:  # by another process: once more, on what is now
                 logger.info("%s", error)
-    # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. To read it
-    # and write it again takes MILLISECONDS
+    # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. Reading it
+    # and writing it again would take milliseconds for a large batch.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
     return Response(head + recorded.reply[1:], media_type="application/json")
 
