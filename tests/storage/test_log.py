@@ -19,7 +19,7 @@ from evenodds_service.storage.store import Appended, PromptVisit, Run, Store
 WRITE_AND_DIE = """
 import os, signal, sys
 from datetime import datetime, timezone
-from evenodds_service.domain.settings import NewObservation
+from evenodds_service.domain.log_entries import NewObservation
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 store = Store(open_engine(sys.argv[1]))
