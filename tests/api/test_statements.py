@@ -51,15 +51,16 @@ class Trainer:
     """Calls the application and counts what each call costs."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self.http = TestClient(create_app(Store(engine)))
 
     def cost(self, path: str, **body: Any) -> tuple[int, int]:
         """Transactions and statements of one call."""
-        with counting(self._engine) as counted:
+        with counting(self.engine) as counted:
             reply = self.http.post(path, json={"run": "math", **body})
         assert reply.status_code == 200, reply.text
-        begins = counted.transactions if self._engine.dialect.name == "postgresql" else 0
+        # The driver of PostgreSQL sends its BEGIN unseen.
+        begins = counted.transactions if self.engine.dialect.name == "postgresql" else 0
         return counted.transactions, counted.statements + begins
 
 
@@ -82,14 +83,39 @@ def seen(prompt_id: str, **more: Any) -> dict[str, Any]:
     return {"prompt_id": prompt_id, "successes": 1, "attempts": 4, **more}
 
 
-def test_print(trainer: Trainer) -> None:
-    print()
-    print("observe", trainer.cost("/observe", step=1, observations=[seen("p1")], request_id="1"))
-    print("observe again", trainer.cost("/observe", step=1, observations=[seen("p1")], request_id="1"))
-    print("observe without id", trainer.cost("/observe", step=1, observations=[seen("p1")]))
-    print("new text", trainer.cost("/observe", step=1, observations=[seen("p9", text="new")], request_id="2"))
-    print("known text", trainer.cost("/observe", step=1, observations=[seen("p9", text="new")], request_id="3"))
-    print("select", trainer.cost("/select_batch", step=1, batch_size=2))
-    print("select again", trainer.cost("/select_batch", step=1, batch_size=2))
-    print("observe after", trainer.cost("/observe", step=1, observations=[seen("p1")], request_id="4"))
-    print("predict", trainer.cost("/predict", prompts=[{"prompt_id": "p1"}]))
+def test_a_report_is_one_transaction(trainer: Trainer) -> None:
+    """It takes the run's row, looks for an earlier answer, writes the entry and moves the run on."""
+    first = trainer.cost("/observe", step=1, request_id="1", observations=[seen("p1"), seen("p2")])
+    again = trainer.cost("/observe", step=1, request_id="1", observations=[seen("p1"), seen("p2")])
+    with_text = trainer.cost("/observe", step=1, request_id="2", observations=[seen("p3", text="What is 3 + 3?")])
+
+    assert first == (1, 5)
+    assert again == (1, 3)
+    assert with_text == (1, 6)  # which is compared with the pool's
+
+
+def test_a_report_of_a_new_text_is_three_transactions(trainer: Trainer) -> None:
+    """Which vectors are missing; the report; the new prompt's features, as others read them."""
+    assert trainer.cost("/observe", step=1, request_id="1", observations=[seen("new", text="Who?")]) == (3, 12)
+
+
+def test_a_choice_is_two_transactions(trainer: Trainer) -> None:
+    """The run with what was chosen before, and the record; what this process wrote meanwhile is not read back."""
+    trainer.cost("/observe", step=1, request_id="1", observations=[seen("p1")])
+
+    first = trainer.cost("/select_batch", step=1, batch_size=2)
+    again = trainer.cost("/select_batch", step=1, batch_size=2)
+
+    assert first == (2, 9)
+    assert again == (1, 3)
+
+
+def test_what_another_process_wrote_is_read_once(trainer: Trainer) -> None:
+    elsewhere = TestClient(create_app(Store(trainer.engine)))
+    elsewhere.post("/observe", json={"run": "math", "step": 1, "observations": [seen("p1")]}).raise_for_status()
+
+    report = trainer.cost("/observe", step=1, request_id="1", observations=[seen("p2")])
+    question = trainer.cost("/predict", prompts=[{"prompt_id": "p1"}])
+
+    assert report == (2, 7)
+    assert question == (1, 2)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
 from evenodds_service.api.app import create_app
-from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import DeadlinePassed, DeskFull, StoreUnavailable
@@ -71,7 +71,7 @@ class Office:
     def observe(self) -> None:
         run = Store.run(self.store, "r")
         self.store.append_observations(
-            run.id, step=0, observations=[NewObservation.of_counts(0, 1, 4)], model_version=0, now=NOW
+            run.id, Outcomes(step=0, observations=[NewObservation.of_counts(0, 1, 4)]), now=NOW
         )
 
 

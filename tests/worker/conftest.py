@@ -18,7 +18,7 @@ import torch
 from sqlalchemy import Engine, delete, text
 
 from evenodds import PromptIn
-from evenodds_service.domain.log_entries import NewObservation, SnapshotEntry
+from evenodds_service.domain.log_entries import NewObservation, Outcomes, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
@@ -123,9 +123,7 @@ class Bench:
         """Compute is mostly solved and Prove mostly not, each prompt a little differently."""
         run = self.store.run(name)
         rows = [NewObservation.of_counts(i, i % 3 if i % 2 else GROUP_SIZE - i % 4, GROUP_SIZE) for i in prompts]
-        self.store.append_observations(
-            run.id, step=step, observations=rows, model_version=run.model_version, now=self.clock()
-        )
+        self.store.append_observations(run.id, Outcomes(step=step, observations=rows), now=self.clock())
 
     def learned(self, name: str, n: int = 160, n_observed: int = 128, **settings: Any) -> Run:
         """A loaded run with as many observations, in four steps, as make its first refit due."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.runtime.live_run import LiveRun
 
 if TYPE_CHECKING:
@@ -102,13 +102,7 @@ def test_a_request_is_recognised_whatever_the_time(bench: Bench, start_service: 
 
     def append() -> bool:
         return bench.store.append_observations(
-            run.id,
-            step=0,
-            observations=rows,
-            model_version=0,
-            now=bench.clock(),
-            request_id="once",
-            request_hash="hash",
+            run.id, Outcomes(step=0, observations=rows, request_id="once", request_hash="hash"), now=bench.clock()
         ).replayed
 
     replayed = [append()]
