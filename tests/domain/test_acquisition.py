@@ -21,7 +21,7 @@ from evenodds_service.domain.acquisition import (
 from evenodds_service.domain.distributions import informative_moments, target_moments
 from evenodds_service.domain.types import Acquisition, BoolArray, FloatArray, IntArray
 
-quick = settings(deadline=None, max_examples=30)
+quick = settings(max_examples=30)
 SEED = st.integers(0, 2**32 - 1)
 
 

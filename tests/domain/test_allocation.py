@@ -28,7 +28,7 @@ from evenodds_service.domain.allocation import (
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.types import BudgetMode, FloatArray, IntArray
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 PARAMETER = st.floats(0.05, 60)
 BELIEFS = st.lists(st.tuples(PARAMETER, PARAMETER), min_size=1, max_size=4)
 COSTS = st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0])

@@ -15,7 +15,7 @@ from evenodds_service.domain.regression import (
 )
 from evenodds_service.domain.types import FloatArray
 
-quick = settings(deadline=None, max_examples=20)
+quick = settings(max_examples=20)
 SEED = st.integers(0, 2**32 - 1)
 
 

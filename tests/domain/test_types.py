@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evenodds_service.domain.types import NewObservation, ObserveEntry, RunSettings, text_key
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 REWARD = st.floats(0, 1)
 
 
