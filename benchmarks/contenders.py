@@ -15,25 +15,20 @@ from benchmarks.rivals import Forecast
 from benchmarks.worlds import World
 from numpy.typing import NDArray
 
-from evenodds_service.domain import acquisition
-from evenodds_service.domain.beliefs import MEMORIES, PRIORS, STRENGTHS, WEIGHT_KEEP, Mixture
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.fold import State, beliefs_of, fold
-from evenodds_service.domain.pool import directions
-from evenodds_service.domain.regression import OnlineLogistic
-from evenodds_service.domain.types import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    SelectEntry,
-    SnapshotEntry,
-)
+from evenodds_service.domain.learning.features import directions
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS, WEIGHT_KEEP, Mixture
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.selection import batch, selection
 from evenodds_service.model.embedder import BUILTIN_NAME
-from evenodds_service.model.fitting import fit_paper, predict_paper
 from evenodds_service.model.history import History
-from evenodds_service.model.network import SMALL, NetworkSize
+from evenodds_service.model.paper_fit import fit_paper, predict_paper
+from evenodds_service.model.paper_network import SMALL, NetworkSize
 from evenodds_service.model.refit import Material, fit_shared_model, gather
 
 PAPER_DIVERSITY = 0.1
@@ -108,12 +103,12 @@ class Gps:
         scores = informative + parts.optimism * deviation
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         if parts.rest:
-            rest = acquisition.rest_steps(state.n_prompts, batch_size)
-            resting = acquisition.resting(last_seen, step=step, rest=rest)
-            allowed = acquisition.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
+            rest = selection.rest_steps(state.n_prompts, batch_size)
+            resting = selection.resting(last_seen, step=step, rest=rest)
+            allowed = selection.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))
-        choice = acquisition.choose(
+        choice = batch.choose(
             scores,
             informative,
             allowed,

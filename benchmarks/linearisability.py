@@ -43,7 +43,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, select
 
 from evenodds_service.api.app import create_app
-from evenodds_service.domain.types import Entry
+from evenodds_service.domain.log_entries import Entry
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Selection, Store

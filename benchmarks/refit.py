@@ -37,10 +37,11 @@ import torch
 from benchmarks.kills import kill_workers, serving
 
 from evenodds import PromptIn
-from evenodds_service.api.features import Featurizer
-from evenodds_service.domain.types import NewObservation, RunSettings
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
-from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store

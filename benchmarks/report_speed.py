@@ -21,13 +21,17 @@ import httpx
 import numpy as np
 from benchmarks.latency import POOL_SIZE, read_pool, service
 
-from evenodds_service.domain.fold import State, fold
-from evenodds_service.domain.pool import Pool
-from evenodds_service.domain.rails import Rails
-from evenodds_service.domain.record import Record
-from evenodds_service.domain.report import report
-from evenodds_service.domain.types import BoolArray, NewObservation, NewPrompt, ObserveEntry, RunSettings, text_key
-from evenodds_service.live_run import LiveRun
+from evenodds_service.domain.arrays import BoolArray
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.learning.tallies import Record
+from evenodds_service.domain.log_entries import NewObservation, ObserveEntry
+from evenodds_service.domain.prompts import NewPrompt, text_key
+from evenodds_service.domain.report.report import report
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store

@@ -19,7 +19,10 @@ tests=
 stop() {
     trap - EXIT INT TERM
     for helper in "${helpers[@]}"; do kill -KILL -- "-$helper" 2>/dev/null || true; done
-    if [[ -n $tests ]] && kill -INT -- "-$tests" 2>/dev/null; then wait "$tests" || true; fi # it stops its servers
+    if [[ -n $tests ]] && kill -INT -- "-$tests" 2>/dev/null; then
+        for _ in {1..60}; do kill -0 -- "-$tests" 2>/dev/null && sleep 0.5; done # it stops its database servers
+        kill -KILL -- "-$tests" 2>/dev/null || true
+    fi
     rm -rf "$folder"
 }
 trap stop EXIT

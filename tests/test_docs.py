@@ -22,7 +22,7 @@ import yaml
 
 from evenodds.client import API_KEY_VARIABLE
 from evenodds.schemas import RunUpdate
-from evenodds_service.__main__ import _parser
+from evenodds_service.__main__ import parser
 from evenodds_service.api.run_metrics import _GAUGES
 from evenodds_service.settings import Settings
 
@@ -126,7 +126,7 @@ def test_every_setting_of_a_run_is_documented() -> None:
 
 
 def test_every_alarm_and_alert_is_documented() -> None:
-    source = (ROOT / "service/evenodds_service/domain/rails.py").read_text()
+    source = (ROOT / "service/evenodds_service/domain/learning/guardrails.py").read_text()
     alarms = set(re.findall(r'Alarm\("(\w+)"', source))
     groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
 
@@ -144,7 +144,7 @@ def test_every_metric_of_a_run_is_documented_and_no_other_is_named() -> None:
 
 
 def test_every_command_that_is_named_exists() -> None:
-    (subcommands,) = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    (subcommands,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     known = set(subcommands.choices or ())
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
@@ -181,18 +181,21 @@ def operations_table() -> Iterator[str]:
 
 
 def scope(method: str, path: str) -> str:
-    from evenodds_service.api.access import _OPEN_PATHS, scope_of
+    from evenodds_service.api.middleware.access import _OPEN_PATHS, scope_of
 
     return "" if path in _OPEN_PATHS else scope_of(method, path)
 
 
 def test_every_error_code_that_is_documented_exists_and_the_reverse() -> None:
     room = ROOT / "service/evenodds_service"
-    api = "".join((room / "api" / name).read_text() for name in ("errors.py", "access.py", "crowding.py"))
+    api = "".join(
+        (room / "api" / name).read_text()
+        for name in ("problems.py", "middleware/access.py", "middleware/load_shedding.py")
+    )
     sent = set(re.findall(r'_fact\(\d+, "(\w+)"', api)) | set(re.findall(r'AccessRefused\(\s*\d+,\s*"(\w+)"', api))
     sent |= set(re.findall(r'problem\(\w+(?:\(\w+\))?, \d+, "(\w+)"', api)) | {"internal_error"}
     sent |= set(re.findall(r'\d{3}: "(\w+)"', api))
-    stored = set(re.findall(r'^    code = "(\w+)"', (room / "storage/errors.py").read_text(), flags=re.MULTILINE))
+    stored = set(re.findall(r'^    code = "(\w+)"', (room / "errors.py").read_text(), flags=re.MULTILINE))
     fitted = set(re.findall(r'code = "(\w+)"', (room / "model/errors.py").read_text()))
     documented = set(rows("api.md", "Errors"))
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from tests.test_command_line import evenodds, serve
+from tests.commands.test_command_line import evenodds, serve
 from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.test_command_line import Server
+    from tests.commands.test_command_line import Server
 
 __all__ = ["serve"]  # a fixture
 

@@ -13,7 +13,6 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from evenodds.errors import InvalidRequest
-from evenodds.faults import fault_lines
 from evenodds.protocol import Exchange, Protocol
 from evenodds.schemas import (
     MAX_ITEMS,
@@ -62,6 +61,7 @@ from evenodds.schemas import (
     Tier,
     Voided,
 )
+from evenodds.validation import fault_lines
 
 MAX_CALL_BYTES = 8_000_000
 """Most bytes of prompts in one call of `add_prompts`."""

@@ -17,13 +17,13 @@ from datetime import datetime, timedelta
 
 from scipy import sparse
 
-from evenodds_service.domain.types import ObserveEntry
-from evenodds_service.live_run import LiveRun, vector_name
+from evenodds_service.domain.log_entries import ObserveEntry
+from evenodds_service.errors import RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import Material, gather
-from evenodds_service.model.shared_model import SharedModel
-from evenodds_service.storage.errors import RefitLost, RunUnknown, StoreError, StoreUnavailable
+from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.runtime.live_run import LiveRun, vector_name
 from evenodds_service.storage.store import Refit, Run, Store
 
 logger = logging.getLogger(__name__)

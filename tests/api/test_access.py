@@ -15,7 +15,7 @@ import pytest
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, ConfigurationError, Forbidden, PromptSelector, Unauthorized
-from evenodds_service.api.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
+from evenodds_service.api.middleware.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Scope, Store

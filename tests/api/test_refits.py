@@ -14,7 +14,7 @@ from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client, NotFound
 from evenodds_service.model.refit import Material
-from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 from evenodds_service.worker import Fit, Worker

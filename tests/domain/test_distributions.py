@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.distributions import (
     MAX_CONCENTRATION,
     MIN_CONCENTRATION,
@@ -19,7 +20,6 @@ from evenodds_service.domain.distributions import (
     rising_ratio,
     target_moments,
 )
-from evenodds_service.domain.types import FloatArray
 
 quick = settings(max_examples=40)
 PARAMETER = st.floats(0.05, 60)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.errors import EmbedderUnavailable, ModelError
 from evenodds_service.model.embedder import MAX_CHARACTERS, Embedder, open_embedder
-from evenodds_service.model.errors import EmbedderUnavailable, ModelError
 
 PROMPTS = (
     "What is the remainder when $7^{2024}$ is divided by 5?",

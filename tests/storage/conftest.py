@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, delete
 from tests.waiting import PATIENCE_SECONDS
 
-from evenodds_service.domain.types import RunSettings
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store

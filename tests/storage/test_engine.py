@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import Engine, text
 from tests.waiting import until
 
-from evenodds_service.domain.types import RunSettings
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import DatabaseUrlUnusable, StoreUnavailable
 from evenodds_service.storage.engine import open_engine
-from evenodds_service.storage.errors import DatabaseUrlUnusable, StoreUnavailable
 from evenodds_service.storage.migration import check_schema, upgrade
 from evenodds_service.storage.store import Run, Store
 

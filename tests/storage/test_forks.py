@@ -9,10 +9,12 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from evenodds_service.domain.checkpoint import to_bytes
-from evenodds_service.domain.types import CALLER, NewObservation, NewPrompt, RunSettings, Vector
-from evenodds_service.live_run import LiveRun
-from evenodds_service.storage.errors import EmbedderFixed, RunExists, RunUnknown, StoreUnavailable
+from evenodds_service.domain.learning.checkpoint import to_bytes
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.settings import CALLER, RunSettings
+from evenodds_service.errors import EmbedderFixed, RunExists, RunUnknown, StoreUnavailable
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import Run, Store
 
 N = 12

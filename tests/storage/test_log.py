@@ -10,27 +10,16 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from evenodds_service.domain.types import (
-    NewObservation,
-    NewPrompt,
-    ObserveEntry,
-    PoolEntry,
-    RunSettings,
-    Vector,
-)
-from evenodds_service.storage.errors import (
-    PromptConflict,
-    PromptUnknown,
-    RequestConflict,
-    RunUnknown,
-    SelectionUnknown,
-)
+from evenodds_service.domain.log_entries import NewObservation, ObserveEntry, PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import PromptConflict, PromptUnknown, RequestConflict, RunUnknown, SelectionUnknown
 from evenodds_service.storage.store import Appended, PromptVisit, Run, Store
 
 WRITE_AND_DIE = """
 import os, signal, sys
 from datetime import datetime, timezone
-from evenodds_service.domain.types import NewObservation
+from evenodds_service.domain.settings import NewObservation
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 store = Store(open_engine(sys.argv[1]))

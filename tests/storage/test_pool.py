@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, select
 
-from evenodds_service.domain.types import CALLER, NewPrompt, PoolEntry, Prompt, RunSettings, Vector, text_key
-from evenodds_service.storage.errors import (
+from evenodds_service.domain.log_entries import PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, Prompt, Vector, text_key
+from evenodds_service.domain.settings import CALLER, RunSettings
+from evenodds_service.errors import (
     EmbedderFixed,
     EmbeddingWidthConflict,
     PromptConflict,

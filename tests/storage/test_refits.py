@@ -6,8 +6,10 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from evenodds_service.domain.types import NewPrompt, RunSettings, SnapshotEntry
-from evenodds_service.storage.errors import RefitLost, RunUnknown, SnapshotUnknown
+from evenodds_service.domain.log_entries import SnapshotEntry
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
 from evenodds_service.storage.store import Refit, Run, Snapshot, Store
 
 LEASE = timedelta(minutes=5)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, func, select
 
-from evenodds_service.domain.types import CALLER, NewObservation, NewPrompt, RunSettings, Vector
-from evenodds_service.storage.errors import EmbedderFixed, NaiveDatetime, RunUnknown
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.settings import CALLER, RunSettings
+from evenodds_service.errors import EmbedderFixed, RunUnknown
 from evenodds_service.storage.store import Run, Store
-from evenodds_service.storage.tables import api_keys, embeddings, metadata
+from evenodds_service.storage.tables import NaiveDatetime, api_keys, embeddings, metadata
 
 
 def test_new_run_is_empty_and_says_that_it_is_new(store: Store, now: datetime) -> None:

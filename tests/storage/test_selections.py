@@ -6,8 +6,9 @@ from datetime import datetime
 
 import pytest
 
-from evenodds_service.domain.types import NewPrompt, SelectEntry
-from evenodds_service.storage.errors import SelectionConflict
+from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.errors import SelectionConflict
 from evenodds_service.storage.store import Run, Selection, Store
 
 

@@ -18,10 +18,12 @@ from sqlalchemy import Engine, delete, text
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import PromptIn
-from evenodds_service.api.features import Featurizer
-from evenodds_service.domain.types import FittedPrior, NewObservation, RunSettings, SnapshotEntry
+from evenodds_service.domain.log_entries import NewObservation, SnapshotEntry
+from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
-from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Refit, Run, Store

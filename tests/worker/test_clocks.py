@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tests.waiting import PATIENCE_SECONDS
 
-from evenodds_service.domain.types import NewObservation
-from evenodds_service.live_run import LiveRun
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.runtime.live_run import LiveRun
 
 if TYPE_CHECKING:
     from tests.conftest import Service

@@ -15,7 +15,7 @@ from benchmarks.bad_weather import Town, Writers, count, prepare, run
 from tests.waiting import until
 
 from evenodds import Client, RefitState
-from evenodds_service.domain.types import SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 

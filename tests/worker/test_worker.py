@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.waiting import PATIENCE_SECONDS, until
 
-from evenodds_service.domain.types import Prompt
+from evenodds_service.domain.prompts import Prompt
+from evenodds_service.errors import StoreUnavailable
 from evenodds_service.model.refit import Material
-from evenodds_service.model.shared_model import SharedModel
-from evenodds_service.storage.errors import StoreUnavailable
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.store import Store
 
 if TYPE_CHECKING:

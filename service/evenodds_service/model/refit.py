@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from evenodds_service.domain.fold import PAPER
-from evenodds_service.domain.pool import Basis
-from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, ModelSize, Predictor
+from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.learning.prediction import PAPER
+from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.settings import ModelSize, Predictor
 from evenodds_service.model import ngrams
-from evenodds_service.model.fitting import fit_paper, predict_paper
 from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent
-from evenodds_service.model.network import PUBLISHED, SMALL, NetworkSize, size_of
-from evenodds_service.model.shared_model import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
+from evenodds_service.model.paper_fit import fit_paper, predict_paper
+from evenodds_service.model.paper_network import PUBLISHED, SMALL, NetworkSize, size_of
+from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
 
 MEMORY_STEPS = 100.0
 """An outcome counts exp(-age / memory) in the labels of the n-gram prior."""

@@ -22,15 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, RowMapping, case, insert, update
 
-from evenodds_service.domain.types import (
-    Entry,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    SelectEntry,
-    SnapshotEntry,
-    VoidEntry,
-)
+from evenodds_service.domain.arrays import IntArray
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
 from evenodds_service.storage.tables import log, runs
 
 ENTRY_COLUMNS = (

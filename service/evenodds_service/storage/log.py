@@ -9,9 +9,10 @@ from datetime import datetime
 import numpy as np
 from sqlalchemy import Connection, select
 
-from evenodds_service.domain.types import Entry, NewObservation, NewPrompt, ObserveEntry, Vector
+from evenodds_service.domain.log_entries import Entry, NewObservation, ObserveEntry
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.errors import PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
 from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entry, read_entry
-from evenodds_service.storage.errors import PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
 from evenodds_service.storage.pool import grow_pool
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import log, selections

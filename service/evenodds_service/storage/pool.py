@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
 
-from evenodds_service.domain.types import CALLER, NewPrompt, PoolEntry, Prompt, RawBlock, Vector
-from evenodds_service.storage.entries import append_entry
-from evenodds_service.storage.errors import (
+from evenodds_service.domain.log_entries import PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, Prompt, RawBlock, Vector
+from evenodds_service.domain.settings import CALLER
+from evenodds_service.errors import (
     EmbedderFixed,
     EmbeddingWidthConflict,
     PromptConflict,
@@ -26,6 +27,7 @@ from evenodds_service.storage.errors import (
     RunUnknown,
     VectorUnstorable,
 )
+from evenodds_service.storage.entries import append_entry
 from evenodds_service.storage.runs import keep_run, lock_run, settings_to_json, stored_embedder
 from evenodds_service.storage.tables import embeddings, pool_blocks, prompts, runs
 from evenodds_service.storage.transactions import Transactions, chunks, insert_or_ignore

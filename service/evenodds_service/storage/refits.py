@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, insert, or_, select, update
 
-from evenodds_service.domain.types import SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
+from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
 from evenodds_service.storage.entries import append_entry
-from evenodds_service.storage.errors import RefitLost, RunUnknown, SnapshotUnknown
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import refits, snapshots
 from evenodds_service.storage.transactions import Transactions

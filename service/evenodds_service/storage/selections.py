@@ -8,9 +8,10 @@ from datetime import datetime
 import numpy as np
 from sqlalchemy import Connection, insert, select
 
-from evenodds_service.domain.types import FloatArray, SelectEntry
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.errors import ChoiceOutdated, SelectionConflict
 from evenodds_service.storage.entries import append_entry
-from evenodds_service.storage.errors import ChoiceOutdated, SelectionConflict
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import log, runs, selections
 from evenodds_service.storage.transactions import Transactions

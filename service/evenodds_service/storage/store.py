@@ -17,6 +17,7 @@ from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
+from evenodds_service.storage.rewind import VoidMethods
 from evenodds_service.storage.runs import RunMethods
 from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
@@ -31,7 +32,6 @@ from evenodds_service.storage.values import (
     Snapshot,
     Voided,
 )
-from evenodds_service.storage.voids import VoidMethods
 
 __all__ = [
     "ApiKey",

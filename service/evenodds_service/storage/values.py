@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from evenodds_service.domain.types import RunSettings
+from evenodds_service.domain.settings import RunSettings
 
 Scope = Literal["read", "write", "admin"]
 RefitStatus = Literal["pending", "running", "done", "failed"]

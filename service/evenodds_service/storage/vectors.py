@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from sqlalchemy import Connection, select
 
-from evenodds_service.domain.types import FloatArray, Vector
-from evenodds_service.storage.errors import EmbeddingWidthConflict, VectorUnstorable
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.prompts import Vector
+from evenodds_service.errors import EmbeddingWidthConflict, VectorUnstorable
 from evenodds_service.storage.tables import embeddings
 from evenodds_service.storage.transactions import chunks, insert_or_ignore
 

@@ -1,0 +1,143 @@
+"""Runs and their pools as resources.
+
+Each endpoint translates the wire into values, calls the store, and translates back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, Response
+from starlette.convertors import register_url_convertor
+
+from evenodds.schemas import (
+    RUN_PATTERN,
+    Alarm,
+    RefitPolicy,
+    RunPage,
+    RunState,
+    RunUpdate,
+)
+from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services
+from evenodds_service.api.middleware.access import Caller, may_touch
+from evenodds_service.api.routes.prompts import _AnyId
+from evenodds_service.api.routes.refits import refit_state
+from evenodds_service.api.wire import now
+from evenodds_service.domain.settings import RunSettings, check_shares
+from evenodds_service.errors import RunUnknown
+from evenodds_service.storage.store import Run, Store
+
+register_url_convertor("id", _AnyId())
+router = APIRouter(responses=PROBLEMS)
+
+
+@router.put("/runs/{run}", tags=["runs"], summary="Create or update a run", responses={201: {"model": RunState}})
+def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
+    """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
+
+    With `fork_of` the run must be new: it starts with the other's pool, settings and memory, as that run would stand
+    after a rewind to `at_step`. The two share nothing afterwards. Repeating the call is safe.
+    """
+    try:
+        settings = hands.store.run(run).settings
+    except RunUnknown:
+        settings = RunSettings() if body.fork_of is None else hands.store.run(body.fork_of).settings
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
+    sent: dict[str, Any] = {
+        name: getattr(body, name) for name in body.model_fields_set - {"refit", "fork_of", "at_step"}
+    }
+    if "refit" in body.model_fields_set:
+        policy = body.refit or RefitPolicy()
+        sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
+    changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
+    settings = replace(settings, **changes)
+    check_shares(settings.groups or {}, settings.groups_at_most or {})
+    hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
+    created = False
+    if body.fork_of is not None:
+        stored, created = hands.store.fork_run(run, settings, fork_of=body.fork_of, at_step=body.at_step, now=now())
+    if not created:
+        stored, created = hands.store.put_run(run, settings, now=now())
+    hands.views.forget(run)
+    return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
+
+
+@router.get("/runs", tags=["runs"], summary="List runs")
+def list_runs(
+    hands: Hands,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+    cursor: Annotated[str | None, Query(pattern=RUN_PATTERN, description="from the page before")] = None,
+) -> RunPage:
+    """Runs by name, in pages. A key that is bound to certain runs sees those; a page may then be short."""
+    runs = hands.store.runs(after=cursor or "", limit=limit + 1)
+    return RunPage(
+        runs=tuple(_run_state(hands.store, run) for run in runs[:limit] if may_touch(caller, run.name)),
+        next_cursor=runs[limit - 1].name if len(runs) > limit else None,
+    )
+
+
+@router.get("/runs/{run}", tags=["runs"], summary="State of a run")
+def get_run(run: RunPath, hands: Hands) -> RunState:
+    """Settings, pool size, head of the log, model version, and alarms: what a person should look at."""
+    return _watched(hands, hands.store.run(run))
+
+
+@router.delete("/runs/{run}", tags=["runs"], summary="Delete a run", status_code=204)
+def delete_run(run: RunPath, hands: Hands) -> Response:
+    """Delete the run with its pool, history and selections. This cannot be undone."""
+    stored = hands.store.run(run)
+    hands.store.delete_run(run)
+    hands.live_runs.drop(stored.id)
+    hands.views.forget(run)
+    return Response(status_code=204)
+
+
+def _watched(hands: Services, run: Run) -> RunState:
+    """The run with its alarms, which need its folded view."""
+    live = hands.live_runs.at_head(run)
+    with live.lock:
+        found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
+    alarms = tuple(
+        Alarm(code=a.code, message=a.message, since_step=a.since_step, value=a.value, limit=a.limit) for a in found
+    )
+    return _run_state(hands.store, run).model_copy(update={"alarms": alarms})
+
+
+def _run_state(store: Store, run: Run) -> RunState:
+    settings, refits = run.settings, store.refits(run.id, limit=1)
+    return RunState(
+        run=run.name,
+        predictor=settings.predictor,
+        group_size=settings.group_size,
+        target_rate=settings.target_rate,
+        embedder=settings.embedder or "builtin",
+        embedder_prompt=settings.embedder_prompt,
+        acquisition=settings.effective_acquisition,
+        optimism=settings.optimism,
+        diversity=settings.diversity,
+        cooldown_steps=settings.cooldown_steps,
+        lease_steps=settings.lease_steps,
+        max_visits=settings.max_visits,
+        keep_text=settings.keep_text,
+        model_size=settings.model_size,
+        refit=RefitPolicy(
+            every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
+        ),
+        control_share=settings.control_share,
+        reprobe_share=settings.reprobe_share_under(settings.effective_acquisition),
+        groups=dict(settings.groups) if settings.groups else None,
+        groups_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
+        fallback=settings.fallback,
+        last_refit=refit_state(refits[0]) if refits else None,
+        pool_size=run.n_prompts,
+        log_position=run.log_position,
+        head_step=run.head_step,
+        model_version=run.model_version,
+        observations=run.n_observations,
+        fork_of=run.fork_of,
+        at_step=run.fork_step,
+        created_at=run.created_at,
+    )

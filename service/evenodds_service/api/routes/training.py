@@ -1,0 +1,298 @@
+"""The trainer's and gateway's endpoints: observe, predict, select_batch.
+
+Each translates the wire into values, calls the store and the live view, and translates back.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, BackgroundTasks
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from evenodds.schemas import (
+    FallbackNotice,
+    Forecast,
+    ObserveReply,
+    ObserveRequest,
+    PredictReply,
+    PredictRequest,
+    PromptRef,
+    SelectedPrompt,
+    SelectReply,
+    SelectRequest,
+)
+from evenodds_service.api.dependencies import PROBLEMS, Hands, Services
+from evenodds_service.api.wire import content_hash, now, predictions
+from evenodds_service.domain.arrays import IntArray
+from evenodds_service.domain.distributions import mean_and_std
+from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.selection.selection import Chosen, SelectArguments
+from evenodds_service.errors import ChoiceOutdated, StoreError, UnknownPrompts
+from evenodds_service.runtime.beliefs import beliefs_about
+from evenodds_service.runtime.featurizer import new_prompt
+from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
+
+logger = logging.getLogger(__name__)
+router = APIRouter(responses=PROBLEMS, tags=["loop"])
+
+_FEW = 256
+"""A request about so many prompts at most shares a round with others."""
+
+_UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts"
+
+
+@router.post("/observe", summary="Report outcomes of attempts")
+def observe(body: ObserveRequest, hands: Hands, afterwards: BackgroundTasks) -> ObserveReply:
+    """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
+
+    An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
+    late, out of order, in several calls, and for prompts that the selection did not choose: each counts at its `step`.
+    """
+    run = hands.store.run(body.run)
+    live = hands.live_runs.at_head(run)
+    items = body.observations
+    prompts = [new_prompt(item) for item in items]
+    with live.lock:
+        known = [live.pool.index.get(prompt.prompt_id) for prompt in prompts]
+    described = {prompt.prompt_id for prompt in prompts if prompt.text is not None}
+    unknown = [p.prompt_id for p, i in zip(prompts, known, strict=True) if i is None and p.prompt_id not in described]
+    if unknown:
+        hint = "send its text along, or load it with POST /runs/{run}/prompts"
+        raise UnknownPrompts(body.run, unknown, path="observations", hint=hint)
+    # A prompt that comes with its text is new, or is checked against the text that the pool has.
+    with_text = [i for i, item in enumerate(items) if item.text is not None]
+    prepared = hands.featurizer.prepare(
+        run, [items[i] for i in with_text], names=[f"observations[{i}]" for i in with_text]
+    )
+    observations = [
+        NewObservation.of_rewards(prompt.prompt_id if index is None else index, item.rewards)
+        if item.rewards is not None
+        else NewObservation.of_counts(
+            prompt.prompt_id if index is None else index, item.successes or 0.0, item.attempts or 1
+        )
+        for item, prompt, index in zip(items, prompts, known, strict=True)
+    ]
+    content = body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True)
+    appended = hands.store.append_observations(
+        run.id,
+        step=body.step,
+        observations=observations,
+        model_version=run.model_version,
+        now=now(),
+        request_id=body.request_id,
+        request_hash=content_hash(content) if body.request_id is not None else None,
+        selection_id=body.selection_id,
+        new_prompts=prepared.prompts,
+        vectors=prepared.vectors,
+        embedder=prepared.embedder if prepared.prompts else None,
+        embedding_width=prepared.embedding_width if prepared.prompts else None,
+    )
+    afterwards.add_task(_keep_up, hands.store, hands.live_runs, body.run)
+    return ObserveReply(
+        run=body.run,
+        log_position=appended.log_position,
+        accepted=appended.accepted,
+        model_version=appended.model_version,
+        replayed=appended.replayed,
+    )
+
+
+def _keep_up(store: Store, live_runs: LiveRuns, run_name: str) -> None:
+    """Fold in what was acknowledged while the trainer goes on, so that its next question finds it done."""
+    try:
+        live_runs.at_head(store.run(run_name))
+    except StoreError as error:  # whoever asks next meets it, or does not
+        logger.info("run %r: not folded ahead of time: %s", run_name, error)
+
+
+@router.post("/predict", summary="Predict success rates", response_model=PredictReply)
+async def predict(body: PredictRequest, hands: Hands) -> Response:
+    """The belief about prompts of the pool, or about new texts, in the order asked. Nothing is stored."""
+    is_exact = hands.predict_staleness_seconds == 0.0
+    if is_exact and len(body.prompts) <= _FEW and all(_is_reference(prompt) for prompt in body.prompts):
+        reply = await hands.predictions.ask(body.run, body)
+    else:
+        reply = await run_in_threadpool(_predict, body, hands)
+    return Response(reply, media_type="application/json")
+
+
+def _is_reference(prompt: PromptRef) -> bool:
+    """Whether only the pool can tell what is asked about."""
+    return prompt.text is None and prompt.embedding is None
+
+
+def predict_known(
+    store: Store, live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictRequest]
+) -> list[str | Exception]:
+    """JSON replies to requests about prompts of one run's pool, or what is wrong with them, in their order."""
+    run = store.run(run_name)
+    live = live_runs.at_head(run)
+    answers: list[str | Exception] = [""] * len(bodies)
+    parts: dict[int, slice] = {}
+    ids: list[str] = []
+    found: list[IntArray] = []
+    with live.lock:
+        position, model_version = live.state.position, live.state.model_version
+        for number, body in enumerate(bodies):
+            asked = [prompt.prompt_id or "" for prompt in body.prompts]
+            try:
+                found.append(live.indices(run_name, asked, path="prompts", hint=_UNKNOWN_HINT))
+            except UnknownPrompts as error:
+                answers[number] = error
+                continue
+            parts[number] = slice(len(ids), len(ids) + len(asked))
+            ids += asked
+        if not ids:
+            return answers
+        indices = np.concatenate(found)
+        a, b = live.beliefs(run.settings.predictor, indices)
+        seen = live.state.attempts_N[indices]
+    sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
+    told = {size: predictions(ids, a, b, seen, size) for size in set(sizes.values())}
+    for number, part in parts.items():
+        reply = PredictReply(
+            run=run.name,
+            model_version=model_version,
+            log_position=position,
+            predictions=told[sizes[number]][part],
+        )
+        answers[number] = reply.model_dump_json()
+    return answers
+
+
+def _predict(body: PredictRequest, hands: Services) -> str:
+    view = hands.views.recent(body.run, hands.predict_staleness_seconds)
+    run, live = view.run, view.live
+    names = [f"prompts[{i}]" for i in range(len(body.prompts))]
+    asked = beliefs_about(hands.featurizer, run, live, body.prompts, names=names)
+    reply = PredictReply(
+        run=body.run,
+        model_version=asked.model_version,
+        log_position=asked.log_position,
+        predictions=predictions(asked.ids, asked.a, asked.b, asked.seen, body.group_size or run.settings.group_size),
+    )
+    return reply.model_dump_json()
+
+
+@router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
+def select_batch(body: SelectRequest, hands: Hands) -> Response:
+    """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409.
+
+    Prompts that earlier selections chose and whose outcomes have not come within `lease_steps` are left out, unless
+    `allow_outstanding` is set or too few others remain: then those waited for the longest are chosen again, and
+    `outstanding` says how many. Steps may be chosen in any order.
+    """
+    run = hands.store.run(body.run)
+    arguments_hash = content_hash(body.model_dump_json(exclude={"run"}))  # as a fork's: it has another name
+    recorded = hands.store.selection(run.id, body.step, arguments_hash=arguments_hash)
+    replayed = recorded is not None
+    while recorded is None:
+        live = hands.live_runs.view(run)
+        with live.selecting:  # the next choice knows of this one
+            run = hands.store.run(body.run)
+            live = hands.live_runs.at_head(run)
+            chosen = live.choose(run.name, _arguments(body, run))
+            with phase("reply"):
+                reply = _select_reply(body, run, chosen)
+            try:
+                recorded, replayed = hands.store.record_selection(
+                    run.id,
+                    selection_id=reply.selection_id,
+                    step=body.step,
+                    arguments_hash=arguments_hash,
+                    prompts=chosen.choice.prompts.tolist(),
+                    reply=reply.model_dump_json(exclude={"run", "replayed"}),
+                    now=now(),
+                    chosen_at=reply.log_position,
+                    is_alone=run.settings.lease_steps > 0 and not body.allow_outstanding,
+                    control_share=run.settings.control_share,
+                    control=chosen.choice.control.tolist(),
+                    beliefs=(chosen.a, chosen.b),
+                )
+            except ChoiceOutdated as error:  # by another process: once more, on what is now
+                logger.info("%s", error)
+    # The recorded reply is JSON already: of this run and of those that fork from it.
+    head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
+    return Response(head + recorded.reply[1:], media_type="application/json")
+
+
+def _arguments(body: SelectRequest, run: Run) -> SelectArguments:
+    """The request, and the run's settings where it is silent."""
+    settings = run.settings
+
+    def setting(name: str) -> Any:
+        given = getattr(body, name)
+        return getattr(settings, name) if given is None else given
+
+    acquisition = body.acquisition or settings.effective_acquisition
+    return SelectArguments(
+        step=body.step,
+        batch_size=body.batch_size,
+        seed=body.seed,
+        predictor=settings.predictor,
+        acquisition=acquisition,
+        group_size=setting("group_size"),
+        target_rate=setting("target_rate"),
+        optimism=setting("optimism"),
+        diversity=setting("diversity"),
+        cooldown_steps=setting("cooldown_steps"),
+        max_visits=setting("max_visits"),
+        lease_steps=settings.lease_steps,
+        allow_outstanding=body.allow_outstanding,
+        candidates=body.candidates,
+        exclude=body.exclude or (),
+        groups=setting("groups") or {},
+        groups_at_most=setting("groups_at_most") or {},
+        are_groups_strict=body.groups is not None,
+        reprobe_share=settings.reprobe_share_under(acquisition),
+        control_share=settings.control_share,
+        may_fall_back=settings.fallback,
+    )
+
+
+def _select_reply(body: SelectRequest, run: Run, chosen: Chosen) -> SelectReply:
+    mean, std = mean_and_std(chosen.a, chosen.b)
+    choice, fallback = chosen.choice, chosen.fallback
+    informative = choice.informative_probabilities
+    return SelectReply(
+        run=run.name,
+        step=body.step,
+        selection_id=uuid.uuid4().hex,
+        model_version=chosen.model_version,
+        log_position=chosen.position,
+        replayed=False,
+        outstanding=choice.n_outstanding,
+        forecast=Forecast(
+            informative_share=choice.informative_share,
+            informative_groups=float(informative.sum()),
+            pad_to=choice.pad_to,
+        ),
+        fallback=FallbackNotice(reason=fallback.reason, since_step=fallback.since_step) if fallback else None,
+        prompts=tuple(
+            SelectedPrompt(
+                prompt_id=prompt_id,
+                group=group,
+                success_rate=rate,
+                std=deviation,
+                informative_probability=probability,
+                arm="control" if is_control else "policy",
+            )
+            for prompt_id, group, rate, deviation, probability, is_control in zip(
+                chosen.prompt_ids,
+                chosen.groups,
+                mean.tolist(),
+                std.tolist(),
+                informative.tolist(),
+                choice.control.tolist(),
+                strict=True,
+            )
+        ),
+    )
