@@ -21,7 +21,7 @@ from evenodds_service.api.middleware.load_shedding import Crowding
 from evenodds_service.api.middleware.request_body import MAX_BODY_MB, Bodies
 from evenodds_service.api.middleware.request_log import RequestLog, is_quiet
 from evenodds_service.api.page import router as page
-from evenodds_service.api.routes import budgets, chat, operations, refits, reports, rewind, runs, training
+from evenodds_service.api.routes import budgets, chat, operations, prompts, refits, reports, rewind, runs, training
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.wire import now
 from evenodds_service.runtime.budgets import Desk
@@ -111,7 +111,7 @@ def create_app(
         predictions=Rounds(partial(training.predict_known, store, views_of_runs)),
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    rooms = (training, budgets, chat, refits, reports, runs, rewind, operations)
+    rooms = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
     for room in rooms:
         app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     app.include_router(page)

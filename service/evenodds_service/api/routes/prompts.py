@@ -6,34 +6,27 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from fastapi import Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.convertors import Convertor
+from starlette.convertors import Convertor, register_url_convertor
 
 from evenodds.schemas import PromptId, PromptIn, PromptInfo, PromptPage, PromptsAdded, PromptsIn, PromptState, Visit
-from evenodds_service.api.dependencies import Hands, RunPath, Services
+from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services
 from evenodds_service.api.middleware.request_body import lift_limit
-from evenodds_service.api.routes.chat import router
 from evenodds_service.api.wire import now, predictions
 from evenodds_service.domain.prompts import Prompt
 from evenodds_service.errors import PromptConflict
 from evenodds_service.storage.store import Run
 
 _NDJSON = "application/x-ndjson"
-
-
 _NDJSON_BLOCK = 2_000
-
-
 _MAX_BLOCK_BYTES = 16 * 2**20
-
-
 _MAX_LINE_BYTES = 8 * 2**20
-
-
 _HISTORY = 100
+
+T = TypeVar("T")
 
 
 class _AnyId(Convertor[str]):
@@ -48,7 +41,8 @@ class _AnyId(Convertor[str]):
         return value
 
 
-T = TypeVar("T")
+register_url_convertor("id", _AnyId())
+router = APIRouter(responses=PROBLEMS, tags=["prompts"])
 
 
 def _prompts_schema() -> dict[str, Any]:
@@ -60,7 +54,6 @@ def _prompts_schema() -> dict[str, Any]:
 
 @router.post(
     "/runs/{run}/prompts",
-    tags=["prompts"],
     summary="Load prompts into the pool",
     openapi_extra={
         "requestBody": {
@@ -162,7 +155,7 @@ async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes
     yield lines
 
 
-@router.get("/runs/{run}/prompts", tags=["prompts"], summary="List the pool")
+@router.get("/runs/{run}/prompts", summary="List the pool")
 def list_prompts(
     run: RunPath,
     hands: Hands,
@@ -181,7 +174,7 @@ def list_prompts(
     )
 
 
-@router.get("/runs/{run}/prompts/{prompt_id:id}", tags=["prompts"], summary="A prompt's belief and history")
+@router.get("/runs/{run}/prompts/{prompt_id:id}", summary="A prompt's belief and history")
 def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], hands: Hands) -> PromptState:
     """One prompt with the present belief about it and its newest 100 observations."""
     prompt = hands.store.prompt(hands.store.run(run).id, prompt_id)

@@ -1,4 +1,4 @@
-"""Runs and their pools as resources.
+"""Runs as resources.
 
 Each endpoint translates the wire into values, calls the store, and translates back.
 """
@@ -10,30 +10,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
-from starlette.convertors import register_url_convertor
 
-from evenodds.schemas import (
-    RUN_PATTERN,
-    Alarm,
-    RefitPolicy,
-    RunPage,
-    RunState,
-    RunUpdate,
-)
+from evenodds.schemas import RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
 from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
-from evenodds_service.api.routes.prompts import _AnyId
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
 from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
 
-register_url_convertor("id", _AnyId())
-router = APIRouter(responses=PROBLEMS)
+router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 
-@router.put("/runs/{run}", tags=["runs"], summary="Create or update a run", responses={201: {"model": RunState}})
+@router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
 def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
 
@@ -64,7 +54,7 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
 
 
-@router.get("/runs", tags=["runs"], summary="List runs")
+@router.get("/runs", summary="List runs")
 def list_runs(
     hands: Hands,
     caller: Caller,
@@ -79,13 +69,13 @@ def list_runs(
     )
 
 
-@router.get("/runs/{run}", tags=["runs"], summary="State of a run")
+@router.get("/runs/{run}", summary="State of a run")
 def get_run(run: RunPath, hands: Hands) -> RunState:
     """Settings, pool size, head of the log, model version, and alarms: what a person should look at."""
     return _watched(hands, hands.store.run(run))
 
 
-@router.delete("/runs/{run}", tags=["runs"], summary="Delete a run", status_code=204)
+@router.delete("/runs/{run}", summary="Delete a run", status_code=204)
 def delete_run(run: RunPath, hands: Hands) -> Response:
     """Delete the run with its pool, history and selections. This cannot be undone."""
     stored = hands.store.run(run)
