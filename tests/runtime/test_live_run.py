@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 
 import numpy as np
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
@@ -54,13 +55,13 @@ class Gate:
 
     def each_block(self, compute: Callable[[slice], None], blocks: Iterable[slice]) -> Iterator[None]:
         self.reached.set()
-        assert self.opened.wait(10)
+        assert self.opened.wait(PATIENCE_SECONDS)
         return map(compute, blocks)
 
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     store = Store(engine)
     run, _ = store.put_run("math", RunSettings(embedder="none"), now=NOW)
@@ -85,16 +86,16 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
     chooser = threading.Thread(target=lambda: chosen.append(live.choose("math", ARGUMENTS)))
 
     chooser.start()
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(PATIENCE_SECONDS)
     observe(store, 1, range(100, 200))
     store.add_prompts(run.id, [NewPrompt("late", group="g9")], now=NOW)
     catching_up = threading.Thread(target=live.catch_up, args=(store, store.run("math")))
     catching_up.start()
-    catching_up.join(10)
+    catching_up.join(PATIENCE_SECONDS)
     assert not catching_up.is_alive()
     assert (live.state.position, live.pool.n) == (run.log_position + 2, 201)
     gate.opened.set()
-    chooser.join(10)
+    chooser.join(PATIENCE_SECONDS)
 
     (choice,) = chosen
     assert (choice.position, choice.prompt_ids, choice.groups) == (

@@ -446,7 +446,7 @@ VOIDS = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(acts=st.lists(st.one_of(WRITES, WRITES, VOIDS), min_size=3, max_size=25))
 def test_the_run_stands_as_if_what_was_voided_had_never_happened(
     store: Store, now: datetime, acts: list[tuple[str, int, object]]
