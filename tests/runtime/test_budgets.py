@@ -12,10 +12,11 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.waiting import PATIENCE_SECONDS, until_awaited
 
 from evenodds.schemas import PromptRef
 from evenodds_service.api.app import create_app
-from evenodds_service.domain.log_entries import NewObservation
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import DeadlinePassed, Overloaded, StoreUnavailable
@@ -44,7 +45,7 @@ class CountingStore(Store):
             raise StoreUnavailable("the database is away")
         run = super().run(name)
         if self.held_back is not None:
-            assert self.held_back.wait(30)
+            assert self.held_back.wait(PATIENCE_SECONDS)
         return run
 
 
@@ -60,7 +61,7 @@ class Office:
         self.store, self.clock = store, Clock()
         self.live_runs = LiveRuns(store, capacity=8, clock=self.clock)
 
-    def budgets(self, *, staleness: float = 0.2, deadline: float = 30.0, capacity: int = 64) -> Budgets:
+    def budgets(self, *, staleness: float = 0.2, deadline: float = PATIENCE_SECONDS, capacity: int = 64) -> Budgets:
         return Budgets(
             self.live_runs,
             Featurizer(self.store),
@@ -72,7 +73,7 @@ class Office:
     def observe(self) -> None:
         run = Store.run(self.store, "r")
         self.store.append_observations(
-            run.id, step=0, observations=[NewObservation.of_counts(0, 1, 4)], model_version=0, now=NOW
+            run.id, Outcomes(step=0, observations=[NewObservation.of_counts(0, 1, 4)]), now=NOW
         )
 
 
@@ -138,8 +139,7 @@ def test_without_staleness_a_look_that_began_before_the_question_does_not_answer
         budgets = office.budgets(staleness=0)
         office.store.held_back = threading.Event()
         first = asyncio.create_task(ask_for(budgets))
-        while office.store.reads == 0:  # noqa: ASYNC110  # it reads in a thread
-            await asyncio.sleep(0.01)
+        await until_awaited(lambda: office.store.reads, "the first look, in a thread")
         office.clock.now = 1.0
         office.observe()
         second = asyncio.create_task(ask_for(budgets))
@@ -157,8 +157,7 @@ def test_a_run_is_read_ahead_of_time_so_that_nobody_waits(office: Office) -> Non
         await ask_for(budgets)
         office.clock.now = 0.15
         assert (await ask_for(budgets)).age_seconds == pytest.approx(0.15)
-        while office.store.reads < 2:  # noqa: ASYNC110  # the refresh runs in a thread
-            await asyncio.sleep(0.01)
+        await until_awaited(lambda: office.store.reads == 2, "the refresh, in a thread")
 
     asyncio.run(ask())
 
@@ -224,7 +223,7 @@ def test_while_the_run_is_being_folded_answers_come_from_beside_the_loop(office:
         def hold() -> None:
             with live.lock:
                 loop.call_soon_threadsafe(held.set)
-                release.wait(30)
+                release.wait(PATIENCE_SECONDS)
 
         release, loop = threading.Event(), asyncio.get_running_loop()
         holder = threading.Thread(target=hold)

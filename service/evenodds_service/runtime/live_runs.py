@@ -13,10 +13,11 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from evenodds_service.domain.log_entries import Entry
 from evenodds_service.errors import RunUnknown
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import Run, Store
@@ -63,9 +64,7 @@ class LiveRuns:
         except RunUnknown:
             self.forget(name)
             raise
-        live = self.live(run.id)
-        with phase("catch-up"):
-            live.catch_up(self._store, run)
+        live = self.fold(run)
         folded = FoldedRun(run, live, read_at)
         with self._lock:
             # What was read before a change is not kept after it, nor what was dropped meanwhile.
@@ -90,6 +89,17 @@ class LiveRuns:
     def now(self) -> float:
         """What the clock says."""
         return self._clock()
+
+    def fold(self, run: Run, written: Sequence[Entry] = ()) -> LiveRun:
+        """The run with everything that `run` shows. `written` holds what this process has just appended, if anything.
+
+        Raises:
+            RunUnknown: the run was deleted since `run` was read.
+        """
+        live = self.live(run.id)
+        with phase("catch-up"):
+            live.catch_up(self._store, run, written=written)
+        return live
 
     def live(self, run_id: int) -> LiveRun:
         """The run as it is in memory, new if it is not there: it may be behind the log."""

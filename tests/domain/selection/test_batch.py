@@ -16,7 +16,7 @@ from evenodds_service.domain.selection.selection import eligible, rest_steps
 from evenodds_service.domain.settings import Acquisition
 from evenodds_service.errors import NotEnoughPrompts
 
-quick = settings(deadline=None, max_examples=30)
+quick = settings(max_examples=30)
 SEED = st.integers(0, 2**32 - 1)
 
 
