@@ -21,7 +21,7 @@ from evenodds_service.domain.distributions import (
     target_moments,
 )
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 PARAMETER = st.floats(0.05, 60)
 EXTREME = st.floats(-6, 8).map(lambda exponent: 10.0**exponent)
 GROUP_SIZE = st.integers(1, 40)

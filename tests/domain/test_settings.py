@@ -13,7 +13,7 @@ from evenodds_service.domain.log_entries import NewObservation, ObserveEntry
 from evenodds_service.domain.prompts import text_key
 from evenodds_service.domain.settings import RunSettings
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 REWARD = st.floats(0, 1)
 
 

@@ -20,12 +20,12 @@ def migrate(_: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from evenodds_service.errors import StoreError
-    from evenodds_service.settings import Settings
+    from evenodds_service.settings import settings_from_environment
     from evenodds_service.storage import migration
     from evenodds_service.storage.engine import open_engine
 
     try:
-        engine = open_engine(Settings().database_url)
+        engine = open_engine(settings_from_environment().database_url)
         before = migration.current_revision(engine)
         migration.upgrade(engine)
         after = migration.current_revision(engine)

@@ -124,3 +124,19 @@ class NewObservation:
     def of_rewards(prompt: int | str, rewards: Sequence[float]) -> NewObservation:
         """Fractional rewards count as fractional successes; equal rewards carry no group-relative signal."""
         return NewObservation(prompt, math.fsum(rewards), len(rewards), max(rewards) > min(rewards))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What one call reports: observations of attempts by the policy of `step`.
+
+    Attributes:
+        request_id, request_hash: Names the call, and a hash of its content; both or neither.
+        selection_id: The selection whose outcomes these are.
+    """
+
+    step: int
+    observations: Sequence[NewObservation]
+    request_id: str | None = None
+    request_hash: str | None = None
+    selection_id: str | None = None

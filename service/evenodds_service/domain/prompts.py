@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from evenodds_service.domain.arrays import FloatArray
@@ -43,6 +43,20 @@ class Vector:
     embedder: str
     key: str
     values: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class NewPrompts:
+    """Prompts on their way into a pool, with their vectors as far as those are not stored yet.
+
+    Attributes:
+        embedder, embedding_width: Whose vectors these are and how long. The run keeps both where it has none yet.
+    """
+
+    prompts: Sequence[NewPrompt] = ()
+    vectors: Sequence[Vector] = ()
+    embedder: str | None = None
+    embedding_width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
-"""The folded view of one run: what a process knows of it, brought up to the log's head before each answer.
+"""One run as a process knows it: its log folded, up to the log's head before each answer.
 
-Any replica that folds the same log holds the same view. Built from the store's blocks and entries; knows no HTTP.
+Any replica that folds the same log holds the same. Built from the store's blocks and entries; knows no HTTP.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import numpy as np
@@ -26,7 +26,7 @@ from evenodds_service.domain.learning.guardrails import Alarm, Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
 from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.learning.state import State, copied
-from evenodds_service.domain.log_entries import PoolEntry, SnapshotEntry
+from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, select
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
@@ -67,11 +67,14 @@ class LiveRun:
         self.void_position = 0
         self._is_started = False
 
-    def catch_up(self, store: Store, run: Run) -> None:
+    def catch_up(self, store: Store, run: Run, *, written: Sequence[Entry] = ()) -> None:
         """Fold the log's tail up to the position that `run` shows; the first time, from the newest checkpoint on.
 
         The state is that of the log as it stood at this position. Where something was voided since the last time, the
         state is folded again, from the newest checkpoint that is left.
+
+        Args:
+            written: The newest entries that `run` shows, where the caller has them: who wrote them need not read them.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
@@ -81,7 +84,9 @@ class LiveRun:
             if not self._is_started or run.void_position > self.state.position:
                 self._start(store, run, embedder)
             while self.state.position < run.log_position:
-                tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
+                tail: Sequence[Entry] = written
+                if not written or written[0].position != self.state.position + 1:
+                    tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
                 if not tail:  # its log went with it
                     raise RunUnknown(f"run {run.name!r} was deleted meanwhile: create it first")
                 for entry in tail:
@@ -147,6 +152,12 @@ class LiveRun:
             logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
             self.model = None
         self.pool.attach(version, self.model.priors if self.model is not None else {})
+
+    def known(self, prompt_ids: Iterable[str]) -> dict[str, int]:
+        """Pool indices of those of these ids that are in the pool. They never change."""
+        with self.lock:
+            index = self.pool.index
+            return {i: index[i] for i in prompt_ids if i in index}
 
     def indices(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> IntArray:
         """Pool indices of these ids.

@@ -23,6 +23,8 @@ from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
     ApiKey,
     Appended,
+    NewSelection,
+    NewSnapshot,
     PromptsAdded,
     PromptVisit,
     Refit,
@@ -31,11 +33,14 @@ from evenodds_service.storage.values import (
     Selection,
     Snapshot,
     Voided,
+    Written,
 )
 
 __all__ = [
     "ApiKey",
     "Appended",
+    "NewSelection",
+    "NewSnapshot",
     "PromptVisit",
     "PromptsAdded",
     "Refit",
@@ -45,6 +50,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "Voided",
+    "Written",
 ]
 
 

@@ -368,7 +368,7 @@ def test_prompts_outside_the_pool_are_believed_like_unseen_ones_inside(make_bloc
     assert b == pytest.approx(inside_b, rel=1e-4)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1))
 def test_total_loss_over_a_log_never_exceeds_that_of_mopps_by_more_than_log_k(make_block: MakeBlock, seed: int) -> None:
     """The outcomes have nothing to do with the features, and keep changing sides."""

@@ -15,7 +15,7 @@ from evenodds_service.domain.learning.regression import (
     further_count,
 )
 
-quick = settings(deadline=None, max_examples=20)
+quick = settings(max_examples=20)
 SEED = st.integers(0, 2**32 - 1)
 
 

@@ -287,7 +287,7 @@ def test_since_step_leaves_out_earlier_windows() -> None:
     assert report(State(record=training.record), EMPTY, since_step=10).since_step is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(advances=st.lists(st.integers(-3, 12), min_size=1, max_size=60), first=st.integers(0, 100))
 def test_a_window_holds_the_beliefs_before_its_first_outcome_however_wide_it_became(
     make_block: MakeBlock, advances: list[int], first: int

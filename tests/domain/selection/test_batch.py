@@ -18,7 +18,7 @@ from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.domain.settings import Acquisition
 from evenodds_service.errors import NotEnoughPrompts
 
-quick = settings(deadline=None, max_examples=30)
+quick = settings(max_examples=30)
 SEED = st.integers(0, 2**32 - 1)
 
 
