@@ -26,6 +26,9 @@ Beliefs: TypeAlias = tuple[FloatArray, FloatArray]
 """Parameters a and b of Beta distributions of success rates, float64 [n] each."""
 
 
+Fitted: TypeAlias = Callable[[], Mapping[str, FittedPrior]]
+
+
 class Predictor(Protocol):
     """What a run believes.
 
@@ -55,12 +58,13 @@ class Predictor(Protocol):
             steps_n: The policy's step that each belief is for, as in `beliefs_of`; ignored where nothing ages.
         """
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Callable[[], Mapping[str, FittedPrior]]) -> Beliefs:
-        """About the prompts of a block, which the pool does not hold.
+    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
+        """About the prompts of a block, which the pool does not hold: flat, unless something is shared with them.
 
         Args:
             fitted: What the state's snapshot says about them; called only where it is read.
         """
+        return _flat(len(block.prompt_ids))
 
 
 class Gps(Predictor):
@@ -80,7 +84,7 @@ class Gps(Predictor):
     ) -> Beliefs:
         return beliefs_of(state, pool, indices, steps_n=steps_n, each_block=each_block)
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Callable[[], Mapping[str, FittedPrior]]) -> Beliefs:
+    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
         outside = Pool(surface_width=block.surface_N_S.shape[1], embedding_width=block.embedding_N_D.shape[1])
         outside.append(block)
         return new_prompt_beliefs(state, outside, fitted())
@@ -97,7 +101,7 @@ class GpsPaper(Predictor):
         rows = slice(0, state.n_prompts) if indices is None else indices
         return _flat(_count(state, indices)) if prior is None else self._of(rows_of(prior, rows))
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Callable[[], Mapping[str, FittedPrior]]) -> Beliefs:
+    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
         prior = fitted().get(PAPER)
         return _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
 
@@ -118,9 +122,6 @@ class Mopps(Predictor):
         all_L = MEMORIES.index(1.0)
         return 1.0 + state.successes_L_N[all_L, rows].astype(float), 1.0 + state.failures_L_N[all_L, rows].astype(float)
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Callable[[], Mapping[str, FittedPrior]]) -> Beliefs:
-        return _flat(len(block.prompt_ids))
-
 
 class Uniform(Predictor):
     """Nothing is known of any prompt."""
@@ -129,9 +130,6 @@ class Uniform(Predictor):
 
     def beliefs(self, state: State, pool: Pool, indices: IntArray | None = None, **_: object) -> Beliefs:
         return _flat(_count(state, indices))
-
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Callable[[], Mapping[str, FittedPrior]]) -> Beliefs:
-        return _flat(len(block.prompt_ids))
 
 
 PREDICTORS: Mapping[PredictorName, Predictor] = {
