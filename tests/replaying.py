@@ -11,23 +11,29 @@ import pickle
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evenodds_service.domain.checkpoint import to_bytes
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.fold import fold
-from evenodds_service.domain.pool import Pool
-from evenodds_service.domain.types import Entry, ObserveEntry, PoolEntry, RawBlock, SelectEntry, SnapshotEntry
-from evenodds_service.live_run import Chosen, LiveRun, SelectArguments
+from evenodds_service.domain.learning.checkpoint import to_bytes
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.embedder import BUILTIN_NAME, open_embedder
-from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE_NAMES, surface_features
+from evenodds_service.runtime.live_run import LiveRun
 
 GROUP_SIZE, BATCH_SIZE = 8, 32
+SETTINGS = RunSettings(
+    group_size=GROUP_SIZE, control_share=0.1, reprobe_share=0.05, groups={"g1": 0.25}, groups_at_most={"g2": 0.5}
+)
 LOADED = (400, 1_600)
 """The pool grows fourfold, so that its basis is derived anew and the regressions are carried over."""
 
@@ -87,30 +93,12 @@ class Replay:
         fold(live.state, entry, live.pool)
 
     def choose(self, step: int) -> Chosen:
-        arguments = SelectArguments(
-            step=step,
-            batch_size=BATCH_SIZE,
-            seed=7,
-            predictor="gps",
-            acquisition="paper" if step % 5 == 4 else "yield",
-            group_size=GROUP_SIZE,
+        settings = replace(
+            SETTINGS,
+            acquisition="paper" if step % 5 == 4 else None,
             target_rate=0.6 if step % 7 == 6 else None,
-            optimism=0.5,
-            diversity=0.1,
-            cooldown_steps=None,
-            max_visits=0,
-            lease_steps=8,
-            allow_outstanding=False,
-            candidates=None,
-            exclude=(),
-            groups={"g1": 0.25},
-            groups_at_most={"g2": 0.5},
-            are_groups_strict=False,
-            reprobe_share=0.05,
-            control_share=0.1,
-            may_fall_back=True,
         )
-        return self.live.choose("replayed", arguments)
+        return self.live.choose(settings, SelectionRequest(step=step, batch_size=BATCH_SIZE, seed=7))
 
     def answers(self) -> Iterator[tuple[str, str]]:
         """Every selection, forecasts after every tenth step, and the state at the end."""

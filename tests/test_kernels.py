@@ -15,7 +15,7 @@ import torch
 from tests.kernels import environments, run
 from tests.replaying import GROUP_SIZE, LOADED, Log, Replay, made_texts
 
-from evenodds_service.domain.types import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenodds_service.domain import exact
-from evenodds_service.domain.types import FloatArray
+from evenodds_service.domain.arrays import FloatArray
 
 pytestmark = pytest.mark.numbers
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from evenodds_service.domain import exact
-from evenodds_service.domain.types import FloatArray
+from evenodds_service.domain.arrays import FloatArray
 
 _SHIFT = 8
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680)
@@ -19,7 +19,7 @@ _MAX_PRODUCT = 64
 _MAX_FACTORS, _MAX_FACTOR = 32, 1e8
 _MAX_LOG10 = 300
 _BLOCK = 8_192
-_HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
+_HALF_LOG_TAU = 0.9189385332046727
 
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-2, 1e6
 """Limits of a + b of a belief that summarises others."""

@@ -17,13 +17,14 @@ import math
 
 import numpy as np
 
-from evenodds_service.domain.types import FloatArray, IntArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 
 MANTISSA = 53
 _ROWS = 1_024
 _LEAST_EXPONENT = -900
 _SWEEPS = 24
 
+_PER_LN2 = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = (
     0.693359375,
     -2.121944400546905827679e-4,
@@ -100,7 +101,7 @@ class Columns:
 
 
 def _sum_bits(n_terms: int) -> int:
-    return math.ceil(math.log2(max(n_terms, 1)))
+    return max(n_terms - 1, 0).bit_length()
 
 
 def _bits_of(n_terms: int) -> int:
@@ -206,7 +207,7 @@ def exp(x: FloatArray | float) -> FloatArray:
     kind = x.dtype.type
     integers = _LAYOUT[x.dtype][0]
     limited = np.clip(x, kind(-most), kind(most))
-    shifted = limited * kind(1.0 / math.log(2.0)) + kind(magic)
+    shifted = limited * kind(_PER_LN2) + kind(magic)
     times = shifted - kind(magic)
     rest = limited - times * kind(_LN2_HIGH)
     rest -= times * kind(_LN2_LOW)
