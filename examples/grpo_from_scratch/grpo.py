@@ -44,7 +44,7 @@ def pretrain(
         questions = questions_of(problems, world.levels, device)
         answers = answers_of(written, world.levels, device)
         loss = -log_probabilities(model, questions, answers).sum() / (answers != PAD).sum()
-        _update(model, optimizer, loss)
+        update(model, optimizer, loss)
         schedule.step()
         each(loss.item())
 
@@ -111,10 +111,10 @@ def step(model: Transformer, optimizer: torch.optim.Optimizer, rollouts: Rollout
     group_size = moving.rewards.shape[1]
     questions = questions_of(moving.problems, model.levels, moving.rewards.device).repeat_interleave(group_size, 0)
     log_p = log_probabilities(model, questions, moving.answers.flatten(0, 1)).sum(1)  # [m G]
-    _update(model, optimizer, -(advantages(moving.rewards).flatten() * log_p).sum() / rollouts.rewards.numel())
+    update(model, optimizer, -(advantages(moving.rewards).flatten() * log_p).sum() / rollouts.rewards.numel())
 
 
-def _update(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def update(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]  # torch declares no types for it
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
