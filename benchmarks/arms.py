@@ -20,7 +20,8 @@ from benchmarks.worlds import World
 from evenodds_service.domain import acquisition
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.fold import beliefs_of, fold
-from evenodds_service.domain.types import BoolArray, FloatArray, IntArray, SelectEntry
+from evenodds_service.domain.types import REPROBE_SHARE, BoolArray, FloatArray, IntArray, SelectEntry
+from evenodds_service.model.history import History
 from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
 
 WORKER_MOST = 2_048
@@ -85,7 +86,9 @@ class Rule:
     optimism: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.draw != "top" and not (self.draw[:2] in ("gd", "pd") and self.draw[2:].isdigit() and self.draw[2:] > "0"):
+        if self.draw != "top" and not (
+            self.draw[:2] in ("gd", "pd") and self.draw[2:].isdigit() and self.draw[2:] > "0"
+        ):
             raise ValueError(f"draw {self.draw!r} is none of top, gd<k>, pd<k> with k of at least 1")
         if self.fill and self.rest == 0:
             raise ValueError("fill without a rest asks for the same prompts again and again: give a rest of 1 at least")
@@ -126,10 +129,12 @@ class Shuffled(Uniform):
         chosen = self._left[:batch_size]
         self._left = self._left[batch_size:]
         if len(chosen) < batch_size:
-            order = generator.permutation(candidates)
-            fresh = order[~np.isin(order, chosen)]
+            # What was just chosen, in this batch or an earlier one of the step, comes last in the new epoch.
+            fresh = generator.permutation(np.setdiff1d(candidates, chosen))
+            others = generator.permutation(np.setdiff1d(np.arange(self._n_prompts), fresh))
+            epoch = np.concatenate((fresh, others))
             missing = batch_size - len(chosen)
-            chosen, self._left = np.concatenate((chosen, fresh[:missing])), fresh[missing:]
+            chosen, self._left = np.concatenate((chosen, epoch[:missing])), epoch[missing:]
         return chosen
 
 
@@ -191,7 +196,8 @@ class Ruled(Gps):
     def __init__(self, course: Course, rule: Rule) -> None:
         super().__init__(course.world, Parts(optimism=rule.optimism))
         self._rule, self._epoch_steps = rule, course.world.n_prompts / course.batch_size
-        self._fitted, self._kept_beliefs = 0, (-1, np.empty(0), np.empty(0))
+        self._fitted = 0
+        self._kept: tuple[int, FloatArray, FloatArray, FloatArray] | None = None
         # Of past selections, newer ones counting more: informative groups, and how many were forecast.
         self._found, self._forecast, self._last_yield = 2.0, 2.0, math.nan
 
@@ -202,21 +208,22 @@ class Ruled(Gps):
         self._found = _CALIBRATION_KEEP * self._found + float(informative.sum())
         self._forecast = _CALIBRATION_KEEP * self._forecast + float(informative_N[prompts].sum())
         if self._rule.refit:
-            self._remember(step, prompts, successes, attempts)
+            steps = np.full(len(prompts), step, dtype=np.int64)
+            self._history.append(History(prompts, steps, successes, attempts, informative))
             n = self._state.n_observations
             if n - self._fitted >= min(WORKER_MOST, max(FIRST_FIT_OBSERVATIONS, self._fitted)):
                 self._refit(step)
                 self._fitted = n
 
     def predict(self) -> Forecast:
-        a, b = self._beliefs()
-        return Forecast(a / (a + b), informative_moments(a, b, self._group_size)[0])
+        means, informative, _ = self._beliefs()
+        return Forecast(means, informative)
 
     def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
         rule, state = self._rule, self._state
         allowed = np.zeros(state.n_prompts, dtype=bool)
         allowed[candidates] = True
-        informative, deviation = informative_moments(*self._beliefs(), self._group_size)
+        _, informative, deviation = self._beliefs()
         scores = informative + rule.optimism * deviation
         n = min(self._n_prompts(batch_size), len(candidates))
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
@@ -233,12 +240,13 @@ class Ruled(Gps):
         fold(state, SelectEntry(state.position + 1, step, prompts), self._pool)
         return prompts
 
-    def _beliefs(self) -> tuple[FloatArray, FloatArray]:
-        """Of the whole pool; a selection does not move them."""
+    def _beliefs(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of the whole pool: mean rates, and means and deviations of V_G. A selection does not move them."""
         version = self._state.n_observations + self._state.model_version
-        if self._kept_beliefs[0] != version:
-            self._kept_beliefs = (version, *beliefs_of(self._state, self._pool))
-        return self._kept_beliefs[1], self._kept_beliefs[2]
+        if self._kept is None or self._kept[0] != version:
+            a, b = beliefs_of(self._state, self._pool)
+            self._kept = (version, a / (a + b), *informative_moments(a, b, self._group_size))
+        return self._kept[1:]
 
     def _n_prompts(self, batch_size: int) -> int:
         """M = min(most B, ceil(fill B / s)), s the share of informative groups that the last selection lets expect."""
@@ -258,13 +266,11 @@ class Ruled(Gps):
         last_seen: IntArray,
         generator: np.random.Generator,
     ) -> IntArray:
-        """The least recently seen as in the service; then some of the others by chance, and of these the most unlike."""
-        quota = math.floor(acquisition.REPROBE_SHARE * n + generator.random())
+        """The least recently seen as in the service; then others by chance, and of these the most unlike."""
+        quota = math.floor(REPROBE_SHARE * n + generator.random())
         chosen = np.empty(0, dtype=np.int64)
         if quota:
-            chosen = self._chosen(
-                scores, informative, allowed, quota, last_seen, generator, diversity=0.1, reprobe=1.0
-            )
+            chosen = self._chosen(scores, informative, allowed, quota, last_seen, generator, diversity=0.1, reprobe=1.0)
             allowed[chosen] = False
         missing = n - quota
         k = int(self._rule.draw[2:])

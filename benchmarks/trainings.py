@@ -15,15 +15,13 @@ by them.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import os
-import random
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,14 +32,15 @@ import numpy as np
 import torch
 from benchmarks.arms import RIVALS, Arm, arm_named
 from benchmarks.worlds import World
-from examples.grpo_from_scratch import fast
 from examples.grpo_from_scratch.grpo import Rollouts, pretrain
 from examples.grpo_from_scratch.model import Transformer
+from examples.grpo_from_scratch.native import policy_of
 from examples.grpo_from_scratch.run import SCALES
-from examples.grpo_from_scratch.task import DIGIT, PAD, WORD, WORDS, Levels, Operations, Problem
+from examples.grpo_from_scratch.task import PAD, WORD, WORDS, Levels, Operations, Problem
 from examples.grpo_from_scratch.task import World as Lessons
 from scipy import sparse
 
+from benchmarks import trainings_report
 from evenodds import PromptIn
 from evenodds_service.domain.types import BUILTIN, FloatArray, IntArray
 from evenodds_service.model.embedder import open_embedder
@@ -64,15 +63,14 @@ _SIBLING_SEED = 10_000
 class Task:
     """A family of worlds and how a model is pretrained for it."""
 
+    name: str
     levels: Levels
     lessons: Callable[[Levels, int], Lessons]
     pretrain_steps: int
 
 
-TASKS: Mapping[str, Task] = {
-    "sort": Task(SCALE.levels, Lessons, SCALE.pretrain_steps),
-    "ops": Task(Levels(digits=10, languages=1, words=1), Operations, 1_600),
-}
+SORT = Task("sort", SCALE.levels, Lessons, SCALE.pretrain_steps)
+OPS = Task("ops", Levels(digits=10, languages=1, words=1), Operations, 800)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +79,13 @@ class Regime:
 
     Attributes:
         delay: A batch's outcomes are known, and its update made, so many steps after it was rolled out.
-        has_sibling: Eight attempts of another model pretrained on the same corpus are known of each prompt at the start.
+        has_sibling: At the start, eight attempts at each prompt by another model of the same corpus are known.
         same_as: The regime whose runs serve for arms that do not read what is known at the start.
     """
 
+    name: str
     title: str
-    task: str
+    task: Task
     batch_size: int
     pool_size: int
     steps: int
@@ -97,12 +96,15 @@ class Regime:
 
 
 REGIMES: Mapping[str, Regime] = {
-    "a": Regime("sort, B 8, pool 6,000", "sort", 8, 6_000, 60),
-    "b": Regime("sort, B 32, pool 50,000", "sort", 32, 50_000, 60),
-    "c": Regime("sort, B 8, pool 300", "sort", 8, 300, 200, evaluate_every=10),
-    "d": Regime("ops, B 8, pool 6,000", "ops", 8, 6_000, 60),
-    "e": Regime("as a, outcomes late by 2 steps", "sort", 8, 6_000, 60, delay=2),
-    "f": Regime("as a, with a sibling's outcomes", "sort", 8, 6_000, 60, has_sibling=True, same_as="a"),
+    regime.name: regime
+    for regime in (
+        Regime("a", "sort, B 8, pool 6,000", SORT, 8, 6_000, 60),
+        Regime("b", "sort, B 32, pool 50,000", SORT, 32, 50_000, 60),
+        Regime("c", "sort, B 8, pool 300", SORT, 8, 300, 200, evaluate_every=10),
+        Regime("d", "ops, B 8, pool 6,000", OPS, 8, 6_000, 60),
+        Regime("e", "as a, outcomes late by 2 steps", SORT, 8, 6_000, 60, delay=2),
+        Regime("f", "as a, with a sibling's outcomes", SORT, 8, 6_000, 60, has_sibling=True, same_as="a"),
+    )
 }
 
 
@@ -146,8 +148,7 @@ class Class:
 
     @cached_property
     def lessons(self) -> Lessons:
-        task = TASKS[self.regime.task]
-        return task.lessons(task.levels, self.seed)
+        return self.regime.task.lessons(self.regime.task.levels, self.seed)
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
@@ -182,7 +183,7 @@ class Class:
     def _sibling_rates(self) -> FloatArray:
         """Mean of eight attempts of the sibling on each prompt, a success and a failure added."""
         sibling = pretrained(self.regime.task, self.lessons, self.models, seed=self.seed + _SIBLING_SEED)
-        rates = np.clip(fast.success_rates(sibling, self.problems[0]).double().numpy(), 0.0, 1.0)
+        rates = np.clip(policy_of(sibling, self.models).success_rates(self.problems[0]), 0.0, 1.0)
         successes = np.random.default_rng([self.seed, _SIBLING_SEED]).binomial(SIBLING_ATTEMPTS, rates)
         return np.asarray((successes + 1.0) / (SIBLING_ATTEMPTS + 2.0))
 
@@ -197,16 +198,16 @@ def is_withheld(problem: Problem, levels: Levels) -> bool:
     return words[0] < WITHHELD * levels.languages * WORDS
 
 
-def pretrained(task: str, lessons: Lessons, folder: Path, *, seed: int) -> Transformer:
+def pretrained(task: Task, lessons: Lessons, folder: Path, *, seed: int) -> Transformer:
     """A model that learned the corpus, from the folder if it is there. `seed` is of its weights and its corpus."""
-    file = folder / f"{task}-{seed}.pt"
+    file = folder / f"{task.name}-{seed}.pt"
     torch.manual_seed(seed)
     model = Transformer(lessons.levels, width=SCALE.width, layers=SCALE.layers, heads=SCALE.heads)
     if file.exists():
         model.load_state_dict(torch.load(file))
         return model
-    steps, batch_size, rate = TASKS[task].pretrain_steps, SCALE.pretrain_batch, SCALE.pretrain_rate
-    pretrain(model, lessons, steps=steps, batch_size=batch_size, learning_rate=rate, seed=seed)
+    batch_size, rate = SCALE.pretrain_batch, SCALE.pretrain_rate
+    pretrain(model, lessons, steps=task.pretrain_steps, batch_size=batch_size, learning_rate=rate, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     torch.save(model.state_dict(), partial)
@@ -223,17 +224,13 @@ class Training:
 
     def __post_init__(self) -> None:
         self.world, self.seed, self.batch_size = self.lesson.world, self.lesson.seed, self.lesson.regime.batch_size
-        self.model = copy.deepcopy(self.lesson.pretrained)
-        plan = SCALE.plan
-        self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self._policy = policy_of(self.lesson.pretrained, self.lesson.models)
         self._method = self.arm.make(self)
         self._seen = np.zeros(self.world.n_prompts, dtype=np.int64)
 
     def rates(self, prompts: IntArray) -> FloatArray:
         """Exact success rates of these prompts under the policy as it is now, [n]."""
-        return fast.success_rates(self.model, self._problems(prompts)).double().numpy()
+        return self._policy.success_rates(self._problems(prompts))
 
     def run(self) -> Run:
         """Train to the end."""
@@ -256,7 +253,6 @@ class Training:
     def _roll_out(self, step: int, run: Run) -> tuple[IntArray, Rollouts]:
         """Choose this step's prompts and attempt them, in waves where the arm says so."""
         generator = np.random.default_rng([self.seed, step])
-        attempts = torch.Generator().manual_seed(1_000 * self.seed + step)
         chosen: list[IntArray] = []
         parts: list[Rollouts] = []
         forecasts: list[FloatArray] = []
@@ -268,9 +264,8 @@ class Training:
             prompts = self._method.select(candidates, self.batch_size, step=step, generator=generator)
             forecasts.append(self._method.predict().informative_N[prompts])
             run.seconds[0] += time.perf_counter() - started
-            parts.append(
-                fast.roll_out(self.model, self._problems(prompts), group_size=GROUP_SIZE, generator=attempts)
-            )
+            chance = MOST_WAVES * (1_000 * self.seed + step) + len(parts)
+            parts.append(self._policy.roll_out(self._problems(prompts), group_size=GROUP_SIZE, seed=chance))
             chosen.append(prompts)
             n_found += int(parts[-1].informative.sum())
             if self.arm.in_waves:
@@ -291,9 +286,8 @@ class Training:
             if self.arm.in_waves:
                 moving = moving.only(torch.arange(min(self.batch_size, len(moving.problems))))
         run.updated.append(len(moving.problems))
-        for group in self._optimizer.param_groups:
-            group["lr"] = SCALE.plan.learning_rate * min(1.0, 0.1 + 0.09 * n_updates)
-        fast.step(self.model, self._optimizer, moving, n_groups=max(self.batch_size, len(moving.problems)))
+        rate = SCALE.plan.learning_rate * min(1.0, 0.1 + 0.09 * n_updates)
+        self._policy.step(moving, learning_rate=rate, n_groups=max(self.batch_size, len(moving.problems)))
         started = time.perf_counter()
         successes = rollouts.rewards.sum(1).double().numpy()
         self._method.observe(step, prompts, successes, np.full(len(prompts), float(GROUP_SIZE)))
@@ -302,18 +296,18 @@ class Training:
     def _evaluate(self, run: Run) -> None:
         _, held_out, of_another_kind = self.lesson.problems
         run.evaluated_at.append(len(run.groups))
-        run.accuracy.append(float(fast.success_rates(self.model, held_out).mean()))
-        run.of_another_kind.append(float(fast.success_rates(self.model, of_another_kind).mean()))
+        run.accuracy.append(float(self._policy.success_rates(held_out).mean()))
+        run.of_another_kind.append(float(self._policy.success_rates(of_another_kind).mean()))
 
     def _problems(self, prompts: IntArray) -> list[Problem]:
         pool = self.lesson.problems[0]
         return [pool[i] for i in prompts.tolist()]
 
 
-def file_of(out: Path, regime: str, arm: Arm, seed: int) -> Path:
+def file_of(out: Path, regime: Regime, arm: Arm, seed: int) -> Path:
     """Where the run is kept. An arm that does not read what is known shares its runs with the regime without it."""
-    shared = REGIMES[regime].same_as
-    return out / (shared if shared and not arm.reads_prior else regime) / arm.name / f"{seed}.json"
+    name = regime.name if arm.reads_prior or not regime.same_as else regime.same_as
+    return out / name / arm.name / f"{seed}.json"
 
 
 def load(file: Path) -> Run | None:
@@ -321,14 +315,14 @@ def load(file: Path) -> Run | None:
     return Run(**json.loads(file.read_text())) if file.exists() else None
 
 
-def run_seed(out: Path, regime: str, arms: Sequence[str], seed: int) -> Iterator[str]:
+def run_seed(out: Path, regime: Regime, arms: Sequence[str], seed: int) -> Iterator[str]:
     """Train what is missing of these arms in this regime, and say of each run how it went."""
     every = [arm_named(name) for name in arms]
     missing = [arm for arm in every if not file_of(out, regime, arm, seed).exists()]
     if not missing:
         return
     with_ngrams = any("refit=1" in arm.name for arm in missing)
-    lesson = Class(REGIMES[regime], seed, out / "models", with_ngrams=with_ngrams)
+    lesson = Class(regime, seed, out / "models", with_ngrams=with_ngrams)
     for arm in missing:
         file = file_of(out, regime, arm, seed)
         result = Training(lesson, arm).run()
@@ -337,7 +331,7 @@ def run_seed(out: Path, regime: str, arms: Sequence[str], seed: int) -> Iterator
         partial.write_text(json.dumps(dataclasses.asdict(result)))
         partial.replace(file)
         yield (
-            f"{regime} {arm.name} seed {seed}: accuracy {result.accuracy[0]:.3f} -> {result.accuracy[-1]:.3f}, "
+            f"{regime.name} {arm.name} seed {seed}: accuracy {result.accuracy[0]:.3f} -> {result.accuracy[-1]:.3f}, "
             f"{sum(result.groups):,} groups, informative {sum(result.informative) / sum(result.groups):.2f}, "
             f"{result.seconds[1]:.1f} s ({result.seconds[0]:.1f} s of choice)"
         )
@@ -357,7 +351,7 @@ def seeds_of(text: str) -> list[int]:
 
 def _work(out: Path, regime: str, arms: Sequence[str], seed: int) -> None:
     torch.set_num_threads(1)
-    for line in run_seed(out, regime, arms, seed):
+    for line in run_seed(out, REGIMES[regime], arms, seed):
         print(line, flush=True)
 
 
@@ -399,9 +393,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Tables, and the picture where a name for it is given."""
-    from benchmarks import trainings_report
+    by_regime = {}
+    for regime in (REGIMES[name] for name in options.regimes):
+        arms = [arm_named(name) for name in options.arms or _arms_in(options.out, regime)]
+        runs = {
+            arm.name: {seed: run for seed, file in _files(options.out, regime, arm) if (run := load(file)) is not None}
+            for arm in arms
+        }
+        if options.seeds is not None:
+            runs = {arm: {seed: run for seed, run in of.items() if seed in options.seeds} for arm, of in runs.items()}
+        if runs.get(trainings_report.BASELINE):
+            by_regime[regime.name] = runs
+    names = options.arms or list(dict.fromkeys(arm for runs in by_regime.values() for arm in runs))
+    titles = {name: regime.title for name, regime in REGIMES.items()}
+    trainings_report.write(by_regime, titles, names, options.results)
 
-    trainings_report.write(options)
+
+def _arms_in(out: Path, regime: Regime) -> list[str]:
+    """The arms that have runs there, the baseline first."""
+    names = {folder.name for each in (regime.name, regime.same_as) if each for folder in (out / each).glob("*")}
+    here = [name for name in names if any(True for _ in _files(out, regime, arm_named(name)))]
+    return sorted(here, key=lambda name: (name not in RIVALS, list(RIVALS).index(name) if name in RIVALS else 0, name))
+
+
+def _files(out: Path, regime: Regime, arm: Arm) -> Iterator[tuple[int, Path]]:
+    for file in sorted(file_of(out, regime, arm, 0).parent.glob("*.json")):
+        yield int(file.stem), file
 
 
 if __name__ == "__main__":
