@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +353,9 @@ def _work(out: Path, regime: str, arms: Sequence[str], seed: int) -> None:
     torch.set_num_threads(1)
     for line in run_seed(out, REGIMES[regime], arms, seed):
         print(line, flush=True)
+        parent = parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # the command was killed: nobody else ends this process
 
 
 def run(options: argparse.Namespace) -> None:
