@@ -15,25 +15,22 @@ from benchmarks.rivals import Forecast
 from benchmarks.worlds import World
 from numpy.typing import NDArray
 
-from evenodds_service.domain import acquisition
-from evenodds_service.domain.beliefs import MEMORIES, PRIORS, STRENGTHS, WEIGHT_KEEP, Mixture
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.fold import State, beliefs_of, fold
-from evenodds_service.domain.pool import directions
-from evenodds_service.domain.regression import OnlineLogistic
-from evenodds_service.domain.types import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    SelectEntry,
-    SnapshotEntry,
-)
+from evenodds_service.domain.learning.features import directions
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS, WEIGHT_KEEP, Mixture
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.selection.batch import Candidates, Shares, choose
+from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.embedder import BUILTIN_NAME
-from evenodds_service.model.fitting import fit_paper, predict_paper
 from evenodds_service.model.history import History
-from evenodds_service.model.network import SMALL, NetworkSize
+from evenodds_service.model.paper_fit import fit_paper, predict_paper
+from evenodds_service.model.paper_network import SMALL, NetworkSize
 from evenodds_service.model.refit import Material, fit_shared_model, gather
 
 PAPER_DIVERSITY = 0.1
@@ -108,21 +105,18 @@ class Gps:
         scores = informative + parts.optimism * deviation
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         if parts.rest:
-            rest = acquisition.rest_steps(state.n_prompts, batch_size)
-            resting = acquisition.resting(last_seen, step=step, rest=rest)
-            allowed = acquisition.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
+            held = resting(last_seen, step=step, rest=rest_steps(state.n_prompts, batch_size))
+            allowed = held_back(allowed, held, last_seen, scores, batch_size=batch_size, groups={})
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))
-        choice = acquisition.choose(
+        choice = choose(
             scores,
             informative,
-            allowed,
+            Candidates(allowed, allowed, last_seen),
+            Shares(reprobe=REPROBE_SHARE),
             batch_size=batch_size,
-            last_seen_N=last_seen,
+            picker=picker_of("yield", parts.diversity, state.recent_batches, self._directions),
             generator=generator,
-            directions_of=self._directions,
-            recent_batches=state.recent_batches,
-            diversity=parts.diversity,
         )
         fold(state, SelectEntry(state.position + 1, step, choice.prompts), self._pool)
         return choice.prompts

@@ -26,9 +26,9 @@ from benchmarks.rivals import DPS, Arcus, Method, MoPPS, Uniform
 from benchmarks.worlds import LARGE, MATH, TASKS, TRAJECTORY, World, open_world
 
 from benchmarks import report
-from evenodds_service.domain.beliefs import MEMORIES, PRIORS
-from evenodds_service.model.network import NetworkSize
-from evenodds_service.replay.driving import Plan
+from evenodds_service.commands.replay.driving import Plan
+from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS
+from evenodds_service.model.paper_network import NetworkSize
 
 Make = Callable[[World, int], Method]
 

@@ -15,8 +15,8 @@ from benchmarks.loops import Figures, Reliability
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from evenodds_service.domain.types import FloatArray
-from evenodds_service.replay.scoring import Spread
+from evenodds_service.commands.replay.scoring import Spread
+from evenodds_service.domain.arrays import FloatArray
 
 RESULTS = Path(__file__).parent / "results"
 _SMOOTHED_STEPS = 5

@@ -34,7 +34,8 @@ from matplotlib import pyplot
 from scipy import sparse
 from scipy.stats import rankdata
 
-from evenodds_service.domain.allocation import (
+from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.budgets.allocation import (
     attempts_at_price,
     bin_gains,
     expected,
@@ -42,24 +43,18 @@ from evenodds_service.domain.allocation import (
     spend,
     uniform_attempts,
 )
-from evenodds_service.domain.fold import State, fold, new_prompt_beliefs
-from evenodds_service.domain.pool import Pool
-from evenodds_service.domain.pricing import Traffic
-from evenodds_service.domain.types import (
-    BudgetMode,
-    BudgetPolicy,
-    FloatArray,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    RawBlock,
-    SnapshotEntry,
-    text_key,
-)
+from evenodds_service.domain.budgets.pricing import Traffic
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.prediction import new_prompt_beliefs
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.settings import BudgetMode, BudgetPolicy
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.refit import Material, fit_shared_model, gather
-from evenodds_service.model.shared_model import SharedModel
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE_NAMES
 
 RESULTS = Path(__file__).parent / "results"

@@ -14,7 +14,7 @@ FOLDER holds the data sets named below; identical texts count once. Three tables
 3. First visits only: no prompt twice, the prior fitted on 8 samples of what was chosen so far (at random before the
    first fit), half the pool visited in 60 steps. Share of informative groups of 8 in expectation over their outcomes.
 
-The settings of `model/ngrams.py` and `domain/shape.py` were chosen on `math_qwen_multisample` (the policies
+The settings of `model/ngrams.py` and `domain/matched_prior.py` were chosen on `math_qwen_multisample` (the policies
 Qwen2.5-Math-7B, Qwen2.5-7B and Qwen2.5-Math-1.5B-Instruct at temperature 1): its figures flatter them. Nothing was
 chosen on the others; about 6,000 texts of `deepscaler_qwen25math7b_k128` are in MATH too.
 """
@@ -31,19 +31,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import sparse
-
-from evenodds_service.domain.pool import Basis
-from evenodds_service.domain.shape import (
+from benchmarks.inflated_beta import (
     InflatedBeta,
     inflated_informative_moments,
     log_likelihood,
-    matched_concentration,
     matched_inflated,
     updated,
 )
-from evenodds_service.domain.types import BUILTIN, RawBlock, text_key
+from numpy.typing import NDArray
+from scipy import sparse
+
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.matched_prior import matched_concentration
+from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import FittedNgrams, fit, ngram_matrix
 from evenodds_service.model.surface import surface_features

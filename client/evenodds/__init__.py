@@ -27,7 +27,6 @@ from evenodds.errors import (
     Unreachable,
 )
 from evenodds.gateway import GatewayBudget, GatewayCounts
-from evenodds.record import Counts
 from evenodds.schemas import (
     Alarm,
     AllocatePrompt,
@@ -74,7 +73,8 @@ from evenodds.schemas import (
     Voided,
     WindowReport,
 )
-from evenodds.selector import Batch, PromptSelector
+from evenodds.training.selector import Batch, PromptSelector
+from evenodds.training.status import Counts
 from evenodds.version import __version__
 
 __all__ = [

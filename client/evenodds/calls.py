@@ -13,7 +13,6 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from evenodds.errors import InvalidRequest
-from evenodds.faults import fault_lines
 from evenodds.protocol import Exchange, Protocol
 from evenodds.schemas import (
     MAX_ITEMS,
@@ -62,6 +61,7 @@ from evenodds.schemas import (
     Tier,
     Voided,
 )
+from evenodds.validation import fault_lines
 
 MAX_CALL_BYTES = 8_000_000
 """Most bytes of prompts in one call of `add_prompts`."""
@@ -417,7 +417,9 @@ class Calls(Protocol):
         Args:
             prompts: 1 to 10,000 prompts. A string is a prompt id; `PromptRef`, or a mapping with its fields,
                 may hold a new text instead.
-            step: The policy version to predict for; the run's newest by default.
+            step: The policy version to predict for; the run's newest by default. A prompt's own outcomes count the less
+                the further it lies ahead of them. For a version before them they count in full: what came later is not
+                taken out again.
             group_size: Attempts per prompt that `informative_probability` is about; the run's by default.
 
         Raises:

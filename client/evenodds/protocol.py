@@ -29,8 +29,8 @@ from evenodds.errors import (
     Unauthorized,
     Unavailable,
 )
-from evenodds.faults import fault_lines
 from evenodds.schemas import Problem
+from evenodds.validation import fault_lines
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 FIRST_WAIT_SECONDS = 0.25

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from evenodds_service.domain.checkpoint import to_bytes
-from evenodds_service.live_run import LiveRun
+from evenodds_service.domain.learning.checkpoint import to_bytes
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks is a folder of 
 from benchmarks.worlds import World
 
 from evenodds import PromptIn
+from evenodds_service.commands.replay.driving import Plan
+from evenodds_service.commands.replay.recordings import Recording
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.surface import surface_features
-from evenodds_service.replay.driving import Plan
-from evenodds_service.replay.recordings import Recording
 
 N, VISITS, G = 60, 9, 8
 

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.contenders import Gps, GpsPaper, Parts
 from benchmarks.worlds import World
 
-from evenodds_service.domain.beliefs import MEMORIES, PRIORS, STRENGTHS
+from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS
 
 
 def tell(method: Gps | GpsPaper, step: int, prompts: range) -> None:

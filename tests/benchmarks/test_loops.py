@@ -8,8 +8,8 @@ from benchmarks.loops import Reliability, closed_loop, log_loss, open_loop, thir
 from benchmarks.rivals import Forecast, MoPPS, Uniform
 from benchmarks.worlds import World
 
-from evenodds_service.domain.types import FloatArray, IntArray
-from evenodds_service.replay.driving import Plan
+from evenodds_service.commands.replay.driving import Plan
+from evenodds_service.domain.arrays import FloatArray, IntArray
 
 
 class Oracle:

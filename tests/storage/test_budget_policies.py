@@ -6,8 +6,8 @@ from datetime import datetime
 
 import pytest
 
-from evenodds_service.domain.types import BudgetPolicy, EffortTier, RunSettings
-from evenodds_service.storage.errors import PolicyLimit, RunUnknown
+from evenodds_service.domain.settings import BudgetPolicy, EffortTier, RunSettings
+from evenodds_service.errors import PolicyLimit, RunUnknown
 from evenodds_service.storage.runs import MAX_POLICIES
 from evenodds_service.storage.store import Store
 

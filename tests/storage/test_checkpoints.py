@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.checkpoints import thinned
-from evenodds_service.storage.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evenodds_service.storage.errors import KeyConflict, KeyUnknown
+from evenodds_service.errors import KeyConflict, KeyUnknown
 from evenodds_service.storage.store import ApiKey, Store
 
 

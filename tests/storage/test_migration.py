@@ -8,7 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
 
-from evenodds_service.storage.errors import SchemaMismatch
+from evenodds_service.errors import SchemaMismatch
 from evenodds_service.storage.migration import (
     check_schema,
     current_revision,

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from evenodds_service.domain.types import RunSettings
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.storage.store import Refit, Run
 from evenodds_service.storage.values import RefitStatus
 from evenodds_service.worker import FIRST_FIT_OBSERVATIONS, is_due

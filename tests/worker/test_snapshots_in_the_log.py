@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evenodds_service.model.refit import Material
-from evenodds_service.model.shared_model import PAPER_CONCENTRATION, SharedModel
+from evenodds_service.model.snapshot import PAPER_CONCENTRATION, SharedModel
 
 if TYPE_CHECKING:
     from tests.conftest import Service

@@ -7,7 +7,7 @@ from typing import Any
 
 from evenodds.errors import ConfigurationError
 from evenodds.schemas import PromptIn
-from evenodds.selector import Batch, PromptSelector
+from evenodds.training.selector import Batch, PromptSelector
 
 
 class Connection:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import checkpoint, go_back
-from evenodds.selector import Batch, PromptSelector
+from evenodds.training.selector import Batch, PromptSelector
 
 
 class Ranks(TypedDict, total=False):

@@ -21,7 +21,7 @@ from datasets import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evenodds.errors import ConfigurationError
-from evenodds.selector import PromptSelector
+from evenodds.training.selector import PromptSelector
 
 logger = logging.getLogger(__name__)
 

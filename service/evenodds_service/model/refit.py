@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from evenodds_service.domain.fold import PAPER
-from evenodds_service.domain.pool import Basis
-from evenodds_service.domain.types import FittedPrior, FloatArray, IntArray, ModelSize, Predictor
+from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.learning.predictors import PAPER, PREDICTORS
+from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.settings import ModelSize, PredictorName
 from evenodds_service.model import ngrams
-from evenodds_service.model.fitting import fit_paper, predict_paper
 from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent
-from evenodds_service.model.network import PUBLISHED, SMALL, NetworkSize, size_of
-from evenodds_service.model.shared_model import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
+from evenodds_service.model.paper_fit import fit_paper, predict_paper
+from evenodds_service.model.paper_network import PUBLISHED, SMALL, NetworkSize, size_of
+from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
 
 MEMORY_STEPS = 100.0
 """An outcome counts exp(-age / memory) in the labels of the n-gram prior."""
@@ -35,7 +37,7 @@ class Material:
 
     Attributes:
         embedder: Under which name the pool's vectors are stored; empty without vectors.
-        predictor: Which predictor the run answers with: `gps-paper` has a model of its own, all others share one.
+        predictor: Which predictor the run answers with: the published one has a model of its own, all others share one.
         group_size: G, attempts per prompt in training.
         basis: Under which x_N_d was projected.
         x_N_d: Inputs of the pool's N prompts.
@@ -47,7 +49,7 @@ class Material:
     """
 
     embedder: str
-    predictor: Predictor
+    predictor: PredictorName
     group_size: int
     basis: Basis
     x_N_d: FloatArray
@@ -63,7 +65,7 @@ def fit_shared_model(material: Material, *, device: torch.device) -> SharedModel
 
     A prior of an observed prompt never contains the prompt's own outcomes: those come in as its evidence.
     """
-    if material.predictor == "gps-paper":
+    if PREDICTORS[material.predictor].is_published:
         return _fit_published(material, device)
     priors: dict[str, FittedPrior] = {}
     weights: dict[str, Weights] = {}

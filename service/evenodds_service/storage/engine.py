@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, Operati
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from evenodds_service.storage.errors import DatabaseUrlUnusable, StoreUnavailable
+from evenodds_service.errors import DatabaseUrlUnusable, StoreUnavailable
 
 WRITES = "evenodds_writes"
 """Execution option of an engine whose transactions write: SQLite takes the write lock as they begin."""

@@ -6,8 +6,9 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, literal, or_, select, update
 
-from evenodds_service.domain.types import CALLER, RunSettings
-from evenodds_service.storage.errors import RunExists
+from evenodds_service.domain.settings import CALLER, RunSettings
+from evenodds_service.errors import RunExists
+from evenodds_service.storage.rewind import newest_standing_snapshot, rewind_run
 from evenodds_service.storage.runs import find_run, lock_run, settings_that_stand, settings_to_json, stored_embedder
 from evenodds_service.storage.tables import (
     checkpoints,
@@ -21,7 +22,6 @@ from evenodds_service.storage.tables import (
 )
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run
-from evenodds_service.storage.voids import newest_standing_snapshot, rewind_run
 
 _BLOCK = 20_000  # rows that one statement copies
 

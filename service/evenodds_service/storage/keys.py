@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import RowMapping, insert, select, update
 
-from evenodds_service.storage.errors import KeyConflict, KeyUnknown
+from evenodds_service.errors import KeyConflict, KeyUnknown
 from evenodds_service.storage.tables import api_keys
 from evenodds_service.storage.transactions import Transactions
 from evenodds_service.storage.values import ApiKey, Scope

@@ -20,8 +20,8 @@ from alembic.script.revision import ResolutionError
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, text
 
+from evenodds_service.errors import SchemaMismatch
 from evenodds_service.storage.engine import WRITES, open_engine, translated_faults
-from evenodds_service.storage.errors import SchemaMismatch
 from evenodds_service.storage.tables import metadata
 
 _ADVISORY_LOCK = 0x45_76_65_6E  # any number that no other program on the database uses

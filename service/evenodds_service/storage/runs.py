@@ -8,8 +8,8 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, select, update
 
-from evenodds_service.domain.types import CALLER, BudgetPolicy, EffortTier, RunSettings
-from evenodds_service.storage.errors import EmbedderFixed, PolicyLimit, RunUnknown
+from evenodds_service.domain.settings import CALLER, BudgetPolicy, EffortTier, RunSettings
+from evenodds_service.errors import EmbedderFixed, PolicyLimit, RunUnknown
 from evenodds_service.storage.tables import embeddings, prompts, runs
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run

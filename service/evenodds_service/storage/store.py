@@ -17,11 +17,14 @@ from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
+from evenodds_service.storage.rewind import VoidMethods
 from evenodds_service.storage.runs import RunMethods
 from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
     ApiKey,
     Appended,
+    NewSelection,
+    NewSnapshot,
     PromptsAdded,
     PromptVisit,
     Refit,
@@ -30,12 +33,14 @@ from evenodds_service.storage.values import (
     Selection,
     Snapshot,
     Voided,
+    Written,
 )
-from evenodds_service.storage.voids import VoidMethods
 
 __all__ = [
     "ApiKey",
     "Appended",
+    "NewSelection",
+    "NewSnapshot",
     "PromptVisit",
     "PromptsAdded",
     "Refit",
@@ -45,6 +50,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "Voided",
+    "Written",
 ]
 
 

@@ -1,0 +1,125 @@
+"""What a trainer hands to a `PromptSelector`, checked: what is a mistake in the program raises, data does not."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, SupportsIndex, TypeAlias, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from evenodds.errors import ConfigurationError, InvalidRequest
+from evenodds.schemas import Observation, PromptIn, RunName, RunUpdate, Step
+from evenodds.training.outbox import Delivery
+from evenodds.validation import fault_lines
+
+Outcomes: TypeAlias = Mapping[str, Iterable[float]] | Iterable[Observation | Mapping[str, object]]
+
+_RUN: TypeAdapter[str] = TypeAdapter(RunName)
+_STEP: TypeAdapter[int] = TypeAdapter(Step)
+
+
+def checked_run(run: str, run_settings: Mapping[str, object] | None) -> str:
+    """The name, if it and the settings may be sent."""
+    with _configured("run_settings"):
+        RunUpdate.model_validate(run_settings or {})
+    with _configured("run"):
+        return _RUN.validate_python(run)
+
+
+def as_index(value: SupportsIndex) -> object:
+    """An int of whatever counts as one (NumPy's, a tensor's); anything else as it is, for the schema to refuse."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def checked_step(call: str, step: SupportsIndex) -> int:
+    try:
+        return _STEP.validate_python(as_index(step))
+    except ValidationError as error:
+        raise InvalidRequest(call, fault_lines(error.errors(include_url=False), prefix="step")) from error
+
+
+def checked_prompts(
+    prompts: Iterable[str | PromptIn | Mapping[str, object]],
+) -> tuple[tuple[str, ...], tuple[PromptIn, ...] | None]:
+    """Their ids, and the prompts themselves if they are more than ids."""
+    ids: list[str] = []
+    whole: list[PromptIn] = []
+    if isinstance(prompts, (str, Mapping)):
+        raise ConfigurationError("prompts: a list of prompts is needed, got one")
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            ids.append(prompt)
+            continue
+        with _configured(f"prompts[{index}]"):
+            checked = PromptIn.model_validate(prompt)
+        if checked.prompt_id is None:
+            raise ConfigurationError(f"prompts[{index}].prompt_id: missing; a trainer's prompts need ids")
+        ids.append(checked.prompt_id)
+        whole.append(checked)
+    if not ids:
+        raise ConfigurationError("prompts: at least 1 prompt is needed, got none")
+    if whole and len(whole) < len(ids):
+        raise ConfigurationError(f"prompts: {len(whole)} are mappings and {len(ids) - len(whole)} ids: send one kind")
+    if len(set(ids)) < len(ids):
+        twice, n = Counter(ids).most_common(1)[0]
+        raise ConfigurationError(f"prompts: the prompt_id {twice!r} stands there {n} times: ids must differ")
+    return tuple(ids), tuple(whole) or None
+
+
+def checked_state(state: Mapping[str, Any], run: str, expected: int) -> tuple[int | None, list[Delivery]]:
+    try:
+        if state["format"] != expected:
+            raise ConfigurationError(f"state: format {state['format']!r}, this release reads {expected}")
+        if state["run"] != run:
+            raise ConfigurationError(f"state: is of run {state['run']!r}, this selector's is {run!r}")
+        step = None if state["step"] is None else checked_step("load_state_dict", state["step"])
+        return step, [Delivery(**delivery) for delivery in state["undelivered"]]
+    except (KeyError, TypeError, InvalidRequest) as error:
+        raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
+
+
+def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> tuple[list[dict[str, object]], list[str]]:
+    """Those that are observations of known prompts, or of new ones with a text, as JSON; and the others' faults."""
+    sound: list[dict[str, object]] = []
+    faults: list[str] = []
+    for index, outcome in enumerate(_listed(outcomes)):
+        where = f"outcomes[{index}]"
+        try:
+            observation = Observation.model_validate(_with_plain_rewards(outcome))
+        except ValidationError as error:
+            faults.append(fault_lines(error.errors(include_url=False), prefix=where)[0])
+        except (TypeError, ValueError) as error:
+            faults.append(f"{where}.rewards: {error}")
+        else:
+            if observation.text is None and observation.prompt_id not in known:
+                faults.append(f"{where}.prompt_id: {observation.prompt_id!r} is not among this selector's prompts")
+            else:
+                sound.append(observation.model_dump(exclude_none=True, exclude_unset=True))
+    return sound, faults
+
+
+def _listed(outcomes: Outcomes) -> Iterable[Observation | Mapping[str, object]]:
+    if isinstance(outcomes, Mapping):
+        return [{"prompt_id": prompt_id, "rewards": rewards} for prompt_id, rewards in outcomes.items()]
+    return outcomes
+
+
+def _with_plain_rewards(outcome: Observation | Mapping[str, object]) -> object:
+    """With floats, where an array or a tensor may stand."""
+    if not isinstance(outcome, Mapping) or outcome.get("rewards") is None:
+        return outcome
+    return {**outcome, "rewards": [float(reward) for reward in cast("Iterable[float]", outcome["rewards"])]}
+
+
+@contextmanager
+def _configured(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigurationError(fault_lines(error.errors(include_url=False), prefix=name)[0]) from error

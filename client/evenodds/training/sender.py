@@ -1,0 +1,320 @@
+"""Takes what a trainer tells the service: keeps it in the outbox, and delivers it in the background, in order.
+
+Nothing here waits for longer than it was told to, and no fault of the disk or the service leaves this module.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar, cast
+
+from evenodds.client import Client
+from evenodds.errors import NotFound, ProblemError
+from evenodds.schemas import PromptIn
+from evenodds.training.background import Hand, in_thread
+from evenodds.training.batch_requests import NotAnswered
+from evenodds.training.outbox import Delivery, Outbox, OutboxBroken
+from evenodds.training.status import Record
+
+T = TypeVar("T")
+
+LONGEST_PAUSE_SECONDS = 5.0
+"""Between two attempts to deliver."""
+LOOK_SECONDS = 1.0
+"""Between two looks at what other processes have put into the same outbox."""
+
+
+class Courier:
+    """The way from a trainer to the service.
+
+    Args:
+        base_url: None keeps everything and delivers nothing.
+        folder: Of the outbox; None keeps everything in memory.
+        seconds: How long `put` and its like may take.
+        run_settings: Arguments of `put_run`, which comes first; None leaves the run as it is.
+        prompts: The pool, loaded before anything else and again where the service has lost it. None leaves it alone.
+        loads_pool: Whether this process loads it at the start.
+        on_delivered: Called in the sender's thread with the step of each observe call that the service has confirmed.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None,
+        run: str,
+        *,
+        folder: Path | None,
+        seconds: float,
+        record: Record,
+        run_settings: Mapping[str, object] | None,
+        prompts: Sequence[PromptIn] | None,
+        loads_pool: bool,
+        on_delivered: Callable[[int], None],
+    ) -> None:
+        self._run = run
+        self._folder = folder
+        self._seconds = seconds
+        self._record = record
+        self._run_settings = run_settings
+        self._prompts = prompts
+        self._on_delivered = on_delivered
+        self._is_ready = threading.Event()
+        if not loads_pool or (run_settings is None and prompts is None):
+            self._is_ready.set()
+        self._error: str | None = None
+        self._stopped = threading.Event()
+        self._woken = threading.Event()
+        self._memory: Outbox | None = None
+        self._disk: Outbox | None = None
+        self._hand = Hand("evenodds-outbox")
+        self._opened = self._hand.submit(self._open)
+        self._client: Client | None = None
+        if base_url is not None:
+            self._client = Client(base_url, retries=0)
+            self._sender = in_thread("evenodds-sender", self._send_until_stopped)
+
+    def put(self, deliveries: Sequence[Delivery]) -> None:
+        """Keep them. They are on disk when this returns, unless the disk is slow."""
+        self._waited(self._hand.submit(lambda: self._put(deliveries)))
+
+    def forget_after(self, step: int, then: Sequence[Delivery]) -> None:
+        """Drop what is about later steps, and keep these instead."""
+
+        def forget() -> None:
+            for outbox in self._outboxes():
+                self._tried(outbox, lambda outbox: outbox.forget_after(step))
+            if then:
+                self._put(then)
+
+        self._waited(self._hand.submit(forget))
+
+    def waiting(self) -> tuple[Delivery, ...]:
+        """What the service has not confirmed; as far as it can be read in time."""
+        return self._read(lambda outbox: outbox.waiting())
+
+    def refusals(self) -> tuple[tuple[Delivery, str], ...]:
+        """What the service has refused for what it holds, and why; as far as it can be read in time."""
+        return self._read(lambda outbox: outbox.refusals())
+
+    def wait_until_clear(self, seconds: float) -> None:
+        """Wait until the service may be asked: not at all while it fails.
+
+        Raises:
+            NotAnswered: The pool is not loaded, or a rewind not delivered.
+        """
+        ends = time.monotonic() + seconds
+
+        def wait(what: str) -> None:
+            if self._error is not None or time.monotonic() > ends or self._stopped.wait(0.01):
+                raise NotAnswered(what if self._error is None else f"{what} ({self._error})")
+
+        while not self._opened.done():
+            wait(f"the outbox in {self._folder} is not open yet")
+        while not self._is_ready.is_set():
+            wait("its pool is not loaded yet")
+        while any(outbox.is_rewinding() for outbox in self._outboxes()):
+            wait("it has not been told yet that the training went back to a checkpoint")
+
+    def wait_until_ready(self, seconds: float) -> bool:
+        """Wait for the run and its pool. Whether they are there, as far as this process knows."""
+        return self._is_ready.wait(seconds)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until nothing waits. Whether nothing does."""
+        ends = time.monotonic() + seconds
+        while True:
+            empty = self._hand.submit(lambda: all(outbox.is_empty() for outbox in self._outboxes()))
+            try:
+                if empty.result(max(0.01, ends - time.monotonic())):
+                    return True
+            except (FutureTimeout, sqlite3.Error, OutboxBroken):
+                pass
+            if self._client is None or self._stopped.is_set() or time.monotonic() >= ends:
+                return False
+            self._woken.set()
+            self._stopped.wait(0.02)
+
+    def stop(self, seconds: float) -> None:
+        """End the threads, and wait so long for it. What waits stays in the outbox."""
+        self._stopped.set()
+        self._woken.set()
+        if self._client is None:
+            self._closed().result(seconds)
+            return
+        try:
+            self._sender.result(seconds)
+        except FutureTimeout:
+            return  # it hangs in a call, and closes the outbox when that ends
+
+    # The outbox. What the training loop calls goes through the hand, so that it may give up on a slow disk.
+
+    def _open(self) -> None:
+        self._memory = Outbox(None, self._run)
+        if self._folder is None:
+            return
+        try:
+            self._disk = Outbox(self._folder, self._run)
+        except (OSError, sqlite3.Error, OutboxBroken) as error:
+            self._disk_failed(error)
+
+    def _outboxes(self) -> list[Outbox]:
+        return [outbox for outbox in (self._disk, self._memory) if outbox is not None]
+
+    def _put(self, deliveries: Sequence[Delivery]) -> None:
+        for outbox in self._outboxes():
+            if self._tried(outbox, lambda outbox: outbox.put(deliveries)):
+                break
+        self._woken.set()
+
+    def _tried(self, outbox: Outbox, work: Callable[[Outbox], None]) -> bool:
+        try:
+            work(outbox)
+        except (sqlite3.Error, OutboxBroken) as error:
+            self._disk_failed(error)
+            return False
+        return True
+
+    def _disk_failed(self, error: Exception) -> None:
+        self._record.say_once(
+            "disk", f"outbox in {self._folder}: {error}; what cannot be kept there is kept in memory until delivered"
+        )
+        disk = self._disk
+        if disk is not None and disk.path is not None and (isinstance(error, OutboxBroken) or not disk.path.exists()):
+            self._disk = None  # what it still holds is delivered by the next start, if it can be read by then
+
+    def _read(self, read: Callable[[Outbox], tuple[T, ...]]) -> tuple[T, ...]:
+        found = self._hand.submit(lambda: tuple(item for outbox in self._outboxes() for item in read(outbox)))
+        return self._waited(found) or ()
+
+    def _waited(self, work: Future[T]) -> T | None:
+        try:
+            return work.result(self._seconds)
+        except FutureTimeout:
+            self._record.say_once("late", f"the outbox in {self._folder} takes more than {self._seconds:g} s")
+        except (sqlite3.Error, OutboxBroken) as error:
+            self._disk_failed(error)
+        return None
+
+    def _closed(self) -> Future[None]:
+        def close() -> None:
+            for outbox in self._outboxes():
+                outbox.close()
+
+        closed = self._hand.submit(close)
+        self._hand.end()
+        return closed
+
+    # The sender.
+
+    def _send_until_stopped(self) -> None:
+        self._opened.result()
+        pause = 0.0
+        while not self._stopped.wait(pause):
+            try:
+                if not self._is_ready.is_set():
+                    self._load_pool()
+                has_sent = self._send_one()
+            except Exception as error:  # whatever it is, the thread must live, and the next attempt may succeed
+                self._error = str(error) or type(error).__name__
+                if not self._stopped.is_set():
+                    self._record.failed("delivering", error)
+                pause = min(LONGEST_PAUSE_SECONDS, max(0.2, 2 * pause)) * Random().uniform(0.5, 1.0)
+                continue
+            self._error = None
+            self._record.succeeded("delivering")
+            pause = 0.0
+            if not has_sent:
+                self._woken.wait(LOOK_SECONDS)
+                self._woken.clear()
+        assert self._client is not None
+        self._client.close()
+        self._closed().result()
+
+    def _load_pool(self) -> None:
+        assert self._client is not None
+        try:
+            self._client.put_run(self._run, **cast("dict[str, Any]", self._run_settings or {}))
+            if self._prompts is not None:
+                self._client.add_prompts(self._run, self._prompts)
+        except ProblemError as error:
+            if not _is_for_good(error):
+                raise
+            self._record.say_once("pool", f"the service keeps the run or its pool as they are: {error}")
+        self._is_ready.set()
+
+    def _send_one(self) -> bool:
+        """Whether there was something to send."""
+        for outbox in self._outboxes():
+            try:
+                delivery = outbox.first()
+            except (sqlite3.Error, OutboxBroken) as error:
+                self._disk_failed(error)
+                continue
+            if delivery is None:
+                continue
+            n_observations = len(json.loads(delivery.body))
+            try:
+                self._deliver(delivery)
+            except ProblemError as error:
+                if not _is_for_good(error):
+                    raise
+                self._record.count(refused=n_observations)
+                outbox.refuse(delivery, str(error))
+                self._record.say_once(
+                    "refused",
+                    f"the service refused the {delivery.kind} call of step {delivery.step}, as perhaps others: "
+                    f"{error}; the outbox keeps them, and they are tried again at the next start",
+                )
+            else:
+                self._record.count(delivered=n_observations)
+                self._remove(outbox, delivery)
+                if delivery.kind == "observe":
+                    self._on_delivered(delivery.step)
+            return True
+        return False
+
+    def _remove(self, outbox: Outbox, delivery: Delivery) -> None:
+        """If the disk does not let it go, it is sent again, and the service counts it once."""
+        self._tried(outbox, lambda outbox: outbox.remove(delivery))
+
+    def _deliver(self, delivery: Delivery) -> None:
+        try:
+            self._call(delivery)
+        except NotFound as error:
+            if error.code == "selection_unknown":  # a rewind took it: the outcomes count all the same
+                self._call(replace(delivery, selection_id=None))
+            elif error.code == "run_unknown" and delivery.kind == "rewind":
+                return  # nothing to forget
+            elif error.code in ("run_unknown", "prompt_unknown") and self._prompts is not None:
+                self._load_pool()
+                self._call(replace(delivery, selection_id=None))
+            else:
+                raise
+
+    def _call(self, delivery: Delivery) -> None:
+        assert self._client is not None
+        if delivery.kind == "rewind":
+            self._client.rewind(self._run, delivery.step)
+            return
+        reply = self._client.observe(
+            self._run,
+            delivery.step,
+            json.loads(delivery.body),
+            request_id=delivery.request_id,
+            selection_id=delivery.selection_id,
+        )
+        if reply.run != self._run:
+            raise NotAnswered(f"it confirmed observations of run {reply.run!r} instead")
+
+
+def _is_for_good(error: ProblemError) -> bool:
+    """Whether the service itself, and no proxy, has refused a call for what it holds."""
+    return error.code == "prompt_unknown" or (error.status in (409, 413, 422) and not error.code.startswith("http_"))

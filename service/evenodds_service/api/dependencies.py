@@ -1,0 +1,49 @@
+"""What the endpoints share: the objects that they work with, and the refusals that all of them may answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Request
+from prometheus_client import CollectorRegistry
+
+from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
+from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.coalescer import Coalescer
+from evenodds_service.runtime.featurizer import Featurizer
+from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the endpoints work with; built once per application."""
+
+    store: Store
+    featurizer: Featurizer
+    live_runs: LiveRuns
+    budgets: Budgets
+    predictions: Coalescer[PredictRequest, str]
+    predict_staleness_seconds: float
+    registry: CollectorRegistry
+    run_registry: CollectorRegistry
+
+
+async def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Dependencies = Annotated[Services, Depends(_services)]
+RunPath = Annotated[str, Path(pattern=RUN_PATTERN, description="name of the run")]
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": description}
+    for status, description in (
+        (404, "Unknown run or prompt"),
+        (409, "Conflict"),
+        (413, "Larger than a request may be"),
+        (422, "Malformed request"),
+        (503, "Cannot answer now: repeat after Retry-After"),
+    )
+}

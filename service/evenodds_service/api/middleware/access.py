@@ -1,0 +1,215 @@
+"""Who may call: API keys, their scopes, the runs that they are bound to, and their limits.
+
+A secret is shown once and stored as a hash. A process keeps the keys in memory for `KEYS_SECONDS`, so a revoked key
+works for that much longer at most. Limits count in each process on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+
+from evenodds_service.api.problems import refusal
+from evenodds_service.errors import (
+    KeyInvalid,
+    KeyMissing,
+    RateLimited,
+    RunForbidden,
+    ScopeMissing,
+    ServiceError,
+    StoreUnavailable,
+)
+from evenodds_service.storage.store import ApiKey, Scope, Store
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Send
+    from starlette.types import Scope as AsgiScope
+
+PREFIX = "eo_"
+KEYS_SECONDS = 2.0
+_OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"})
+_OPEN_FOLDERS = ("/page/", "/docs-files/")
+"""Say nothing of any run: they ask for no key."""
+
+_CHAT_PATH = "/v1/chat/completions"
+_READS = frozenset({"/predict", "/allocate", "/budget", _CHAT_PATH})
+"""POSTs that store nothing."""
+
+
+def new_secret() -> str:
+    """256 random bits, recognisable as a key of this service in a leak scanner."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_of(secret: str) -> str:
+    """What is stored. The secret has too many random bits to be guessed, so a plain hash is enough."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class KeyRing:
+    """The keys of the database, read anew every few seconds, and what each has used of its rate.
+
+    Args:
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._keys: Mapping[str, ApiKey] = {}
+        self._read_at = -math.inf
+        self._buckets: dict[str, tuple[float, float]] = {}  # key -> requests left, as of
+
+    async def check(self, secret: str | None, method: str, path: str) -> ApiKey:
+        """The key of this secret, if it may make such a call.
+
+        Raises:
+            AccessRefused: the key is missing or not valid, or may not make this call.
+            StoreUnavailable: the keys were never read, and the database does not answer.
+        """
+        if not secret:
+            raise KeyMissing(
+                "this service asks for an API key: send `Authorization: Bearer eo_...` "
+                "(`evenodds keys create` makes one)"
+            )
+        if self._clock() - self._read_at > KEYS_SECONDS:
+            await run_in_threadpool(self._read)
+        given, found = hash_of(secret), None
+        for stored, key in self._keys.items():  # all of them, whichever matches: the time tells nothing
+            if hmac.compare_digest(given, stored):
+                found = key
+        if found is None:
+            raise KeyInvalid("this API key is not valid here, or was revoked: ask for a new one")
+        needed = scope_of(method, path)
+        if needed not in found.scopes:
+            raise ScopeMissing(
+                f"{method} {path} needs the scope {needed!r}, key {found.name!r} has {', '.join(sorted(found.scopes))}",
+            )
+        self._count(found)
+        return found
+
+    def _read(self) -> None:
+        try:
+            keys = {key.secret_hash: key for key in self._store.api_keys() if key.revoked_at is None}
+        except StoreUnavailable:
+            if self._read_at == -math.inf:
+                raise
+            return  # what was read before still holds
+        self._keys, self._read_at = keys, self._clock()
+
+    def _count(self, key: ApiKey) -> None:
+        """A bucket that holds the requests of one minute and fills evenly."""
+        limit = key.requests_per_minute
+        if limit is None:
+            return
+        with self._lock:
+            now = self._clock()
+            left, since = self._buckets.get(key.name, (float(limit), now))
+            left = min(float(limit), left + (now - since) * limit / 60.0)
+            if left < 1.0:
+                self._buckets[key.name] = (left, now)
+                wait = math.ceil((1.0 - left) * 60.0 / limit)
+                raise RateLimited(
+                    f"key {key.name!r} may make {limit} requests a minute: wait {wait} s", retry_after_seconds=wait
+                )
+            self._buckets[key.name] = (left - 1.0, now)
+
+
+def scope_of(method: str, path: str) -> Scope:
+    """`read` for what stores nothing, `admin` for what destroys, `write` for the rest."""
+    if method in ("GET", "HEAD", "OPTIONS") or path in _READS:
+        return "read"
+    return "admin" if method == "DELETE" else "write"
+
+
+class Access:
+    """Lets nobody in without a key that may make the call. Sits inside what gives every request its id."""
+
+    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
+        self._app = app
+        self._ring = ring
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDERS):
+            await self._app(scope, receive, send)
+            return
+        try:
+            key = await self._ring.check(_secret_of(scope), scope["method"], scope["path"])
+        except ServiceError as error:
+            await refusal(Request(scope), error)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["api_key"] = key
+        await self._app(scope, _limited(receive, key), send)
+
+
+def _limited(receive: Receive, key: ApiKey) -> Receive:
+    """The same messages, until the body is longer than the key allows."""
+    limit, received = key.max_body_bytes, 0
+    if limit is None:
+        return receive
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise HTTPException(413, f"key {key.name!r} may send bodies of up to {limit:,} bytes: send less at a time")
+        return message
+
+    return counted
+
+
+def _secret_of(scope: AsgiScope) -> str | None:
+    kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
+    return secret.strip() if kind.lower() == "bearer" else None
+
+
+async def run_is_allowed(request: Request) -> None:
+    """A key that is bound to certain runs may name no other, neither in the path nor in the body.
+
+    What is about all runs (`/metrics`) is not for such a key.
+
+    Raises:
+        RunForbidden: the call names another run.
+    """
+    key = _api_key(request)
+    if key is None or key.runs == "*":
+        return
+    if request.url.path == "/metrics":
+        raise RunForbidden(f"key {key.name!r} is bound to runs {key.runs!r}: metrics show all")
+    named = [request.path_params.get("run")]
+    if request.method == "PUT" or (request.method == "POST" and named == [None]):
+        try:
+            body = await request.json()  # parsed already, unless it came under another name than JSON
+        except (ValueError, RecursionError):
+            return  # the route refuses it, as it does what is no object
+        if isinstance(body, dict):
+            named += [body.get("run"), body.get("fork_of")]
+            if request.url.path == _CHAT_PATH:
+                named.append(str(body.get("model")).partition(":")[0])
+    for run in named:
+        if isinstance(run, str) and not may_touch(key, run):
+            raise RunForbidden(f"key {key.name!r} is bound to runs {key.runs!r}, not to {run!r}")
+
+
+def may_touch(key: ApiKey | None, run: str) -> bool:
+    """Whether the key is bound to the run; without keys everybody is."""
+    return key is None or fnmatchcase(run, key.runs)
+
+
+def _api_key(request: Request) -> ApiKey | None:
+    return getattr(request.state, "api_key", None)
+
+
+Caller = Annotated[ApiKey | None, Depends(_api_key)]

@@ -1,0 +1,134 @@
+"""Runs as resources.
+
+Each endpoint translates the wire into values, calls the store, and translates back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, Response
+
+from evenodds.schemas import RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
+from evenodds_service.api.middleware.access import Caller, may_touch
+from evenodds_service.api.routes.refits import refit_state
+from evenodds_service.api.wire import now
+from evenodds_service.domain.learning.predictors import acquisition_of
+from evenodds_service.domain.selection.selection import reprobe_share_of
+from evenodds_service.domain.settings import RunSettings, check_shares
+from evenodds_service.errors import RunUnknown
+from evenodds_service.storage.store import Run, Store
+
+router = APIRouter(responses=PROBLEMS, tags=["runs"])
+
+
+@router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
+def put_run(run: RunPath, body: RunUpdate, services: Dependencies) -> JSONResponse:
+    """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
+
+    With `fork_of` the run must be new: it starts with the other's pool, settings and memory, as that run would stand
+    after a rewind to `at_step`. The two share nothing afterwards. Repeating the call is safe.
+    """
+    try:
+        settings = services.store.run(run).settings
+    except RunUnknown:
+        settings = RunSettings() if body.fork_of is None else services.store.run(body.fork_of).settings
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
+    sent: dict[str, Any] = {
+        name: getattr(body, name) for name in body.model_fields_set - {"refit", "fork_of", "at_step"}
+    }
+    if "refit" in body.model_fields_set:
+        policy = body.refit or RefitPolicy()
+        sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
+    changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
+    settings = replace(settings, **changes)
+    check_shares(settings.groups or {}, settings.groups_at_most or {})
+    services.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
+    created = False
+    if body.fork_of is not None:
+        _, created = services.store.fork_run(run, settings, fork_of=body.fork_of, at_step=body.at_step, now=now())
+    if not created:
+        _, created = services.store.put_run(run, settings, now=now())
+    services.live_runs.forget(run)
+    return JSONResponse(_watched(services, run).model_dump(mode="json"), 201 if created else 200)
+
+
+@router.get("/runs", summary="List runs")
+def list_runs(
+    services: Dependencies,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+    cursor: Annotated[str | None, Query(pattern=RUN_PATTERN, description="from the page before")] = None,
+) -> RunPage:
+    """Runs by name, in pages. A key that is bound to certain runs sees those; a page may then be short."""
+    runs = services.store.runs(after=cursor or "", limit=limit + 1)
+    return RunPage(
+        runs=tuple(_run_state(services.store, run) for run in runs[:limit] if may_touch(caller, run.name)),
+        next_cursor=runs[limit - 1].name if len(runs) > limit else None,
+    )
+
+
+@router.get("/runs/{run}", summary="State of a run")
+def get_run(run: RunPath, services: Dependencies) -> RunState:
+    """Settings, pool size, head of the log, model version, and alarms: what a person should look at."""
+    return _watched(services, run)
+
+
+@router.delete("/runs/{run}", summary="Delete a run", status_code=204)
+def delete_run(run: RunPath, services: Dependencies) -> Response:
+    """Delete the run with its pool, history and selections. This cannot be undone."""
+    stored = services.store.run(run)
+    services.store.delete_run(run)
+    services.live_runs.drop(stored)
+    return Response(status_code=204)
+
+
+def _watched(services: Services, name: str) -> RunState:
+    """The run with its alarms, which are found in what its log folds to."""
+    run, live, _ = services.live_runs.at_head(name)
+    with live.lock:
+        found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
+    alarms = tuple(
+        Alarm(code=a.code, message=a.message, since_step=a.since_step, value=a.value, limit=a.limit) for a in found
+    )
+    return _run_state(services.store, run).model_copy(update={"alarms": alarms})
+
+
+def _run_state(store: Store, run: Run) -> RunState:
+    settings, refits = run.settings, store.refits(run.id, limit=1)
+    return RunState(
+        run=run.name,
+        predictor=settings.predictor,
+        group_size=settings.group_size,
+        target_rate=settings.target_rate,
+        embedder=settings.embedder or "builtin",
+        embedder_prompt=settings.embedder_prompt,
+        acquisition=acquisition_of(settings),
+        optimism=settings.optimism,
+        diversity=settings.diversity,
+        cooldown_steps=settings.cooldown_steps,
+        lease_steps=settings.lease_steps,
+        max_visits=settings.max_visits,
+        keep_text=settings.keep_text,
+        model_size=settings.model_size,
+        refit=RefitPolicy(
+            every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
+        ),
+        control_share=settings.control_share,
+        reprobe_share=reprobe_share_of(settings),
+        groups=dict(settings.groups) if settings.groups else None,
+        groups_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
+        fallback=settings.fallback,
+        last_refit=refit_state(refits[0]) if refits else None,
+        pool_size=run.n_prompts,
+        log_position=run.log_position,
+        head_step=run.head_step,
+        model_version=run.model_version,
+        observations=run.n_observations,
+        fork_of=run.fork_of,
+        at_step=run.fork_step,
+        created_at=run.created_at,
+    )

@@ -1,0 +1,1 @@
+"""How many attempts requests deserve at inference."""

@@ -1,0 +1,158 @@
+"""A state of a run and its pool's features as bytes, so that a process may start from them instead of from the
+log's beginning and from every prompt's rows.
+
+Exact: a state that went through bytes folds on bit for bit as the original would, and a pool of packed blocks gives the
+features of the one that they were taken from. Arrays are stored as numpy's npz, read without pickle; `FORMAT` changes
+whenever the fold changes, and bytes of another format are refused. Blocks change with `BLOCK_FORMAT` only, which
+is part of the name that they are kept under.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.learning.mixture import Mixture
+from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.learning.tallies import Record
+from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.errors import CheckpointUnusable
+
+FORMAT = 5
+BLOCK_FORMAT = 1
+_SCALARS = (
+    "position",
+    "n_prompts",
+    "head_step",
+    "n_observations",
+    "model_version",
+    "running_successes",
+    "running_counts",
+    "gap_steps",
+    "n_gaps",
+    "advance_steps",
+    "n_advances",
+    "log_likelihood",
+    "mopps_log_likelihood",
+)
+_ARRAYS = (
+    "successes_L_N",
+    "failures_L_N",
+    "attempts_N",
+    "visits_N",
+    "last_step_N",
+    "selected_N",
+    "last_selected_N",
+    "outstanding_step_N",
+)
+_BASIS = "basis_"
+_REGRESSIONS = ("surface", "embedding", "stack")
+_REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
+_COUNTED: dict[str, Any] = {"record": Record, "rails": Rails}
+_BLOCK_ARRAYS = ("prior_rates_N", "surface_N_S", "embedding_N_D")
+
+
+def to_bytes(state: State) -> bytes:
+    """The state as bytes."""
+    header: dict[str, Any] = {"format": FORMAT} | {name: getattr(state, name) for name in _SCALARS}
+    header["log_guard"] = state.mixture.log_guard
+    header["n_recent"] = len(state.recent_batches)
+    arrays = {name: getattr(state, name) for name in _ARRAYS} | {"log_weights": state.mixture.log_weights}
+    arrays |= {f"recent_{i}": batch for i, batch in enumerate(state.recent_batches)}
+    if state.basis is not None:
+        header["basis"], basis_arrays = state.basis.to_arrays()
+        arrays |= {f"{_BASIS}{name}": array for name, array in basis_arrays.items()}
+    for which in _REGRESSIONS:
+        regression = getattr(state, which)
+        if regression is not None:
+            arrays |= {f"{which}_{name}": getattr(regression, name) for name in _REGRESSION_ARRAYS}
+    for which in _COUNTED:
+        values = {field.name: getattr(getattr(state, which), field.name) for field in fields(_COUNTED[which])}
+        arrays |= {f"{which}.{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
+        header[which] = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+    return _packed(header, arrays)
+
+
+def from_bytes(content: bytes) -> State:
+    """The state that `to_bytes` took.
+
+    Raises:
+        CheckpointUnusable: no checkpoint, or one of another format.
+    """
+    header, arrays = _unpacked(content)
+    found = header.get("format")
+    if found != FORMAT:
+        raise CheckpointUnusable(f"the checkpoint has format {found}, this release reads {FORMAT}")
+    state = State(**{name: header[name] for name in _SCALARS}, **{name: arrays[name] for name in _ARRAYS})
+    state.mixture = Mixture(arrays["log_weights"], header["log_guard"])
+    state.recent_batches = tuple(arrays[f"recent_{i}"] for i in range(header["n_recent"]))
+    if "basis" in header:
+        parts = {name.removeprefix(_BASIS): array for name, array in arrays.items() if name.startswith(_BASIS)}
+        state.basis = Basis.from_arrays(header["basis"], parts)
+    for which in _REGRESSIONS:
+        if f"{which}_weights" in arrays:
+            setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))
+    for which, kind in _COUNTED.items():
+        sums = {name.removeprefix(f"{which}."): arrays[name] for name in arrays if name.startswith(f"{which}.")}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in header[which].items()}
+        setattr(state, which, kind(**sums, **values))
+    return state
+
+
+def block_to_bytes(block: RawBlock) -> bytes:
+    """A block of a pool's features as bytes."""
+    names = tuple(dict.fromkeys(block.groups))
+    code = {name: i for i, name in enumerate(names)}
+    header = {
+        "first": block.first,
+        "prompt_ids": block.prompt_ids,
+        "group_names": names,
+        "numeric": [features and dict(features) for features in block.numeric] if any(block.numeric) else None,
+    }
+    arrays = {name: getattr(block, name) for name in _BLOCK_ARRAYS}
+    arrays["group_codes"] = np.fromiter(map(code.__getitem__, block.groups), dtype=np.int32, count=len(block.groups))
+    return _packed(header, arrays)
+
+
+def block_from_bytes(content: bytes) -> RawBlock:
+    """The block that `block_to_bytes` took.
+
+    Raises:
+        CheckpointUnusable: the bytes are no block.
+    """
+    header, arrays = _unpacked(content)
+    try:
+        n, names = len(header["prompt_ids"]), header["group_names"]
+        return RawBlock(
+            first=header["first"],
+            prompt_ids=tuple(header["prompt_ids"]),
+            groups=tuple(map(names.__getitem__, arrays["group_codes"].tolist())),
+            numeric=tuple(header["numeric"] or (None,) * n),
+            **{name: arrays[name] for name in _BLOCK_ARRAYS},
+        )
+    except KeyError as error:
+        raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error} is missing") from error
+
+
+def _packed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = dict(stored)
+        return json.loads(bytes(arrays.pop("header"))), arrays
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error}") from error

@@ -1,0 +1,370 @@
+"""The pool's features: raw blocks as they arrive, and the basis that turns them into the regressions' inputs.
+
+A basis is a function of the first prompts of the pool only, so that every replica derives the same one. Knows nothing
+of texts or embedders; rows without a text or a vector count as average.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+
+ScalarT = TypeVar("ScalarT", bound=np.generic)
+
+COMPONENTS = 32
+MAX_GROUPS, MAX_NUMERIC = 64, 64
+GROUP_SCALE = 2.0
+COMPONENT_SCALE = 1.0
+_SAMPLE = 20_000
+_MAX_EIGEN_WIDTH = 512
+_CLIP = 4.0
+_BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
+_FINITE = 1e100
+_CHUNK = 512
+_TOGETHER = 16
+_FEW = 16
+
+
+class Pool:
+    """Raw features of prompts 0 .. n-1, appended in blocks.
+
+    Kept in half precision: the features are O(1) and standardised later, and a million prompts must fit.
+    """
+
+    def __init__(self, *, surface_width: int, embedding_width: int) -> None:
+        self.n = 0
+        self.prompt_ids: list[str] = []
+        self.index: dict[str, int] = {}
+        self.groups: list[str | None] = []
+        self._group_codes: dict[str | None, int] = {}
+        self._codes = np.empty(0, dtype=np.int32)
+        self._numeric: list[Mapping[str, float] | None] = []
+        self._surface = np.empty((0, surface_width), dtype=np.float16)
+        self._embedding = np.empty((0, embedding_width), dtype=np.float16)
+        self._prior_rates = np.empty(0, dtype=np.float32)
+        self._matrix: tuple[Basis, FloatArray, IntArray] | None = None  # with how many rows of each chunk are done
+        self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
+
+    def reserve(self, n: int) -> None:
+        """Make room for n prompts in all, so that appending so many copies none of those before."""
+        self._surface = _with_rows(self._surface, self.n, n)
+        self._embedding = _with_rows(self._embedding, self.n, n)
+        self._prior_rates = _with_rows(self._prior_rates, self.n, n)
+        self._codes = _with_rows(self._codes, self.n, n)
+
+    def append(self, block: RawBlock) -> None:
+        """Append consecutive prompts. A block without vectors (width 0) counts as rows of NaN.
+
+        Raises:
+            ValueError: the block does not start where the pool ends, or its vectors have another width.
+        """
+        if block.first != self.n:
+            raise ValueError(f"block starts at prompt {block.first}, the pool ends at {self.n}")
+        n = len(block.prompt_ids)
+        if self._embedding.shape[1] == 0 and block.embedding_N_D.shape[1] > 0:
+            self._embedding = np.empty((len(self._embedding), block.embedding_N_D.shape[1]), dtype=np.float16)
+            self._embedding[: self.n] = np.nan
+        surface = _of_width(block.surface_N_S, self._surface.shape[1], what="surface features")
+        embedding = _of_width(block.embedding_N_D, self._embedding.shape[1], what="embeddings")
+        self._surface = _append(self._surface, self.n, surface)
+        self._embedding = _append(self._embedding, self.n, embedding)
+        self._prior_rates = _append(self._prior_rates, self.n, block.prior_rates_N)
+        self.index.update(zip(block.prompt_ids, range(self.n, self.n + n), strict=True))
+        self.prompt_ids.extend(block.prompt_ids)
+        codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in block.groups]
+        self._codes = _append(self._codes, self.n, np.asarray(codes, dtype=np.int32))
+        names = tuple(self._group_codes)
+        self.groups.extend(names[code] for code in codes)  # one text for all prompts of a group
+        self._numeric.extend(block.numeric)
+        self.n += n
+
+    def raw(self, first: int, last: int) -> RawBlock:
+        """The prompts first <= index < last as one block (views, not copies)."""
+        return RawBlock(
+            first=first,
+            prompt_ids=tuple(self.prompt_ids[first:last]),
+            groups=tuple(self.groups[first:last]),
+            numeric=tuple(self._numeric[first:last]),
+            prior_rates_N=self._prior_rates[first:last],
+            surface_N_S=self._surface[first:last],
+            embedding_N_D=self._embedding[first:last],
+        )
+
+    def view(self, basis: Basis | None) -> Pool:
+        """The pool as it stands, for whoever reads at length while it grows and takes other priors. Copies nothing."""
+        if basis is not None:
+            self.matrix(basis, self.n)  # once for all views
+        return copy.copy(self)
+
+    def attach(self, version: int, fitted: Mapping[str, FittedPrior]) -> None:
+        """Take the fitted priors of snapshot `version`, by name, in place of the ones before."""
+        self._fitted = (version, fitted)
+
+    def fitted(self, version: int) -> Mapping[str, FittedPrior]:
+        """The fitted priors of this snapshot; none for version 0.
+
+        Raises:
+            ValueError: another snapshot is attached.
+        """
+        if version == 0:
+            return {}
+        if self._fitted[0] != version:
+            raise ValueError(
+                f"the pool has the priors of snapshot {self._fitted[0]}, asked for were those of {version}"
+            )
+        return self._fitted[1]
+
+    @property
+    def group_names(self) -> tuple[str | None, ...]:
+        """Groups by code: in the order in which they first appeared. None stands for prompts without one."""
+        return tuple(self._group_codes)
+
+    def group_codes(self, rows: IntArray | slice) -> IntArray:
+        """Group codes of these prompts, int64 [n]."""
+        return self._codes[rows].astype(np.int64)
+
+    def members(self, group: str, n: int) -> BoolArray:
+        """Which of the first n prompts are in this group, bool [n]."""
+        return np.asarray(self._codes[:n] == self._group_codes.get(group, -1))
+
+    def prior_rates(self, n: int) -> FloatArray:
+        """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
+        return self._prior_rates[:n]
+
+    def rows(self, basis: Basis, rows: IntArray | slice) -> FloatArray:
+        """Projected features of these prompts, float32 [n, d]; kept. Those of others need not be there."""
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(self.n)
+            chunks = np.arange(first // _CHUNK, -(-last // _CHUNK))
+        else:
+            chunks = np.unique(rows // _CHUNK)
+        return self._projected(basis, chunks)[rows]
+
+    def matrix(self, basis: Basis, n: int) -> FloatArray:
+        """Projected features of the first n prompts, float32 [n, d]; kept, and extended as the pool grows."""
+        return self._projected(basis, np.arange(-(-n // _CHUNK)))[:n]
+
+    def _projected(self, basis: Basis, chunks: IntArray) -> FloatArray:
+        """Projected features of the pool, float32 [N, d], of which these chunks are there."""
+        kept = self._matrix
+        if kept is None or kept[0] is not basis:
+            kept = (basis, np.empty((0, basis.width), dtype=np.float32), np.zeros(0, dtype=np.int64))
+        _, x_N_d, done_K = kept
+        if len(x_N_d) < self.n:
+            x_N_d = _with_rows(x_N_d, len(x_N_d), len(self._surface))
+            done_K = np.append(done_K, np.zeros(-(-len(x_N_d) // _CHUNK) - len(done_K), dtype=np.int64))
+        # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
+        missing = chunks[done_K[chunks] < np.minimum(_CHUNK, self.n - _CHUNK * chunks)]
+        gaps = (np.diff(missing) > 1) | (np.diff(missing // _TOGETHER) > 0)
+        for together in np.split(missing, np.flatnonzero(gaps) + 1) if len(missing) else ():
+            first, last = int(together[0]) * _CHUNK, min((int(together[-1]) + 1) * _CHUNK, self.n)
+            x_N_d[first:last] = basis.project(self.raw(first, last))
+        done_K[missing] = np.minimum(_CHUNK, self.n - _CHUNK * missing)
+        self._matrix = (basis, x_N_d, done_K)
+        return x_N_d[: self.n]
+
+
+def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
+    n, given = values_n_D.shape
+    if given == width:
+        return values_n_D
+    if given == 0:
+        return np.full((n, width), np.nan, dtype=np.float16)
+    raise ValueError(f"{what} of width {given}, the pool holds width {width}: send vectors of one model only")
+
+
+def _append(array: NDArray[ScalarT], n: int, more: NDArray[ScalarT]) -> NDArray[ScalarT]:
+    """Write `more` behind the first n rows, doubling the capacity where needed."""
+    needed = n + len(more)
+    if needed > len(array):
+        array = _with_rows(array, n, max(needed, 2 * len(array)))
+    array[n:needed] = more
+    return array
+
+
+def _with_rows(array: NDArray[ScalarT], n: int, rows: int) -> NDArray[ScalarT]:
+    """The array with its first n rows, and room for `rows` at least."""
+    if rows <= len(array):
+        return array
+    grown = np.empty((rows, *array.shape[1:]), dtype=array.dtype)
+    grown[:n] = array[:n]
+    return grown
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Basis:
+    """How raw features become the inputs x of the regressions.
+
+    Columns: 1, standardised surface features, standardised numeric features and log-odds of the caller's rates,
+    group indicators; behind `n_surface` of them, the leading principal components of the embeddings.
+
+    Attributes:
+        n_prompts: Size of the pool that it was derived from.
+        numeric_names, group_names: Which numeric features and groups have columns, at most 64 each.
+        means, scales: Of the standardised columns, [S + numeric + 1].
+        components_D_P: Projection of the centred embedding, [D, P].
+    """
+
+    n_prompts: int
+    numeric_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+    means: FloatArray
+    scales: FloatArray
+    embedding_mean_D: FloatArray
+    components_D_P: FloatArray
+
+    @property
+    def n_surface(self) -> int:
+        """Number of columns before the components."""
+        return 1 + len(self.means) + len(self.group_names)
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(self.n_surface + self.components_D_P.shape[1])
+
+    @staticmethod
+    def of(block: RawBlock) -> Basis:
+        """Derive the basis of these prompts, at least one. Deterministic."""
+        names = Counter(name for features in block.numeric if features for name in features)
+        numeric_names = tuple(sorted(name for name, _ in names.most_common(MAX_NUMERIC)))
+        groups = Counter(group for group in block.groups if group is not None)
+        group_names = tuple(sorted(group for group, _ in groups.most_common(MAX_GROUPS)))
+        columns = _columns(block, numeric_names)
+        means, scales = _standard(columns)
+        mean_D, components_D_P = _principal_components(block.embedding_N_D)
+        return Basis(
+            n_prompts=len(block.prompt_ids),
+            numeric_names=numeric_names,
+            group_names=group_names,
+            means=means,
+            scales=scales,
+            embedding_mean_D=mean_D,
+            components_D_P=components_D_P,
+        )
+
+    def to_arrays(self) -> tuple[dict[str, Any], dict[str, FloatArray]]:
+        """The basis as JSON-ready values and as arrays; `from_arrays` takes both back."""
+        header = {
+            "n_prompts": self.n_prompts,
+            "numeric_names": self.numeric_names,
+            "group_names": self.group_names,
+        }
+        return header, {name: getattr(self, name) for name in _BASIS_ARRAYS}
+
+    @staticmethod
+    def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, FloatArray]) -> Basis:
+        """The basis that `to_arrays` took apart."""
+        return Basis(
+            n_prompts=header["n_prompts"],
+            numeric_names=tuple(header["numeric_names"]),
+            group_names=tuple(header["group_names"]),
+            **{name: arrays[name] for name in _BASIS_ARRAYS},
+        )
+
+    def project_apart(self, block: RawBlock) -> FloatArray:
+        """The same for prompts outside of the pool, which are few: their last bits may differ from those inside it."""
+        return self.project(block, height=_FEW)
+
+    def project(self, block: RawBlock, *, height: int = _CHUNK) -> FloatArray:
+        """Inputs of the regressions, float32 [n, width]; what a prompt lacks is taken as average.
+
+        Args:
+            height: Rows of one matrix product. A row depends on no other one, but on this in its last bits.
+        """
+        n = len(block.prompt_ids)
+        x = np.zeros((n, self.width), dtype=np.float32)
+        x[:, 0] = 1.0
+        standardised = (_columns(block, self.numeric_names) - self.means) / self.scales
+        x[:, 1 : 1 + len(self.means)] = np.nan_to_num(np.clip(standardised, -_CLIP, _CLIP), nan=0.0)
+        first = 1 + len(self.means)
+        column = {group: first + i for i, group in enumerate(self.group_names)}
+        for row, group in enumerate(block.groups):
+            if group in column:
+                x[row, column[group]] = GROUP_SCALE
+        if self.components_D_P.shape[1]:
+            # A product of another height may round its rows differently: every one has the same.
+            centred = np.zeros((height, len(self.embedding_mean_D)), dtype=np.float32)
+            for first in range(0, n, height):
+                rows = centred[: min(height, n - first)]
+                np.subtract(block.embedding_N_D[first : first + height], self.embedding_mean_D, out=rows)
+                if not np.isfinite(rows).all():
+                    np.nan_to_num(rows, copy=False, nan=0.0)
+                centred[len(rows) :] = 0.0
+                x[first : first + height, self.n_surface :] = (centred @ self.components_D_P)[: len(rows)]
+        return x
+
+
+def directions(x_N_d: FloatArray) -> FloatArray:
+    """Features as unit vectors without the constant column, [N, d-1]: the geometry of diversity (cosine distance)."""
+    rows = x_N_d[:, 1:]
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return np.asarray(rows / np.maximum(norms, 1e-9)[:, None])
+
+
+def _columns(block: RawBlock, numeric_names: Sequence[str]) -> FloatArray:
+    """Surface and numeric features and log-odds of the caller's rates side by side, float64, NaN where missing."""
+    n, s = block.surface_N_S.shape
+    columns = np.full((n, s + len(numeric_names) + 1), np.nan)
+    columns[:, :s] = block.surface_N_S
+    if numeric_names:
+        for row, features in enumerate(block.numeric):
+            if features:
+                columns[row, s:-1] = [features.get(name, np.nan) for name in numeric_names]
+        columns = np.clip(columns, -_FINITE, _FINITE)  # so that no square or sum overflows
+    rates = np.clip(block.prior_rates_N.astype(np.float64), 0.01, 0.99)
+    columns[:, -1] = np.log(rates / (1.0 - rates))
+    return columns
+
+
+def _standard(columns: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and scale of each column over what is present; few rows are not trusted to show the spread."""
+    present = np.isfinite(columns)
+    counts = present.sum(axis=0)
+    filled = np.where(present, columns, 0.0)
+    means = filled.sum(axis=0) / np.maximum(counts, 1)
+    squares = (np.where(present, columns - means, 0.0) ** 2).sum(axis=0)
+    scales = np.sqrt((squares + 1.0) / (counts + 4.0))
+    # A constant column says nothing; a scale of its own size keeps later, differing rows in range.
+    return means, np.maximum(scales, 1e-3 * np.maximum(np.abs(means), 1.0))
+
+
+def _principal_components(embedding_N_D: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean [D] and scaled leading principal directions [D, P]; P is 0 without vectors.
+
+    Each component keeps its share of the variance: the block is scaled as a whole, so that its squared length is
+    `COMPONENT_SCALE` times P on average.
+    """
+    n, d = embedding_N_D.shape
+    stride = max(1, n // _SAMPLE)
+    rows = embedding_N_D[::stride].astype(np.float64)
+    rows = rows[np.isfinite(rows).all(axis=1)] if d else rows
+    if d == 0 or len(rows) < 2:
+        return np.zeros(d, dtype=np.float32), np.zeros((d, 0), dtype=np.float32)
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    reduce = np.eye(d) if d <= _MAX_EIGEN_WIDTH else _random_directions(d)
+    reduced = centred @ reduce
+    values, vectors = np.linalg.eigh(reduced.T @ reduced / len(rows))
+    kept = min(COMPONENTS, len(rows) - 1, len(values))
+    values, vectors = values[::-1][:kept], vectors[:, ::-1][:, :kept]
+    keep = values > 1e-9 * max(values[0], 1e-12)
+    values, vectors = values[keep], vectors[:, keep]
+    scale = np.sqrt(COMPONENT_SCALE) * values**-0.25 / np.sqrt(np.mean(np.sqrt(values))) if len(values) else values
+    components = (reduce @ vectors) * scale
+    return mean.astype(np.float32), components.astype(np.float32)
+
+
+def _random_directions(d: int) -> FloatArray:
+    """A fixed random projection [d, 512] for vectors too long for an eigendecomposition."""
+    signs = np.random.default_rng(d).choice([-1.0, 1.0], size=(d, _MAX_EIGEN_WIDTH))
+    return np.asarray(signs / np.sqrt(d))

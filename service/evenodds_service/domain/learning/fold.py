@@ -1,0 +1,247 @@
+"""What a run has learned by streaming, as a fold over its log: `state = fold(state, entry, pool)`.
+
+The fold is a deterministic function of the entries and the pool's features. It updates the state in place, because a
+state of a million prompts is too large to copy per call; the owner of a state serialises access. Time runs in steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.learning import mixture
+from evenodds_service.domain.learning.features import Basis, Pool
+from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, STACKED
+from evenodds_service.domain.learning.prediction import _aged, _mixed, _own, _priors_of, _stackable, beliefs_of
+from evenodds_service.domain.learning.regression import OnlineLogistic, effective_count, further_count
+from evenodds_service.domain.learning.state import State, _grow, present
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+
+REGRESSION_KEEP = 0.98
+RECENT_BATCHES = 2
+BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
+
+LOOKED_AT = 2_048
+"""Prompts, spread evenly over the pool, from whose beliefs the record keeps how those moved."""
+
+_MEMORIES_L = np.asarray(MEMORIES)
+_SHORTEST = MEMORIES.index(min(MEMORIES))
+
+
+def fold(state: State, entry: Entry, pool: Pool) -> State:
+    """Fold the next log entry into the state, in place, and return it.
+
+    Args:
+        pool: Holds at least the prompts that the entry speaks of.
+
+    Raises:
+        ValueError: the entry is not the next one, or names a prompt that the pool does not have at this position.
+    """
+    if entry.position != state.position + 1:
+        raise ValueError(f"log entry {entry.position} does not follow position {state.position}")
+    if isinstance(entry, PoolEntry):
+        _grow(state, entry.n_prompts)
+        _ensure_basis(state, pool)
+        _admit(state, pool)
+    elif isinstance(entry, ObserveEntry):
+        _known(state, entry.prompts)
+        _observe(state, entry, pool)
+    elif isinstance(entry, SelectEntry):
+        _known(state, entry.prompts)
+        _select(state, entry, pool)
+    elif isinstance(entry, SnapshotEntry):
+        state.model_version = entry.version
+        if state.stack is None and _stackable(_mixed(state, pool)):
+            state.stack = OnlineLogistic.averaging(1 + len(FITTED))
+        _admit(state, pool)
+    state.position = entry.position
+    return state
+
+
+def _known(state: State, prompts: IntArray) -> None:
+    unknown = prompts[(prompts < 0) | (prompts >= state.n_prompts)]
+    if len(unknown):
+        raise ValueError(f"a log entry names prompt {int(unknown[0])}, the pool has {state.n_prompts}")
+
+
+def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
+    fresh_B, groups_B = ~_is_tried(state, entry.prompts), pool.group_codes(entry.prompts)
+    state.record.select(entry, fresh_B, groups_B)
+    state.rails.select(entry.step, fresh_B, groups_B)
+    outstanding = state.outstanding_step_N[entry.prompts]
+    state.selected_N[entry.prompts] += outstanding < 0
+    state.outstanding_step_N[entry.prompts] = np.maximum(outstanding, entry.step)
+    state.last_selected_N[entry.prompts] = np.maximum(state.last_selected_N[entry.prompts], entry.step)
+    state.recent_batches = (*state.recent_batches, entry.prompts)[-RECENT_BATCHES:]
+
+
+def unseen_share(state: State) -> float:
+    """Share of the pool that was never chosen or observed; 0 for an empty one."""
+    return float((~_is_tried(state, slice(0, state.n_prompts))).mean()) if state.n_prompts else 0.0
+
+
+def _is_tried(state: State, rows: IntArray | slice) -> BoolArray:
+    """Which of these prompts were chosen or observed before."""
+    return np.asarray((state.selected_N[rows] > 0) | (state.visits_N[rows] > 0))
+
+
+def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
+    prompts, position = np.unique(entry.prompts, return_inverse=True)
+    k, counts = np.zeros(len(prompts)), np.zeros(len(prompts))
+    np.add.at(k, position, entry.successes)
+    np.add.at(counts, position, entry.attempts)
+    informative = _is_informative(entry, position, len(prompts))
+    if entry.step > state.head_step:
+        state.record.look(entry.step, lambda: _sampled_rates(state, pool))
+        if state.head_step >= 0:
+            _forget(state)
+            state.n_advances += 1
+            state.advance_steps += (entry.step - state.head_step - state.advance_steps) / state.n_advances
+        state.head_step = entry.step
+
+    x = pool.rows(state.basis, prompts) if state.basis is not None else None
+    here = state.mixture.present()
+    means_C_n, scales_C_n, stack_inputs = _priors_of(state, pool, prompts, x, here)
+    own, lost = _own(state, prompts, state.head_step)
+
+    def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
+        believe = mixture.predict_rows if len(rows) <= mixture.FEW else mixture.predict
+        weights = state.mixture.kept()
+        return believe(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
+
+    groups = pool.group_codes(prompts)
+    informative = state.record.observe(
+        entry.step, entry.selection_id, prompts, k, counts, informative, groups, forecast_of
+    )
+    state.rails.observe(entry.step, counts, informative, groups)
+
+    likelihoods = np.zeros(state.mixture.log_weights.shape)
+    likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
+    log_guard = state.mixture.log_guard
+    ours, mopps = state.mixture.update(likelihoods)
+    skill = log_guard - state.mixture.log_guard  # of the mixture without its guard
+    state.record.compare(entry.step, skill, len(prompts))
+    state.rails.compare(entry.step, skill, len(prompts))
+    state.log_likelihood += ours
+    state.mopps_log_likelihood += mopps
+
+    before = _MEMORIES_L[_SHORTEST] * (own[_SHORTEST] + lost[_SHORTEST])
+    arrived = _arrive(state, entry.selection_step, prompts)
+    _remember(state, entry.step, prompts, k, counts, arrived)
+    worth = effective_count(counts)
+    state.running_successes += float(worth @ (k / counts))
+    state.running_counts += float(worth.sum())
+    if state.stack is not None and stack_inputs is not None:
+        known = np.isfinite(stack_inputs).all(axis=1)
+        if known.any():
+            # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
+            state.stack.update(stack_inputs[known], k[known], counts[known], further_count(counts, before)[known])
+    if x is not None and state.basis is not None and state.surface is not None:
+        state.surface.update(x[:, : state.basis.n_surface], k, counts)
+        if state.embedding is not None:
+            state.embedding.update(x, k, counts)
+    state.n_observations += len(entry.prompts)
+
+
+def _sampled_rates(state: State, pool: Pool) -> FloatArray:
+    """Mean of the `gps` belief about each of at most `LOOKED_AT` prompts."""
+    sample = np.unique(np.linspace(0, state.n_prompts - 1, min(state.n_prompts, LOOKED_AT)).astype(np.int64))
+    a, b = beliefs_of(state, pool, sample)
+    return np.asarray(a / (a + b))
+
+
+def _is_informative(entry: ObserveEntry, position: IntArray, n: int) -> BoolArray:
+    """Whether the attempts on each of the n distinct prompts were not all equal; `position` is each row's prompt."""
+    informative = np.zeros(n, dtype=np.bool_)
+    np.logical_or.at(informative, position, entry.informative)
+    if len(position) > n:
+        rates = entry.successes / entry.attempts
+        least, most = np.full(n, np.inf), np.full(n, -np.inf)
+        np.minimum.at(least, position, rates)
+        np.maximum.at(most, position, rates)
+        informative |= most - least > 1e-9
+    return informative
+
+
+def _forget(state: State) -> None:
+    """A new policy: what older ones showed counts a little less. Once per advance of the head step."""
+    state.mixture.forget()
+    state.running_successes *= REGRESSION_KEEP
+    state.running_counts *= REGRESSION_KEEP
+    for regression in (state.surface, state.embedding, state.stack):
+        if regression is not None:
+            regression.forget(REGRESSION_KEEP)
+
+
+def _arrive(state: State, selection_step: int | None, prompts: IntArray) -> BoolArray:
+    """Wait no more for these prompts, unless they were chosen again after the selection reported on.
+
+    Returns:
+        Those that were waited for and are not any more.
+    """
+    outstanding = state.outstanding_step_N[prompts]
+    arrived = outstanding >= 0
+    if selection_step is not None:
+        arrived &= outstanding <= selection_step
+    state.outstanding_step_N[prompts] = np.where(arrived, -1, outstanding)
+    return arrived
+
+
+def _remember(
+    state: State, step: int, prompts: IntArray, k: FloatArray, counts: FloatArray, arrived: BoolArray
+) -> None:
+    """Own evidence, discounted per visit and by age. Reports of one step are one visit; a late one enters discounted.
+
+    S <- l r^age S + k for a newer step, S <- S + k for the same step, S <- S + l^(age / mean gap) r^age k for an older
+    one, with l of `MEMORIES`, r of `AGEING` and r's ages in mean advances of the head step.
+
+    Args:
+        arrived: Which prompts were waited for. An older step is a visit where it was, else a part of one.
+    """
+    last = state.last_step_N[prompts]
+    newer, seen = step > last, last >= 0
+    gaps = (step - last)[newer & seen]
+    if len(gaps):
+        state.n_gaps += len(gaps)
+        state.gap_steps += float((gaps - state.gap_steps).sum()) / state.n_gaps
+    ages = np.where(newer, 0.0, (last - step) / max(state.gap_steps, 1.0))
+    aged_L_n = _aged(state, np.abs(step - last))
+    old_L_n = np.where(newer & seen, _MEMORIES_L[:, None] * aged_L_n, 1.0)
+    new_L_n = _MEMORIES_L[:, None] ** ages * np.where(newer, 1.0, aged_L_n)
+    state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
+    state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
+    state.attempts_N[prompts] += counts
+    state.visits_N[prompts] += newer | (arrived & (step < last))
+    state.last_step_N[prompts] = np.maximum(last, step)
+
+
+def _ensure_basis(state: State, pool: Pool) -> None:
+    """Derive the basis from the first prompts, and again while a small pool keeps growing.
+
+    What the regressions have learned is carried over to the new features.
+    """
+    basis = state.basis
+    if basis is not None and (basis.n_prompts >= BASIS_ENOUGH or state.n_prompts < BASIS_GROWTH * basis.n_prompts):
+        return
+    fresh = Basis.of(pool.raw(0, state.n_prompts))
+    surface = OnlineLogistic.new(fresh.n_surface)
+    embedding = OnlineLogistic.new(fresh.width) if fresh.width > fresh.n_surface else None
+    if basis is not None and state.surface is not None:
+        block = pool.raw(0, min(state.n_prompts, BASIS_ENOUGH))
+        old_x, new_x = basis.project(block), fresh.project(block)
+        surface.adopt(state.surface, old_x[:, : basis.n_surface], new_x[:, : fresh.n_surface])
+        if embedding is not None and state.embedding is not None:
+            embedding.adopt(state.embedding, old_x, new_x)
+    state.basis, state.surface, state.embedding = fresh, surface, embedding
+
+
+def _admit(state: State, pool: Pool) -> None:
+    """Let the priors that have something to say since take part in the mixture."""
+    absent = set(FITTED) - set(_mixed(state, pool))
+    if state.stack is None:
+        absent.add(STACKED)
+    if state.embedding is None:
+        absent.add("embedding")
+    if not np.isfinite(pool.prior_rates(state.n_prompts)).any():
+        absent.add("caller")
+    state.mixture.admit(present(*absent))

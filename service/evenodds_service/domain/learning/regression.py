@@ -1,0 +1,165 @@
+"""Online Bayesian logistic regression: the shared prior that learns from every observe call.
+
+A Gaussian over the weights, N(w, L^-1), updated by Laplace's approximation with forgetting (algorithm section 3).
+Knows nothing of prompts; rows of x are features, targets are successes of attempts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evenodds_service.domain.arrays import FloatArray
+
+PRIOR_VARIANCE = 0.03
+INTERCEPT_VARIANCE = 1.0
+SLOPE_VARIANCE = 0.05
+"""Of the weight of a prior's log-odds around an equal share."""
+OVERDISPERSION = 1.0
+_NEWTON_STEPS = 6
+_HEIGHT, _MANY = 64, 1_024
+
+
+@dataclass
+class OnlineLogistic:
+    """Weights w [d] and precision L [d, d]; `prior_precision` [d] is the diagonal of L0. Column 0 is the constant."""
+
+    weights: FloatArray
+    precision: FloatArray
+    prior_precision: FloatArray
+
+    def __post_init__(self) -> None:
+        # L^-1 and w side by side, kept between updates. No field: it is no part of what was learned.
+        self._products: FloatArray | None = None
+
+    @staticmethod
+    def new(width: int) -> OnlineLogistic:
+        prior_precision = np.full(width, 1.0 / PRIOR_VARIANCE)
+        prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
+        return OnlineLogistic(np.zeros(width), np.diag(prior_precision), prior_precision)
+
+    @staticmethod
+    def averaging(n_inputs: int) -> OnlineLogistic:
+        """Starts as the mean of `n_inputs` log-odds, columns 1 .. n_inputs, with an offset of 0."""
+        prior_precision = np.full(1 + n_inputs, 1.0 / SLOPE_VARIANCE)
+        prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
+        weights = np.full(1 + n_inputs, 1.0 / n_inputs)
+        weights[0] = 0.0
+        return OnlineLogistic(weights, np.diag(prior_precision), prior_precision)
+
+    def forget(self, keep: float) -> None:
+        """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""
+        self._products = None
+        self.precision *= keep
+        self.precision[np.diag_indices_from(self.precision)] += (1.0 - keep) * self.prior_precision
+
+    def update(
+        self, x_n_d: FloatArray, successes_n: FloatArray, counts_n: FloatArray, worth_n: FloatArray | None = None
+    ) -> None:
+        """Condition on n observations, in any order.
+
+        w <- argmax of sum_i n_eff [y log s + (1-y) log(1-s)] - (w - w_old)' L (w - w_old) / 2 by Newton's method;
+        L <- L + sum_i n_eff s(1-s) x x'.
+
+        Args:
+            x_n_d: Features, [n, d].
+            successes_n: 0 <= successes <= counts, [n].
+            counts_n: Attempts, at least 1, [n].
+            worth_n: n_eff; that of the counts without it, [n].
+        """
+        x = np.asarray(x_n_d, dtype=np.float64)
+        rates = successes_n / counts_n
+        worth = effective_count(counts_n) if worth_n is None else worth_n
+        start, prior = self.weights, self.precision
+        w = start
+        for _ in range(_NEWTON_STEPS):
+            s = _sigmoid(x @ w)
+            gradient = x.T @ (worth * (rates - s)) - prior @ (w - start)
+            curvature = prior + (x.T * (worth * s * (1.0 - s))) @ x
+            step = np.linalg.solve(curvature, gradient)
+            w = w + step * min(1.0, 4.0 / max(float(np.abs(x @ step).max(initial=0.0)), 1e-12))
+        s = _sigmoid(x @ w)
+        self.weights = w
+        self.precision = prior + (x.T * (worth * s * (1.0 - s))) @ x
+        self._products = None
+
+    def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
+        """Take over what another regression learned on other features of the same prompts.
+
+        With old_x ~ new_x M and new_x ~ old_x K by least squares: w <- M w_old, which keeps the function, and
+        L <- K' (L_old - L0) K + L0, which keeps its evidence; what old_x does not show stays at the prior.
+
+        Args:
+            old_x_n_d: Features that `other` was trained on, [n, d_old].
+            new_x_n_d: Features of the same n prompts for this regression, [n, d].
+        """
+        old_x, new_x = old_x_n_d.astype(np.float64), new_x_n_d.astype(np.float64)
+        m = _least_squares(new_x, old_x)  # [d, d_old]
+        k = _least_squares(old_x, new_x)  # [d_old, d]
+        learned = other.precision - np.diag(other.prior_precision)
+        self.weights = m @ other.weights
+        self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
+        self._products = None
+
+    def copy(self) -> OnlineLogistic:
+        """One of its own, which the other's updates leave alone."""
+        twin = OnlineLogistic(self.weights.copy(), self.precision.copy(), self.prior_precision)
+        twin._products = self._products
+        return twin
+
+    def log_odds(self, x_N_d: FloatArray) -> FloatArray:
+        """Log-odds of success at the most likely weights, [N]. In single precision, and as exact as `predict`."""
+        weights = self.weights.astype(np.float32)[:, None]
+        return _product(np.asarray(x_N_d, dtype=np.float32), weights)[:, 0]
+
+    def mode(self, x_N_d: FloatArray) -> FloatArray:
+        """Success rate at the most likely weights, [N] in (0, 1); for few, well-known weights."""
+        return _sigmoid(self.log_odds(x_N_d))
+
+    def predict(self, x_N_d: FloatArray) -> FloatArray:
+        """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula).
+
+        In single precision. What is said of a prompt among few does not depend, not even in its last bit, on the others
+        that are asked for; among more than `_MANY` the last bit may differ.
+        """
+        if self._products is None:
+            covariance = np.linalg.inv(self.precision)
+            self._products = np.concatenate((covariance, self.weights[:, None]), axis=1).astype(np.float32)
+        x = np.asarray(x_N_d, dtype=np.float32)
+        product = _product(x, self._products)
+        variance, logit = np.einsum("nd,nd->n", product[:, :-1], x), product[:, -1]
+        return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+
+
+def _product(x_n_d: FloatArray, y_d_e: FloatArray) -> FloatArray:
+    """x y, [n, e]. Of few rows in products of one height: one of another height may round a row differently."""
+    n, d = x_n_d.shape
+    if n > _MANY:
+        return np.asarray(x_n_d @ y_d_e)
+    padded = np.zeros((-(-n // _HEIGHT) * _HEIGHT, d), dtype=x_n_d.dtype)
+    padded[:n] = x_n_d
+    product = np.empty((len(padded), y_d_e.shape[1]), dtype=x_n_d.dtype)
+    for first in range(0, len(padded), _HEIGHT):
+        np.matmul(padded[first : first + _HEIGHT], y_d_e, out=product[first : first + _HEIGHT])
+    return product[:n]
+
+
+def effective_count(counts: FloatArray) -> FloatArray:
+    """n_eff = n / [2 (1 + (n-1) / (s+1))]: attempts on one prompt repeat one another; 8 are worth about one."""
+    return np.asarray(counts / (2.0 * (1.0 + (counts - 1.0) / (OVERDISPERSION + 1.0))))
+
+
+def further_count(counts: FloatArray, before: FloatArray) -> FloatArray:
+    """n_eff of these attempts behind `before` earlier ones on the same prompt: what they add to its n_eff."""
+    return effective_count(before + counts) - np.where(before > 0.0, effective_count(before), 0.0)
+
+
+def _least_squares(x_n_d: FloatArray, y_n_e: FloatArray) -> FloatArray:
+    """M [d, e] with y ~ x M, with a ridge small against features of size one."""
+    ridge = 1e-3 * len(x_n_d) * np.eye(x_n_d.shape[1])
+    return np.asarray(np.linalg.solve(x_n_d.T @ x_n_d + ridge, x_n_d.T @ y_n_e))
+
+
+def _sigmoid(z: FloatArray) -> FloatArray:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30.0, 30.0))))

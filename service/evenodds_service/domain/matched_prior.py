@@ -1,0 +1,65 @@
+"""Priors with a shape: how sure a prior is, and how much of it lies at "never" and "always", differs by prompt.
+
+A shared prior says two things of a prompt: its mean success rate m and the probability v that a group of G attempts is
+informative. Success is bimodal, so v says more than m. Two families match both: a Beta of mean m whose
+concentration depends on the prompt, and a zero-one-inflated Beta, spikes at 0 and 1 plus a slab. Everything works on
+arrays, elementwise, and knows nothing of prompts or runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.distributions import (
+    rising_ratio,
+)
+
+MIN_MATCHED, MAX_MATCHED = 0.05, 64.0
+"""Limits of the matched concentration, in pseudo-attempts: a text is never worth more than a few visits."""
+
+
+_HALVINGS = 24
+_CELLS, _MOST_SECTIONS = 4_096, 64
+_FACTORS = 32_768
+_MEAN_RANGE = (1e-3, 1.0 - 1e-3)
+
+
+def informative_probability(a: FloatArray, b: FloatArray, group_size: int) -> FloatArray:
+    """The mean that `informative_moments` gives, alone."""
+    s = a + b
+    if group_size == 1:
+        return np.asarray(2.0 * a * b / (s * (s + 1.0)))
+    if a.size * group_size > _FACTORS:
+        return np.asarray(1.0 - rising_ratio(a, s, group_size) - rising_ratio(b, s, group_size))
+    # For few, the number of array operations is what costs: all factors at once.
+    j = np.arange(group_size).reshape(-1, *[1] * a.ndim)
+    return np.asarray(1.0 - ((a + j) / (s + j)).prod(axis=0) - ((b + j) / (s + j)).prod(axis=0))
+
+
+def matched_concentration(mean: FloatArray, informative: FloatArray, group_size: int) -> FloatArray:
+    """The concentration s for which a group under Beta(m s, (1 - m) s) is informative with this probability.
+
+    The probability grows with s from 0 towards 1 - m^G - (1 - m)^G (2 m (1 - m) for G = 1), so that s is unique. What
+    no s in [`MIN_MATCHED`, `MAX_MATCHED`] reaches gets the nearest limit.
+
+    Args:
+        mean: m in [0, 1]; taken as at least .001 away from either end.
+        informative: Probability in [0, 1], in the shape of the mean.
+        group_size: G, at least 1.
+
+    Returns:
+        s, float64, to a relative 1e-6.
+    """
+    mean = np.clip(np.asarray(mean, dtype=np.float64), *_MEAN_RANGE)[..., None]
+    informative = np.asarray(informative)[..., None]
+    # Bisection, in as many sections at a time as fit: for a few prompts fewer, wider passes take a tenth of the time.
+    sections = int(np.clip(_CELLS // max(mean.size, 1), 2, _MOST_SECTIONS))
+    inner = np.arange(1, sections) / sections
+    low, width = np.full(mean.shape, np.log(MIN_MATCHED)), np.log(MAX_MATCHED) - np.log(MIN_MATCHED)
+    for _ in range(int(np.ceil(_HALVINGS / np.log2(sections)))):
+        s = np.exp(low + width * inner)
+        short = informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative
+        width /= sections
+        low = low + width * short.sum(axis=-1, keepdims=True)
+    return np.asarray(np.exp(low + 0.5 * width)[..., 0])

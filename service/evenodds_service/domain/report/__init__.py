@@ -1,0 +1,1 @@
+"""How good the forecasts were, and what choosing brought."""

@@ -1,0 +1,403 @@
+"""The report of a run, read from the sums that the fold keeps: how good the forecasts are, and what choosing brought.
+
+Costs the same whatever the run has observed, save for coverage, which looks at each prompt's counters. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.learning.tallies import (
+    ARM_COLUMNS,
+    ARMS,
+    GROUP_COLUMNS,
+    LIFT_COLUMNS,
+    MAX_GROUPS,
+    N_BINS,
+    N_WINDOWS,
+    Record,
+)
+from evenodds_service.domain.report.intervals import Proportion, difference, ratio
+
+LEAST_RANKED = 8
+VISITS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share in [0, 1] with its 95% interval, of so many observations."""
+
+    value: float
+    interval: tuple[float, float]
+    observations: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Forecasts in [from, to), and what came of them; means are None where there are none."""
+
+    from_forecast: float
+    to_forecast: float
+    count: int
+    mean_forecast: float | None
+    mean_outcome: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastQuality:
+    """How forecasts met outcomes.
+
+    Attributes:
+        calibration_error: Mean over the bins, by count, of |mean forecast - mean outcome|.
+        squared_error: Mean of (forecast - outcome)^2; the Brier score where outcomes are 0 or 1.
+    """
+
+    count: int
+    mean_forecast: float | None
+    mean_outcome: float | None
+    calibration_error: float | None
+    squared_error: float | None
+    reliability: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport:
+    """Steps `first_step` to `last_step`. Shares and means are None where nothing was observed.
+
+    Attributes:
+        believed_counts: How the `gps` beliefs about a sample of the pool were spread before the first outcome of these
+            steps, in equal bins of the success rate.
+    """
+
+    first_step: int
+    last_step: int
+    observations: int
+    rank_correlation: float | None
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None
+    informative_share: float | None
+    policy_informative_share: Share | None
+    control_informative_share: Share | None
+    chosen: int
+    fresh: int
+    skill: float | None
+    believed_counts: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ArmReport:
+    """One arm of the selections. `observed` counts prompts with at least two attempts."""
+
+    arm: str
+    selected: int
+    observed: int
+    attempts: int
+    informative_forecast: float | None
+    informative_share: Share | None
+
+
+@dataclass(frozen=True, slots=True)
+class LiftReport:
+    """The policy arm against the control arm, over the selections that had one; intervals hold 95%.
+
+    Attributes:
+        difference: Of the informative shares.
+        rollouts_saved_share: Of the rollouts that uniform choice would have needed for as many informative groups.
+        rollouts_saved: These rollouts less those of the policy arm. None stands for an end that is not finite.
+    """
+
+    policy_share: Share
+    control_share: Share
+    difference: float
+    difference_interval: tuple[float, float]
+    rollouts_saved_share: float | None
+    rollouts_saved_share_interval: tuple[float | None, float | None]
+    rollouts_saved: float | None
+    rollouts_saved_interval: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class VisitCount:
+    """How many prompts were visited (chosen or observed) so often; `to_visits` None is no limit."""
+
+    from_visits: int
+    to_visits: int | None
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of the pool was ever chosen, observed, or either (tried), and how often."""
+
+    pool_size: int
+    chosen: int
+    observed: int
+    tried_share: float
+    mean_visits: float
+    visits: tuple[VisitCount, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """One group over the whole run. `group` None: prompts without one, or the groups beyond the first 500."""
+
+    group: str | None
+    prompts: int
+    tried: int
+    chosen: int
+    chosen_control: int
+    observed: int
+    attempts: int
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None
+    informative_share: Share | None
+
+
+@dataclass(frozen=True, slots=True)
+class SkillReport:
+    """Log likelihood of outcomes under the mixture less that under flat MoPPS, in nats, before they were known."""
+
+    per_observation: float | None
+    observations: int
+    recent: float
+    recent_observations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`since_step` is the first step that counts, of what is counted by step; None before any."""
+
+    since_step: int | None
+    window_steps: int
+    selections: int
+    success_rate: ForecastQuality
+    informative: ForecastQuality
+    rank_correlation: float | None
+    windows: tuple[WindowReport, ...]
+    arms: tuple[ArmReport, ...]
+    lift: LiftReport | None
+    lift_missing: str | None
+    coverage: Coverage
+    groups: tuple[GroupReport, ...]
+    other_groups: GroupReport | None
+    skill: SkillReport
+
+
+def report(state: State, pool: Pool, *, since_step: int = 0) -> Report:
+    """The report of the run in this state.
+
+    Args:
+        since_step: Leave out windows that end before this step; coverage and groups are of the whole run.
+    """
+    record = state.record
+    used = [w for w in range(N_WINDOWS) if _last_step(record, w) >= since_step and _is_counted(record, w)]
+    ranks = record.ranks[used].sum(axis=0)
+    lift, missing = _lift(record.lift[used].sum(axis=0), has_selections=record.n_selections > 0)
+    groups, others = _groups(state, pool)
+    nats, n = record.skill[used].sum(axis=0).tolist()
+    recent, n_recent = state.rails.skill()
+    return Report(
+        since_step=_first_step(record, used[0]) if used else None,
+        window_steps=record.width,
+        selections=record.n_selections,
+        success_rate=_quality(record.rate_bins[used].sum(axis=0)),
+        informative=_quality(record.informative_bins[used].sum(axis=0)),
+        rank_correlation=rank_correlation(ranks),
+        windows=tuple(_window(record, w) for w in used),
+        arms=tuple(_arm(name, record.arms[used, arm].sum(axis=0)) for arm, name in enumerate(ARMS)),
+        lift=lift,
+        lift_missing=missing,
+        coverage=_coverage(state),
+        groups=groups,
+        other_groups=others,
+        skill=SkillReport(nats / n if n else None, round(n), recent, n_recent),
+    )
+
+
+def rank_correlation(counts: FloatArray) -> float | None:
+    """Spearman's correlation of two ordered variables from their table of counts, ties at their mean rank.
+
+    None with fewer than eight observations, or where one of the variables does not vary.
+    """
+    n = float(counts.sum())
+    rows, columns = counts.sum(axis=1), counts.sum(axis=0)
+    if n < LEAST_RANKED:
+        return None
+    x, y = (np.cumsum(sums) - (sums - 1.0) / 2.0 - (n + 1.0) / 2.0 for sums in (rows, columns))
+    spread = float(rows @ x**2) * float(columns @ y**2)
+    return float(x @ counts @ y) / math.sqrt(spread) if spread > 0.0 else None
+
+
+def _first_step(record: Record, w: int) -> int:
+    return record.first_step + w * record.width
+
+
+def _last_step(record: Record, w: int) -> int:
+    return _first_step(record, w + 1) - 1
+
+
+def _is_counted(record: Record, w: int) -> bool:
+    return bool(record.arms[w].any() or record.rate_bins[w].any())
+
+
+def _mean(total: float, n: float) -> float | None:
+    return total / n if n > 0.0 else None
+
+
+def _share(successes: float, n: float) -> Share | None:
+    return _as_share(Proportion.of(successes, n)) if n > 0.0 else None
+
+
+def _as_share(share: Proportion) -> Share:
+    return Share(share.value, (share.low, share.high), round(share.n))
+
+
+def _quality(bins: FloatArray) -> ForecastQuality:
+    counts, forecasts, outcomes, squares = bins.T
+    n = float(counts.sum())
+    return ForecastQuality(
+        count=round(n),
+        mean_forecast=_mean(float(forecasts.sum()), n),
+        mean_outcome=_mean(float(outcomes.sum()), n),
+        calibration_error=_mean(float(np.abs(forecasts - outcomes).sum()), n),
+        squared_error=_mean(float(squares.sum()), n),
+        reliability=tuple(
+            ReliabilityBin(i / N_BINS, (i + 1) / N_BINS, round(count), _mean(forecast, count), _mean(outcome, count))
+            for i, (count, forecast, outcome, _) in enumerate(bins.tolist())
+        ),
+    )
+
+
+def _window(record: Record, w: int) -> WindowReport:
+    n, forecast, rate, _ = record.rate_bins[w].sum(axis=0).tolist()
+    scored, informative_forecast, informative, _ = record.informative_bins[w].sum(axis=0).tolist()
+    policy, control = (dict(zip(ARM_COLUMNS, sums, strict=True)) for sums in record.arms[w].tolist())
+    nats, compared = record.skill[w].tolist()
+    return WindowReport(
+        first_step=_first_step(record, w),
+        last_step=_last_step(record, w),
+        observations=round(n),
+        rank_correlation=rank_correlation(record.ranks[w]),
+        success_rate_forecast=_mean(forecast, n),
+        success_rate=_mean(rate, n),
+        informative_forecast=_mean(informative_forecast, scored),
+        informative_share=_mean(informative, scored),
+        policy_informative_share=_share(policy["informative"], policy["scored"]),
+        control_informative_share=_share(control["informative"], control["scored"]),
+        chosen=round(policy["selected"] + control["selected"]),
+        fresh=round(policy["fresh"] + control["fresh"]),
+        skill=_mean(nats, compared),
+        believed_counts=tuple(round(n) for n in record.believed[w].tolist()) if record.believed[w].any() else None,
+    )
+
+
+def _arm(name: str, sums: FloatArray) -> ArmReport:
+    values = dict(zip(ARM_COLUMNS, sums.tolist(), strict=True))
+    return ArmReport(
+        arm=name,
+        selected=round(values["selected"]),
+        observed=round(values["scored"]),
+        attempts=round(values["attempts"]),
+        informative_forecast=_mean(values["forecast"], values["scored"]),
+        informative_share=_share(values["informative"], values["scored"]),
+    )
+
+
+def _lift(sums: FloatArray, *, has_selections: bool) -> tuple[LiftReport | None, str | None]:
+    """The lift, or why there is none."""
+    values = dict(zip(LIFT_COLUMNS, sums.tolist(), strict=True))
+    if not has_selections:
+        return None, "nothing was selected yet: choose batches with POST /select_batch"
+    if values["policy"] <= 0.0 and values["control"] <= 0.0:
+        return None, (
+            "no outcome of a selection with a control arm was observed, of two attempts or more: set control_share "
+            "with PUT /runs/{run}, and report outcomes with their selection_id"
+        )
+    for arm in ("control", "policy"):
+        if values[arm] <= 0.0:
+            return None, f"no outcome of the {arm} arm was observed yet, of two attempts or more: report its outcomes"
+    # Weighted observations are worth fewer where their weights differ (Kish's effective sample size).
+    effective = values["control"] ** 2 / values["control_square"]
+    control = Proportion.of(values["control_informative"] / values["control"] * effective, effective)
+    policy = Proportion.of(values["policy_informative"], values["policy"])
+    value, low, high = difference(policy, control)
+    relative, least, most = ratio(control, policy)
+    attempts = values["policy_attempts"]
+
+    def saved(of_uniform: float) -> float:
+        """Rollouts that uniform choice would have needed beyond the policy's, which are this share of them."""
+        return attempts * (1.0 / of_uniform - 1.0) if of_uniform > 0.0 else math.inf
+
+    report = LiftReport(
+        policy_share=_as_share(policy),
+        control_share=_as_share(control),
+        difference=value,
+        difference_interval=(low, high),
+        rollouts_saved_share=_finite(1.0 - relative),
+        rollouts_saved_share_interval=(_finite(1.0 - most), _finite(1.0 - least)),
+        rollouts_saved=_finite(saved(relative)),
+        rollouts_saved_interval=(_finite(saved(most)), _finite(saved(least))),
+    )
+    return report, None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _coverage(state: State) -> Coverage:
+    n = state.n_prompts
+    visits = np.maximum(state.selected_N, state.visits_N)
+    counts = np.bincount(np.minimum(visits, 17), minlength=18) if n else np.zeros(18, np.int64)
+    return Coverage(
+        pool_size=n,
+        chosen=int((state.selected_N > 0).sum()),
+        observed=int((state.visits_N > 0).sum()),
+        tried_share=float((visits > 0).mean()) if n else 0.0,
+        mean_visits=float(visits.mean()) if n else 0.0,
+        visits=tuple(
+            VisitCount(first, last, int(counts[first : 18 if last is None else last + 1].sum()))
+            for first, last in VISITS
+        ),
+    )
+
+
+def _groups(state: State, pool: Pool) -> tuple[tuple[GroupReport, ...], GroupReport | None]:
+    """The first 500 groups by name in the order in which they came, and the others together."""
+    codes = np.minimum(pool.group_codes(slice(0, state.n_prompts)), MAX_GROUPS)
+    sizes = np.bincount(codes)
+    tried = np.bincount(codes, weights=(state.selected_N > 0) | (state.visits_N > 0))
+    sums = np.zeros((len(sizes), len(GROUP_COLUMNS)))
+    sums[: len(state.record.groups)] = state.record.groups
+    names: Sequence[str | None] = pool.group_names
+    rows = [
+        _group(names[row] if row < MAX_GROUPS else None, int(sizes[row]), int(tried[row]), sums[row])
+        for row in range(len(sizes))
+    ]
+    return tuple(rows[:MAX_GROUPS]), rows[MAX_GROUPS] if len(rows) > MAX_GROUPS else None
+
+
+def _group(name: str | None, prompts: int, tried: int, sums: FloatArray) -> GroupReport:
+    values = dict(zip(GROUP_COLUMNS, sums.tolist(), strict=True))
+    return GroupReport(
+        group=name,
+        prompts=prompts,
+        tried=tried,
+        chosen=round(values["policy"] + values["control"]),
+        chosen_control=round(values["control"]),
+        observed=round(values["observed"]),
+        attempts=round(values["attempts"]),
+        success_rate_forecast=_mean(values["rate_forecast"], values["observed"]),
+        success_rate=_mean(values["rate"], values["observed"]),
+        informative_forecast=_mean(values["forecast"], values["scored"]),
+        informative_share=_share(values["informative"], values["scored"]),
+    )

@@ -1,0 +1,241 @@
+"""A batch from scored prompts: the control arm, group minima, the least recently seen, and the picker's best.
+
+Pure functions; chance comes in as a generator, so that a batch is deterministic in (arguments, seed). How prompts are
+scored and by which rule the best are picked is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.selection.pickers import Picker, at_least_best, best
+from evenodds_service.errors import NotEnoughPrompts
+
+REPROBE_SEEN = 0.25
+"""Share of the least recently seen that is kept for prompts seen before."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """Who may be chosen.
+
+    Attributes:
+        eligible_N: bool [N].
+        control_N: Who may be drawn for the control arm, bool [N]. What merely rests should be among them, or the arm
+            would miss the prompts that were just found to be good.
+        last_seen_N: Step of the last selection or observation, int64 [N], -1 for never.
+    """
+
+    eligible_N: BoolArray
+    control_N: BoolArray
+    last_seen_N: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shares:
+    """What of a batch of B prompts is not left to the picker. The limits of groups hold for the batch as a whole.
+
+    Attributes:
+        least: Least share and membership, bool [N], by group: at least floor(share B) prompts.
+        most: Largest share, likewise: at most ceil(share B) prompts.
+        is_least_strict: Whether a group with too few eligible prompts for its least share is an error; else it gets
+            what there is.
+        reprobe: For the least recently seen, in [0, 1].
+        control: Drawn uniformly, in [0, 1].
+    """
+
+    least: Mapping[str, tuple[float, BoolArray]] = field(default_factory=dict)
+    most: Mapping[str, tuple[float, BoolArray]] = field(default_factory=dict)
+    is_least_strict: bool = True
+    reprobe: float = 0.0
+    control: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A batch.
+
+    Attributes:
+        prompts: int64 [B], in the order of choice.
+        informative_probabilities: Of these prompts, [B].
+        pad_to: How many prompts to take, by score, for B informative groups in expectation; None if all eligible
+            prompts together do not give that many.
+        control: bool [B], which were chosen uniformly; they stand last.
+        n_outstanding: How many of them are still waited for from earlier selections.
+    """
+
+    prompts: IntArray
+    informative_probabilities: FloatArray
+    pad_to: int | None
+    control: BoolArray
+    n_outstanding: int = 0
+
+    @property
+    def informative_share(self) -> float:
+        """Forecast of the share of informative groups in the batch."""
+        return float(self.informative_probabilities.mean())
+
+
+def choose(
+    scores_N: FloatArray,
+    informative_N: FloatArray,
+    candidates: Candidates,
+    shares: Shares,
+    *,
+    batch_size: int,
+    picker: Picker,
+    generator: np.random.Generator,
+) -> Choice:
+    """Choose a batch in four phases, each from what the ones before have left.
+
+    Args:
+        scores_N: From `scores`.
+        informative_N: Predictive probability of an informative group, for the forecast.
+        batch_size: B, at least 1.
+        picker: Picks by score for the groups' minima and for what is left in the end.
+        generator: Breaks ties, and draws the control arm.
+
+    Raises:
+        NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
+    """
+    draft = _Draft.empty(candidates.eligible_N, shares, batch_size, generator)
+    control = _control_arm(draft, candidates.control_N, shares.control, generator)  # 1
+    _group_minima(draft, scores_N, picker, is_strict=shares.is_least_strict)  # 2
+    _least_recently_seen(draft, candidates.last_seen_N, shares.reprobe, generator)  # 3
+    draft.take(picker, scores_N, draft.open_to(candidates.eligible_N, scores_N), draft.room())  # 4
+
+    prompts = np.concatenate((*draft.chosen, control))
+    is_control = np.arange(batch_size) >= batch_size - len(control)
+    pad_to = _pad_to(scores_N, informative_N, candidates.eligible_N, prompts)
+    return Choice(prompts, informative_N[prompts], pad_to, is_control)
+
+
+def count_of(share: float, batch_size: int) -> int:
+    """How many prompts of a batch a least share is."""
+    return math.floor(share * batch_size + 1e-9)
+
+
+@dataclass(slots=True, eq=False)
+class _Draft:
+    """A batch while it fills.
+
+    Attributes:
+        least, most: Numbers of prompts and membership by group.
+        taken_N: Who is in it, bool [N].
+        chosen: The picks so far, without the control arm.
+    """
+
+    batch_size: int
+    eligible_N: BoolArray
+    ties_N: FloatArray
+    least: Mapping[str, tuple[int, BoolArray]]
+    most: Mapping[str, tuple[int, BoolArray]]
+    taken_N: BoolArray
+    chosen: list[IntArray] = field(default_factory=list)
+
+    @staticmethod
+    def empty(eligible_N: BoolArray, shares: Shares, batch_size: int, generator: np.random.Generator) -> _Draft:
+        """Raises NotEnoughPrompts where the eligible prompts that fit the groups' limits do not fill a batch."""
+        least = {group: (count_of(share, batch_size), members) for group, (share, members) in shares.least.items()}
+        most = {g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in shares.most.items()}
+        fitting = int(eligible_N.sum())
+        for cap, members_N in most.values():
+            fitting -= max(0, int((eligible_N & members_N).sum()) - cap)
+        if fitting < batch_size:
+            raise NotEnoughPrompts(asked=batch_size, eligible=fitting)
+        ties_N = generator.random(len(eligible_N))  # not before: an attempt that fails here draws nothing
+        return _Draft(batch_size, eligible_N, ties_N, least, most, np.zeros(len(eligible_N), dtype=bool))
+
+    def room(self) -> int:
+        return self.batch_size - int(self.taken_N.sum())
+
+    def take(self, picker: Picker, order_N: FloatArray, among_N: BoolArray, n: int) -> None:
+        """Add the picker's n of these, the highest by `order` first."""
+        if n > 0:
+            prompts = picker(order_N, self.ties_N, among_N, n)
+            self.taken_N[prompts] = True
+            self.chosen.append(prompts)
+
+    def open_to(self, among_N: BoolArray, order_N: FloatArray) -> BoolArray:
+        """Who of these may still be taken: of a group with little room left, only its highest by `order`."""
+        open_N = self.eligible_N & among_N & ~self.taken_N
+        for cap, members_N in self.most.values():
+            room = max(0, cap - int((self.taken_N & members_N).sum()))
+            members = np.flatnonzero(open_N & members_N)
+            if len(members) > room:
+                kept = best(order_N, self.ties_N, open_N & members_N, room)
+                open_N[members] = False
+                open_N[kept] = True
+        return open_N
+
+
+def _control_arm(draft: _Draft, among_N: BoolArray, share: float, generator: np.random.Generator) -> IntArray:
+    """Phase 1. Drawn before all others, all of `among` equally likely as far as the groups' limits leave the choice."""
+    if share <= 0.0:
+        return np.empty(0, dtype=np.int64)
+    n = min(math.floor(share * draft.batch_size + generator.random()), draft.batch_size)
+    order = generator.permutation(np.flatnonzero(among_N))
+    may, is_owed = np.ones(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
+    for cap, members_N in draft.most.values():
+        members = members_N[order]
+        may &= ~members | (np.cumsum(members) <= cap)
+    for owed, members_N in draft.least.values():
+        members = members_N[order]
+        is_owed |= members & (np.cumsum(members) <= owed)
+    # What is not owed to a group must leave room for what is.
+    spends = may & ~is_owed
+    may &= ~(spends & (np.cumsum(spends) > draft.batch_size - sum(owed for owed, _ in draft.least.values())))
+    control = np.asarray(order[may][:n])
+    draft.taken_N[control] = True
+    return control
+
+
+def _group_minima(draft: _Draft, scores_N: FloatArray, picker: Picker, *, is_strict: bool) -> None:
+    """Phase 2. For each group what it lacks for its least share, by the picker."""
+    for group, (wanted, members_N) in draft.least.items():
+        missing = max(0, wanted - int((draft.taken_N & members_N).sum()))
+        open_N = draft.eligible_N & members_N & ~draft.taken_N
+        available = int(open_N.sum())
+        if available < missing and is_strict:
+            raise NotEnoughPrompts(asked=wanted, eligible=wanted - missing + available, group=group)
+        draft.take(picker, scores_N, open_N, min(missing, available))
+
+
+def _least_recently_seen(draft: _Draft, last_seen_N: IntArray, share: float, generator: np.random.Generator) -> None:
+    """Phase 3. A floor that no belief lowers. Those never seen come first; but a quarter of the floor is kept for
+    prompts that were seen before, however hopeless (or solved) they are believed to be, so that these are tried again
+    though a large pool is not yet through.
+    """
+    if share <= 0.0:
+        return
+    quota = min(draft.room(), math.floor(share * draft.batch_size + generator.random()))
+    left_after = draft.room() - quota
+    of_seen = math.floor(REPROBE_SEEN * quota + generator.random())
+    longest_N = -last_seen_N.astype(np.float64)
+    draft.take(best, longest_N, draft.open_to(last_seen_N >= 0, longest_N), min(of_seen, quota))
+    draft.take(best, longest_N, draft.open_to(draft.eligible_N, longest_N), draft.room() - left_after)
+
+
+def _pad_to(scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArray, prompts: IntArray) -> int | None:
+    """The batch, then the best of the others, until the expected number of informative groups reaches B."""
+    wanted = float(len(prompts))
+    reached = float(informative_N[prompts].sum())
+    if reached >= wanted - 1e-9:
+        return len(prompts)
+    values = np.where(eligible_N, scores_N, -np.inf)
+    values[prompts] = -np.inf
+    size = max(4 * len(prompts), 256)
+    while True:
+        others = at_least_best(values, size)
+        others = others[np.argsort(-values[others], kind="stable")]
+        total = reached + np.cumsum(informative_N[others])
+        if len(others) and total[-1] >= wanted - 1e-9:
+            return len(prompts) + int(np.searchsorted(total, wanted - 1e-9)) + 1
+        if len(others) < size or reached + float(informative_N[values > -np.inf].sum()) < wanted - 1e-9:
+            return None
+        size *= 8

@@ -1,0 +1,173 @@
+"""The shared model that a refit fits and a snapshot holds: the fitted priors of one run, as values and as bytes.
+
+Bytes are safetensors, never pickle. A model says what it was fitted on (embedder, basis), and is refused elsewhere.
+Knows no store and no clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.learning.predictors import PAPER
+from evenodds_service.domain.matched_prior import matched_concentration
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.errors import SnapshotUnusable, TorchMissing
+from evenodds_service.model import latent, ngrams
+
+FORMAT = 1
+PAPER_CONCENTRATION = 4.0
+"""The published model gives a rate and not how sure it is; its belief is worth so many pseudo-attempts (our choice)."""
+
+PAPER_CONTEXT = "paper context"
+_HEADER = "header"
+Weights = dict[str, FloatArray]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedModel:
+    """Fitted priors of a run.
+
+    Attributes:
+        embedder: Under which name the vectors were stored that it was fitted on; empty without vectors.
+        group_size: G of the informative probabilities that it was fitted to.
+        basis: How raw features became its inputs.
+        priors: What each prior says about the pool's prompts, by name.
+        weights: What each prior says about other prompts, by name.
+        report: Figures of the fit, by name.
+    """
+
+    embedder: str
+    group_size: int
+    basis: Basis
+    priors: Mapping[str, FittedPrior]
+    weights: Mapping[str, Weights]
+    report: Mapping[str, float]
+
+    def to_bytes(self) -> bytes:
+        """The model as safetensors."""
+        basis, basis_arrays = self.basis.to_arrays()
+        header = {
+            "format": FORMAT,
+            "embedder": self.embedder,
+            "group_size": self.group_size,
+            "report": dict(self.report),
+            "basis": basis,
+        }
+        arrays: dict[str, NDArray[np.generic]] = {_HEADER: np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
+        arrays |= {f"basis/{name}": array for name, array in basis_arrays.items()}
+        for name, prior in self.priors.items():
+            arrays[f"prior/{name}/means"] = prior.means_N.astype(np.float16)
+            arrays[f"prior/{name}/concentrations"] = prior.concentrations_N.astype(np.float16)
+        for name, weights in self.weights.items():
+            arrays |= {f"weights/{name}/{part}": array for part, array in weights.items()}
+        return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+    @staticmethod
+    def from_bytes(content: bytes, *, embedder: str) -> SharedModel:
+        """The model that `to_bytes` took.
+
+        Args:
+            embedder: Under which name the vectors are stored that it is to be used with.
+
+        Raises:
+            SnapshotUnusable: no snapshot, one of another format, or one that was fitted on another embedder.
+        """
+        try:
+            arrays = load(content)
+            header = json.loads(arrays.pop(_HEADER).tobytes())
+            found = header["format"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise SnapshotUnusable(f"{len(content)} bytes are no snapshot ({error}): refit the run") from error
+        if found != FORMAT:
+            raise SnapshotUnusable(f"the snapshot has format {found}, this release reads {FORMAT}: refit the run")
+        if header["embedder"] != embedder:
+            raise SnapshotUnusable(
+                f"the snapshot was fitted on embedder {header['embedder']!r}, the run's vectors come from "
+                f"{embedder!r}: refit the run"
+            )
+        parts: dict[str, dict[str, Weights]] = {}
+        for path, array in arrays.items():
+            room, *rest = path.split("/", 2)
+            owner, part = rest if len(rest) == 2 else ("", rest[0])
+            parts.setdefault(room, {}).setdefault(owner, {})[part] = array
+        return SharedModel(
+            embedder=embedder,
+            group_size=header["group_size"],
+            basis=Basis.from_arrays(header["basis"], parts["basis"][""]),
+            priors={
+                name: FittedPrior(part["means"].astype(np.float32), part["concentrations"].astype(np.float32))
+                for name, part in parts.get("prior", {}).items()
+            },
+            weights=parts.get("weights", {}),
+            report=header["report"],
+        )
+
+    def predict(self, texts: Sequence[str | None], block: RawBlock) -> dict[str, FittedPrior]:
+        """What each prior says about n prompts outside the pool.
+
+        Args:
+            texts: n texts; None counts as empty.
+            block: Their raw features.
+        """
+        x_n_d = self.basis.project_apart(block)
+        told: dict[str, tuple[FloatArray, FloatArray]] = {}
+        if "ngrams" in self.weights:
+            words = [text or "" for text in texts]
+            told["ngrams"] = ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:])
+        if "latent" in self.weights:
+            told["latent"] = latent.predict_latent(self.weights["latent"], x_n_d)
+        fitted: dict[str, FittedPrior] = {}
+        if told:  # all priors in one pass, which for few texts costs no more than one
+            means, informative = (np.stack([pair[i] for pair in told.values()]) for i in (0, 1))
+            concentrations = matched_concentration(means, informative, self.group_size).astype(np.float32)
+            fitted |= {name: FittedPrior(means[i], concentrations[i]) for i, name in enumerate(told)}
+        if PAPER in self.weights:
+            fitted[PAPER] = self._published(block)
+        return fitted
+
+    def _published(self, block: RawBlock) -> FittedPrior:
+        """The published model's predictions. Imports torch, which no other prior needs."""
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise TorchMissing(
+                "gps-paper predicts prompts outside of the pool with torch, which is not installed where the service "
+                "runs; install evenodds[service] there, or load the prompts into the pool first"
+            ) from error
+
+        from evenodds_service.model.history import History
+        from evenodds_service.model.paper_fit import predict_paper
+
+        context = self.weights[PAPER_CONTEXT]
+        n = len(context["successes_C"])
+        batch = History(
+            prompts=np.arange(n),
+            steps=np.zeros(n, dtype=np.int64),
+            successes=context["successes_C"],
+            attempts=context["attempts_C"],
+            informative=np.zeros(n, dtype=bool),
+        )
+        means_n = predict_paper(
+            self.weights[PAPER],
+            batch,
+            block.embedding_N_D,
+            context["embeddings_C_D"],
+            seed=0,
+            device=torch.device("cpu"),
+        )
+        return FittedPrior(means_n, np.full(len(means_n), PAPER_CONCENTRATION, dtype=np.float32))
+
+
+def shaped(means_N: FloatArray, informative_N: FloatArray, group_size: int) -> FittedPrior:
+    """The prior whose mean and whose chance of an informative group are these."""
+    concentrations_N = matched_concentration(means_N, informative_N, group_size)
+    return FittedPrior(means_N.astype(np.float32), concentrations_N.astype(np.float32))

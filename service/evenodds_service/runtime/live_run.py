@@ -1,0 +1,234 @@
+"""One run as a process knows it: its log folded, up to the log's head before each answer.
+
+Any replica that folds the same log holds the same. Built from the store's blocks and entries; knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+import numpy as np
+
+from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.learning.checkpoint import (
+    BLOCK_FORMAT,
+    block_from_bytes,
+    block_to_bytes,
+    from_bytes,
+    to_bytes,
+)
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import fold, unseen_share
+from evenodds_service.domain.learning.guardrails import Alarm, Fallback
+from evenodds_service.domain.learning.prediction import EachBlock
+from evenodds_service.domain.learning.predictors import PREDICTORS
+from evenodds_service.domain.learning.state import State, copied
+from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, select
+from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
+from evenodds_service.errors import CheckpointUnusable, RunUnknown, SnapshotUnusable, UnknownPrompts
+from evenodds_service.model.embedder import storage_name
+from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
+from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
+
+logger = logging.getLogger(__name__)
+
+PACKED = 8_192
+"""Prompts of a packed block of the pool's features."""
+
+_BLOCK = 10_000
+
+
+class LiveRun:
+    """State, pool and shared model of one run, and the lock that serialises access to them.
+
+    `void_position` is that of the newest rewind or retract that the state knows of. Whoever chooses a batch and
+    records it holds `selecting` meanwhile, so that the next one knows what is outstanding; and the arrays of many
+    choices at once over a large pool would not fit.
+
+    Args:
+        each_block: Spreads the computation of a choice over threads, as an executor's map does.
+    """
+
+    def __init__(self, run_id: int, *, each_block: EachBlock = map) -> None:
+        self.run_id = run_id
+        self.lock = threading.RLock()
+        self.selecting = threading.Lock()
+        self._each_block = each_block
+        self.state = State()
+        self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
+        self.model: SharedModel | None = None
+        self.void_position = 0
+        self._is_started = False
+
+    def catch_up(self, store: Store, run: Run, *, written: Sequence[Entry] = ()) -> None:
+        """Fold the log's tail up to the position that `run` shows; the first time, from the newest checkpoint on.
+
+        The state is that of the log as it stood at this position. Where something was voided since the last time, the
+        state is folded again, from the newest checkpoint that is left.
+
+        Args:
+            written: The newest entries that `run` shows, where the caller has them: who wrote them need not read them.
+
+        Raises:
+            RunUnknown: the run was deleted since `run` was read.
+        """
+        embedder = vector_name(run.settings)
+        with self.lock:
+            if not self._is_started or run.void_position > self.state.position:
+                self._start(store, run, embedder)
+            while self.state.position < run.log_position:
+                tail: Sequence[Entry] = written
+                if not written or written[0].position != self.state.position + 1:
+                    tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
+                if not tail:  # its log went with it
+                    raise RunUnknown(f"run {run.name!r} was deleted meanwhile: create it first")
+                for entry in tail:
+                    if isinstance(entry, PoolEntry):
+                        self._extend_pool(store, entry.n_prompts, embedder)
+                    elif isinstance(entry, SnapshotEntry):
+                        self._attach(store, entry.version, embedder)
+                    fold(self.state, entry, self.pool)
+
+    def _start(self, store: Store, run: Run, embedder: str | None) -> None:
+        self._is_started = False  # until the end: who fails on the way starts over
+        self.state, self.model = State(), None
+        self.pool.reserve(run.n_prompts)
+        checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
+        if checkpoint is not None:
+            try:
+                self.state = from_bytes(checkpoint[1])
+            except CheckpointUnusable as error:
+                logger.warning("run %r: %s; folding its log from the beginning", run.name, error)
+            self._extend_pool(store, self.state.n_prompts, embedder)
+            if self.state.model_version:
+                self._attach(store, self.state.model_version, embedder)
+        self.void_position = run.void_position
+        self._is_started = True
+
+    def save(self, store: Store, run: Run, *, now: datetime) -> None:
+        """Save what a process may start from: the state, and before it what is not yet saved of the pool's features.
+
+        Raises:
+            RunUnknown: the run was deleted since `run` was read.
+        """
+        features = _packing(vector_name(run.settings))
+        with self.lock:
+            position, state, n = self.state.position, to_bytes(self.state), self.state.n_prompts
+        for first in range(store.packed_until(self.run_id, features=features), n - PACKED + 1, PACKED):
+            last = first + PACKED
+            with self.lock:
+                content = block_to_bytes(self.pool.raw(first, last))
+            store.save_packed_block(self.run_id, content, first=first, last=last, features=features)
+        store.save_checkpoint(self.run_id, position=position, state=state, now=now)
+
+    def _extend_pool(self, store: Store, n_prompts: int, embedder: str | None) -> None:
+        while n_prompts - self.pool.n >= PACKED:
+            content = store.packed_block(self.run_id, first=self.pool.n, features=_packing(embedder))
+            if content is None:
+                break
+            try:
+                block = block_from_bytes(content)
+            except CheckpointUnusable as error:
+                logger.warning("run with id %d: %s; reading its prompts one by one", self.run_id, error)
+                break
+            self.pool.append(block)
+        for first in range(self.pool.n, n_prompts, _BLOCK):
+            last = min(first + _BLOCK, n_prompts)
+            self.pool.append(store.pool_block(self.run_id, first=first, last=last, surface=SURFACE, embedder=embedder))
+
+    def _attach(self, store: Store, version: int, embedder: str | None) -> None:
+        """Use this snapshot from here on; one that cannot be used is as good as none, on every replica alike."""
+        try:
+            content = store.snapshot(self.run_id, version).weights
+            self.model = SharedModel.from_bytes(content, embedder=embedder or "")
+        except SnapshotUnusable as error:
+            logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
+            self.model = None
+        self.pool.attach(version, self.model.priors if self.model is not None else {})
+
+    def known(self, prompt_ids: Iterable[str]) -> dict[str, int]:
+        """Pool indices of those of these ids that are in the pool. They never change."""
+        with self.lock:
+            index = self.pool.index
+            return {i: index[i] for i in prompt_ids if i in index}
+
+    def indices(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> IntArray:
+        """Pool indices of these ids.
+
+        Raises:
+            UnknownPrompts: some are not in the pool.
+        """
+        with self.lock:
+            index = self.pool.index
+            unknown = [i for i in prompt_ids if i not in index]
+            if unknown:
+                raise UnknownPrompts(run, unknown, path=path, hint=hint)
+            return np.fromiter((index[i] for i in prompt_ids), dtype=np.int64, count=len(prompt_ids))
+
+    def beliefs(
+        self, predictor: PredictorName, indices: IntArray | None = None, *, steps_n: IntArray | None = None
+    ) -> tuple[FloatArray, FloatArray]:
+        """Beta parameters of the belief about these prompts, or about the whole pool, [n].
+
+        Args:
+            steps_n: The policy's step that each belief is for, as in `beliefs_of`; the head step without it.
+        """
+        return PREDICTORS[predictor].beliefs(self.state, self.pool, indices, steps_n=steps_n)
+
+    def new_beliefs(
+        self, predictor: PredictorName, texts: Sequence[str | None], block: RawBlock
+    ) -> tuple[FloatArray, FloatArray]:
+        """Beta parameters of the belief about prompts outside the pool, [n]."""
+
+        def fitted() -> Mapping[str, FittedPrior]:
+            return self.model.predict(texts, block) if self.model is not None else {}
+
+        return PREDICTORS[predictor].new_beliefs(self.state, block, fitted)
+
+    def fallback(self, predictor: PredictorName) -> Fallback | None:
+        """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
+        return self.state.rails.fallback() if PREDICTORS[predictor].is_mixed else None
+
+    def alarms(self, predictor: PredictorName, *, may_fall_back: bool) -> tuple[Alarm, ...]:
+        """What a person should look at in the present state."""
+        return self.state.rails.alarms(
+            self.pool.group_names,
+            unseen_share=unseen_share(self.state),
+            is_mixed=PREDICTORS[predictor].is_mixed,
+            may_fall_back=may_fall_back,
+        )
+
+    def choose(self, settings: RunSettings, request: SelectionRequest) -> Chosen:
+        """Choose a batch in the present state; observations are folded meanwhile. The caller holds `selecting`.
+
+        Raises:
+            NotEnoughPrompts: fewer may be selected than were asked for.
+        """
+        with self.lock, phase("copy"):
+            state, pool = copied(self.state), self.pool.view(self.state.basis)
+        with phase("beliefs"):
+            a_N, b_N = PREDICTORS[settings.predictor].beliefs(state, pool, each_block=self._each_block)
+        with phase("moments"):
+            forecasts = Forecasts.of(a_N, b_N, settings.group_size, each_block=self._each_block)
+        with phase("choice"):
+            return select(state, pool, settings, request, forecasts)
+
+
+def _packing(embedder: str | None) -> str:
+    """The name under which blocks of these features are kept."""
+    return f"{BLOCK_FORMAT} {SURFACE} {embedder or NO_EMBEDDER}"
+
+
+def vector_name(settings: RunSettings) -> str | None:
+    """Under which name the run's vectors are stored; None where there are none."""
+    setting = settings.embedder or BUILTIN
+    if setting == NO_EMBEDDER:
+        return None
+    return CALLER if setting == CALLER else storage_name(setting, settings.embedder_prompt)

@@ -1,0 +1,470 @@
+"""A trainer's loop with `PromptSelector`, over a real service: what is chosen, what is remembered, what is said."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from benchmarks.latency import service as served
+from tests.client.proxy import SLOW_SECONDS, proxy_before
+from tests.waiting import PATIENCE_SECONDS, until
+
+from evenodds import Batch, Client, ConfigurationError, InvalidRequest, PromptSelector
+
+if TYPE_CHECKING:
+    from tests.conftest import Service
+
+_numbers = itertools.count(1)
+PROMPTS = [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(40)]
+IDS = [prompt["prompt_id"] for prompt in PROMPTS]
+NOBODY = "http://127.0.0.1:9"
+SETTINGS = {"embedder": "none", "group_size": 4}
+
+Make = Callable[..., PromptSelector]
+
+
+@pytest.fixture
+def make(service: Service, tmp_path: Path) -> Iterator[Make]:
+    """Makes selectors of one run, which share an outbox; all are closed after the test."""
+    made: list[PromptSelector] = []
+    run = f"selected-{next(_numbers)}"
+
+    def make_one(base_url: str | None = service.base_url, **options: Any) -> PromptSelector:
+        options = {
+            "run_settings": SETTINGS,
+            "outbox": tmp_path / "outbox",
+            "deadline_seconds": PATIENCE_SECONDS,
+            **options,
+        }
+        made.append(PromptSelector(base_url, run, options.pop("prompts", PROMPTS), **options))
+        return made[-1]
+
+    yield make_one
+    for selector in made:
+        selector.close(timeout_seconds=0)
+
+
+def history(client: Client, selector: PromptSelector) -> list[tuple[str, int, float, int]]:
+    """All that the service has observed of the selector's run: (prompt, step, successes, attempts), sorted."""
+    return sorted(
+        (prompt_id, visit.step, visit.successes, visit.attempts)
+        for prompt_id in selector.prompt_ids
+        for visit in client.prompt(selector.run, prompt_id).history
+    )
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_the_run_is_made_and_its_pool_loaded(service: Service, make: Make) -> None:
+    selector = make()
+
+    assert selector.wait_until_ready()
+
+    run = service.client.run(selector.run)
+    assert (run.pool_size, run.group_size, run.embedder) == (40, 4, "none")
+
+
+def test_the_service_chooses_and_learns_what_came_of_it(service: Service, make: Make) -> None:
+    selector = make()
+
+    batch = selector.select(3, 5)
+    selector.observe(3, {prompt_id: [1, 0, 1, 1] for prompt_id in batch})
+
+    assert selector.flush()
+    assert len(set(batch.prompt_ids)) == len(batch) == 5
+    assert (batch.source, set(batch.arms)) == ("service", {"policy"})
+    assert batch.forecast is not None
+    assert 0 <= batch.forecast.informative_share <= 1
+    assert history(service.client, selector) == sorted((prompt_id, 3, 3.0, 4) for prompt_id in batch)
+    visit = service.client.prompt(selector.run, batch.prompt_ids[0]).history[0]
+    assert visit.selection_id == batch.selection_id
+    assert selector.counts().delivered == 5
+
+
+def test_outcomes_may_be_counts_arrays_and_new_prompts(service: Service, make: Make) -> None:
+    import numpy as np
+
+    selector = make()
+
+    selector.observe(np.int64(1), {"p0": np.array([0.5, 1.0], dtype=np.float32)})
+    selector.observe(1, [{"prompt_id": "p1", "successes": 2, "attempts": 8}])
+    selector.observe(1, [{"prompt_id": "new", "text": "What is new?", "rewards": [1]}])
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p0", 1, 1.5, 2), ("p1", 1, 2.0, 8)]
+    assert service.client.prompt(selector.run, "new").visits == 1
+
+
+def test_the_same_seed_gives_the_same_batches(make: Make) -> None:
+    def chosen(seed: int, base_url: str | None) -> list[tuple[str, ...]]:
+        selector = make(base_url, seed=seed)
+        return [selector.select(step, 6).prompt_ids for step in range(3)]
+
+    assert chosen(1, None) == chosen(1, NOBODY)
+    assert chosen(1, None) != chosen(2, None)
+
+
+def test_a_step_asked_for_again_has_its_batch_again(service: Service, make: Make) -> None:
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url)
+        selector.wait_until_ready()
+        proxy.mode = "500"
+        uniform = selector.select(1, 4)
+        proxy.mode = "fine"
+        chosen = selector.select(2, 4)
+
+        again = [selector.select(1, 4), selector.select(2, 4)]
+
+        selector.close()
+    assert (uniform.source, chosen.source) == ("uniform", "service")
+    assert again == [uniform, chosen]
+
+
+def test_candidates_exclusions_and_groups_are_kept(service: Service, make: Make) -> None:
+    prompts = [{**prompt, "group": "even" if i % 2 == 0 else "odd"} for i, prompt in enumerate(PROMPTS)]
+    for base_url in (service.base_url, None):
+        selector = make(base_url, prompts=prompts)
+
+        among = selector.select(1, 3, candidates=IDS[:5], exclude=IDS[:2])
+        odd = selector.select(2, 4, groups={"odd": 1.0})
+
+        assert set(among) == set(IDS[2:5])
+        if base_url is not None:
+            assert {int(prompt_id[1:]) % 2 for prompt_id in odd} == {1}
+
+
+def test_offline_is_uniform_silent_and_keeps_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with PromptSelector(None, "offline", IDS, deadline_seconds=PATIENCE_SECONDS) as selector:
+        batch = selector.select(0, 8)
+        selector.observe(0, {prompt_id: [1.0] for prompt_id in batch})
+
+        counts = selector.counts()
+
+    assert (batch.source, set(batch.arms), batch.forecast) == ("uniform", {"uniform"}, None)
+    assert (counts.uniform_batches, counts.observed, counts.delivered) == (1, 8, 0)
+    assert warnings(caplog) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_observed_offline_is_delivered_by_a_later_selector(service: Service, make: Make) -> None:
+    offline = make(None)
+    offline.observe(7, {"p3": [1, 0]})
+    offline.close()
+
+    selector = make()
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p3", 7, 1.0, 2)]
+
+
+def test_a_dead_service_costs_one_warning_and_its_recovery_one_note(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url)
+        selector.wait_until_ready()
+        proxy.mode = "dead"
+        for step in range(4):
+            selector.observe(step, {prompt_id: [1, 0] for prompt_id in selector.select(step, 4)})
+        during = warnings(caplog)
+
+        proxy.mode = "fine"
+        after = selector.select(4, 4)
+        assert selector.flush()
+
+        selector.close()
+    assert len(during) == 1
+    assert proxy.base_url in during[0]
+    assert "batches are uniform and observations are kept" in during[0]
+    assert after.source == "service"
+    assert len(history(service.client, selector)) == 16
+    assert warnings(caplog)[1:] == [
+        f"Even Odds at {proxy.base_url} answers again for run {selector.run!r}; 4 batches were uniform meanwhile"
+    ]
+
+
+def test_a_call_takes_no_longer_than_the_deadline(service: Service, make: Make) -> None:
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url, deadline_seconds=0.2)
+        selector.wait_until_ready()
+        proxy.mode = "slow"
+        started = time.monotonic()
+
+        for step in range(6):
+            selector.observe(step, {prompt_id: [1, 0] for prompt_id in selector.select(step, 4)})
+            selector.state_dict()
+
+        seconds = time.monotonic() - started
+        selector.close(timeout_seconds=0)
+    assert seconds < SLOW_SECONDS / 10  # one request alone is held up for that long
+
+
+def test_prompts_that_the_trainer_lacks_are_not_handed_out(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    make().wait_until_ready()
+
+    batch = make(prompts=["p0", "p1", "elsewhere"]).select(1, 3)
+
+    assert set(batch) == {"p0", "p1", "elsewhere"}
+    assert batch.source == "uniform"
+    assert "it chose" in warnings(caplog)[0]
+    assert "that this trainer lacks" in warnings(caplog)[0]
+
+
+def test_what_is_no_observation_is_left_out_and_said_once(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    selector = make()
+
+    outcomes: Any = {"p0": [1, 0], "p1": [2.5], "p2": [float("nan")], "p3": [], "p4": ["one"], "who": [1]}
+    selector.observe(1, outcomes)
+    selector.observe(2, {"p5": [-1]})
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
+    assert (selector.counts().observed, selector.counts().left_out) == (1, 6)
+    (warning,) = warnings(caplog)
+    assert "5 of 6 outcomes of step 1 are no observations" in warning
+    assert "outcomes[1].rewards[0]: Input should be less than or equal to 1, got 2.5" in warning
+
+
+def test_what_the_service_refuses_holds_nothing_up_and_is_tried_at_the_next_start(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make()
+    first.wait_until_ready()
+    first.close()
+    selector = make(prompts=[*IDS, "later"], run_settings=None)
+    selector.observe(1, {"later": [1]})
+    selector.observe(1, {"p0": [1]})
+    assert selector.flush()
+    ((refused, reason),) = selector.refusals()
+    assert refused.step == 1
+    assert "'later'" in reason
+    assert selector.counts().refused == 1
+    assert "service refused the observe call of step 1" in warnings(caplog)[0]
+    selector.close()
+    service.client.add_prompts(selector.run, [{"prompt_id": "later", "text": "Later?"}])
+
+    again = make(prompts=[*IDS, "later"])
+
+    assert again.flush()
+    assert history(service.client, again) == [("later", 1, 1.0, 1), ("p0", 1, 1.0, 1)]
+
+
+def test_a_run_that_the_service_has_lost_is_made_again(service: Service, make: Make) -> None:
+    selector = make()
+    selector.wait_until_ready()
+    service.client.delete_run(selector.run)
+
+    selector.observe(2, {"p1": [1]})
+
+    assert selector.flush()
+    assert service.client.run(selector.run).pool_size == 40
+    assert history(service.client, selector) == [("p1", 2, 1.0, 1)]
+
+
+def test_the_next_batch_is_asked_for_when_the_outcomes_are_delivered(service: Service, make: Make) -> None:
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url, prefetch=True)
+        selector.observe(1, {prompt_id: [1, 0] for prompt_id in selector.select(1, 4)})
+        until(lambda: service.client.run(selector.run).log_position == 4, "pool, selection, outcomes, selection")
+        proxy.mode = "dead"
+
+        batch = selector.select(2, 4)
+
+        selector.close()
+    assert batch.source == "service"
+    assert batch.reply is not None
+    assert batch.reply.log_position == 3  # it knows the outcomes of step 1
+
+
+def test_a_batch_may_be_asked_for_ahead_of_time(service: Service, make: Make) -> None:
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url)
+        selector.wait_until_ready()
+        selector.prefetch(9, 4)
+        until(lambda: proxy.met["fine", "select_batch"] == 1, "the request for the batch")
+
+        batch = selector.select(9, 4)
+
+        selector.close()
+    assert batch.source == "service"
+    assert proxy.met["fine", "select_batch"] == 1
+
+
+def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> None:
+    sent: list[Batch] = []
+
+    def from_rank_zero(batch: Batch | None) -> Batch:
+        if batch is not None:
+            sent.append(batch)
+        return sent[-1]
+
+    with proxy_before(service.base_url) as proxy:
+        ranks = [make(proxy.base_url, rank=rank, broadcast=from_rank_zero) for rank in range(3)]
+        ranks[0].wait_until_ready()
+
+        chosen = [[ranks[rank].select(step, 4) for rank in range(3)] for step in range(2)]
+        for step, batches in enumerate(chosen):
+            for rank, batch in enumerate(batches):
+                ranks[rank].observe(step, {batch.prompt_ids[rank]: [rank == 0]})
+        flushed = [selector.flush() for selector in ranks]
+
+        for selector in ranks:
+            selector.close()
+    assert all(len(set(batches)) == 1 for batches in chosen)
+    assert proxy.met["fine", "select_batch"] == 2
+    assert proxy.met["fine", "prompts"] == 1
+    assert all(flushed)
+    assert len(history(service.client, ranks[0])) == 6
+    for rank in range(3):  # each reports under the selection of rank 0
+        (visit,) = service.client.prompt(ranks[0].run, chosen[0][rank].prompt_ids[rank]).history[-1:]
+        assert visit.selection_id == chosen[0][0].selection_id
+
+
+def _observe_in_child(selector: PromptSelector, step: int) -> None:
+    selector.observe(step, {prompt_id: [1] for prompt_id in selector.select(step, 4)})
+    selector.flush()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
+    """The service is a process of its own: a child would inherit the locks that its threads hold."""
+    with (
+        served(f"sqlite:///{tmp_path}/evenodds.db") as base_url,
+        Client(base_url) as client,
+        PromptSelector(base_url, "parent", PROMPTS, run_settings=SETTINGS, outbox=tmp_path) as selector,
+    ):
+        selector.wait_until_ready()
+        context: Any = multiprocessing.get_context(method)
+
+        children = [context.Process(target=_observe_in_child, args=(selector, step)) for step in (1, 2)]
+        for child in children:
+            child.start()
+        selector.observe(3, {"p0": [0]})
+        for child in children:
+            child.join(PATIENCE_SECONDS)
+
+        assert [child.exitcode for child in children] == [0, 0]
+        assert selector.flush()
+        assert sorted(step for _, step, _, _ in history(client, selector)) == [1] * 4 + [2] * 4 + [3]
+
+
+def test_threads_may_share_one(service: Service, make: Make) -> None:
+    selector = make()
+    selector.wait_until_ready()
+
+    def train(thread: int) -> None:
+        for step in range(thread, 24, 4):
+            selector.observe(step, {prompt_id: [1, 0] for prompt_id in selector.select(step, 3)})
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(train, range(4)))
+
+    assert selector.flush()
+    assert sorted(step for _, step, _, _ in history(service.client, selector)) == [
+        s for s in range(24) for _ in range(3)
+    ]
+    assert selector.counts().service_batches == 24
+
+
+PROGRAM = """
+import sys
+from evenodds import PromptSelector
+
+selector = PromptSelector(sys.argv[1], sys.argv[2], ["p0"], outbox=sys.argv[3])
+selector.observe(1, {"p0": [1, 0, 0]})
+"""
+
+
+def test_a_program_that_ends_delivers_what_it_observed(service: Service, make: Make, tmp_path: Path) -> None:
+    selector = make()
+    selector.wait_until_ready()
+    selector.close()
+
+    arguments = [service.base_url, selector.run, str(tmp_path / "outbox")]
+    subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM, *arguments], check=True)
+
+    assert history(service.client, selector) == [("p0", 1, 1.0, 3)]
+
+
+def test_a_closed_selector_says_so(make: Make) -> None:
+    selector = make(None)
+    selector.close()
+    selector.close()
+
+    for call in (lambda: selector.select(1, 1), lambda: selector.observe(1, {}), selector.state_dict, selector.counts):
+        with pytest.raises(ConfigurationError, match="is closed: make a new one"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run": "a b"}, "run: String should match pattern"),
+        ({"prompts": []}, "prompts: at least 1 prompt is needed, got none"),
+        ({"prompts": "p0"}, "prompts: a list of prompts is needed, got one"),
+        ({"prompts": ["a", "b", "a"]}, "prompts: the prompt_id 'a' stands there 2 times: ids must differ"),
+        ({"prompts": ["a", {"prompt_id": "b"}]}, "prompts: 1 are mappings and 1 ids: send one kind"),
+        ({"prompts": [{"text": "x"}]}, r"prompts\[0\].prompt_id: missing; a trainer's prompts need ids"),
+        ({"prompts": [{"prompt_id": "a", "txt": "x"}]}, r"prompts\[0\].txt: Extra inputs are not permitted"),
+        ({"seed": -1}, r"seed -1 must be in \[0, 2\*\*63\)"),
+        ({"rank": -1}, "rank -1 must be at least 0"),
+        ({"deadline_seconds": 0.0}, "deadline_seconds 0.0 must be finite and above 0"),
+        ({"base_url": "ftp://x"}, "base_url 'ftp://x' must start with http:// or https://"),
+        ({"run_settings": {"group_size": 0}}, "run_settings.group_size: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_mistake_in_the_program_raises_at_once(options: dict[str, Any], message: str) -> None:
+    arguments = {"base_url": None, "run": "r", "prompts": ["a"], **options}
+
+    with pytest.raises(ConfigurationError, match=message):
+        PromptSelector(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": -1}, "select was not sent: step: Input should be greater than or equal to 0, got -1"),
+        ({"step": 1.5}, "step: Input should be a valid integer"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1, got 0"),
+        ({"batch_size": 41}, "batch_size: 41 prompts asked for, 40 to choose from"),
+        ({"exclude": IDS[:38]}, "batch_size: 4 prompts asked for, 2 to choose from"),
+        ({"candidates": ["who", *IDS]}, "candidates: 1 are not among this selector's prompts: 'who'"),
+    ],
+)
+def test_a_batch_that_can_never_be_had_raises(make: Make, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make(None).select(**{"step": 1, "batch_size": 4, **arguments})
+
+
+def test_a_step_that_is_none_raises(make: Make) -> None:
+    with pytest.raises(InvalidRequest, match="observe was not sent: step: Input should be less than"):
+        make(None).observe(2**63, {"p0": [1]})
+
+
+def test_it_survives_pickling(make: Make) -> None:
+    selector = make(None, seed=5)
+
+    copy = pickle.loads(pickle.dumps(selector))
+
+    assert copy.select(1, 4) == selector.select(1, 4)
+    copy.close()

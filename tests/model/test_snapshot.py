@@ -1,0 +1,275 @@
+"""A shared model crosses the store as bytes: exactly, without pickle, and only to whom it was fitted for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load, save
+
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.learning.predictors import PAPER
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.settings import PredictorName
+from evenodds_service.errors import SnapshotUnusable, TorchMissing
+from evenodds_service.model.history import History
+from evenodds_service.model.ngrams import ngram_matrix
+from evenodds_service.model.refit import Material, fit_shared_model, gather
+from evenodds_service.model.snapshot import FORMAT, SharedModel
+from evenodds_service.model.surface import surface_features
+
+EMBEDDER = "caller"
+N, D, G = 60, 5, 8
+TEXTS = [f"{'Prove' if i % 2 else 'Compute'} something about the number {i}." for i in range(N)]
+NEW = ["Prove something about a triangle.", "Compute something about a circle.", None]
+
+
+def block_of(texts: list[str | None]) -> RawBlock:
+    n = len(texts)
+    surface = surface_features([text or "" for text in texts])
+    return RawBlock(
+        first=0,
+        prompt_ids=tuple(f"p{i}" for i in range(n)),
+        groups=(None,) * n,
+        numeric=(None,) * n,
+        prior_rates_N=np.full(n, np.nan, np.float32),
+        surface_N_S=surface.astype(np.float32),
+        embedding_N_D=np.random.default_rng(n).normal(size=(n, D)).astype(np.float32),
+    )
+
+
+def material(predictor: PredictorName = "gps", *, n_observed: int = N, group_size: int = G) -> Material:
+    """Prove is mostly not solved and Compute mostly is, in two steps."""
+    block = block_of(list(TEXTS))
+    basis = Basis.of(block)
+    prompts = np.arange(n_observed)
+    successes = np.where(prompts % 2, prompts % 3, G - prompts % 4).astype(np.float64)
+    history = History(
+        prompts=prompts,
+        steps=prompts * 2 // N,
+        successes=successes,
+        attempts=np.full(n_observed, float(G)),
+        informative=(successes > 0) & (successes < G),
+    )
+    return Material(
+        embedder=EMBEDDER,
+        predictor=predictor,
+        group_size=group_size,
+        basis=basis,
+        x_N_d=basis.project(block),
+        embeddings_N_D=block.embedding_N_D,
+        ngrams=ngram_matrix(TEXTS),
+        history=history,
+    )
+
+
+def fitted(material: Material) -> SharedModel:
+    return fit_shared_model(material, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, SharedModel]:
+    """By predictor."""
+    return {"gps": fitted(material("gps")), "gps-paper": fitted(material("gps-paper"))}
+
+
+@pytest.fixture(scope="module", params=["gps", "gps-paper"])
+def model(request: pytest.FixtureRequest, models: dict[str, SharedModel]) -> SharedModel:
+    return models[request.param]
+
+
+def test_a_model_comes_back_from_its_bytes(model: SharedModel) -> None:
+    back = SharedModel.from_bytes(model.to_bytes(), embedder=EMBEDDER)
+
+    assert (back.embedder, back.group_size, back.report) == (EMBEDDER, G, model.report)
+    assert back.priors.keys() == model.priors.keys()
+    assert back.weights.keys() == model.weights.keys()
+    for name, weights in model.weights.items():
+        assert back.weights[name].keys() == weights.keys()
+        for part, array in weights.items():
+            np.testing.assert_array_equal(back.weights[name][part], array)
+    for name, prior in model.priors.items():
+        np.testing.assert_allclose(back.priors[name].means_N, prior.means_N, atol=3e-4)
+        np.testing.assert_allclose(back.priors[name].concentrations_N, prior.concentrations_N, rtol=1e-3)
+    (ours, our_arrays), (theirs, their_arrays) = model.basis.to_arrays(), back.basis.to_arrays()
+    assert theirs == ours
+    for name, array in our_arrays.items():
+        np.testing.assert_array_equal(their_arrays[name], array)
+
+
+def test_bytes_taken_twice_are_the_same(model: SharedModel) -> None:
+    content = model.to_bytes()
+
+    assert SharedModel.from_bytes(content, embedder=EMBEDDER).to_bytes() == content
+
+
+def test_a_model_predicts_the_same_after_its_bytes(model: SharedModel) -> None:
+    block = block_of(list(NEW))
+
+    ours = model.predict(NEW, block)
+    theirs = SharedModel.from_bytes(model.to_bytes(), embedder=EMBEDDER).predict(NEW, block)
+
+    assert ours.keys() == theirs.keys() == model.priors.keys()
+    for name, prior in ours.items():
+        np.testing.assert_array_equal(prior.means_N, theirs[name].means_N)
+        np.testing.assert_array_equal(prior.concentrations_N, theirs[name].concentrations_N)
+        assert ((prior.means_N > 0) & (prior.means_N < 1)).all()
+        assert (prior.concentrations_N > 0).all()
+
+
+def test_without_torch_only_the_published_model_cannot_speak_of_other_prompts(
+    models: dict[str, SharedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    assert models["gps"].predict(NEW, block_of(list(NEW))).keys() == models["gps"].priors.keys()
+    with pytest.raises(TorchMissing, match=r"install evenodds\[service\] there, or load the prompts into the pool"):
+        models["gps-paper"].predict(NEW, block_of(list(NEW)))
+
+
+@pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
+def test_a_fit_is_deterministic(models: dict[str, SharedModel], predictor: PredictorName) -> None:
+    assert fitted(material(predictor)).to_bytes() == models[predictor].to_bytes()
+
+
+def test_a_model_knows_what_tells_hard_from_easy(models: dict[str, SharedModel]) -> None:
+    (ngrams, latent) = (models["gps"].priors[name].means_N for name in ("ngrams", "latent"))
+    told = models["gps"].predict(NEW, block_of(list(NEW)))["ngrams"].means_N
+
+    assert ngrams[1::2].mean() < 0.5 < ngrams[0::2].mean()
+    assert latent[1::2].mean() < 0.5 < latent[0::2].mean()
+    assert told[0] < told[1]
+
+
+def test_with_too_little_to_learn_from_a_model_has_no_priors() -> None:
+    model = fitted(material(n_observed=20))
+
+    assert dict(model.priors) == {}
+    assert model.predict(NEW, block_of(list(NEW))) == {}
+    assert SharedModel.from_bytes(model.to_bytes(), embedder=EMBEDDER).priors == {}
+
+
+def test_single_attempts_are_enough_to_learn_from() -> None:
+    given = material()
+    single = replace(
+        given,
+        group_size=1,
+        history=replace(
+            given.history,
+            successes=(given.history.successes > 4).astype(np.float64),
+            attempts=np.ones(N),
+            informative=np.zeros(N, dtype=bool),
+        ),
+    )
+
+    model = fitted(single)
+
+    assert model.priors.keys() == {"ngrams", "latent"}
+    for prior in model.priors.values():
+        assert np.isfinite([prior.means_N, prior.concentrations_N]).all()
+
+
+def test_the_published_model_goes_on_from_the_one_before(models: dict[str, SharedModel]) -> None:
+    given = material("gps-paper")
+    later = replace(given.history, steps=given.history.steps + 2)
+
+    model = fitted(replace(given, history=gather([given.history, later]), warm_start=models["gps-paper"]))
+
+    assert model.report["paper.last_step"] == 3
+    np.testing.assert_array_equal(model.weights["paper context"]["successes_C"], later.successes[N // 2 :])
+    moved = [
+        not np.array_equal(array, models["gps-paper"].weights[PAPER][k]) for k, array in model.weights[PAPER].items()
+    ]
+    assert any(moved)
+
+
+def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(models: dict[str, SharedModel]) -> None:
+    given = replace(material("gps-paper"), model_size="published")
+
+    after_small = fitted(replace(given, warm_start=models["gps-paper"]))
+
+    n_parameters = sum(array.size for name, array in after_small.weights[PAPER].items() if name != "size")
+    assert 18e6 < n_parameters < 22e6
+    cold = fitted(given)
+    for name, array in after_small.weights[PAPER].items():
+        np.testing.assert_array_equal(array, cold.weights[PAPER][name])
+
+
+def test_the_bytes_are_safetensors_and_no_pickle(model: SharedModel) -> None:
+    content = model.to_bytes()
+
+    (length,) = struct.unpack("<Q", content[:8])
+    described = json.loads(content[8 : 8 + length])
+    assert {"header", "basis/means"} < described.keys()
+    with pytest.raises(pickle.UnpicklingError):
+        pickle.loads(content)
+
+
+class Bomb:
+    """Would be made by whoever unpickles it."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return pytest.fail, ("a pickle was loaded",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no snapshot",
+        pickle.dumps(Bomb()),
+        pickle.dumps({"header": np.zeros(3)}),
+        save({"weights": np.zeros(3)}),
+        save({"header": np.frombuffer(b"no json", dtype=np.uint8)}),
+        save({"header": np.frombuffer(b"[1, 2]", dtype=np.uint8)}),
+        save({"header": np.frombuffer(b"{}", dtype=np.uint8)}),
+    ],
+    ids=["nothing", "text", "bomb", "pickle", "no header", "no JSON", "a list", "an empty header"],
+)
+def test_other_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(SnapshotUnusable, match=rf"(?s)^{len(content)} bytes are no snapshot \(.*\): refit the run$"):
+        SharedModel.from_bytes(content, embedder=EMBEDDER)
+
+
+def test_bytes_cut_short_are_refused(model: SharedModel) -> None:
+    content = model.to_bytes()
+
+    with pytest.raises(SnapshotUnusable, match="bytes are no snapshot"):
+        SharedModel.from_bytes(content[:-1], embedder=EMBEDDER)
+
+
+def test_a_snapshot_of_another_embedder_is_refused_with_both_names(model: SharedModel) -> None:
+    with pytest.raises(SnapshotUnusable) as caught:
+        SharedModel.from_bytes(model.to_bytes(), embedder="builtin")
+
+    assert str(caught.value) == (
+        "the snapshot was fitted on embedder 'caller', the run's vectors come from 'builtin': refit the run"
+    )
+    assert caught.value.code == "snapshot_unusable"
+
+
+def test_a_snapshot_of_another_format_is_refused(model: SharedModel) -> None:
+    arrays = load(model.to_bytes())
+    header = json.loads(arrays["header"].tobytes()) | {"format": FORMAT + 1}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+
+    message = f"^the snapshot has format {FORMAT + 1}, this release reads {FORMAT}: refit the run$"
+    with pytest.raises(SnapshotUnusable, match=message):
+        SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
+
+
+def test_priors_cross_in_half_precision() -> None:
+    means = np.array([0.0001, 0.25, 0.9999], dtype=np.float32)
+    prior = FittedPrior(means, np.array([0.05, 2.0, 64.0], dtype=np.float32))
+    model = replace(fitted(material(n_observed=0)), priors={"ngrams": prior})
+
+    back = SharedModel.from_bytes(model.to_bytes(), embedder=EMBEDDER).priors["ngrams"]
+
+    assert back.means_N.dtype == back.concentrations_N.dtype == np.float32
+    np.testing.assert_array_equal(back.means_N, means.astype(np.float16))
