@@ -17,15 +17,22 @@ from benchmarks.contenders import Gps, GpsPaper, Parts
 from benchmarks.rivals import Forecast, Method, MoPPS, Uniform
 from benchmarks.worlds import World
 
-from evenodds_service.domain import acquisition
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.fold import beliefs_of, fold
-from evenodds_service.domain.types import REPROBE_SHARE, BoolArray, FloatArray, IntArray, SelectEntry
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.domain.selection.batch import Candidates, Shares, choose
+from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.history import History
 from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
 
 WORKER_MOST = 2_048
 """Observations between two refits at most, as a run's settings have it by default."""
+
+TOLERANCE = 0.1
+"""How far below the best score a prompt is as good as the best: `diversity` of a run by default."""
 
 _EASY, _HARD = 0.95, 0.05
 _CALIBRATION_KEEP = 0.95
@@ -69,8 +76,8 @@ class Rule:
     Attributes:
         rest: Steps for which a chosen prompt rests; -1 is the service's own rest.
         cap: The rest is at most this share of an epoch (N / B steps).
-        draw: `top`, as the service; `gd<k>`, the most unlike of k n drawn at random among those within .1 of the best;
-            `pd<k>`, the most unlike of 3 n drawn in proportion to u^k.
+        draw: `top`, as the service; `gd<k>`, the most unlike of k n drawn at random among those within .1 of the best,
+            the next best with them where these are fewer; `pd<k>`, the most unlike of 3 n drawn in proportion to u^k.
         fill: 0 asks for B prompts. Else for so many that B informative groups are expected, times this factor.
         most: Fill asks for at most so many times B.
         refit: 1 refits the shared model when a worker would.
@@ -227,15 +234,16 @@ class Ruled(Gps):
         scores = informative + rule.optimism * deviation
         n = min(self._n_prompts(batch_size), len(candidates))
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
-        rest = acquisition.rest_steps(state.n_prompts, batch_size)
+        rest = rest_steps(state.n_prompts, batch_size)
         if rule.rest >= 0:
             rest = min(rule.rest, math.floor(rule.cap * self._epoch_steps))
-        resting = acquisition.resting(last_seen, step=step, rest=rest)
-        allowed = acquisition.held_back(allowed, resting, last_seen, scores, batch_size=n, groups={})
+        held = resting(last_seen, step=step, rest=rest)
+        allowed = held_back(allowed, held, last_seen, scores, batch_size=n, groups={})
+        now = _Now(scores, informative, last_seen, generator)
         if rule.draw == "top":
-            prompts = self._chosen(scores, informative, allowed, n, last_seen, generator, diversity=0.1, reprobe=None)
+            prompts = self._chosen(now, allowed, n, diversity=TOLERANCE, reprobe=REPROBE_SHARE)
         else:
-            prompts = self._drawn(scores, informative, allowed, n, last_seen, generator)
+            prompts = self._drawn(now, allowed, n)
         self._last_yield = float(informative[prompts].mean())
         fold(state, SelectEntry(state.position + 1, step, prompts), self._pool)
         return prompts
@@ -257,26 +265,16 @@ class Ruled(Gps):
             share = max(_LEAST_SHARE, self._last_yield * self._found / self._forecast)
         return max(1, min(round(self._rule.most * batch_size), math.ceil(self._rule.fill * batch_size / share)))
 
-    def _drawn(
-        self,
-        scores: FloatArray,
-        informative: FloatArray,
-        allowed: BoolArray,
-        n: int,
-        last_seen: IntArray,
-        generator: np.random.Generator,
-    ) -> IntArray:
+    def _drawn(self, now: _Now, allowed: BoolArray, n: int) -> IntArray:
         """The least recently seen as in the service; then others by chance, and of these the most unlike."""
+        scores, generator = now.scores, now.generator
         quota = math.floor(REPROBE_SHARE * n + generator.random())
-        chosen = np.empty(0, dtype=np.int64)
-        if quota:
-            chosen = self._chosen(scores, informative, allowed, quota, last_seen, generator, diversity=0.1, reprobe=1.0)
-            allowed[chosen] = False
-        missing = n - quota
-        k = int(self._rule.draw[2:])
+        chosen = self._chosen(now, allowed, quota, diversity=TOLERANCE, reprobe=1.0)
+        allowed[chosen] = False
+        missing, k = n - quota, int(self._rule.draw[2:])
         if self._rule.draw.startswith("gd"):
-            good = allowed & (scores >= np.max(scores[allowed], initial=-np.inf) - 0.1)
-            worth, n_drawn = np.where(good, 0.0, scores - 1e6), k * missing  # the others only where these are too few
+            good = allowed & (scores >= np.max(scores[allowed], initial=-np.inf) - TOLERANCE)
+            worth, n_drawn = np.where(good, 0.0, scores - 1e6), k * missing  # the next best where these are too few
         else:
             worth, n_drawn = k * np.log(np.maximum(scores, 1e-9)), 3 * missing
             worth = worth + generator.gumbel(size=len(worth))
@@ -285,38 +283,32 @@ class Ruled(Gps):
         drawn = np.zeros(len(allowed), dtype=bool)
         if n_drawn:
             drawn[np.argpartition(-worth, n_drawn - 1)[:n_drawn]] = True
-        others = self._chosen(
-            np.zeros(len(scores)), informative, drawn, missing, last_seen, generator, diversity=1.0, reprobe=0.0
-        )
-        return np.concatenate((chosen, others))
+        alike = replace(now, scores=np.zeros(len(scores)))
+        return np.concatenate((chosen, self._chosen(alike, drawn, missing, diversity=1.0, reprobe=0.0)))
 
-    def _chosen(
-        self,
-        scores: FloatArray,
-        informative: FloatArray,
-        allowed: BoolArray,
-        n: int,
-        last_seen: IntArray,
-        generator: np.random.Generator,
-        *,
-        diversity: float,
-        reprobe: float | None,
-    ) -> IntArray:
+    def _chosen(self, now: _Now, allowed: BoolArray, n: int, *, diversity: float, reprobe: float) -> IntArray:
         if n == 0:
             return np.empty(0, dtype=np.int64)
-        choice = acquisition.choose(
-            scores,
-            informative,
-            allowed,
+        choice = choose(
+            now.scores,
+            now.informative,
+            Candidates(allowed, allowed, now.last_seen),
+            Shares(reprobe=reprobe),
             batch_size=n,
-            last_seen_N=last_seen,
-            generator=generator,
-            directions_of=self._directions,
-            recent_batches=self._state.recent_batches,
-            diversity=diversity,
-            reprobe_share=reprobe,
+            picker=picker_of("yield", diversity, self._state.recent_batches, self._directions),
+            generator=now.generator,
         )
         return choice.prompts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Now:
+    """What a choice goes by: scores, probabilities of an informative group, when last seen, [N] each, and chance."""
+
+    scores: FloatArray
+    informative: FloatArray
+    last_seen: IntArray
+    generator: np.random.Generator
 
 
 RIVALS: Mapping[str, Arm] = {

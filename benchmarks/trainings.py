@@ -42,11 +42,12 @@ from scipy import sparse
 
 from benchmarks import trainings_report
 from evenodds import PromptIn
-from evenodds_service.domain.types import BUILTIN, FloatArray, IntArray
+from evenodds_service.commands.replay.recordings import Recording
+from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.surface import surface_features
-from evenodds_service.replay.recordings import Recording
 
 SCALE = SCALES["small"]
 GROUP_SIZE = SCALE.plan.group_size

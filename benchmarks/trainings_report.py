@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib import pyplot
 from scipy import stats
 
-from evenodds_service.domain.types import FloatArray
+from evenodds_service.domain.arrays import FloatArray
 
 BASELINE, FILLED = "uniform", "dynamic"
 COST_RATIOS = (0.25, 0.5, 1.0)

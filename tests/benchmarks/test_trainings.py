@@ -17,7 +17,7 @@ from benchmarks.worlds import World
 from examples.grpo_from_scratch.task import DIGIT, END, Levels, Operations, is_right
 from examples.grpo_from_scratch.task import World as Lessons
 
-from evenodds_service.domain.types import FloatArray, IntArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 
 SMALL = Levels(digits=4, languages=5, words=3)
 TINY = Regime("tiny", "tiny", Task("tiny", SMALL, Lessons, 20), batch_size=4, pool_size=60, steps=4, evaluate_every=2)
