@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evenodds_service.settings import Settings
+    from evenodds_service.storage.engine import Patience
     from evenodds_service.storage.store import Store
 
 _EXIT_FAULT = 1
@@ -189,10 +190,11 @@ def _work(options: argparse.Namespace) -> int:
     from evenodds_service.model.errors import DeviceUnavailable
     from evenodds_service.model.paper_network import open_device
     from evenodds_service.model.refit import fit_shared_model
+    from evenodds_service.storage.engine import WORKER_PATIENCE
     from evenodds_service.worker import Worker
 
     try:
-        settings, store = _opened()
+        settings, store = _opened(WORKER_PATIENCE)
     except _Refused as error:
         return _fault(str(error))
     _configure_logging(settings)
@@ -239,8 +241,11 @@ class _Refused(Exception):
     """A setting or the database does not allow a start. The message says why and what to do."""
 
 
-def _opened() -> tuple[Settings, Store]:
+def _opened(patience: Patience | None = None) -> tuple[Settings, Store]:
     """Settings and the store over a database with this release's schema.
+
+    Args:
+        patience: Of the store's transactions; what the settings give a request, by default.
 
     Raises:
         _Refused: a bad setting, no database, or another schema on PostgreSQL. (SQLite is migrated here.)
@@ -259,6 +264,7 @@ def _opened() -> tuple[Settings, Store]:
             settings.database_url,
             pool_size=settings.pool_size,
             timeout_seconds=settings.database_timeout_seconds,
+            patience=patience,
         )
         if engine.dialect.name == "sqlite":
             migration.upgrade(engine)
@@ -347,7 +353,8 @@ def _migrate(_: argparse.Namespace) -> int:
     from evenodds_service.storage.engine import open_engine
 
     try:
-        engine = open_engine(Settings().database_url)
+        settings = Settings()
+        engine = open_engine(settings.database_url, timeout_seconds=settings.database_timeout_seconds)
         before = migration.current_revision(engine)
         migration.upgrade(engine)
         after = migration.current_revision(engine)

@@ -4,6 +4,7 @@
     ├── DatabaseUrlUnusable      database_url         the URL names no database that we can use
     ├── StoreUnavailable         store_unavailable    the database did not answer; the call may be repeated
     ├── SchemaMismatch           schema_mismatch      the database has another schema than this release
+    ├── MigrationFailed          migration_failed     a migration was given up, and has changed nothing
     ├── NaiveDatetime            naive_datetime       a datetime without a time zone
     ├── RunUnknown               run_unknown
     ├── RunExists                run_exists           a fork must be a new run
@@ -53,6 +54,12 @@ class StoreUnavailable(StoreError):
 
 class SchemaMismatch(StoreError):
     code = "schema_mismatch"
+
+
+class MigrationFailed(StoreError):
+    """The schema is the old one, or (where the connection broke at the very end) the new one."""
+
+    code = "migration_failed"
 
 
 class NaiveDatetime(StoreError, DontWrapMixin):
