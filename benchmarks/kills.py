@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evenodds import Client, RefitState
-from evenodds_service.domain.settings import SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 

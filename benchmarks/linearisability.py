@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, select
 
 from evenodds_service.api.app import create_app
-from evenodds_service.domain.settings import Entry
+from evenodds_service.domain.log_entries import Entry
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
-from evenodds_service.storage.store import Run, Selection, Store
+from evenodds_service.storage.store import NewSelection, Run, Selection, Store, Written
 from evenodds_service.storage.tables import log, runs, selections
 
 RUN = "replicas"
@@ -348,13 +349,12 @@ class _Past(Store):
     def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
         return None
 
-    def selection(self, run_id: int, step: int, *, arguments_hash: str) -> Selection | None:
-        return None
+    def run_and_selection(self, name: str, step: int, *, arguments_hash: str) -> tuple[Run, Selection | None]:
+        return self.run(name), None
 
-    def record_selection(
-        self, run_id: int, *, selection_id: str, step: int, arguments_hash: str, reply: str, **_: Any
-    ) -> tuple[Selection, bool]:
-        return Selection(selection_id, step, arguments_hash, reply, log_position=self.position), False
+    def record_selection(self, run_id: int, chosen: NewSelection, *, now: datetime) -> tuple[Selection, Written | None]:
+        recorded = (chosen.selection_id, chosen.step, chosen.arguments_hash, chosen.reply)
+        return Selection(*recorded, log_position=self.position), None
 
 
 _FIRST_TIME = {"selection_id": None, "replayed": False}

@@ -37,7 +37,8 @@ import torch
 from benchmarks.kills import kill_workers, serving
 
 from evenodds import PromptIn
-from evenodds_service.domain.settings import NewObservation, RunSettings
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
@@ -218,9 +219,7 @@ def observe(store: Store, rates: np.ndarray, n: int, *, seed: int) -> None:
         prompts = generator.choice(len(rates), size=min(BATCH_SIZE, n - first), replace=False)
         successes = generator.binomial(GROUP_SIZE, rates[prompts])
         rows = [NewObservation.of_counts(int(i), int(k), GROUP_SIZE) for i, k in zip(prompts, successes, strict=True)]
-        store.append_observations(
-            run.id, step=step, observations=rows, model_version=run.model_version, now=datetime.now(timezone.utc)
-        )
+        store.append_observations(run.id, Outcomes(step=step, observations=rows), now=datetime.now(timezone.utc))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from evenodds_service.commands.replay.scoring import Spread
-from evenodds_service.domain.settings import FloatArray
+from evenodds_service.domain.arrays import FloatArray
 
 RESULTS = Path(__file__).parent / "results"
 _SMOOTHED_STEPS = 5

@@ -21,16 +21,20 @@ import httpx
 import numpy as np
 from benchmarks.latency import POOL_SIZE, read_pool, service
 
+from evenodds_service.domain.arrays import BoolArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, fold
+from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import Record
+from evenodds_service.domain.log_entries import NewObservation, ObserveEntry, Outcomes
+from evenodds_service.domain.prompts import NewPrompt, text_key
 from evenodds_service.domain.report.report import report
-from evenodds_service.domain.settings import BoolArray, NewObservation, NewPrompt, ObserveEntry, RunSettings, text_key
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
-from evenodds_service.storage.store import Run, Store
+from evenodds_service.storage.store import NewSelection, Run, Store
 
 BATCH_SIZE, GROUP_SIZE, N_GROUPS = 256, 8, 12
 CONTROL_SHARE = 0.1
@@ -78,27 +82,31 @@ def write(store: Store, n_steps: int) -> Run:
         forecast = np.clip(rates[batch] + chance.normal(scale=0.2, size=BATCH_SIZE), 0.05, 0.95)
         store.record_selection(
             run.id,
-            selection_id=f"s{step}",
-            step=step,
-            arguments_hash="",
-            prompts=batch.tolist(),
-            reply="{}",
+            NewSelection(
+                selection_id=f"s{step}",
+                step=step,
+                arguments_hash="",
+                prompts=batch,
+                reply="{}",
+                control_share=CONTROL_SHARE,
+                control=control,
+                a=4.0 * forecast,
+                b=4.0 * (1.0 - forecast),
+            ),
             now=NOW,
-            control_share=CONTROL_SHARE,
-            control=control.tolist(),
-            beliefs=(4.0 * forecast, 4.0 * (1.0 - forecast)),
         )
         successes = chance.binomial(GROUP_SIZE, rates[batch]).tolist()
         store.append_observations(
             run.id,
-            step=step,
-            observations=[
-                NewObservation.of_counts(prompt, k, GROUP_SIZE)
-                for prompt, k in zip(batch.tolist(), successes, strict=True)
-            ],
-            model_version=0,
+            Outcomes(
+                step=step,
+                observations=[
+                    NewObservation.of_counts(prompt, k, GROUP_SIZE)
+                    for prompt, k in zip(batch.tolist(), successes, strict=True)
+                ],
+                selection_id=f"s{step}",
+            ),
             now=NOW,
-            selection_id=f"s{step}",
         )
     return store.run(RUN)
 

@@ -15,8 +15,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.settings import FloatArray, IntArray
 
 UNSOLVED, PARTLY, SOLVED = 0, 1, 2
 

@@ -35,9 +35,9 @@ from evenodds import Client
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS
-from evenodds_service.domain.selection import batch
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.selection import batch, selection
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
@@ -365,7 +365,7 @@ def plain_selection(state: State, pool: Pool, *, step: int) -> IntArray:
     last_seen = np.maximum(state.last_selected_N, state.last_step_N)
     quota = int(0.05 * BATCH + generator.random())
     oldest = np.argpartition(last_seen - 1e-9 * ties, quota)[:quota]
-    may = np.abs(step - last_seen) > batch.rest_steps(n, BATCH)
+    may = np.abs(step - last_seen) > selection.rest_steps(n, BATCH)
     may |= last_seen < 0
     may[oldest] = False
     worth = np.where(may, scores, -np.inf)

@@ -34,6 +34,7 @@ from matplotlib import pyplot
 from scipy import sparse
 from scipy.stats import rankdata
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.budgets.allocation import (
     attempts_at_price,
     bin_gains,
@@ -44,18 +45,12 @@ from evenodds_service.domain.budgets.allocation import (
 )
 from evenodds_service.domain.budgets.pricing import Traffic
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, fold, new_prompt_beliefs
-from evenodds_service.domain.settings import (
-    BudgetMode,
-    BudgetPolicy,
-    FloatArray,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    RawBlock,
-    SnapshotEntry,
-    text_key,
-)
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.prediction import new_prompt_beliefs
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.settings import BudgetMode, BudgetPolicy
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.refit import Material, fit_shared_model, gather

@@ -31,19 +31,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from benchmarks.inflated_beta import (
+    InflatedBeta,
+    inflated_informative_moments,
+    log_likelihood,
+    matched_inflated,
+    updated,
+)
 from numpy.typing import NDArray
 from scipy import sparse
 
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.matched_prior import (
-    InflatedBeta,
-    inflated_informative_moments,
-    log_likelihood,
-    matched_concentration,
-    matched_inflated,
-    updated,
-)
-from evenodds_service.domain.settings import BUILTIN, RawBlock, text_key
+from evenodds_service.domain.matched_prior import matched_concentration
+from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import FittedNgrams, fit, ngram_matrix
 from evenodds_service.model.surface import surface_features

@@ -9,8 +9,10 @@ import numpy as np
 from scipy import sparse
 
 from evenodds_service.commands.replay.recordings import Recording, read_recording
+from evenodds_service.domain.arrays import BoolArray, FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.settings import BUILTIN, BoolArray, FloatArray, RawBlock
+from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.surface import surface_features

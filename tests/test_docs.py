@@ -22,7 +22,7 @@ import yaml
 
 from evenodds.client import API_KEY_VARIABLE
 from evenodds.schemas import RunUpdate
-from evenodds_service.__main__ import _parser
+from evenodds_service.__main__ import parser
 from evenodds_service.api.run_metrics import _GAUGES
 from evenodds_service.settings import Settings
 
@@ -144,7 +144,7 @@ def test_every_metric_of_a_run_is_documented_and_no_other_is_named() -> None:
 
 
 def test_every_command_that_is_named_exists() -> None:
-    (subcommands,) = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    (subcommands,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     known = set(subcommands.choices or ())
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 

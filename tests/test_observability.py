@@ -13,6 +13,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tests.commands.test_command_line import evenodds, serve
+from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,7 @@ def lines(server: Server) -> list[dict[str, Any]]:
 
 def test_every_request_is_one_line_with_its_id_and_without_its_body(serve: Callable[..., Server]) -> None:
     server = serve()
-    with httpx.Client(base_url=server.base_url) as http:
+    with httpx.Client(base_url=server.base_url, timeout=PATIENCE_SECONDS) as http:
         http.put("/runs/math", json={"embedder": "none"}, headers={"X-Request-ID": "first"})
         http.post("/runs/math/prompts", json={"prompts": [{"prompt_id": "a", "text": SECRET}]})
         http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
@@ -56,7 +57,7 @@ def test_every_request_is_one_line_with_its_id_and_without_its_body(serve: Calla
 
 def test_text_is_for_people_and_the_level_is_a_setting(serve: Callable[..., Server]) -> None:
     server = serve(EVENODDS_LOG_FORMAT="text", EVENODDS_LOG_LEVEL="debug")
-    httpx.get(f"{server.base_url}/healthz")
+    httpx.get(f"{server.base_url}/healthz", timeout=PATIENCE_SECONDS)
 
     server.end(signal.SIGTERM)
 
@@ -104,9 +105,10 @@ def collector() -> Iterator[Collector]:
 
 def test_traces_go_out_where_they_are_asked_for(serve: Callable[..., Server], collector: Collector) -> None:
     server = serve(EVENODDS_TELEMETRY="true", OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100")
-    httpx.put(f"{server.base_url}/runs/math", json={"embedder": "none"})
-    httpx.post(f"{server.base_url}/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
-    httpx.get(f"{server.base_url}/healthz")
+    with httpx.Client(base_url=server.base_url, timeout=PATIENCE_SECONDS) as http:
+        http.put("/runs/math", json={"embedder": "none"})
+        http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
+        http.get("/healthz")
 
     server.end(signal.SIGTERM)
 

@@ -31,9 +31,8 @@ API.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
-
-from sqlalchemy.exc import DontWrapMixin
 
 
 class StoreError(Exception):
@@ -60,12 +59,6 @@ class MigrationFailed(StoreError):
     """The schema is the old one, or (where the connection broke at the very end) the new one."""
 
     code = "migration_failed"
-
-
-class NaiveDatetime(StoreError, DontWrapMixin):
-    """`DontWrapMixin` keeps SQLAlchemy from hiding it in a StatementError."""
-
-    code = "naive_datetime"
 
 
 class RunUnknown(StoreError):
@@ -159,3 +152,94 @@ class KeyConflict(StoreError):
 
 class KeyUnknown(StoreError):
     code = "key_unknown"
+
+
+class AccessRefused(Exception):
+    """The call is not allowed. `status` is 401 without a valid key, 403 with one that may not, 429 above its rate."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+class ChatRefused(ValueError):
+    """A chat request that this model cannot answer. The message says which part and what to send."""
+
+
+class DeskFull(Exception):
+    """More requests wait than the desk holds. The message says how many."""
+
+
+class DeadlinePassed(Exception):
+    """The answer would come too late. The message names the deadline."""
+
+
+class EmbeddingRefused(ValueError):
+    """A vector was sent that the run cannot take. The message names the item and the limit."""
+
+
+class EmbedderNotAllowed(ValueError):
+    """The embedder is a model that the operator has not listed. The message names it and those that are allowed."""
+
+
+class RoundsFull(Exception):
+    """More questions about a run wait than may. The message says how many."""
+
+
+class NotEnoughPrompts(ValueError):
+    """Fewer prompts may be selected than were asked for. `group` is None for the batch as a whole."""
+
+    def __init__(self, *, asked: int, eligible: int, group: str | None = None, advice: str = "") -> None:
+        self.asked, self.eligible, self.group = asked, eligible, group
+        what = "batch_size" if group is None else f"groups: the share of {group!r}"
+        super().__init__(f"{what} asks for {asked} prompts, {eligible} may be selected{advice}")
+
+
+class BudgetTooSmall(ValueError):
+    """The budget does not pay for the least attempts that were asked for."""
+
+
+class CheckpointUnusable(ValueError):
+    """The bytes are no checkpoint of this release's fold. Fold from the log's beginning instead."""
+
+
+class SharesConflict(ValueError):
+    """A group's least share of a batch is above its largest."""
+
+
+class UnknownPrompts(LookupError):
+    """Prompt ids that the pool does not have."""
+
+    def __init__(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> None:
+        shown = ", ".join(repr(i) for i in prompt_ids[:5]) + (", ..." if len(prompt_ids) > 5 else "")
+        super().__init__(f"{path}: {len(prompt_ids)} not in the pool of run {run!r}: {shown}; {hint}")
+
+
+class ModelError(Exception):
+    """Root of this room's errors. The message names the thing, what is wrong with it, and the next step."""
+
+    code = "model_error"
+
+
+class EmbedderUnavailable(ModelError):
+    """The embedding model could not be opened, or gave no usable vectors when it was tried."""
+
+    code = "embedder_unavailable"
+
+
+class DeviceUnavailable(ModelError):
+    """The named torch device does not exist here, or cannot be used."""
+
+    code = "device_unavailable"
+
+
+class TorchMissing(ModelError):
+    """A prediction needs torch, and this process was installed without it."""
+
+    code = "torch_missing"
+
+
+class SnapshotUnusable(ModelError):
+    """A snapshot's bytes cannot be used here. The message says why and what to do."""
+
+    code = "snapshot_unusable"

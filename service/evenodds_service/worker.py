@@ -17,14 +17,14 @@ from datetime import datetime, timedelta
 
 from scipy import sparse
 
-from evenodds_service.domain.settings import ObserveEntry
+from evenodds_service.domain.log_entries import ObserveEntry
 from evenodds_service.errors import RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import Material, gather
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.live_run import LiveRun, vector_name
-from evenodds_service.storage.store import Refit, Run, Store
+from evenodds_service.storage.store import NewSnapshot, Refit, Run, Store
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +96,8 @@ class Worker:
                 raise  # the lease runs out, and the refit is taken up again
             except Exception as error:  # one run's bad data must not keep the others from being fitted
                 logger.exception("%s: refit %d failed", self._name, refit.id)
-                self._store.fail_refit(
-                    refit.id,
-                    worker=self._name,
-                    attempt=refit.attempts,
-                    error=f"{type(error).__name__}: {error}"[:1_000],
-                    now=self._clock(),
-                )
+                said = f"{type(error).__name__}: {error}"[:1_000]
+                self._store.fail_refit(refit, error=said, now=self._clock())
         return True
 
     def _request_due(self) -> None:
@@ -138,16 +133,13 @@ class Worker:
         loaded = time.monotonic()
         model = self._fit(material)
         seconds = {"seconds_loading": loaded - started, "seconds_fitting": time.monotonic() - loaded}
-        snapshot = self._store.publish_refit(
-            refit.id,
-            worker=self._name,
-            attempt=refit.attempts,
+        published = NewSnapshot(
             embedder=model.embedder,
             weights=model.to_bytes(),
             fitted_position=fitted.position,
             report={**model.report, **seconds, "observations": fitted.n_observations},
-            now=self._clock(),
         )
+        snapshot = self._store.publish_refit(refit, published, now=self._clock())
         logger.info("%s: run %r has snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
         run = self._store.run_with_id(refit.run_id)
         view.live.catch_up(self._store, run)

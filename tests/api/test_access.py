@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, ConfigurationError, Forbidden, PromptSelector, Unauthorized
 from evenodds_service.api.middleware.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
@@ -270,10 +271,13 @@ def test_whoever_builds_a_client_of_its_own_takes_the_key_from_the_environment(
     monkeypatch.setenv("EVENODDS_API_KEY", Guarded(store, running.http).key("trainer"))
     prompts = [{"prompt_id": f"p{i}", "text": f"What is {i}?"} for i in range(8)]
 
-    with PromptSelector(running.base_url, "math", prompts, deadline_seconds=20, outbox=tmp_path / "outbox") as selector:
+    with PromptSelector(
+        running.base_url, "math", prompts, deadline_seconds=PATIENCE_SECONDS, outbox=tmp_path / "outbox"
+    ) as selector:
         selector.wait_until_ready()
         batch = selector.select(0, 4)
         selector.observe(0, {prompt_id: [1.0, 0.0] for prompt_id in batch})
+        assert selector.flush()
 
     assert store.run("math").n_observations == 4
     store.close()

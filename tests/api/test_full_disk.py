@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from benchmarks.bad_weather import Town, Writers, count, postgresql, prepare
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client
 from evenodds_service.storage.engine import open_engine
@@ -28,21 +28,18 @@ def assert_nothing_is_lost(database_url: str, writers: Writers, client: Client) 
     assert counted.acknowledged > 0
 
 
-def until(client: Client, status: str) -> tuple[str, ...]:
+def until_unavailable(client: Client) -> tuple[str, ...]:
     """Wait until /readyz says so; the reasons that it gives."""
-    deadline = time.monotonic() + 30
-    while (ready := client.readyz()).status != status:
-        assert time.monotonic() < deadline, f"still {ready.status}"
-        time.sleep(0.02)
-    return ready.reasons
+    return until(lambda: client.readyz().reasons, "a /readyz that names a reason")
+
+
+def until_ready(client: Client) -> None:
+    until(lambda: client.readyz().status == "ok", "a service that is ready again")
 
 
 def until_refused(writers: Writers) -> None:
     """Wait until a writer has met the full disk too: /readyz may see it, and room be made, between two writes."""
-    deadline = time.monotonic() + 30
-    while not writers.refusals:
-        assert time.monotonic() < deadline, "no write was refused"
-        time.sleep(0.02)
+    until(lambda: writers.refusals, "a write that is refused")
 
 
 def test_sqlite_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
@@ -50,17 +47,17 @@ def test_sqlite_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     town = Town(f"sqlite:///{tmp_path}/evenodds.db", tmp_path)
     try:
         town.start("serve")
-        with Client(town.base_url, timeout_seconds=30) as client:
+        with Client(town.base_url, timeout_seconds=PATIENCE_SECONDS) as client:
             prepare(client)
             with Writers([town.base_url], 3, seed=0) as writers:
                 writers.bring_home(5)
                 written = (tmp_path / "evenodds.db-wal").stat().st_size
                 resource.prlimit(town.pid("serve"), resource.RLIMIT_FSIZE, (written, resource.RLIM_INFINITY))
-                reasons = until(client, "unavailable")
+                reasons = until_unavailable(client)
                 alive = client.healthz()
                 until_refused(writers)
                 resource.prlimit(town.pid("serve"), resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-                until(client, "ok")
+                until_ready(client)
                 writers.bring_home(5)
 
             assert alive.status == "ok"
@@ -100,11 +97,11 @@ def weather_the_full_disk(service: Service, disk: Path) -> tuple[Writers, tuple[
     with Writers([service.base_url], 3, seed=0) as writers:
         writers.bring_home(5)
         ballast = fill(disk)
-        reasons = until(service.client, "unavailable")
+        reasons = until_unavailable(service.client)
         assert service.client.healthz().status == "ok"
         until_refused(writers)
         ballast.unlink()
-        until(service.client, "ok")
+        until_ready(service.client)
         writers.bring_home(5)
     return writers, reasons
 

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Problem
 from evenodds_service.api.middleware.load_shedding import Crowding
@@ -19,7 +20,7 @@ def test_who_would_be_last_in_a_long_line_for_a_thread_is_sent_away_at_once() ->
     go_on = threading.Event()
 
     async def work(_: Request) -> Response:
-        await run_in_threadpool(go_on.wait, 30)
+        await run_in_threadpool(go_on.wait, PATIENCE_SECONDS)
         return Response("done")
 
     async def alive(_: Request) -> Response:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
@@ -102,7 +103,7 @@ def rendered(address: str, tmp_path: Path) -> str:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=5 * PATIENCE_SECONDS,
         check=True,
     )
     return done.stdout

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client, NotFound
 from evenodds_service.model.refit import Material
@@ -44,7 +45,7 @@ def broken(material: Material) -> SharedModel:
 @contextmanager
 def working(database_url: str, fit: Fit) -> Iterator[None]:
     """A worker runs in the background."""
-    store = Store(open_engine(database_url))
+    store = Store(open_engine(database_url, timeout_seconds=PATIENCE_SECONDS))
     worker = Worker(store, name="w", clock=lambda: datetime.now(timezone.utc), fit=fit, poll_seconds=0.02)
     stop = threading.Event()
     thread = threading.Thread(target=worker.run, args=(stop,))
@@ -92,7 +93,7 @@ def test_who_waits_in_vain_gets_the_refit_as_it_stands(caller: Caller) -> None:
 
 def test_who_waits_gets_the_published_version(own: Service) -> None:
     with working(own.database_url, nothing_learned):
-        refits = [own.client.refit("math", wait_seconds=30) for _ in range(2)]
+        refits = [own.client.refit("math", wait_seconds=PATIENCE_SECONDS) for _ in range(2)]
 
     assert [(refit.status, refit.model_version) for refit in refits] == [("done", 1), ("done", 2)]
     assert refits[0].refit_id != refits[1].refit_id
@@ -106,7 +107,7 @@ def test_who_waits_gets_the_published_version(own: Service) -> None:
 
 def test_who_waits_for_a_refit_that_fails_gets_its_error(own: Service) -> None:
     with working(own.database_url, broken):
-        refit = own.client.refit("math", wait_seconds=30)
+        refit = own.client.refit("math", wait_seconds=PATIENCE_SECONDS)
 
     assert (refit.status, refit.error, refit.model_version) == ("failed", "ArithmeticError: no good", None)
     assert own.client.run("math").model_version == 0
@@ -119,17 +120,15 @@ def test_who_waits_for_a_run_that_is_deleted_meanwhile_learns_it(own: Service) -
     def ask() -> None:
         with Client(own.base_url) as client:
             try:
-                client.refit("math", wait_seconds=30)
+                client.refit("math", wait_seconds=PATIENCE_SECONDS)
             except NotFound as error:
                 raised.append(error)
 
     thread = threading.Thread(target=ask)
     thread.start()
-    deadline = time.monotonic() + 30
-    while not own.client.refits("math").refits:
-        assert time.monotonic() < deadline
+    until(lambda: own.client.refits("math").refits, "the request for a refit")
     own.client.delete_run("math")
-    thread.join(timeout=30)
+    thread.join(PATIENCE_SECONDS)
 
     assert [error.code for error in raised] == ["run_unknown"]
 

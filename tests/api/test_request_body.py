@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, Problem, TooLarge
 
@@ -159,7 +160,7 @@ def test_a_bomb_is_not_unpacked(small: Service, media_type: dict[str, str]) -> N
     tracemalloc.start()
 
     try:
-        with httpx.Client(base_url=small.base_url, timeout=60) as http:
+        with httpx.Client(base_url=small.base_url, timeout=PATIENCE_SECONDS) as http:
             reply = http.post("/runs/math/prompts", content=in_pieces(bomb, 50_000), headers={**media_type, **PACKED})
         _, most_bytes = tracemalloc.get_traced_memory()
     finally:

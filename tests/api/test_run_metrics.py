@@ -6,14 +6,13 @@ import json
 import re
 import shutil
 import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,10 +65,7 @@ def test_what_was_observed_is_folded_before_anyone_asks(caller: Caller, service:
 
     caller.observe(0, {"prompt_id": "a", "successes": 1, "attempts": 2})
 
-    pause, deadline = threading.Event(), time.monotonic() + 30
-    while samples(service, caller.run)["evenodds_run_observations"] == 0:
-        assert time.monotonic() < deadline, "it was not folded in time"
-        pause.wait(0.01)
+    until(lambda: samples(service, caller.run)["evenodds_run_observations"], "the observation to be folded")
     assert samples(service, caller.run)["evenodds_run_head_lag"] == 0
 
 

@@ -312,7 +312,6 @@ def tried(http: httpx.Client, *, examples: int, n_steps: int) -> None:
         settings=settings(
             max_examples=examples,
             stateful_step_count=n_steps,
-            deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),

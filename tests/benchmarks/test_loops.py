@@ -9,7 +9,7 @@ from benchmarks.rivals import Forecast, MoPPS, Uniform
 from benchmarks.worlds import World
 
 from evenodds_service.commands.replay.driving import Plan
-from evenodds_service.domain.settings import FloatArray, IntArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 
 
 class Oracle:

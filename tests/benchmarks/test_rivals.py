@@ -9,7 +9,7 @@ from benchmarks.rivals import DPS, PARTLY, SOLVED, UNSOLVED, Arcus, Method, MoPP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenodds_service.domain.settings import IntArray
+from evenodds_service.domain.arrays import IntArray
 
 G = 8
 METHODS: Mapping[str, Callable[[int], Method]] = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from benchmarks.test_time import HeldOut, as_served, one_shot, probed, saved, sequential
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import gains
-from evenodds_service.domain.settings import FloatArray
 
 FLAT = (np.ones(2), np.ones(2))
 

@@ -133,7 +133,7 @@ class LoopbackServer:
         handler.wfile.write(content)
 
     def hang(self, handler: BaseHTTPRequestHandler) -> None:
-        self.released.wait(timeout=30)
+        self.released.wait()
 
     def hang_up(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.client.proxy import MODES, SLOW_SECONDS, Mode, proxy_before
+from tests.client.proxy import MODES, SLOW_SECONDS, Mode, Proxy, proxy_before
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import PromptSelector
 
@@ -24,7 +26,7 @@ N_PROMPTS = 60
 PROMPTS = [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(N_PROMPTS)]
 IDS = [prompt["prompt_id"] for prompt in PROMPTS]
 SETTINGS = {"embedder": "none", "group_size": 4}
-DEADLINE_SECONDS = 0.3
+DEADLINE_SECONDS = 0.5
 Outcome = tuple[str, int, float, int]
 
 
@@ -77,29 +79,32 @@ def test_no_fault_of_the_service_stops_the_loop_or_costs_an_outcome(
                 longest = max(longest, *seconds)
                 told += [(prompt_id, step, sum(rewards), 4) for prompt_id, rewards in outcomes.items()]
                 step += 1
-                time.sleep(0.05)  # the training itself
             if mode == "restarted":
                 service = start_service(database_url)
                 proxy.target = service.base_url
+            else:
+                until_met(proxy, proxy.mode)
         proxy.mode = "fine"
         proxy.release()
 
-        assert selector.flush(60)
-
-        recovered = selector.select(step, 6)
+        assert selector.flush(PATIENCE_SECONDS)
+        later_steps = itertools.count(step)
+        until(lambda: selector.select(next(later_steps), 6).source == "service", "a batch of the service")
         counts = selector.counts()
         selector.close()
-    assert longest < DEADLINE_SECONDS + 3  # on a busy machine; a slow reply takes far longer
-    assert SLOW_SECONDS > 2 * (DEADLINE_SECONDS + 3)
+    assert longest < SLOW_SECONDS / 10  # a slow reply takes far longer
     assert observed_by(service, "chaos") == Counter(told)
     assert service.client.run("chaos").observations == len(told)
     assert counts.uniform_batches > 0
-    assert recovered.source == "service"
-    assert counts.service_batches > 1
-    assert {mode for mode, path in proxy.met if path in ("observe", "select_batch", "prompts")} >= set(MODES) - {"fine"}
-    lines = [record.getMessage() for record in caplog.records]
-    kinds = ["answers again for run" in line for line in lines]
+    lines = [line for record in caplog.records if (line := record.getMessage()).startswith("Even Odds at")]
+    kinds = ["answers again for run" in line for line in lines]  # the others are of the disk, which may be slow
     assert kinds == [i % 2 == 1 for i in range(len(kinds))]  # a warning, a note, a warning, a note
+
+
+def until_met(proxy: Proxy, mode: Mode) -> None:
+    """Wait until the proxy has treated a call in this way."""
+    calls = ("observe", "select_batch", "prompts")
+    until(lambda: any(proxy.met[mode, call] for call in calls), f"a call that the proxy treats as {mode!r}")
 
 
 CRASH = """
@@ -143,7 +148,7 @@ def test_a_trainer_that_is_killed_has_lost_nothing_that_it_observed(
         service.client.run("chaos")
 
         with PromptSelector(proxy.base_url, "chaos", IDS, outbox=tmp_path / "outbox") as next_trainer:
-            assert next_trainer.flush()
+            assert next_trainer.flush(PATIENCE_SECONDS)
 
     kept = observed_by(service, "chaos")
     assert told - kept == Counter()

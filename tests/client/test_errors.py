@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from tests.waiting import until
 
 import evenodds.errors
 from evenodds import (
@@ -130,7 +131,7 @@ def test_a_service_that_is_silent_times_out(talk: Conversation, server: Loopback
     with pytest.raises(TimedOut) as caught:
         talk.call("run", "r")
 
-    assert len(server.targets) == 2
+    until(lambda: len(server.targets) == 2, "the second attempt at the server")
     assert re.fullmatch(
         rf"GET /runs/r: timed out after 2 attempts: http://127\.0\.0\.1:{server.port}: .+; "
         r"timeout_seconds is 0\.1 \(request [0-9a-f]{32}\)",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE_SECONDS, until_awaited
 
 from evenodds import BudgetReply, ConfigurationError, GatewayBudget
 from evenodds.gateway import FAULTS_TO_OPEN
@@ -55,6 +56,7 @@ class Script:
                 return await self.answer(request)
             return httpx.Response(200, json=REPLY if request.url.path == "/budget" else OBSERVED)
 
+        options = {"deadline_ms": 60_000, **options}  # few tests are about the deadline
         return GatewayBudget(run="r", transport=httpx.MockTransport(handle), clock=lambda: self.now, **options)
 
     def bodies(self, path: str) -> list[Any]:
@@ -66,16 +68,8 @@ async def broken(request: httpx.Request) -> httpx.Response:
 
 
 async def hanging(request: httpx.Request) -> httpx.Response:
-    await asyncio.sleep(30)
+    await asyncio.Event().wait()
     raise AssertionError
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(3_000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come about within 30 seconds")
 
 
 @pytest.fixture
@@ -85,7 +79,7 @@ def script() -> Script:
 
 def test_a_request_gets_its_budget(script: Script) -> None:
     async def ask() -> BudgetReply | None:
-        async with script.gateway(policy="cheap", deadline_ms=500) as gateway:
+        async with script.gateway(policy="cheap", deadline_ms=30_000) as gateway:
             reply = await gateway.budget("What is 1 + 1?", failures=2)
             assert gateway.counts.answered == 1
             return reply
@@ -100,21 +94,19 @@ def test_a_request_gets_its_budget(script: Script) -> None:
         "prompt": {"text": "What is 1 + 1?"},
         "policy": "cheap",
         "failures": 2,
-        "deadline_ms": 500,
+        "deadline_ms": 30_000,
     }
 
 
 def test_a_service_that_hangs_costs_the_deadline_and_no_more(script: Script) -> None:
     script.answer = hanging
 
-    async def ask() -> float:
+    async def ask() -> None:
         async with script.gateway(deadline_ms=30) as gateway:
-            started = time.perf_counter()
-            assert await gateway.budget("a") is None
+            assert await asyncio.wait_for(gateway.budget("a"), PATIENCE_SECONDS) is None
             assert gateway.counts.late == 1
-            return time.perf_counter() - started
 
-    assert asyncio.run(ask()) < 5  # of the 30 seconds that it hangs; a busy machine may be late
+    asyncio.run(ask())
 
 
 def test_after_faults_in_a_row_nobody_waits_and_one_tries_now_and_then(
@@ -205,9 +197,9 @@ def test_outcomes_wait_for_a_service_that_is_down_and_keep_their_id(script: Scri
     async def report() -> None:
         async with script.gateway() as gateway:
             gateway.report("a", [1], step=0)
-            await until(lambda: bool(script.requests))
+            await until_awaited(lambda: script.requests, "a delivery that fails")
             script.answer = None
-            await until(lambda: gateway.counts.reported > 0)
+            await until_awaited(lambda: gateway.counts.reported > 0, "the delivery")
 
     asyncio.run(report())
 
@@ -269,14 +261,16 @@ def test_against_the_real_service_until_it_is_stopped(sqlite_service: Service) -
     sqlite_service.client.put_budget_policy("served", mode="sequential", price=0.15)
 
     async def serve() -> None:
-        async with GatewayBudget(sqlite_service.base_url, run="served", deadline_ms=5_000) as gateway:
+        async with GatewayBudget(sqlite_service.base_url, run="served", deadline_ms=60_000) as gateway:
             first = await gateway.budget("What is new?")
             assert first is not None
             assert (first.attempts, first.attempts_seen) == (5, 0)
             gateway.report("What is new?", [0, 0, 0, 0], step=1)
-            await until(lambda: gateway.counts.reported > 0)
+            await until_awaited(lambda: gateway.counts.reported > 0, "the delivery")
             reply = await gateway.budget("What is new?")
+            ends = time.monotonic() + PATIENCE_SECONDS
             while reply is not None and reply.attempts_seen == 0:  # the view may be 200 ms old
+                assert time.monotonic() < ends
                 reply = await gateway.budget("What is new?")
             assert reply is not None
             assert (reply.attempts, reply.attempts_seen, reply.effort) == (1, 4, "high")

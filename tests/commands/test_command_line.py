@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import text
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, Invalid
 from evenodds_service.__main__ import main
@@ -44,7 +45,7 @@ def evenodds(*arguments: str, cwd: Path, **settings: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -77,7 +78,7 @@ class Server:
         self.process.send_signal(number)
         assert self.process.stderr is not None
         self.said += self.process.stderr.readlines()
-        return self.process.wait(timeout=30)
+        return self.process.wait(PATIENCE_SECONDS)
 
 
 @contextmanager
@@ -146,7 +147,7 @@ def test_a_request_in_flight_is_answered_before_the_service_stops(serve: Callabl
     host, port = server.base_url.removeprefix("http://").split(":")
     body = b'{"prompt_id": "a"}\n'
     head = f"POST /runs/math/prompts HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/x-ndjson\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode())
         assert connection.recv(1_000).startswith(b"HTTP/1.1 100")  # the service reads the body
 
@@ -157,7 +158,7 @@ def test_a_request_in_flight_is_answered_before_the_service_stops(serve: Callabl
         connection.sendall(body)
 
         assert connection.recv(1_000).startswith(b"HTTP/1.1 200")
-    assert server.process.wait(timeout=30) in (0, -signal.SIGTERM)
+    assert server.process.wait(PATIENCE_SECONDS) in (0, -signal.SIGTERM)
 
 
 def test_migrate_works_and_may_be_repeated(
@@ -175,7 +176,7 @@ def test_migrate_works_and_may_be_repeated(
 def test_serve_answers_over_a_migrated_postgresql_database(postgresql_url: str, serve: Callable[..., Server]) -> None:
     server = serve(EVENODDS_DATABASE_URL=postgresql_url)
 
-    assert httpx.get(f"{server.base_url}/readyz").json() == {"status": "ok", "reasons": []}
+    assert httpx.get(f"{server.base_url}/readyz", timeout=PATIENCE_SECONDS).json() == {"status": "ok", "reasons": []}
 
 
 @pytest.fixture

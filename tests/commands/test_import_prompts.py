@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import text
-from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, stalls, until
+from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, stalls
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client
 from evenodds_service.__main__ import main
@@ -82,7 +82,13 @@ def test_standard_input_is_read_as_it_comes(target: Service, tmp_path: Path) -> 
     command = [sys.executable, "-m", "evenodds_service", "import", RUN, "-", "--url", target.base_url]
 
     done = subprocess.run(
-        command, input="\n".join(lines(5)), capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60
+        command,
+        input="\n".join(lines(5)),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=PATIENCE_SECONDS,
     )
 
     assert (done.returncode, done.stdout) == (0, "5 prompts added, 0 were there already; the pool has 5\n"), done.stderr
@@ -171,9 +177,7 @@ def test_an_import_that_was_killed_goes_on_where_it_stopped(target: Service, tmp
     command = [sys.executable, "-m", "evenodds_service", "import", RUN, str(file), "--url", target.base_url]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet, env=os.environ)  # type: ignore[call-overload]  # two spellings of it
-    deadline = time.monotonic() + 60
-    while pool_size(target) < 2 * BLOCK_LINES and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: pool_size(target) >= 2 * BLOCK_LINES, "two blocks of prompts")
     process.send_signal(signal.SIGKILL)
     process.wait()
     stored = pool_size(target)
@@ -206,15 +210,13 @@ def test_an_import_outlasts_a_service_that_is_killed_and_starts_again(database_u
         client = stack.enter_context(Client(url, retries=30))
         client.put_run(RUN, embedder="none")
         stack.callback((importing_ := start("import", RUN, str(file), "--url", url)).kill)
-        deadline = time.monotonic() + 60
-        while client.run(RUN).pool_size < BLOCK_LINES and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: client.run(RUN).pool_size >= BLOCK_LINES, "a block of prompts")
         service.kill()
         service.wait()
         stack.callback((again := start("serve")).wait)
         stack.callback(again.kill)
 
-        assert importing_.wait(120) == 0
+        assert importing_.wait(5 * PATIENCE_SECONDS) == 0
         assert [prompt.prompt_id for prompt in client.prompts(RUN)] == [f"p{i}" for i in range(n)]
 
 
@@ -265,7 +267,7 @@ def test_an_import_that_finds_the_database_locked_comes_back_until_it_is_stored(
         writer = locks.enter_context(engine.execution_options(**{WRITES: True}).begin())
         writer.execute(text("UPDATE runs SET n_prompts = n_prompts"))
         with in_background(lambda: statuses.append(main(["import", RUN, str(file), "--url", service.base_url]))):
-            until(is_refused)
+            until(is_refused, "a refusal")
             locks.close()
 
     engine.dispose()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from tests.commands.test_command_line import evenodds, main_with, serve
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client
 
@@ -29,7 +30,7 @@ def test_a_key_is_shown_once_and_opens_the_service_until_it_is_revoked(
 
     with Client(server.base_url, api_key=shown.out.strip()) as client:
         runs = client.runs_page().runs
-    without = httpx.get(f"{server.base_url}/runs")
+    without = httpx.get(f"{server.base_url}/runs", timeout=PATIENCE_SECONDS)
     assert main_with("keys", "revoke", "trainer") == 0
 
     assert runs == ()
@@ -54,7 +55,7 @@ def test_beyond_loopback_serve_wants_a_key_to_exist(tmp_path: Path) -> None:
 def test_on_loopback_nobody_is_asked_and_serve_says_so(serve: Callable[..., Server]) -> None:
     server = serve()
 
-    assert httpx.get(f"{server.base_url}/runs").status_code == 200
+    assert httpx.get(f"{server.base_url}/runs", timeout=PATIENCE_SECONDS).status_code == 200
     assert (
         "evenodds: no API key is asked for: anyone on this machine may read and change every run "
         "(EVENODDS_ACCESS=keys asks for keys)\n"

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from evenodds_service.domain.settings import FloatArray, RawBlock
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.prompts import RawBlock
 
 
 class MakeBlock(Protocol):

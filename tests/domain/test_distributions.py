@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.distributions import (
     MAX_CONCENTRATION,
     MIN_CONCENTRATION,
@@ -19,9 +20,8 @@ from evenodds_service.domain.distributions import (
     rising_ratio,
     target_moments,
 )
-from evenodds_service.domain.settings import FloatArray
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 PARAMETER = st.floats(0.05, 60)
 EXTREME = st.floats(-6, 8).map(lambda exponent: 10.0**exponent)
 GROUP_SIZE = st.integers(1, 40)

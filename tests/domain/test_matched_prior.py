@@ -2,22 +2,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
-
-from evenodds_service.domain.distributions import beta_binomial_log_likelihood, informative_moments
-from evenodds_service.domain.matched_prior import (
-    MAX_MATCHED,
-    MIN_MATCHED,
+from benchmarks.inflated_beta import (
     SLAB_CONCENTRATION,
     InflatedBeta,
     inflated_informative_moments,
     log_likelihood,
-    matched_concentration,
     matched_inflated,
     moments,
     updated,
 )
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from evenodds_service.domain.distributions import beta_binomial_log_likelihood, informative_moments
+from evenodds_service.domain.matched_prior import MAX_MATCHED, MIN_MATCHED, matched_concentration
 
 MEANS = st.floats(0.01, 0.99)
 PROBABILITIES = st.floats(0.0, 1.0)

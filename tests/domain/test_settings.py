@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenodds_service.domain.settings import NewObservation, ObserveEntry, RunSettings, text_key
+from evenodds_service.domain.log_entries import NewObservation, ObserveEntry
+from evenodds_service.domain.prompts import text_key
+from evenodds_service.domain.settings import RunSettings
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 REWARD = st.floats(0, 1)
 
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "litellm"
-STARTUP_SECONDS = 240
+STARTUP_SECONDS = 5 * PATIENCE_SECONDS
 MASTER_KEY = "sk-not-secret-used-on-loopback-only-0123456789abcdef"
 
 
@@ -105,7 +105,7 @@ def running_proxy(python: Path, folder: Path, *, service_url: str, model_url: st
         "PYTHONPATH": str(ROOT / "client"),
         "EVENODDS_URL": service_url,
         "EVENODDS_CHAT_URL": f"{service_url}/v1",
-        "EVENODDS_GATEWAY_DEADLINE_MS": "2000",  # of a busy machine
+        "EVENODDS_GATEWAY_DEADLINE_MS": "30000",  # of a busy machine
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # no download
         "LITELLM_MASTER_KEY": MASTER_KEY,
     }
@@ -114,21 +114,20 @@ def running_proxy(python: Path, folder: Path, *, service_url: str, model_url: st
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         headers = {"Authorization": f"Bearer {MASTER_KEY}"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_SECONDS, headers=headers) as http:
             _wait_until_alive(http, process, folder / "proxy.log")
             yield http
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_SECONDS)
 
 
 def _wait_until_alive(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+    def is_alive() -> bool:
+        assert process.poll() is None, f"the proxy did not start:\n{log.read_text(errors='replace')[-4_000:]}"
         try:
-            if http.get("/health/liveliness").status_code == 200:
-                return
+            return http.get("/health/liveliness").status_code == 200
         except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"the proxy did not start:\n{log.read_text(errors='replace')[-4_000:]}")
+            return False
+
+    until(is_alive, "the proxy to be alive", seconds=STARTUP_SECONDS)

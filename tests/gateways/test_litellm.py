@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from tests.gateways.conftest import ServedModel, running_proxy
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -77,7 +77,7 @@ def test_the_proxy_asks_for_budgets_reports_outcomes_and_does_without_the_servic
     before = gateway.service.client.run("served").observations
     gateway.chat("served", "What is 6 * 7?", metadata={"answer": "42"})
     gateway.chat("recorded", "Hard?", metadata={"answer": "42"})
-    _until(lambda: gateway.service.client.run("served").observations == before + 2)
+    until(lambda: gateway.service.client.run("served").observations == before + 2, "both outcomes on the log")
     predictions = gateway.service.client.predict("served", [{"text": "What is 6 * 7?"}, {"text": "Hard?"}]).predictions
     assert [p.attempts_seen for p in predictions] == [2, 9]
     assert [p.success_rate for p in predictions] == pytest.approx([3 / 4, 1 / 11])
@@ -122,11 +122,3 @@ except openai.NotFoundError as error:
 
     assert asked.returncode == 0, asked.stderr
     assert json.loads(asked.stdout) == ["low", "stop", 404]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come about within 30 seconds")

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 import yaml
 from tests.gateways.conftest import ROOT, ServedModel
+from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -41,12 +42,12 @@ def shim(service: Service, served_model: ServedModel) -> Iterator[httpx.Client]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     upstream = served_model.base_url.removesuffix("/v1")
-    app = module.create_app(upstream, service.base_url, "served", deadline_ms=5_000)
+    app = module.create_app(upstream, service.base_url, "served", deadline_ms=30_000)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as http:
+    with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=PATIENCE_SECONDS) as http:
         yield http
     server.should_exit = True
     thread.join()

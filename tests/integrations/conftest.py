@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from benchmarks.latency import service as served
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, PromptSelector
 
@@ -41,7 +42,7 @@ def make_selector(trainers_service: TrainersService, tmp_path: Path) -> Iterator
     run = f"integrated-{next(_numbers)}"
 
     def make_one(**options: Any) -> PromptSelector:
-        options = {"outbox": tmp_path / "outbox", "deadline_seconds": 20.0, **options}
+        options = {"outbox": tmp_path / "outbox", "deadline_seconds": PATIENCE_SECONDS, **options}
         prompts = options.pop("prompts", PROMPTS)
         settings = {"embedder": "none", "group_size": 4}
         made.append(PromptSelector(trainers_service.base_url, run, prompts, run_settings=settings, **options))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.integrations import frameworks
 from tests.integrations.conftest import TrainersService, observed, selected
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import ConfigurationError
 
@@ -27,7 +28,7 @@ def settings(trainers_service: TrainersService, tmp_path: Path) -> dict[str, Any
         "base_url": trainers_service.base_url,
         "run": run,
         "run_settings": {"group_size": 2},
-        "deadline_seconds": 20.0,
+        "deadline_seconds": PATIENCE_SECONDS,
         "outbox": str(tmp_path / "outbox"),
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.integrations.conftest import PROMPTS, TrainersService, observed, selected
+from tests.waiting import PATIENCE_SECONDS
 from torch.utils.data import DataLoader
 
 from evenodds import ConfigurationError, PromptSelector
@@ -108,7 +109,7 @@ torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 url = sys.argv[1] if rank == 0 else "http://127.0.0.1:9"  # who is not rank 0 needs no way to the service
 prompts = [f"p{i}" for i in range(24)]
-options = {"outbox": f"{sys.argv[2]}/{rank}", "deadline_seconds": 20, **ranks()}
+options = {"outbox": f"{sys.argv[2]}/{rank}", "deadline_seconds": 120, **ranks()}
 with PromptSelector(url, sys.argv[3], prompts, **options) as selector:
     for step in range(3):
         print(selector.select(step, 4).prompt_ids, flush=True)
@@ -137,7 +138,7 @@ def test_all_ranks_draw_what_rank_zero_was_given(
         for rank in range(2)
     ]
 
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    said = [process.communicate(timeout=5 * PATIENCE_SECONDS)[0] for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0]
     assert said[0] == said[1]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.errors import EmbedderUnavailable, ModelError
 from evenodds_service.model.embedder import MAX_CHARACTERS, Embedder, open_embedder
-from evenodds_service.model.errors import EmbedderUnavailable, ModelError
 
 PROMPTS = (
     "What is the remainder when $7^{2024}$ is divided by 5?",
@@ -70,7 +70,7 @@ def test_no_texts_give_no_rows(embedder: Embedder) -> None:
     assert embedder.embed([]).shape == (0, embedder.width)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=4))
 def test_any_text_gives_a_unit_vector_or_zeros(embedder: Embedder, texts: list[str]) -> None:
     norms = np.linalg.norm(embedder.embed(texts), axis=1)

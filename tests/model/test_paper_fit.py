@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from evenodds_service.domain.settings import FloatArray, IntArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.model.history import History
 from evenodds_service.model.latent import predict_latent
 from evenodds_service.model.latent_fit import FittedLatent, fit_latent

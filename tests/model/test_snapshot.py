@@ -14,13 +14,14 @@ import torch
 from safetensors.numpy import load, save
 
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.fold import PAPER
-from evenodds_service.domain.settings import FittedPrior, Predictor, RawBlock
-from evenodds_service.model.errors import TorchMissing
+from evenodds_service.domain.learning.prediction import PAPER
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.settings import Predictor
+from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import Material, fit_shared_model, gather
-from evenodds_service.model.snapshot import FORMAT, SharedModel, SnapshotUnusable
+from evenodds_service.model.snapshot import FORMAT, SharedModel
 from evenodds_service.model.surface import surface_features
 
 EMBEDDER = "caller"

@@ -12,16 +12,18 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.waiting import PATIENCE_SECONDS, until_awaited
 
 from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
 from evenodds_service.api.app import create_app
-from evenodds_service.domain.settings import NewObservation, NewPrompt, RunSettings
-from evenodds_service.errors import StoreUnavailable
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import DeadlinePassed, DeskFull, StoreUnavailable
 from evenodds_service.model.embedder import Embedder
-from evenodds_service.runtime.budgets import DeadlinePassed, Desk, DeskFull
+from evenodds_service.runtime.budgets import Desk
 from evenodds_service.runtime.featurizer import CACHED_TEXTS, MOST_EMBEDDERS, Featurizer
-from evenodds_service.runtime.live_run import LiveRuns
-from evenodds_service.runtime.live_runs import Views
+from evenodds_service.runtime.live_runs import LiveRuns, Views
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store
@@ -42,7 +44,7 @@ class CountingStore(Store):
             raise StoreUnavailable("the database is away")
         run = super().run(name)
         if self.held_back is not None:
-            assert self.held_back.wait(30)
+            assert self.held_back.wait(PATIENCE_SECONDS)
         return run
 
 
@@ -58,7 +60,7 @@ class Office:
         self.store, self.clock = store, Clock()
         self.views = Views(store, LiveRuns(store, capacity=8), clock=self.clock)
 
-    def desk(self, *, staleness: float = 0.2, deadline: float = 30.0, capacity: int = 64) -> Desk:
+    def desk(self, *, staleness: float = 0.2, deadline: float = PATIENCE_SECONDS, capacity: int = 64) -> Desk:
         return Desk(
             self.views,
             Featurizer(self.store),
@@ -70,7 +72,7 @@ class Office:
     def observe(self) -> None:
         run = Store.run(self.store, "r")
         self.store.append_observations(
-            run.id, step=0, observations=[NewObservation.of_counts(0, 1, 4)], model_version=0, now=NOW
+            run.id, Outcomes(step=0, observations=[NewObservation.of_counts(0, 1, 4)]), now=NOW
         )
 
 
@@ -134,8 +136,7 @@ def test_without_staleness_a_look_that_began_before_the_question_does_not_answer
         desk = office.desk(staleness=0)
         office.store.held_back = threading.Event()
         first = asyncio.create_task(desk.ask(request()))
-        while office.store.reads == 0:  # noqa: ASYNC110  # it reads in a thread
-            await asyncio.sleep(0.01)
+        await until_awaited(lambda: office.store.reads, "the first look, in a thread")
         office.clock.now = 1.0
         office.observe()
         second = asyncio.create_task(desk.ask(request()))
@@ -153,8 +154,7 @@ def test_a_view_is_refreshed_ahead_of_time_so_that_nobody_waits(office: Office) 
         await desk.ask(request())
         office.clock.now = 0.15
         assert (await desk.ask(request())).age_ms == pytest.approx(150)
-        while office.store.reads < 2:  # noqa: ASYNC110  # the refresh runs in a thread
-            await asyncio.sleep(0.01)
+        await until_awaited(lambda: office.store.reads == 2, "the refresh, in a thread")
 
     asyncio.run(ask())
 
@@ -221,7 +221,7 @@ def test_while_the_run_is_being_folded_answers_come_from_beside_the_loop(office:
         def hold() -> None:
             with live.lock:
                 loop.call_soon_threadsafe(held.set)
-                release.wait(30)
+                release.wait(PATIENCE_SECONDS)
 
         release, loop = threading.Event(), asyncio.get_running_loop()
         holder = threading.Thread(target=hold)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Problem
 from evenodds_service.api.app import create_app
-from evenodds_service.runtime.coalescer import MOST_AT_ONCE, MOST_WAITING, Rounds, RoundsFull
+from evenodds_service.errors import RoundsFull
+from evenodds_service.runtime.coalescer import MOST_AT_ONCE, MOST_WAITING, Rounds
 from evenodds_service.storage import migration
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Run, Store
@@ -30,14 +32,14 @@ class Oracle:
         self.rounds.append(list(questions))
         number = len(self.rounds)
         self.started.release()
-        assert self.leave.acquire(timeout=10)
+        assert self.leave.acquire(timeout=PATIENCE_SECONDS)
         if 13 in questions:
             raise ConnectionError("all of you")
         return [ValueError("you alone") if question < 0 else number for question in questions]
 
 
 async def began(oracle: Oracle) -> None:
-    assert await asyncio.to_thread(oracle.started.acquire, timeout=10)
+    assert await asyncio.to_thread(oracle.started.acquire, timeout=PATIENCE_SECONDS)
 
 
 def test_questions_that_come_during_a_round_share_the_next_one() -> None:
@@ -157,7 +159,7 @@ def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length
 
     class Hanging(Store):
         def run(self, name: str) -> Run:
-            go_on.wait(30)
+            go_on.wait(PATIENCE_SECONDS)
             return super().run(name)
 
     engine = open_engine(f"sqlite:///{tmp_path / 'hangs.db'}")
@@ -167,7 +169,7 @@ def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length
 
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=30) as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
             asked = [asyncio.create_task(http.post("/predict", json=body)) for _ in range(MOST_WAITING + 50)]
             await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)  # nobody is served yet
             go_on.set()

@@ -9,12 +9,17 @@ from datetime import datetime, timezone
 
 import numpy as np
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
-from evenodds_service.domain.settings import NewObservation, NewPrompt, RunSettings
-from evenodds_service.runtime.live_run import LiveRun, SelectArguments
+from evenodds_service.domain.learning.checkpoint import to_bytes
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.prompts import NewPrompt, NewPrompts
+from evenodds_service.domain.selection.selection import SelectArguments
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
-from evenodds_service.storage.store import Store
+from evenodds_service.storage.store import NewSelection, Store
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ARGUMENTS = SelectArguments(
@@ -50,13 +55,13 @@ class Gate:
 
     def each_block(self, compute: Callable[[slice], None], blocks: Iterable[slice]) -> Iterator[None]:
         self.reached.set()
-        assert self.opened.wait(10)
+        assert self.opened.wait(PATIENCE_SECONDS)
         return map(compute, blocks)
 
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     store = Store(engine)
     run, _ = store.put_run("math", RunSettings(embedder="none"), now=NOW)
@@ -68,7 +73,7 @@ def store(database_url: str) -> Iterator[Store]:
 
 def observe(store: Store, step: int, prompts: Iterable[int]) -> None:
     outcomes = [NewObservation.of_counts(i, (i * 7) % 9, 8) for i in prompts]
-    store.append_observations(store.run("math").id, step=step, observations=outcomes, model_version=0, now=NOW)
+    store.append_observations(store.run("math").id, Outcomes(step=step, observations=outcomes), now=NOW)
 
 
 def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(store: Store) -> None:
@@ -81,16 +86,16 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
     chooser = threading.Thread(target=lambda: chosen.append(live.choose("math", ARGUMENTS)))
 
     chooser.start()
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(PATIENCE_SECONDS)
     observe(store, 1, range(100, 200))
     store.add_prompts(run.id, [NewPrompt("late", group="g9")], now=NOW)
     catching_up = threading.Thread(target=live.catch_up, args=(store, store.run("math")))
     catching_up.start()
-    catching_up.join(10)
+    catching_up.join(PATIENCE_SECONDS)
     assert not catching_up.is_alive()
     assert (live.state.position, live.pool.n) == (run.log_position + 2, 201)
     gate.opened.set()
-    chooser.join(10)
+    chooser.join(PATIENCE_SECONDS)
 
     (choice,) = chosen
     assert (choice.position, choice.prompt_ids, choice.groups) == (
@@ -110,3 +115,33 @@ def test_a_batch_may_be_made_of_groups(store: Store) -> None:
 
     assert sorted(group or "" for group in chosen.groups) == ["g1"] * 10 + ["g2"] * 10
     assert all(chosen.prompt_ids[i] == live.pool.prompt_ids[p] for i, p in enumerate(chosen.choice.prompts))
+
+
+def test_what_a_process_folds_of_its_own_writing_is_what_others_read(store: Store) -> None:
+    """Among what others wrote, new prompts, a batch with odd beliefs and a control arm: the states are the same."""
+    run = store.run("math")
+    live, other = LiveRun(run.id), LiveRun(run.id)
+    live.catch_up(store, run)
+    third = [NewObservation("new", 1 / 3, 3, informative=True), NewObservation.of_rewards(1, [0.1, 0.7])]
+
+    new = NewPrompts([NewPrompt("new", group="g9")], embedder="none")
+    appended = store.append_observations(run.id, Outcomes(3, third, request_id="r", request_hash="h"), new=new, now=NOW)
+    observe(store, 4, range(5))  # elsewhere
+    beliefs = np.array([1 / 3, 2 / 3, 1e-9])
+    batch = np.array([1, 5, 200])
+    chosen = NewSelection(
+        "s", 5, "h", "{}", batch, control_share=0.5, control=np.array([True, False, False]), a=beliefs, b=1 + beliefs
+    )
+    _, recorded = store.record_selection(run.id, chosen, now=NOW)
+    answering = Outcomes(5, [NewObservation.of_counts(5, 1, 2)], selection_id="s")
+    answered = store.append_observations(run.id, answering, now=NOW)
+    for written in (appended.written, recorded, answered.written):
+        assert written is not None
+        live.catch_up(store, written.run, written=written.entries)
+
+    assert written is not None
+    assert written.run == store.run("math")
+    other.catch_up(store, store.run("math"))
+    assert to_bytes(live.state) == to_bytes(other.state)
+    assert live.pool.n == other.pool.n == 201
+    assert live.known(["new", "p7", "nobody"]) == {"new": 200, "p7": 7}

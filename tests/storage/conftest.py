@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 import pytest
 from sqlalchemy import Engine, delete
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.storage.engine import open_engine
@@ -23,14 +24,15 @@ def now() -> datetime:
 @pytest.fixture
 def empty_engine(database_url: str) -> Iterator[Engine]:
     """On a database without tables."""
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     yield engine
     engine.dispose()
 
 
 @pytest.fixture(scope="session")
 def migrated_engine(shared_database_url: str) -> Iterator[Engine]:
-    engine = open_engine(shared_database_url)
+    # As many connections as the tests have threads, and time to wait for one another on a busy machine.
+    engine = open_engine(shared_database_url, pool_size=16, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     yield engine
     engine.dispose()

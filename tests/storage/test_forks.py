@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
-from evenodds_service.domain.settings import CALLER, NewObservation, NewPrompt, RunSettings, Vector
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.settings import CALLER, RunSettings
 from evenodds_service.errors import EmbedderFixed, RunExists, RunUnknown, StoreUnavailable
 from evenodds_service.runtime.live_run import LiveRun
-from evenodds_service.storage.store import Run, Store
+from evenodds_service.storage.store import NewSelection, Run, Store
 
 N = 12
 SETTINGS = RunSettings(embedder=CALLER, group_size=4)
@@ -35,11 +37,13 @@ def learn(store: Store, name: str, now: datetime, steps: range, *, late: bool = 
         chosen = [(step * 3 + i) % N for i in range(4)]
         store.record_selection(
             run.id,
-            selection_id=f"s{step}{era}",
-            step=step,
-            arguments_hash="h",
-            prompts=chosen,
-            reply=f'{{"step":{step}}}',
+            NewSelection(
+                selection_id=f"s{step}{era}",
+                step=step,
+                arguments_hash="h",
+                prompts=np.array(chosen),
+                reply=f'{{"step":{step}}}',
+            ),
             now=now,
         )
         if late and step:
@@ -51,12 +55,13 @@ def observe(store: Store, run_id: int, now: datetime, step: int, prompts: list[i
     """Returns whether the request was known."""
     return store.append_observations(
         run_id,
-        step=step,
-        observations=[NewObservation.of_counts(prompt, (prompt + step) % 5, 4) for prompt in prompts],
-        model_version=0,
+        Outcomes(
+            step=step,
+            observations=[NewObservation.of_counts(prompt, (prompt + step) % 5, 4) for prompt in prompts],
+            request_id=request_id,
+            request_hash="h",
+        ),
         now=now,
-        request_id=request_id,
-        request_hash="h",
     ).replayed
 
 

@@ -5,26 +5,28 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
 
-from evenodds_service.domain.settings import NewObservation, NewPrompt, ObserveEntry, PoolEntry, RunSettings, Vector
+from evenodds_service.domain.log_entries import NewObservation, ObserveEntry, Outcomes, PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, NewPrompts, Vector
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import PromptConflict, PromptUnknown, RequestConflict, RunUnknown, SelectionUnknown
-from evenodds_service.storage.store import Appended, PromptVisit, Run, Store
+from evenodds_service.storage.store import Appended, NewSelection, NewSnapshot, PromptVisit, Run, Store
 
 WRITE_AND_DIE = """
 import os, signal, sys
 from datetime import datetime, timezone
-from evenodds_service.domain.settings import NewObservation
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 store = Store(open_engine(sys.argv[1]))
 run = store.run("math")
 seen = [NewObservation.of_counts(0, 1, 2)]
 answer = store.append_observations(
-    run.id, step=7, observations=seen, model_version=0, now=datetime.now(timezone.utc)
+    run.id, Outcomes(step=7, observations=seen), now=datetime.now(timezone.utc)
 )
 print(answer.log_position, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -45,9 +47,9 @@ def test_observations_come_back_as_they_were_sent(store: Store, pool: Run, now: 
         NewObservation.of_counts(2, 0, 1),
     ]
 
-    answer = store.append_observations(pool.id, step=5, observations=observations, model_version=4, now=now)
+    answer = store.append_observations(pool.id, Outcomes(step=5, observations=observations), now=now)
 
-    assert answer == Appended(log_position=2, accepted=3, model_version=4, replayed=False)
+    assert answer == Appended(log_position=2, accepted=3, model_version=0, replayed=False)
     (entry,) = store.entries(pool.id, after=1)
     assert isinstance(entry, ObserveEntry)
     assert (entry.position, entry.step, entry.selection_id) == (2, 5, None)
@@ -67,7 +69,7 @@ def test_run_counts_observations_and_keeps_the_highest_step(store: Store, pool: 
     seen = [NewObservation.of_counts(0, 1, 2)]
 
     for step in (0, 2**62, 3):
-        store.append_observations(pool.id, step=step, observations=seen * 2, model_version=0, now=now)
+        store.append_observations(pool.id, Outcomes(step=step, observations=seen * 2), now=now)
 
     run = store.run("math")
     assert (run.log_position, run.head_step, run.n_observations) == (4, 2**62, 6)
@@ -76,7 +78,7 @@ def test_run_counts_observations_and_keeps_the_highest_step(store: Store, pool: 
 def test_entries_come_in_order_after_a_position_up_to_a_limit(store: Store, pool: Run, now: datetime) -> None:
     seen = [NewObservation.of_counts(0, 1, 2)]
     for step in range(5):
-        store.append_observations(pool.id, step=step, observations=seen, model_version=0, now=now)
+        store.append_observations(pool.id, Outcomes(step=step, observations=seen), now=now)
 
     assert [entry.position for entry in store.entries(pool.id, after=0)] == [1, 2, 3, 4, 5, 6]
     assert [entry.position for entry in store.entries(pool.id, after=2, limit=3)] == [3, 4, 5]
@@ -89,14 +91,9 @@ def test_new_prompts_enter_the_pool_before_the_observations(store: Store, pool: 
 
     answer = store.append_observations(
         pool.id,
-        step=0,
-        observations=observations,
-        model_version=0,
+        Outcomes(step=0, observations=observations),
+        new=NewPrompts(prompts=[NewPrompt("d")], vectors=[vector], embedder="builtin", embedding_width=8),
         now=now,
-        new_prompts=[NewPrompt("d")],
-        vectors=[vector],
-        embedder="builtin",
-        embedding_width=8,
     )
 
     grown, observed = store.entries(pool.id, after=1)
@@ -107,17 +104,15 @@ def test_new_prompts_enter_the_pool_before_the_observations(store: Store, pool: 
     run = store.run("math")
     assert (run.n_prompts, run.log_position, run.embedding_width) == (4, 3, 8)
     assert run.settings.embedder == "builtin"
-    assert store.missing_vectors("surface", ["k"]) == frozenset()
+    assert store.missing_vectors(["surface"], ["k"]) == frozenset()
 
 
 def test_new_prompt_that_another_caller_added_meanwhile_is_used(store: Store, pool: Run, now: datetime) -> None:
     answer = store.append_observations(
         pool.id,
-        step=0,
-        observations=[NewObservation.of_counts("b", 1, 2)],
-        model_version=0,
+        Outcomes(step=0, observations=[NewObservation.of_counts("b", 1, 2)]),
+        new=NewPrompts(prompts=[NewPrompt("b")]),
         now=now,
-        new_prompts=[NewPrompt("b")],
     )
 
     (entry,) = store.entries(pool.id, after=1)
@@ -135,7 +130,7 @@ def test_observation_of_an_unknown_prompt_names_it_and_writes_nothing(
     with pytest.raises(
         PromptUnknown, match=f"^observation 2 of 2: prompt {prompt!r} is not in the pool of 3 prompts: add it"
     ):
-        store.append_observations(pool.id, step=0, observations=observations, model_version=0, now=now)
+        store.append_observations(pool.id, Outcomes(step=0, observations=observations), now=now)
 
     assert store.run("math") == pool
 
@@ -144,11 +139,9 @@ def test_conflicting_new_prompt_writes_nothing(store: Store, pool: Run, now: dat
     with pytest.raises(PromptConflict, match="prompt 2 of 2: id 'a' is in the pool with another group"):
         store.append_observations(
             pool.id,
-            step=0,
-            observations=[NewObservation.of_counts("d", 1, 2)],
-            model_version=0,
+            Outcomes(step=0, observations=[NewObservation.of_counts("d", 1, 2)]),
+            new=NewPrompts(prompts=[NewPrompt("d"), NewPrompt("a", group="g")]),
             now=now,
-            new_prompts=[NewPrompt("d"), NewPrompt("a", group="g")],
         )
 
     assert store.run("math") == pool
@@ -161,42 +154,41 @@ def test_impossible_counts_never_reach_the_log(store: Store, pool: Run, now: dat
     with pytest.raises(ValueError, match="successes must lie in"):
         store.append_observations(
             pool.id,
-            step=0,
-            observations=[impossible, NewObservation.of_counts("d", 1, 2)],
-            model_version=0,
+            Outcomes(step=0, observations=[impossible, NewObservation.of_counts("d", 1, 2)]),
+            new=NewPrompts(prompts=[NewPrompt("d")]),
             now=now,
-            new_prompts=[NewPrompt("d")],
         )
 
     assert store.run("math") == pool
 
 
 def test_repeated_request_gets_the_first_answer_and_leaves_no_gap(store: Store, pool: Run, now: datetime) -> None:
-    def append(step: int, model_version: int, n: int) -> Appended:
-        return store.append_observations(
-            pool.id,
-            step=step,
-            observations=[NewObservation.of_counts(0, 1, 2)] * n,
-            model_version=model_version,
-            now=now,
-            request_id="r1",
-            request_hash="h1",
-        )
+    def append(step: int, n: int) -> Appended:
+        seen = [NewObservation.of_counts(0, 1, 2)] * n
+        return store.append_observations(pool.id, Outcomes(step, seen, request_id="r1", request_hash="h1"), now=now)
 
-    first = append(3, model_version=1, n=2)
-    again = append(9, model_version=2, n=1)
+    first = append(3, n=2)
+    publish(store, pool, now)  # another version is answered from here on
+    again = append(9, n=1)
+    other = store.append_observations(pool.id, Outcomes(4, [NewObservation.of_counts(0, 1, 2)]), now=now)
 
-    assert first == Appended(log_position=2, accepted=2, model_version=1, replayed=False)
-    assert again == Appended(log_position=2, accepted=2, model_version=1, replayed=True)
+    assert first == Appended(log_position=2, accepted=2, model_version=0, replayed=False)
+    assert again == Appended(log_position=2, accepted=2, model_version=0, replayed=True)
+    assert other == Appended(log_position=4, accepted=1, model_version=1, replayed=False)
     run = store.run("math")
-    assert (run.log_position, run.head_step, run.n_observations) == (2, 3, 2)
+    assert (run.log_position, run.head_step, run.n_observations) == (4, 4, 3)
+
+
+def publish(store: Store, pool: Run, now: datetime) -> None:
+    store.request_refit(pool.id, now=now)
+    claimed = store.claim_refit(worker="w", lease=timedelta(minutes=1), now=now)
+    assert claimed is not None
+    store.publish_refit(claimed, NewSnapshot("builtin", b"weights", fitted_position=2, report={}), now=now)
 
 
 def test_request_id_with_another_body_is_a_conflict_and_writes_nothing(store: Store, pool: Run, now: datetime) -> None:
     seen = [NewObservation.of_counts(0, 1, 2)]
-    store.append_observations(
-        pool.id, step=0, observations=seen, model_version=0, now=now, request_id="r1", request_hash="h1"
-    )
+    store.append_observations(pool.id, Outcomes(step=0, observations=seen, request_id="r1", request_hash="h1"), now=now)
     before = store.run("math")
 
     with pytest.raises(
@@ -206,13 +198,9 @@ def test_request_id_with_another_body_is_a_conflict_and_writes_nothing(store: St
     ):
         store.append_observations(
             pool.id,
-            step=0,
-            observations=[NewObservation.of_counts("d", 1, 2)],
-            model_version=0,
+            Outcomes(step=0, observations=[NewObservation.of_counts("d", 1, 2)], request_id="r1", request_hash="h2"),
+            new=NewPrompts(prompts=[NewPrompt("d")]),
             now=now,
-            request_id="r1",
-            request_hash="h2",
-            new_prompts=[NewPrompt("d")],
         )
 
     assert store.run("math") == before
@@ -225,12 +213,8 @@ def test_same_request_id_in_two_runs_are_two_requests(store: Store, pool: Run, n
     answers = [
         store.append_observations(
             run.id,
-            step=0,
-            observations=[NewObservation.of_counts(0, 1, 2)],
-            model_version=0,
+            Outcomes(step=0, observations=[NewObservation.of_counts(0, 1, 2)], request_id="r1", request_hash=run.name),
             now=now,
-            request_id="r1",
-            request_hash=run.name,
         )
         for run in (pool, other)
     ]
@@ -241,24 +225,28 @@ def test_same_request_id_in_two_runs_are_two_requests(store: Store, pool: Run, n
 def test_unknown_selection_is_named(store: Store, pool: Run, now: datetime) -> None:
     seen = [NewObservation.of_counts(0, 1, 2)]
     other = store.put_run("other", RunSettings(), now=now)[0]
-    store.record_selection(other.id, selection_id="s", step=0, arguments_hash="h", prompts=[], reply="{}", now=now)
+    store.record_selection(
+        other.id, NewSelection(selection_id="s", step=0, arguments_hash="h", prompts=np.array([]), reply="{}"), now=now
+    )
 
     with pytest.raises(SelectionUnknown, match=r"^selection 's' does not exist in run 'math': send the selection_id"):
-        store.append_observations(pool.id, step=0, observations=seen, model_version=0, now=now, selection_id="s")
+        store.append_observations(pool.id, Outcomes(step=0, observations=seen, selection_id="s"), now=now)
 
     assert store.run("math") == pool
 
 
 def test_unknown_run_is_refused(store: Store, now: datetime) -> None:
     with pytest.raises(RunUnknown, match="run with id 0 does not exist"):
-        store.append_observations(0, step=0, observations=[], model_version=0, now=now)
+        store.append_observations(0, Outcomes(step=0, observations=[]), now=now)
 
 
 def test_history_of_a_prompt_is_newest_first_and_limited(store: Store, pool: Run, now: datetime) -> None:
-    store.record_selection(pool.id, selection_id="s", step=0, arguments_hash="h", prompts=[1], reply="{}", now=now)
+    store.record_selection(
+        pool.id, NewSelection(selection_id="s", step=0, arguments_hash="h", prompts=np.array([1]), reply="{}"), now=now
+    )
     for step in range(240):
         seen = [NewObservation.of_counts(step % 3, 1, 2), NewObservation.of_counts(2, 0.5, 1)]
-        store.append_observations(pool.id, step=step, observations=seen, model_version=0, now=now, selection_id="s")
+        store.append_observations(pool.id, Outcomes(step=step, observations=seen, selection_id="s"), now=now)
 
     newest = store.prompt_history(pool.id, 2, limit=3)
     whole = store.prompt_history(pool.id, 1, limit=999)
@@ -288,17 +276,15 @@ def test_positions_are_gapless_under_writers_of_every_kind(store: Store, run: Ru
             elif writer % 4 == 1:
                 selection, _ = store.record_selection(
                     run.id,
-                    selection_id=f"s{number}",
-                    step=number,
-                    arguments_hash="h",
-                    prompts=[0],
-                    reply="{}",
+                    NewSelection(
+                        selection_id=f"s{number}", step=number, arguments_hash="h", prompts=np.array([0]), reply="{}"
+                    ),
                     now=now,
                 )
                 positions.append(selection.log_position)
             else:
                 seen = [NewObservation.of_counts(0, 1, 2)]
-                answer = store.append_observations(run.id, step=turn, observations=seen, model_version=0, now=now)
+                answer = store.append_observations(run.id, Outcomes(step=turn, observations=seen), now=now)
                 positions.append(answer.log_position)
         return positions
 
@@ -330,13 +316,9 @@ def test_one_of_many_callers_with_the_same_request_id_writes_and_the_others_repl
         together.wait()
         return store.append_observations(
             pool.id,
-            step=0,
-            observations=[NewObservation.of_counts("d", 1, 2)],
-            model_version=0,
+            Outcomes(step=0, observations=[NewObservation.of_counts("d", 1, 2)], request_id="r1", request_hash="h1"),
+            new=NewPrompts(prompts=[NewPrompt("d")]),
             now=now,
-            request_id="r1",
-            request_hash="h1",
-            new_prompts=[NewPrompt("d")],
         )
 
     with ThreadPoolExecutor(8) as callers:

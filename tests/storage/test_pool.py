@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, select
 
-from evenodds_service.domain.settings import CALLER, NewPrompt, PoolEntry, Prompt, RunSettings, Vector, text_key
+from evenodds_service.domain.log_entries import PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, Prompt, Vector, text_key
+from evenodds_service.domain.settings import CALLER, RunSettings
 from evenodds_service.errors import (
     EmbedderFixed,
     EmbeddingWidthConflict,
@@ -93,7 +95,7 @@ def test_prompt_id_with_other_content_names_the_item_and_writes_nothing(
 
     assert (raised.value.item, raised.value.prompt_id) == (1, "a")
     assert store.run("math") == before
-    assert store.missing_vectors("surface", ["k"]) == {"k"}
+    assert store.missing_vectors(["surface"], ["k"]) == {("surface", "k")}
 
 
 def test_prompt_id_with_other_content_in_one_call_is_a_conflict(store: Store, run: Run, now: datetime) -> None:
@@ -152,19 +154,19 @@ def test_vector_that_cannot_be_stored_is_refused(store: Store, run: Run, now: da
     assert store.run("math") == run
 
 
-def test_vectors_are_stored_once_per_embedder_and_key(store: Store) -> None:
-    store.add_vectors([Vector("e", "k", np.ones(2)), Vector("e", "k", np.ones(2))])
-    store.add_vectors([Vector("e", "k", np.zeros(2)), Vector("e", "l", np.zeros(2))])
-    store.add_vectors([])
+def test_vectors_are_stored_once_per_embedder_and_key(store: Store, run: Run, now: datetime) -> None:
+    twice = [Vector("e", "k", np.ones(2)), Vector("e", "k", np.ones(2))]
+    store.add_prompts(run.id, [NewPrompt("a", vector_key="k")], twice, now=now)
+    again = [Vector("e", "k", np.zeros(2)), Vector("e", "l", np.zeros(2))]
+    store.add_prompts(run.id, [NewPrompt("b", vector_key="l")], again, now=now)
 
-    assert store.missing_vectors("e", ["k", "l", "m"]) == {"m"}
-    assert store.missing_vectors("f", ["k"]) == {"k"}
-    assert store.missing_vectors("e", [f"{n}" for n in range(1_200)]) == {f"{n}" for n in range(1_200)}
+    block = store.pool_block(run.id, first=0, last=2, surface="surface", embedder="e")
 
-
-def test_vector_of_a_caller_needs_its_run(store: Store) -> None:
-    with pytest.raises(VectorUnstorable, match="embedder 'caller' belongs to a run: send it with its prompt"):
-        store.add_vectors([Vector(CALLER, "k", np.ones(2))])
+    assert block.embedding_N_D.tolist() == [[1, 1], [0, 0]]
+    many = [f"{n}" for n in range(1_200)]
+    assert store.missing_vectors(["e", "f"], ["k", "m"]) == {("e", "m"), ("f", "k"), ("f", "m")}
+    assert store.missing_vectors(["e"], many) == {("e", key) for key in many}
+    assert store.missing_vectors(["e"], []) == frozenset()
 
 
 def test_pool_block_joins_what_is_there_and_leaves_the_rest_nan(store: Store, run: Run, now: datetime) -> None:
@@ -241,7 +243,7 @@ def test_callers_that_add_the_same_prompts_at_once_share_them(store: Store, run:
 
     assert sorted(added) == [0, 0, 0, 0, 200, 200]
     assert [prompt.index for prompt in store.prompts(run.id, limit=999)] == list(range(200))
-    assert store.missing_vectors("e", names) == frozenset()
+    assert store.missing_vectors(["e"], names) == frozenset()
 
 
 def test_thousands_of_prompts_are_added_and_read_whole(store: Store, run: Run, now: datetime) -> None:

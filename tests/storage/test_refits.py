@@ -2,28 +2,24 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
 
-from evenodds_service.domain.settings import NewPrompt, RunSettings, SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
-from evenodds_service.storage.store import Refit, Run, Snapshot, Store
+from evenodds_service.storage.store import NewSnapshot, Refit, Run, Snapshot, Store
 
 LEASE = timedelta(minutes=5)
 
 
 def publish(store: Store, refit: Refit, worker: str, now: datetime, *, attempt: int = 1) -> Snapshot:
-    return store.publish_refit(
-        refit.id,
-        worker=worker,
-        attempt=attempt,
-        embedder="builtin",
-        weights=b"\x00weights of " + worker.encode(),
-        fitted_position=1,
-        report={"loss": 0.5},
-        now=now,
-    )
+    weights = b"\x00weights of " + worker.encode()
+    model = NewSnapshot(embedder="builtin", weights=weights, fitted_position=1, report={"loss": 0.5})
+    return store.publish_refit(replace(refit, worker=worker, attempts=attempt), model, now=now)
 
 
 @pytest.fixture
@@ -107,7 +103,7 @@ def test_stale_refit_is_taken_over_and_its_result_refused(store: Store, pool: Ru
     assert taken is not None
     assert (taken.id, taken.worker, taken.attempts) == (refit.id, "heir", 2)
     assert not store.extend_lease(refit.id, worker="dead", lease=LEASE, now=now)
-    assert not store.fail_refit(refit.id, worker="dead", attempt=1, error="late", now=now)
+    assert not store.fail_refit(replace(taken, worker="dead", attempts=1), error="late", now=now)
     with pytest.raises(
         RefitLost, match=rf"^refit {refit.id}: attempt 1 of worker 'dead' does not hold it any more, its result is"
     ):
@@ -143,12 +139,13 @@ def test_heartbeat_keeps_the_lease(store: Store, pool: Run, now: datetime) -> No
 
 def test_failed_refit_keeps_its_error_and_makes_room_for_another(store: Store, pool: Run, now: datetime) -> None:
     refit = store.request_refit(pool.id, now=now)
-    store.claim_refit(worker="w", lease=LEASE, now=now)
+    claimed = store.claim_refit(worker="w", lease=LEASE, now=now)
+    assert claimed is not None
 
-    failed = store.fail_refit(refit.id, worker="w", attempt=1, error="no observations", now=now)
+    failed = store.fail_refit(claimed, error="no observations", now=now)
 
     assert failed
-    assert not store.fail_refit(refit.id, worker="w", attempt=1, error="again", now=now)
+    assert not store.fail_refit(claimed, error="again", now=now)
     (kept,) = store.refits(pool.id)
     assert (kept.status, kept.error, kept.finished_at) == ("failed", "no observations", now)
     assert store.request_refit(pool.id, now=now).id != refit.id

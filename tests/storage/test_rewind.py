@@ -16,21 +16,22 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, select, update
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
-from evenodds_service.domain.settings import (
+from evenodds_service.domain.log_entries import (
     Entry,
     NewObservation,
-    NewPrompt,
     ObserveEntry,
+    Outcomes,
     PoolEntry,
-    RunSettings,
     SelectEntry,
     SnapshotEntry,
     VoidEntry,
 )
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import ChoiceOutdated, RefitLost, RunUnknown, SelectionVoided
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import WRITES as IS_WRITING
-from evenodds_service.storage.store import Run, Snapshot, Store, Voided
+from evenodds_service.storage.store import NewSelection, NewSnapshot, Run, Snapshot, Store, Voided
 from evenodds_service.storage.tables import log, refits
 
 LEASE = timedelta(minutes=5)
@@ -54,25 +55,28 @@ class Trainer:
         rows = [NewObservation.of_counts(prompt, 1, 2) for prompt in prompts]
         return self.store.append_observations(
             self.run_id,
-            step=step,
-            observations=rows,
-            model_version=0,
+            Outcomes(
+                step=step,
+                observations=rows,
+                request_id=request_id,
+                request_hash=None if request_id is None else "h",
+                selection_id=selection_id,
+            ),
             now=self.now,
-            request_id=request_id,
-            request_hash=None if request_id is None else "h",
-            selection_id=selection_id,
         ).log_position
 
     def select(self, step: int, *prompts: int, selection_id: str, chosen_at: int | None = None) -> str:
         selection, _ = self.store.record_selection(
             self.run_id,
-            selection_id=selection_id,
-            step=step,
-            arguments_hash="h",
-            prompts=prompts,
-            reply="{}",
+            NewSelection(
+                selection_id=selection_id,
+                step=step,
+                arguments_hash="h",
+                prompts=np.array(prompts),
+                reply="{}",
+                chosen_at=chosen_at,
+            ),
             now=self.now,
-            chosen_at=chosen_at,
         )
         return selection.selection_id
 
@@ -95,16 +99,11 @@ class Trainer:
         self.store.request_refit(self.run_id, now=self.now)
         refit = self.store.claim_refit(worker=worker, lease=LEASE, now=self.now)
         assert refit is not None
-        return self.store.publish_refit(
-            refit.id,
-            worker=worker,
-            attempt=refit.attempts,
-            embedder="builtin",
-            weights=b"w",
-            fitted_position=fitted_position,
-            report={},
-            now=self.now,
-        )
+        return self.store.publish_refit(refit, self.model(fitted_position), now=self.now)
+
+    @staticmethod
+    def model(fitted_position: int) -> NewSnapshot:
+        return NewSnapshot("builtin", b"w", fitted_position, report={})
 
     def entries(self, *, as_of: int | None = None) -> list[Entry]:
         return list(self.store.entries(self.run_id, after=0, as_of=as_of))
@@ -374,16 +373,7 @@ def test_a_fit_that_was_going_on_is_fenced_and_begun_again(trainer: Trainer) -> 
     trainer.rewind(0)
 
     with pytest.raises(RefitLost):
-        trainer.store.publish_refit(
-            claimed.id,
-            worker="w",
-            attempt=claimed.attempts,
-            embedder="builtin",
-            weights=b"w",
-            fitted_position=3,
-            report={},
-            now=trainer.now,
-        )
+        trainer.store.publish_refit(claimed, trainer.model(3), now=trainer.now)
     again = trainer.store.claim_refit(worker="w", lease=LEASE, now=trainer.now)
     assert again is not None
     assert (again.id, again.attempts) == (asked.id, 2)
@@ -456,7 +446,7 @@ VOIDS = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(acts=st.lists(st.one_of(WRITES, WRITES, VOIDS), min_size=3, max_size=25))
 def test_the_run_stands_as_if_what_was_voided_had_never_happened(
     store: Store, now: datetime, acts: list[tuple[str, int, object]]
@@ -536,13 +526,7 @@ def _write(store: Store, run_id: int, written: Written, now: datetime) -> None:
         return
     rows = [NewObservation.of_counts(prompt, k, 4) for prompt, k in written.outcomes.items()]
     appended = store.append_observations(
-        run_id,
-        step=written.step,
-        observations=rows,
-        model_version=0,
-        now=now,
-        request_id=written.request_id,
-        request_hash="h",
+        run_id, Outcomes(step=written.step, observations=rows, request_id=written.request_id, request_hash="h"), now=now
     )
     assert not appended.replayed
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, func, select
 
-from evenodds_service.domain.settings import CALLER, NewObservation, NewPrompt, RunSettings, Vector
-from evenodds_service.errors import EmbedderFixed, NaiveDatetime, RunUnknown
-from evenodds_service.storage.store import Run, Store
-from evenodds_service.storage.tables import api_keys, embeddings, metadata
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.settings import CALLER, RunSettings
+from evenodds_service.errors import EmbedderFixed, RunUnknown
+from evenodds_service.storage.store import NewSelection, NewSnapshot, Run, Store
+from evenodds_service.storage.tables import NaiveDatetime, api_keys, embeddings, metadata
 
 
 def test_new_run_is_empty_and_says_that_it_is_new(store: Store, now: datetime) -> None:
@@ -107,29 +109,17 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
         store.add_prompts(owner.id, [NewPrompt("a", vector_key="v")], [own, shared], now=now)
         store.record_selection(
             owner.id,
-            selection_id=owner.name,
-            step=0,
-            arguments_hash="h",
-            prompts=[0],
-            reply="{}",
+            NewSelection(selection_id=owner.name, step=0, arguments_hash="h", prompts=np.array([0]), reply="{}"),
             now=now,
         )
         observation = NewObservation.of_counts(0, 1, 2)
-        store.append_observations(owner.id, step=0, observations=[observation], model_version=0, now=now)
+        store.append_observations(owner.id, Outcomes(step=0, observations=[observation]), now=now)
         store.save_checkpoint(owner.id, position=1, state=b"state", now=now)
         store.save_packed_block(owner.id, b"block", first=0, last=1, features="1")
-        refit = store.request_refit(owner.id, now=now)
-        store.claim_refit(worker="w", lease=timedelta(minutes=1), now=now)
-        store.publish_refit(
-            refit.id,
-            worker="w",
-            attempt=1,
-            embedder=CALLER,
-            weights=b"weights",
-            fitted_position=3,
-            report={},
-            now=now,
-        )
+        store.request_refit(owner.id, now=now)
+        claimed = store.claim_refit(worker="w", lease=timedelta(minutes=1), now=now)
+        assert claimed is not None
+        store.publish_refit(claimed, NewSnapshot(CALLER, b"weights", fitted_position=3, report={}), now=now)
 
     store.delete_run("math")
 

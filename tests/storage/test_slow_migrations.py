@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, inspect, text
 from tests.slow_database import in_background, outlast_a_request, request_engine, stalls
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import MigrationFailed
@@ -55,7 +56,7 @@ def paused(engine: Engine, go_on: threading.Event) -> Iterator[threading.Event]:
     def pause(_connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
         if MIDDLE in statement:
             is_there.set()
-            assert go_on.wait(timeout=60)
+            assert go_on.wait(timeout=PATIENCE_SECONDS)
 
     event.listen(engine, "before_cursor_execute", pause)
     try:
@@ -73,7 +74,7 @@ def test_a_migration_outlives_a_pause_that_ends_a_request(database_url: str, imp
     go_on = threading.Event()
 
     with paused(impatient, go_on) as is_there, in_background(lambda: upgrade(impatient)):
-        assert is_there.wait(timeout=60)
+        assert is_there.wait(timeout=PATIENCE_SECONDS)
         outlast_a_request(database_url)
         go_on.set()
 
@@ -102,7 +103,7 @@ def test_a_second_migration_waits_for_the_first_and_finds_nothing_to_do(
     go_on = threading.Event()
 
     with paused(empty_engine, go_on) as is_there, in_background(lambda: upgrade(empty_engine)):
-        assert is_there.wait(timeout=60)
+        assert is_there.wait(timeout=PATIENCE_SECONDS)
         with in_background(lambda: upgrade(impatient)):
             outlast_a_request(database_url)
             go_on.set()
@@ -117,7 +118,7 @@ def test_a_migration_that_waits_too_long_for_another_says_so_and_does_nothing(
     whoever = "writes to the database" if impatient.dialect.name == "sqlite" else "migrates this database too"
 
     with paused(empty_engine, go_on) as is_there, in_background(lambda: upgrade(empty_engine)):
-        assert is_there.wait(timeout=60)
+        assert is_there.wait(timeout=PATIENCE_SECONDS)
         with pytest.raises(
             MigrationFailed,
             match=f"^another process {whoever}, and has not ended within 0.1 seconds: wait until it has, or end it, "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -16,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from sqlalchemy import Engine, delete, text
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import PromptIn
-from evenodds_service.domain.settings import FittedPrior, NewObservation, RunSettings, SnapshotEntry
+from evenodds_service.domain.log_entries import NewObservation, Outcomes, SnapshotEntry
+from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.refit import Material, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
@@ -89,7 +91,7 @@ class Stalled:
 
     def __call__(self, material: Material) -> SharedModel:
         self.began.set()
-        assert self.go_on.wait(timeout=60)
+        assert self.go_on.wait(PATIENCE_SECONDS)
         return self._then(material)
 
 
@@ -121,9 +123,7 @@ class Bench:
         """Compute is mostly solved and Prove mostly not, each prompt a little differently."""
         run = self.store.run(name)
         rows = [NewObservation.of_counts(i, i % 3 if i % 2 else GROUP_SIZE - i % 4, GROUP_SIZE) for i in prompts]
-        self.store.append_observations(
-            run.id, step=step, observations=rows, model_version=run.model_version, now=self.clock()
-        )
+        self.store.append_observations(run.id, Outcomes(step=step, observations=rows), now=self.clock())
 
     def learned(self, name: str, n: int = 160, n_observed: int = 128, **settings: Any) -> Run:
         """A loaded run with as many observations, in four steps, as make its first refit due."""
@@ -154,12 +154,19 @@ class Bench:
     @contextmanager
     def without_writes(self) -> Iterator[None]:
         """Nobody else can write to the database for as long as the body runs."""
-        other = open_engine(self.database_url)
+        other = open_engine(self.database_url, timeout_seconds=10 * PATIENCE_SECONDS)
         with other.execution_options(**{WRITES: True}).begin() as connection:
             if other.dialect.name != "sqlite":
                 connection.execute(text("LOCK TABLE runs, refits IN SHARE MODE"))
             yield
         other.dispose()
+
+    @contextmanager
+    def impatient_store(self) -> Iterator[Store]:
+        """One that waits three seconds for a lock."""
+        engine = open_engine(self.database_url, timeout_seconds=3)
+        yield Store(engine)
+        engine.dispose()
 
     # What a test's worker may fit.
 
@@ -168,20 +175,11 @@ class Bench:
     failing = staticmethod(failing)
     stalled = Stalled
 
-    @staticmethod
-    def until(is_true: Callable[[], bool], seconds: float = 30.0) -> None:
-        """Ask again and again until it is true; fail after so many seconds."""
-        deadline = time.monotonic() + seconds
-        pause = threading.Event()
-        while not is_true():
-            assert time.monotonic() < deadline, "it did not come true in time"
-            pause.wait(0.01)
-
 
 @pytest.fixture
 def bench(database_url: str) -> Iterator[Bench]:
-    """Over a migrated database of the test's own, once for each backend; a lock is waited for three seconds."""
-    engine = open_engine(database_url, pool_size=10, timeout_seconds=3)
+    """Over a migrated database of the test's own, once for each backend."""
+    engine = open_engine(database_url, pool_size=10, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     yield Bench(database_url, engine, Store(engine), Clock())
     engine.dispose()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
-from evenodds_service.domain.settings import NewObservation
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.runtime.live_run import LiveRun
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def test_after_a_jump_during_a_fit_one_version_is_published(bench: Bench, jump: 
     stalled = bench.stalled(bench.constant(0.1))
     thread = threading.Thread(target=bench.worker(stalled, name="slow").work_once)
     thread.start()
-    assert stalled.began.wait(timeout=60)
+    assert stalled.began.wait(PATIENCE_SECONDS)
 
     bench.clock.advance(jump)
     taken_over = bench.worker(bench.constant(0.9), name="heir").work_once()
@@ -102,13 +103,7 @@ def test_a_request_is_recognised_whatever_the_time(bench: Bench, start_service: 
 
     def append() -> bool:
         return bench.store.append_observations(
-            run.id,
-            step=0,
-            observations=rows,
-            model_version=0,
-            now=bench.clock(),
-            request_id="once",
-            request_hash="hash",
+            run.id, Outcomes(step=0, observations=rows, request_id="once", request_hash="hash"), now=bench.clock()
         ).replayed
 
     replayed = [append()]

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, delete, update
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.checkpoint import to_bytes
-from evenodds_service.domain.settings import Entry, FloatArray, Predictor, RawBlock, RunSettings
+from evenodds_service.domain.log_entries import Entry
+from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.settings import Predictor, RunSettings
 from evenodds_service.runtime.live_run import PACKED, LiveRun
 from evenodds_service.storage.store import Store
 from evenodds_service.storage.tables import pool_blocks

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, request_engine, stalls, until
+from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, request_engine, stalls
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import StoreUnavailable
@@ -55,10 +56,10 @@ def test_a_worker_publishes_when_a_lock_is_given_back_that_a_request_did_not_wai
     stalled = bench.stalled(fit)
     stalled.go_on.set()
     with locks, in_background(bench.worker(stalled, store=patient).work_once):
-        assert stalled.began.wait(timeout=60)
-        bench.until(lambda: bench.refits("math")[0].status == "running")
+        assert stalled.began.wait(timeout=PATIENCE_SECONDS)
+        until(lambda: bench.refits("math")[0].status == "running", "the claim")
         with request_engine(bench.database_url) as engine:
-            until(lambda: is_refused(Store(engine), bench))
+            until(lambda: is_refused(Store(engine), bench), "a refusal")
             assert is_refused(Store(engine), bench)
         during = bench.snapshots("math")
         locks.close()
@@ -112,12 +113,12 @@ def test_the_command_works_with_the_patience_of_a_worker(bench: Bench, tmp_path:
             command, cwd=tmp_path, env={**os.environ, **settings}, stderr=subprocess.PIPE, text=True
         ) as process:
             try:
-                until(stalled.waits_for_a_lock)
+                until(stalled.waits_for_a_lock, "the worker at the lock")
                 holder.rollback()
-                until(lambda: [refit.status for refit in bench.refits("math")] == ["done"])
+                until(lambda: [refit.status for refit in bench.refits("math")] == ["done"], "the snapshot")
             finally:
                 process.terminate()
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=PATIENCE_SECONDS)
 
     assert "the database did not do its part" not in said
     assert bench.snapshots("math") == [1]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from benchmarks.bad_weather import Town, Writers, count, prepare, run
-from benchmarks.kills import LEASE_SECONDS
+from tests.waiting import until
 
 from evenodds import Client, RefitState
-from evenodds_service.domain.settings import SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 
@@ -144,8 +144,7 @@ def pause_in_a_fit(client: Client, town: Town) -> RefitState:
     """The refit whose worker was stopped while it fitted."""
     for _ in range(20):
         asked = client.refit("math")
-        while newest(client, asked.refit_id).status == "pending":
-            time.sleep(0.005)
+        until_taken_up(client, asked.refit_id)
         town.signal("work", signal.SIGSTOP)
         time.sleep(0.2)
         if (refit := newest(client, asked.refit_id)).status == "running":
@@ -154,12 +153,13 @@ def pause_in_a_fit(client: Client, town: Town) -> RefitState:
     raise AssertionError("no fit took long enough to be paused")
 
 
+def until_taken_up(client: Client, refit_id: int) -> None:
+    until(lambda: newest(client, refit_id).status != "pending", "a worker for the refit")
+
+
 def until_ended(client: Client, refit_id: int) -> RefitState:
-    deadline = time.monotonic() + 60 + LEASE_SECONDS
-    while (refit := newest(client, refit_id)).status not in ("done", "failed"):
-        assert time.monotonic() < deadline, refit
-        time.sleep(0.05)
-    return refit
+    until(lambda: newest(client, refit_id).status in ("done", "failed"), "the end of the refit")
+    return newest(client, refit_id)
 
 
 def newest(client: Client, refit_id: int) -> RefitState:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from benchmarks.kills import kill_workers
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client
 
@@ -58,7 +59,7 @@ def says(process: subprocess.Popen[str], *patterns: re.Pattern[str]) -> list[str
 
 def rest(process: subprocess.Popen[str]) -> str:
     """What it and its children still say. Ends when the last of them has ended."""
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=PATIENCE_SECONDS)[1]
 
 
 def test_work_ends_cleanly_at_sigterm(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_serve_brings_a_worker_that_refits_and_ends_with_it(tmp_path: Path, numb
         with Client(base_url) as client:
             client.put_run("math", embedder="none")
             client.add_prompts("math", [{"prompt_id": "a"}])
-            refit = client.refit("math", wait_seconds=60)
+            refit = client.refit("math", wait_seconds=PATIENCE_SECONDS)
             version = client.predict("math", ["a"]).model_version
 
         process.send_signal(number)

@@ -9,8 +9,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.waiting import PATIENCE_SECONDS, until
 
-from evenodds_service.domain.settings import Prompt
+from evenodds_service.domain.prompts import Prompt
 from evenodds_service.errors import StoreUnavailable
 from evenodds_service.model.refit import Material
 from evenodds_service.model.snapshot import SharedModel
@@ -35,7 +36,7 @@ def in_background(work: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=run)
     thread.start()
     yield
-    thread.join(timeout=60)
+    thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()
     if raised:
         raise raised[0]
@@ -126,7 +127,7 @@ def test_a_stalled_worker_is_taken_over_and_its_late_result_changes_nothing(benc
     slow, heir = bench.worker(stalled, name="slow"), bench.worker(bench.constant(0.9), name="heir")
 
     with in_background(slow.work_once):
-        assert stalled.began.wait(timeout=30)
+        assert stalled.began.wait(PATIENCE_SECONDS)
         before_its_time = heir.work_once()
         bench.clock.advance(61)
         taken_over = heir.work_once()
@@ -146,7 +147,7 @@ def test_a_worker_that_was_taken_over_goes_on_with_the_next_refit(bench: Bench) 
     stalled = bench.stalled(bench.constant(0.1))
     slow = bench.worker(stalled, name="slow")
     with in_background(slow.work_once):
-        assert stalled.began.wait(timeout=30)
+        assert stalled.began.wait(PATIENCE_SECONDS)
         bench.clock.advance(61)
         bench.worker(bench.constant(0.9), name="heir").work_once()
         stalled.go_on.set()
@@ -169,10 +170,10 @@ def test_a_beating_heart_keeps_the_lease_of_a_long_fit(bench: Bench) -> None:
         return refit.lease_until is not None and refit.lease_until >= bench.clock() + timedelta(seconds=seconds)
 
     with in_background(slow.work_once):
-        assert stalled.began.wait(timeout=30)
+        assert stalled.began.wait(PATIENCE_SECONDS)
         for _ in range(3):
             bench.clock.advance(0.025)
-            bench.until(lambda: lease_reaches(0.02))
+            until(lambda: lease_reaches(0.02), "a heartbeat")
         taken_over = bench.worker(bench.constant(0.9), name="heir").work_once()
         stalled.go_on.set()
 
@@ -281,8 +282,8 @@ def test_without_the_database_nothing_is_published_and_the_lease_runs_out(bench:
         outage.enter_context(bench.without_writes())
         return bench.constant(0.1)(material)
 
-    with ExitStack() as outage, pytest.raises(StoreUnavailable):
-        bench.worker(fit, name="unlucky").work_once()
+    with bench.impatient_store() as store, ExitStack() as outage, pytest.raises(StoreUnavailable):
+        bench.worker(fit, name="unlucky", store=store).work_once()
     (left,) = bench.refits("math")
     bench.clock.advance(61)
     taken_over = bench.worker(bench.constant(0.9), name="heir").work_once()
@@ -297,16 +298,17 @@ def test_without_the_database_nothing_is_published_and_the_lease_runs_out(bench:
 def test_a_worker_outlives_an_outage_of_the_database(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.learned("math")
     stop = threading.Event()
-    worker = bench.worker(bench.constant(0.5))
 
     outage = ExitStack()
     outage.enter_context(bench.without_writes())
-    with in_background(lambda: worker.run(stop)):
-        bench.until(lambda: any("the database did not do its part" in message for message in caplog.messages))
-        during = bench.refits("math")
-        outage.close()
-        bench.until(lambda: [refit.status for refit in bench.refits("math")] == ["done"])
-        stop.set()
+    with bench.impatient_store() as store:
+        worker = bench.worker(bench.constant(0.5), store=store)
+        with in_background(lambda: worker.run(stop)):
+            until(lambda: "the database did not do its part" in caplog.text, "the worker to meet the outage")
+            during = bench.refits("math")
+            outage.close()
+            until(lambda: [refit.status for refit in bench.refits("math")] == ["done"], "the refit")
+            stop.set()
 
     assert during == ()
     assert bench.snapshots("math") == [1]
@@ -319,7 +321,7 @@ def test_a_worker_that_is_told_to_stop_finishes_its_fit_first(bench: Bench) -> N
     worker = bench.worker(stalled)
 
     with in_background(lambda: worker.run(stop)):
-        assert stalled.began.wait(timeout=30)
+        assert stalled.began.wait(PATIENCE_SECONDS)
         stop.set()
         stalled.go_on.set()
 
@@ -334,7 +336,9 @@ def test_two_workers_share_the_runs_without_doing_one_twice(bench: Bench) -> Non
     one, two = (bench.worker(bench.constant(0.5), name=name) for name in ("one", "two"))
 
     with in_background(lambda: one.run(stop)), in_background(lambda: two.run(stop)):
-        bench.until(lambda: all([r.status for r in bench.refits(name)] == ["done"] for name in names))
+        until(
+            lambda: all([r.status for r in bench.refits(name)] == ["done"] for name in names), "the refit of each run"
+        )
         stop.set()
 
     assert [bench.snapshots(name) for name in names] == [[1]] * 6

@@ -17,16 +17,21 @@ from starlette.exceptions import HTTPException
 
 from evenodds.schemas import Problem
 from evenodds.validation import fault_lines
-from evenodds_service.api.middleware.access import AccessRefused
-from evenodds_service.api.routes.chat import ChatRefused
-from evenodds_service.domain.selection.batch import NotEnoughPrompts
-from evenodds_service.domain.settings import SharesConflict
-from evenodds_service.errors import StoreError, StoreUnavailable
-from evenodds_service.model.errors import ModelError
-from evenodds_service.runtime.budgets import DeadlinePassed, DeskFull
-from evenodds_service.runtime.coalescer import RoundsFull
-from evenodds_service.runtime.featurizer import EmbedderNotAllowed, EmbeddingRefused
-from evenodds_service.runtime.live_run import UnknownPrompts
+from evenodds_service.errors import (
+    AccessRefused,
+    ChatRefused,
+    DeadlinePassed,
+    DeskFull,
+    EmbedderNotAllowed,
+    EmbeddingRefused,
+    ModelError,
+    NotEnoughPrompts,
+    RoundsFull,
+    SharesConflict,
+    StoreError,
+    StoreUnavailable,
+    UnknownPrompts,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 
 from evenodds_service.domain.report.report import Report, report
 from evenodds_service.errors import RunUnknown, StoreError
-from evenodds_service.runtime.live_run import LiveRun, LiveRuns
+from evenodds_service.runtime.live_run import LiveRun
+from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.storage.store import Refit, Run, Store
 
 logger = logging.getLogger(__name__)

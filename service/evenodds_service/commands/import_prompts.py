@@ -29,8 +29,10 @@ _TIMEOUT_SECONDS = 120.0
 _INTERRUPTED = 130
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of an import to `parser`."""
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `import`."""
+    parser = commands.add_parser("import", help="load a file of prompts, of any size, into the pool of a run")
+    parser.set_defaults(command=run)
     parser.description = (
         "Load prompts into the pool of a run, any number of them. FILE has one JSON object a line, with the fields of "
         "a prompt: prompt_id, text, group, features, prior_rate, embedding. The command may be repeated: what is "
@@ -67,7 +69,7 @@ class _Progress:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Import as `options` of `add_arguments` say.
+    """Import as the arguments say.
 
     Returns:
         The exit status: 0, 1 after a fault that was explained on standard error, 130 after an interruption.

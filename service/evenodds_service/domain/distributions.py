@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from evenodds_service.domain.settings import FloatArray
+from evenodds_service.domain.arrays import FloatArray
 
 _SHIFT = 8
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680)

@@ -5,19 +5,11 @@ Validated where they are made (finite, in range), so that no later check is need
 
 from __future__ import annotations
 
-import hashlib
-import math
-import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-FloatArray = NDArray[np.floating]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
+from evenodds_service.errors import SharesConflict
 
 Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
 Acquisition = Literal["yield", "paper", "thompson", "uniform"]
@@ -27,7 +19,6 @@ BudgetMode = Literal["parallel", "sequential"]
 
 BUILTIN, CALLER, NO_EMBEDDER = "builtin", "caller", "none"
 REPROBE_SHARE = 0.05
-MAX_CONTROL_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +138,6 @@ class RunSettings:
         return REPROBE_SHARE if acquisition in ("yield", "paper") else 0.0
 
 
-class SharesConflict(ValueError):
-    """A group's least share of a batch is above its largest."""
-
-
 def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
     """Raises SharesConflict."""
     for group in least.keys() & most.keys():
@@ -159,188 +146,3 @@ def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
                 f"group {group!r} is to get at least {least[group]:g} of a batch (groups) and at most {most[group]:g} "
                 "(groups_at_most): lower the one or raise the other"
             )
-
-
-def text_key(text: str) -> str:
-    """A hash of the text that does not change with Unicode form or white space: 32 hexadecimal digits."""
-    normalised = " ".join(unicodedata.normalize("NFC", text).split())
-    return hashlib.sha256(normalised.encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True, slots=True)
-class NewPrompt:
-    """A prompt on its way into a pool. `text_key` is None without a text; `vector_key` names the embedding."""
-
-    prompt_id: str
-    text: str | None = None
-    text_key: str | None = None
-    group: str | None = None
-    features: Mapping[str, float] | None = None
-    prior_rate: float | None = None
-    vector_key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt(NewPrompt):
-    """A prompt of a pool. `index` counts from 0 without gaps in the order of arrival."""
-
-    index: int = field(default=-1, kw_only=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Vector:
-    """A feature vector of one text: float array of shape [D], stored once per (embedder, key)."""
-
-    embedder: str
-    key: str
-    values: FloatArray
-
-
-@dataclass(frozen=True, slots=True)
-class RawBlock:
-    """Raw features of the consecutive prompts `first .. first + n - 1` of a pool.
-
-    Attributes:
-        first: Index of the first prompt.
-        prompt_ids: n ids.
-        groups: n group names or None.
-        numeric: n mappings of the caller's numeric features, or None.
-        prior_rates_N: float32 [n]; NaN where the caller knew none.
-        surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
-        embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
-    """
-
-    first: int
-    prompt_ids: tuple[str, ...]
-    groups: tuple[str | None, ...]
-    numeric: tuple[Mapping[str, float] | None, ...]
-    prior_rates_N: FloatArray
-    surface_N_S: FloatArray
-    embedding_N_D: FloatArray
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FittedPrior:
-    """What a fitted shared prior says about the first n prompts of a pool, or about prompts outside it.
-
-    Attributes:
-        means_N: Success rates, float32 [n] in (0, 1). Those of observed prompts come from a fit that left their own
-            outcomes out.
-        concentrations_N: How sure the prior is of each, in pseudo-attempts, float32 [n], positive.
-    """
-
-    means_N: FloatArray
-    concentrations_N: FloatArray
-
-
-@dataclass(frozen=True, slots=True)
-class PoolEntry:
-    """Log entry: the pool grew to `n_prompts` prompts."""
-
-    position: int
-    n_prompts: int
-
-
-@dataclass(frozen=True, slots=True)
-class ObserveEntry:
-    """Log entry: outcomes of attempts, made by the policy of `step`.
-
-    Attributes:
-        prompts: int64 [n] prompt indices; one prompt may stand in several rows.
-        successes: float64 [n], 0 <= successes <= attempts; fractional rewards sum to fractional successes.
-        attempts: float64 [n], at least 1.
-        informative: bool [n]; whether the rewards of the group were not all equal.
-        selection_id, selection_step: The selection whose outcomes these are, and the step that it was for.
-    """
-
-    position: int
-    step: int
-    prompts: IntArray
-    successes: FloatArray
-    attempts: FloatArray
-    informative: BoolArray
-    selection_id: str | None = None
-    selection_step: int | None = None
-
-    def __post_init__(self) -> None:
-        sizes = {len(self.prompts), len(self.successes), len(self.attempts), len(self.informative)}
-        if len(sizes) != 1:
-            raise ValueError(f"log entry {self.position}: arrays of different lengths {sorted(sizes)}")
-        if not (np.isfinite(self.successes).all() and np.isfinite(self.attempts).all()):
-            raise ValueError(f"log entry {self.position}: successes and attempts must be finite")
-        if ((self.successes < 0) | (self.successes > self.attempts) | (self.attempts < 1)).any():
-            raise ValueError(f"log entry {self.position}: successes must lie in [0, attempts], attempts >= 1")
-
-
-@dataclass(frozen=True, slots=True)
-class SelectEntry:
-    """Log entry: the batch chosen for `step`.
-
-    Attributes:
-        prompts: int64 [B] prompt indices.
-        control_share: The share that was asked for; .1 of 5 prompts is one in every other batch.
-        control: bool [B], which of them were chosen uniformly; None: none.
-        a, b: Parameters of the belief about each when it was chosen, [B]; None where they were not recorded.
-    """
-
-    position: int
-    step: int
-    prompts: IntArray
-    selection_id: str | None = None
-    control_share: float = 0.0
-    control: BoolArray | None = None
-    a: FloatArray | None = None
-    b: FloatArray | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.control_share <= MAX_CONTROL_SHARE:
-            raise ValueError(f"log entry {self.position}: control_share {self.control_share} is not in [0, 0.5]")
-        for name in ("control", "a", "b"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.prompts):
-                raise ValueError(
-                    f"log entry {self.position}: {len(self.prompts)} prompts, {len(values)} values of {name}"
-                )
-        for values in (self.a, self.b):
-            if values is not None and not (np.isfinite(values) & (values > 0)).all():
-                raise ValueError(f"log entry {self.position}: a and b must be finite and above 0")
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotEntry:
-    """Log entry: from this position on, every replica uses snapshot `version`."""
-
-    position: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class VoidEntry:
-    """Log entry that changes nothing: one that was voided since, or the rewind or retract that voids others."""
-
-    position: int
-
-
-Entry = PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry | VoidEntry
-
-
-@dataclass(frozen=True, slots=True)
-class NewObservation:
-    """One observation on its way into the log.
-
-    `prompt` is the index of a prompt in the pool, or the id of a prompt that the same call adds.
-    """
-
-    prompt: int | str
-    successes: float
-    attempts: int
-    informative: bool
-
-    @staticmethod
-    def of_counts(prompt: int | str, successes: float, attempts: int) -> NewObservation:
-        return NewObservation(prompt, successes, attempts, attempts > 1 and 0 < successes < attempts)
-
-    @staticmethod
-    def of_rewards(prompt: int | str, rewards: Sequence[float]) -> NewObservation:
-        """Fractional rewards count as fractional successes; equal rewards carry no group-relative signal."""
-        return NewObservation(prompt, math.fsum(rewards), len(rewards), max(rewards) > min(rewards))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenodds_service.domain.settings import BUILTIN
-from evenodds_service.model.errors import EmbedderUnavailable
+from evenodds_service.errors import EmbedderUnavailable
 
 BUILTIN_NAME = "builtin/1"
 """The name under which vectors of the built-in embedder are stored. A change of its values is a new name."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.matched_prior import informative_probability
-from evenodds_service.domain.settings import FloatArray
 
 UNIT = 0.1
 """The order of g."""

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evenodds_service.domain.settings import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.model.history import History
 from evenodds_service.model.latent import (
     LOG_CONCENTRATIONS,

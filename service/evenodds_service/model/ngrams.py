@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments, informative_moments
-from evenodds_service.domain.settings import FloatArray, IntArray
 
 NGRAMS = "ngrams/1"
 """The name of these columns. A change of what a column means is a new name, and old weights do not fit it."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evenodds_service.domain.settings import FloatArray, IntArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.model.history import History
 from evenodds_service.model.paper_network import SMALL, NetworkSize, PaperModel
 

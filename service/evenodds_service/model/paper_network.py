@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evenodds_service.model.errors import DeviceUnavailable
+from evenodds_service.errors import DeviceUnavailable
 
 KL_WEIGHT = 0.01
 """beta of Eq. 8: ours, as in the authors' earlier open code."""

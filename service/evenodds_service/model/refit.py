@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.fold import PAPER
-from evenodds_service.domain.settings import FittedPrior, FloatArray, IntArray, ModelSize, Predictor
+from evenodds_service.domain.learning.prediction import PAPER
+from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.settings import ModelSize, Predictor
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.fold import PAPER
+from evenodds_service.domain.learning.prediction import PAPER
 from evenodds_service.domain.matched_prior import matched_concentration
-from evenodds_service.domain.settings import FittedPrior, FloatArray, RawBlock
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model import latent, ngrams
-from evenodds_service.model.errors import ModelError, TorchMissing
 
 FORMAT = 1
 PAPER_CONCENTRATION = 4.0
@@ -29,12 +30,6 @@ PAPER_CONCENTRATION = 4.0
 PAPER_CONTEXT = "paper context"
 _HEADER = "header"
 Weights = dict[str, FloatArray]
-
-
-class SnapshotUnusable(ModelError):
-    """A snapshot's bytes cannot be used here. The message says why and what to do."""
-
-    code = "snapshot_unusable"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evenodds_service.domain.settings import FloatArray
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.errors import UnknownPrompts
 from evenodds_service.runtime.featurizer import Featurizer, PromptLike, new_prompt
-from evenodds_service.runtime.live_run import LiveRun, UnknownPrompts
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import Run
 
 UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts"

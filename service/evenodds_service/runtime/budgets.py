@@ -18,14 +18,15 @@ import numpy as np
 from anyio import CapacityLimiter, to_thread
 
 from evenodds.schemas import BudgetReply, BudgetRequest
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_probability
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
-from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy, FloatArray
-from evenodds_service.errors import PolicyUnknown
+from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
+from evenodds_service.errors import DeadlinePassed, DeskFull, PolicyUnknown, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, Beliefs, beliefs_about
 from evenodds_service.runtime.featurizer import Featurizer
-from evenodds_service.runtime.live_run import LiveRun, UnknownPrompts
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import View, Views
 from evenodds_service.storage.store import Run
 
@@ -33,14 +34,6 @@ DEFAULT_POLICY = "default"
 _THREADS = 4
 _LIGHT_CHARACTERS = 20_000
 _KEPT_TRAFFIC = 256
-
-
-class DeskFull(Exception):
-    """More requests wait than the desk holds. The message says how many."""
-
-
-class DeadlinePassed(Exception):
-    """The answer would come too late. The message names the deadline."""
 
 
 class Desk:

@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from evenodds_service.errors import RoundsFull
+
 QuestionT = TypeVar("QuestionT")
 AnswerT = TypeVar("AnswerT")
 
@@ -22,10 +24,6 @@ MOST_AT_ONCE = 64
 
 MOST_WAITING = 1_000
 """Questions about one run that wait for a round: those before them take seconds already where the database hangs."""
-
-
-class RoundsFull(Exception):
-    """More questions about a run wait than may. The message says how many."""
 
 
 class Rounds(Generic[QuestionT, AnswerT]):

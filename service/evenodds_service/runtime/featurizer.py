@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from evenodds_service.domain.settings import (
-    BUILTIN,
-    CALLER,
-    NO_EMBEDDER,
-    FloatArray,
-    NewPrompt,
-    RawBlock,
-    RunSettings,
-    Vector,
-    text_key,
-)
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.prompts import NewPrompt, NewPrompts, RawBlock, Vector, text_key
+from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, RunSettings
+from evenodds_service.errors import EmbedderNotAllowed, EmbeddingRefused
 from evenodds_service.model.embedder import Embedder, open_embedder
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
 from evenodds_service.storage.store import Run, Store
@@ -49,24 +42,6 @@ class PromptLike(Protocol):
     def features(self) -> Mapping[str, float] | None: ...
     @property
     def prior_rate(self) -> float | None: ...
-
-
-class EmbeddingRefused(ValueError):
-    """A vector was sent that the run cannot take. The message names the item and the limit."""
-
-
-class EmbedderNotAllowed(ValueError):
-    """The embedder is a model that the operator has not listed. The message names it and those that are allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Prompts ready for the store: their vectors that are not stored yet, the run's embedder and vector length."""
-
-    prompts: tuple[NewPrompt, ...]
-    vectors: tuple[Vector, ...]
-    embedder: str
-    embedding_width: int | None
 
 
 class Featurizer:
@@ -113,11 +88,14 @@ class Featurizer:
                 self._embedders.popitem(last=False)
             return self._embedders[key]
 
-    def prepare(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> Prepared:
+    def prepare(
+        self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str], known: Container[str] = ()
+    ) -> NewPrompts:
         """Prompts with ids and keys, and those of their vectors that the store lacks.
 
         Args:
             names: Where each item stands in the request, for error messages.
+            known: Ids of prompts that the pool has, and so their vectors.
 
         Raises:
             EmbeddingRefused: a vector of the wrong length, or in a run whose vectors come from a model.
@@ -126,21 +104,27 @@ class Featurizer:
         _check_vectors(run, settings, width, items, names)
         prompts: list[NewPrompt] = []
         vectors: list[Vector] = []
+        texts: dict[str, str] = {}
         for item in items:
             prompt = new_prompt(item)
+            if prompt.prompt_id in known:
+                prompts.append(prompt)
+                continue
+            if item.text is not None and prompt.text_key is not None:
+                texts[prompt.text_key] = item.text
             if item.embedding is not None:
                 prompt = replace(prompt, vector_key=f"prompt:{prompt.prompt_id}")
                 vectors.append(Vector(CALLER, f"prompt:{prompt.prompt_id}", _unit(item.embedding)))
             elif settings.embedder not in (CALLER, NO_EMBEDDER):
                 prompt = replace(prompt, vector_key=prompt.text_key)
             prompts.append(prompt)
-        texts = {p.text_key: p.text for p in prompts if p.text_key is not None and p.text is not None}
         embedder = self.embedder(settings)
-        vectors += self._missing(SURFACE, texts, lambda values: surface_features(values))
+        ways: dict[str, _Embed] = {SURFACE: surface_features}
         if embedder is not None:
-            vectors += self._missing(embedder.name, texts, embedder.embed)
+            ways[embedder.name] = embedder.embed
             width = embedder.width
-        return Prepared(tuple(prompts), tuple(vectors), settings.embedder or BUILTIN, width)
+        vectors += self._missing(texts, ways)
+        return NewPrompts(tuple(prompts), tuple(vectors), settings.embedder or BUILTIN, width)
 
     def block(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> RawBlock:
         """Raw features of prompts outside the pool. Nothing is stored. `names` as in `prepare`.
@@ -192,12 +176,15 @@ class Featurizer:
                     self._rows.popitem(last=False)
         return np.stack([found[key][0] for key in keys]), np.stack([found[key][1] for key in keys])
 
-    def _missing(self, name: str, texts: Mapping[str, str], embed: _Embed) -> list[Vector]:
-        missing = sorted(self._store.missing_vectors(name, tuple(texts))) if texts else []
-        if not missing:
-            return []
-        values = embed([texts[key] for key in missing])
-        return [Vector(name, key, row) for key, row in zip(missing, values, strict=True)]
+    def _missing(self, texts: Mapping[str, str], ways: Mapping[str, _Embed]) -> list[Vector]:
+        """What the store lacks of these texts' vectors, by the names of the ways to compute them."""
+        missing = sorted(self._store.missing_vectors(tuple(ways), tuple(texts))) if texts else []
+        vectors: list[Vector] = []
+        for name, embed in ways.items():
+            keys = [key for owner, key in missing if owner == name]
+            rows = embed([texts[key] for key in keys]) if keys else ()
+            vectors += [Vector(name, key, row) for key, row in zip(keys, rows, strict=True)]
+        return vectors
 
 
 class _Embed(Protocol):

@@ -6,60 +6,49 @@ Any replica that folds the same log holds the same view. Built from the store's 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.checkpoint import (
     BLOCK_FORMAT,
-    CheckpointUnusable,
     block_from_bytes,
     block_to_bytes,
     from_bytes,
     to_bytes,
 )
 from evenodds_service.domain.learning.features import Pool, directions
-from evenodds_service.domain.learning.fold import (
+from evenodds_service.domain.learning.fold import fold, unseen_share
+from evenodds_service.domain.learning.guardrails import Alarm, Fallback
+from evenodds_service.domain.learning.prediction import (
     EachBlock,
-    State,
-    beliefs_of,
-    copied,
-    fold,
+    _beliefs,
     in_blocks,
-    mopps_beliefs,
     new_paper_beliefs,
     new_prompt_beliefs,
-    paper_beliefs,
-    unseen_share,
 )
-from evenodds_service.domain.learning.guardrails import Alarm, Fallback
-from evenodds_service.domain.selection import batch
-from evenodds_service.domain.selection.batch import Choice, NotEnoughPrompts
+from evenodds_service.domain.learning.state import State, copied
+from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.selection import batch, selection
+from evenodds_service.domain.selection.batch import Choice
+from evenodds_service.domain.selection.selection import Chosen, SelectArguments, _Allowed, _in_words, _members
 from evenodds_service.domain.settings import (
     BUILTIN,
     CALLER,
     NO_EMBEDDER,
-    Acquisition,
-    BoolArray,
-    FloatArray,
-    IntArray,
-    PoolEntry,
     Predictor,
-    RawBlock,
     RunSettings,
-    SnapshotEntry,
     check_shares,
 )
-from evenodds_service.errors import RunUnknown
+from evenodds_service.errors import CheckpointUnusable, NotEnoughPrompts, RunUnknown, SnapshotUnusable, UnknownPrompts
 from evenodds_service.model.embedder import storage_name
-from evenodds_service.model.snapshot import SharedModel, SnapshotUnusable
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
 from evenodds_service.storage.store import Run, Store
 from evenodds_service.timing import phase
@@ -70,80 +59,6 @@ PACKED = 8_192
 """Prompts of a packed block of the pool's features."""
 
 _BLOCK = 10_000
-_THREADS = 4
-
-
-class UnknownPrompts(LookupError):
-    """Prompt ids that the pool does not have."""
-
-    def __init__(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> None:
-        shown = ", ".join(repr(i) for i in prompt_ids[:5]) + (", ..." if len(prompt_ids) > 5 else "")
-        super().__init__(f"{path}: {len(prompt_ids)} not in the pool of run {run!r}: {shown}; {hint}")
-
-
-@dataclass(frozen=True, slots=True)
-class SelectArguments:
-    """Everything that a choice depends on besides the state."""
-
-    step: int
-    batch_size: int
-    seed: int
-    predictor: Predictor
-    acquisition: Acquisition
-    group_size: int
-    target_rate: float | None
-    optimism: float
-    diversity: float
-    cooldown_steps: int | None
-    max_visits: int
-    lease_steps: int
-    allow_outstanding: bool
-    candidates: Sequence[str] | None
-    exclude: Sequence[str]
-    groups: Mapping[str, float]
-    groups_at_most: Mapping[str, float]
-    are_groups_strict: bool
-    reprobe_share: float
-    control_share: float
-    may_fall_back: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A batch, what is believed of its prompts, and the state that it was chosen in.
-
-    Attributes:
-        a, b: Beta parameters of the beliefs, [B].
-        prompt_ids, groups: Of the prompts, B of each.
-        fallback: Why the batch is uniform, if it was to be another.
-        position, model_version: Of that state.
-    """
-
-    choice: Choice
-    a: FloatArray
-    b: FloatArray
-    prompt_ids: tuple[str, ...]
-    groups: tuple[str | None, ...]
-    fallback: Fallback | None
-    position: int
-    model_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Allowed:
-    """Who may be chosen: bool [N] each, and int64 [N].
-
-    Attributes:
-        eligible: Rested if a cooldown is set, below the visit cap, among the candidates.
-        waited_for: Chosen before, and the outcome has not come.
-        resting: Chosen a short while ago, where no cooldown is set.
-        last_seen_N: Step of the last selection or observation that counts, -1 for never.
-    """
-
-    eligible: BoolArray
-    waited_for: BoolArray
-    resting: BoolArray
-    last_seen_N: IntArray
 
 
 class LiveRun:
@@ -168,11 +83,14 @@ class LiveRun:
         self.void_position = 0
         self._is_started = False
 
-    def catch_up(self, store: Store, run: Run) -> None:
+    def catch_up(self, store: Store, run: Run, *, written: Sequence[Entry] = ()) -> None:
         """Fold the log's tail up to the position that `run` shows; the first time, from the newest checkpoint on.
 
         The state is that of the log as it stood at this position. Where something was voided since the last time, the
         state is folded again, from the newest checkpoint that is left.
+
+        Args:
+            written: The newest entries that `run` shows, where the caller has them: who wrote them need not read them.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
@@ -182,7 +100,9 @@ class LiveRun:
             if not self._is_started or run.void_position > self.state.position:
                 self._start(store, run, embedder)
             while self.state.position < run.log_position:
-                tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
+                tail: Sequence[Entry] = written
+                if not written or written[0].position != self.state.position + 1:
+                    tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
                 if not tail:  # its log went with it
                     raise RunUnknown(f"run {run.name!r} was deleted meanwhile: create it first")
                 for entry in tail:
@@ -249,6 +169,12 @@ class LiveRun:
             self.model = None
         self.pool.attach(version, self.model.priors if self.model is not None else {})
 
+    def known(self, prompt_ids: Iterable[str]) -> dict[str, int]:
+        """Pool indices of those of these ids that are in the pool. They never change."""
+        with self.lock:
+            index = self.pool.index
+            return {i: index[i] for i in prompt_ids if i in index}
+
     def indices(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> IntArray:
         """Pool indices of these ids.
 
@@ -310,13 +236,13 @@ class LiveRun:
 
     def _allowed(self, run: str, arguments: SelectArguments) -> _Allowed:
         state = self.state
-        waited_for, lost = batch.outstanding(
+        waited_for, lost = selection.outstanding(
             state.outstanding_step_N, step=max(arguments.step, state.head_step), lease_steps=arguments.lease_steps
         )
         selected, last_selected = state.selected_N, state.last_selected_N
         if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
             selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-        eligible = batch.eligible(
+        eligible = selection.eligible(
             selected,
             last_selected,
             state.visits_N,
@@ -328,8 +254,8 @@ class LiveRun:
         last_seen = np.maximum(last_selected, state.last_step_N)
         rest = 0
         if arguments.cooldown_steps is None:
-            rest = batch.rest_steps(state.n_prompts, arguments.batch_size)
-        resting = batch.resting(last_seen, step=arguments.step, rest=rest)
+            rest = selection.rest_steps(state.n_prompts, arguments.batch_size)
+        resting = selection.resting(last_seen, step=arguments.step, rest=rest)
         if arguments.candidates is not None:
             hint = "load it with POST /runs/{run}/prompts, or leave it out"
             among = np.zeros(state.n_prompts, dtype=bool)
@@ -394,7 +320,7 @@ class LiveRun:
                 )
 
             def without(held: BoolArray, since: IntArray, among: BoolArray) -> BoolArray:
-                return batch.held_back(among, held, since, scores, batch_size=arguments.batch_size, groups=least)
+                return selection.held_back(among, held, since, scores, batch_size=arguments.batch_size, groups=least)
 
             here = allowed.eligible
             if not arguments.allow_outstanding:
@@ -430,29 +356,6 @@ class LiveRun:
         )
 
 
-def _members(shares: Mapping[str, float], pool: Pool, n_prompts: int) -> dict[str, tuple[float, BoolArray]]:
-    return {group: (share, pool.members(group, n_prompts)) for group, share in shares.items()}
-
-
-def _in_words(groups_at_most: Mapping[str, float]) -> str:
-    shares = ", ".join(f"{group!r}: {share:g}" for group, share in list(groups_at_most.items())[:5])
-    more = ", ..." if len(groups_at_most) > 5 else ""
-    return f", groups_at_most {{{shares}{more}}}" if groups_at_most else ""
-
-
-def _beliefs(
-    state: State, pool: Pool, predictor: Predictor, indices: IntArray | None = None, *, each_block: EachBlock = map
-) -> tuple[FloatArray, FloatArray]:
-    if predictor == "mopps":
-        return mopps_beliefs(state, indices)
-    if predictor == "gps-paper":
-        return paper_beliefs(state, pool, indices)
-    if predictor == "uniform":
-        n = state.n_prompts if indices is None else len(indices)
-        return np.ones(n), np.ones(n)
-    return beliefs_of(state, pool, indices, each_block=each_block)
-
-
 def _packing(embedder: str | None) -> str:
     """The name under which blocks of these features are kept."""
     return f"{BLOCK_FORMAT} {SURFACE} {embedder or NO_EMBEDDER}"
@@ -464,41 +367,3 @@ def vector_name(settings: RunSettings) -> str | None:
     if setting == NO_EMBEDDER:
         return None
     return CALLER if setting == CALLER else storage_name(setting, settings.embedder_prompt)
-
-
-class LiveRuns:
-    """The live views of a process, at most `capacity`; the least recently used one is dropped."""
-
-    def __init__(self, store: Store, *, capacity: int) -> None:
-        self._store = store
-        self._capacity = capacity
-        self._lock = threading.Lock()
-        self._runs: OrderedDict[int, LiveRun] = OrderedDict()
-        self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="blocks")
-
-    def at_head(self, run: Run) -> LiveRun:
-        """The live view of the run with everything folded in that `run` shows. Take its lock before reading."""
-        live = self.view(run)
-        with phase("catch-up"):
-            live.catch_up(self._store, run)
-        return live
-
-    def view(self, run: Run) -> LiveRun:
-        """The live view of the run as it is."""
-        with self._lock:
-            live = self._runs.get(run.id) or LiveRun(run.id, each_block=self._threads.map)
-            self._runs[run.id] = live
-            self._runs.move_to_end(run.id)
-            while len(self._runs) > self._capacity:
-                self._runs.popitem(last=False)
-        return live
-
-    def in_memory(self) -> tuple[LiveRun, ...]:
-        """The views that are held at present. They may be behind the log."""
-        with self._lock:
-            return tuple(self._runs.values())
-
-    def drop(self, run_id: int) -> None:
-        """Forget the view of a deleted run."""
-        with self._lock:
-            self._runs.pop(run_id, None)

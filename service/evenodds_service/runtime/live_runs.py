@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from evenodds_service.errors import RunUnknown
-from evenodds_service.runtime.live_run import LiveRun, LiveRuns
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import Run, Store
+from evenodds_service.timing import phase
 
 _FORGET_SECONDS = 30.0
 
@@ -72,3 +77,44 @@ class Views:
     def forget(self, name: str) -> None:
         """Read the run anew next time: it was changed here."""
         self._views.pop(name, None)
+
+
+_THREADS = 4
+
+
+class LiveRuns:
+    """The live views of a process, at most `capacity`; the least recently used one is dropped."""
+
+    def __init__(self, store: Store, *, capacity: int) -> None:
+        self._store = store
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._runs: OrderedDict[int, LiveRun] = OrderedDict()
+        self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="blocks")
+
+    def at_head(self, run: Run) -> LiveRun:
+        """The live view of the run with everything folded in that `run` shows. Take its lock before reading."""
+        live = self.view(run)
+        with phase("catch-up"):
+            live.catch_up(self._store, run)
+        return live
+
+    def view(self, run: Run) -> LiveRun:
+        """The live view of the run as it is."""
+        with self._lock:
+            live = self._runs.get(run.id) or LiveRun(run.id, each_block=self._threads.map)
+            self._runs[run.id] = live
+            self._runs.move_to_end(run.id)
+            while len(self._runs) > self._capacity:
+                self._runs.popitem(last=False)
+        return live
+
+    def in_memory(self) -> tuple[LiveRun, ...]:
+        """The views that are held at present. They may be behind the log."""
+        with self._lock:
+            return tuple(self._runs.values())
+
+    def drop(self, run_id: int) -> None:
+        """Forget the view of a deleted run."""
+        with self._lock:
+            self._runs.pop(run_id, None)

@@ -14,24 +14,19 @@ pairs of that position and the rows, counted in the body's lists.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, RowMapping, case, insert, update
+from sqlalchemy import Connection, RowMapping, insert, update
 
-from evenodds_service.domain.settings import (
-    Entry,
-    IntArray,
-    ObserveEntry,
-    PoolEntry,
-    SelectEntry,
-    SnapshotEntry,
-    VoidEntry,
-)
+from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
 from evenodds_service.storage.tables import log, runs
+from evenodds_service.storage.values import Run
 
 ENTRY_COLUMNS = (
     log.c.position,
@@ -43,56 +38,62 @@ ENTRY_COLUMNS = (
     log.c.body,
 )
 """What `read_entry` needs of a row."""
+_KINDS = {PoolEntry: "pool", ObserveEntry: "observe", SelectEntry: "select", SnapshotEntry: "snapshot"}
+_MOVED = ("log_position", "n_prompts", "head_step", "n_observations", "model_version")
 VOIDS = ("rewind", "retract")
 """The kinds of entries that void others."""
 
 
-def append_entry(
+def append_entries(
     connection: Connection,
-    run_id: int,
-    entry: PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry,
+    run: Run,
+    entries: Sequence[PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry],
     *,
     now: datetime,
-    request_id: str | None = None,
-    request_hash: str | None = None,
-    model_version: int | None = None,
-) -> None:
-    """Write the entry and move the run on to it. The caller holds the run's lock.
+    request: tuple[str, str] | None = None,
+) -> Run:
+    """Write the entries and move the run on to the last. Returns the run as it stands then.
 
     Args:
-        entry: Its `position` is the run's log position plus one.
-        model_version: The version that was answered, kept with an observe entry for repetitions.
+        run: As it stands; the caller holds its lock.
+        entries: At least one, at the positions that follow the run's.
+        request: Id and hash of the request that an observe entry comes from.
     """
-    row: dict[str, object] = {"run_id": run_id, "position": entry.position, "created_at": now}
-    moved: dict[str, Any] = {"log_position": entry.position}
+    rows = []
+    moved = run
+    for entry in entries:
+        moved = _moved(moved, entry)
+        request_id, request_hash = request if request and isinstance(entry, ObserveEntry) else (None, None)
+        rows.append(
+            {
+                "run_id": run.id,
+                "position": entry.position,
+                "kind": _KINDS[type(entry)],
+                "step": entry.step if isinstance(entry, ObserveEntry | SelectEntry) else None,
+                "request_id": request_id,
+                "request_hash": request_hash,
+                "selection_id": entry.selection_id if isinstance(entry, ObserveEntry | SelectEntry) else None,
+                "n_observations": len(entry.prompts) if isinstance(entry, ObserveEntry) else 0,
+                "body": compact_json(_body(entry, run)),
+                "created_at": now,
+            }
+        )
+    connection.execute(insert(log), rows)
+    values = {name: getattr(moved, name) for name in _MOVED}
+    connection.execute(update(runs).where(runs.c.id == run.id).values(values))
+    return moved
+
+
+def _moved(run: Run, entry: PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry) -> Run:
+    assert entry.position == run.log_position + 1, f"log entry {entry.position} follows {run.log_position}"
+    run = replace(run, log_position=entry.position)
     if isinstance(entry, PoolEntry):
-        row |= {"kind": "pool", "body": compact_json({"n_prompts": entry.n_prompts})}
-        moved["n_prompts"] = entry.n_prompts
-    elif isinstance(entry, ObserveEntry):
-        row |= {
-            "kind": "observe",
-            "step": entry.step,
-            "request_id": request_id,
-            "request_hash": request_hash,
-            "selection_id": entry.selection_id,
-            "n_observations": len(entry.prompts),
-            "body": _observe_body(entry, model_version),
-        }
-        moved["n_observations"] = runs.c.n_observations + len(entry.prompts)
-    elif isinstance(entry, SelectEntry):
-        row |= {
-            "kind": "select",
-            "step": entry.step,
-            "selection_id": entry.selection_id,
-            "body": _select_body(entry),
-        }
-    else:
-        row |= {"kind": "snapshot", "body": compact_json({"version": entry.version})}
-        moved["model_version"] = entry.version
-    if isinstance(entry, ObserveEntry | SelectEntry):
-        moved["head_step"] = case((runs.c.head_step > entry.step, runs.c.head_step), else_=entry.step)
-    connection.execute(insert(log).values(row))
-    connection.execute(update(runs).where(runs.c.id == run_id).values(moved))
+        return replace(run, n_prompts=entry.n_prompts)
+    if isinstance(entry, SnapshotEntry):
+        return replace(run, model_version=entry.version)
+    head_step = entry.step if run.head_step is None else max(run.head_step, entry.step)
+    n_observations = run.n_observations + (len(entry.prompts) if isinstance(entry, ObserveEntry) else 0)
+    return replace(run, head_step=head_step, n_observations=n_observations)
 
 
 def read_entry(row: RowMapping, *, as_of: int | None = None) -> Entry:
@@ -124,15 +125,32 @@ def read_entry(row: RowMapping, *, as_of: int | None = None) -> Entry:
     )
 
 
-def _select_body(entry: SelectEntry) -> str:
+def kept_digits(values: FloatArray | None) -> FloatArray | None:
+    """The values in the six digits that a select entry keeps of them."""
+    return None if values is None else np.asarray([float(f"{value:.6g}") for value in values.tolist()])
+
+
+def _body(entry: PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry, run: Run) -> dict[str, object]:
+    if isinstance(entry, PoolEntry):
+        return {"n_prompts": entry.n_prompts}
+    if isinstance(entry, SnapshotEntry):
+        return {"version": entry.version}
     body: dict[str, object] = {"prompts": entry.prompts.tolist()}
+    if isinstance(entry, ObserveEntry):
+        body["successes"] = entry.successes.tolist()
+        body["attempts"] = entry.attempts.astype(np.int64).tolist()
+        body["informative"] = entry.informative.astype(np.int64).tolist()
+        body["model_version"] = run.model_version
+        if entry.selection_step is not None:
+            body["selection_step"] = entry.selection_step
+        return body
     if entry.control_share:
         body["control_share"] = entry.control_share
-    if entry.control is not None and entry.control.any():
+    if entry.control is not None:
         body["control"] = np.flatnonzero(entry.control).tolist()
     if entry.a is not None and entry.b is not None:
-        body |= {"a": [float(f"{a:.6g}") for a in entry.a.tolist()], "b": [float(f"{b:.6g}") for b in entry.b.tolist()]}
-    return compact_json(body)
+        body |= {"a": entry.a.tolist(), "b": entry.b.tolist()}
+    return body
 
 
 def _select_entry(row: RowMapping, body: Mapping[str, Any], prompts: IntArray) -> SelectEntry:
@@ -160,19 +178,6 @@ def voided_rows(stored: str | None, *, as_of: int | None = None) -> list[int]:
 
 def _counts_by(voided_at: int | None, as_of: int | None) -> bool:
     return voided_at is not None and (as_of is None or voided_at <= as_of)
-
-
-def _observe_body(entry: ObserveEntry, model_version: int | None) -> str:
-    return compact_json(
-        {
-            "prompts": entry.prompts.tolist(),
-            "successes": entry.successes.tolist(),
-            "attempts": entry.attempts.astype(np.int64).tolist(),
-            "informative": entry.informative.astype(np.int64).tolist(),
-            "model_version": model_version,
-            **({} if entry.selection_step is None else {"selection_step": entry.selection_step}),
-        }
-    )
 
 
 def compact_json(body: object) -> str:

@@ -9,94 +9,60 @@ from datetime import datetime
 import numpy as np
 from sqlalchemy import Connection, select
 
-from evenodds_service.domain.settings import Entry, NewObservation, NewPrompt, ObserveEntry, Vector
+from evenodds_service.domain.arrays import IntArray
+from evenodds_service.domain.log_entries import Entry, NewObservation, ObserveEntry, Outcomes
+from evenodds_service.domain.prompts import NewPrompts
 from evenodds_service.errors import PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
-from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entry, read_entry
-from evenodds_service.storage.pool import grow_pool
+from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entries, read_entry
+from evenodds_service.storage.pool import GrownPool, grow_pool
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import log, selections
 from evenodds_service.storage.transactions import Transactions
-from evenodds_service.storage.values import Appended, PromptVisit, Run
+from evenodds_service.storage.values import Appended, PromptVisit, Run, Written
 
 _HISTORY_BLOCK = 200  # log entries that a look into one prompt's history reads at a time
 
 
 class LogMethods(Transactions):
     def append_observations(
-        self,
-        run_id: int,
-        *,
-        step: int,
-        observations: Sequence[NewObservation],
-        model_version: int,
-        now: datetime,
-        request_id: str | None = None,
-        request_hash: str | None = None,
-        selection_id: str | None = None,
-        new_prompts: Sequence[NewPrompt] = (),
-        vectors: Sequence[Vector] = (),
-        embedder: str | None = None,
-        embedding_width: int | None = None,
+        self, run_id: int, outcomes: Outcomes, *, new: NewPrompts | None = None, now: datetime
     ) -> Appended:
         """Append one observe entry (after a pool entry where prompts are new); all or nothing.
 
-        A prompt of `new_prompts` that another caller has added meanwhile counts as existing. A known request
-        id with the same hash is answered as the first time, whatever the other arguments; one whose observations
-        were all voided since counts anew.
-
-        Args:
-            model_version: What is answered, and kept for repetitions.
-            request_hash: Of the request's body; given exactly if `request_id` is.
+        A prompt of `new` that another caller has added meanwhile counts as existing. A known request id with the same
+        hash is answered as the first time, whatever the other arguments; one whose observations were all voided since
+        counts anew. The model version of the run is answered, and kept for repetitions.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
             RequestConflict: the request id was used with another body (hash).
             SelectionUnknown: no such selection in this run.
             SelectionVoided: a rewind has voided the selection.
-            PromptUnknown: an observation's prompt is neither in the pool nor in `new_prompts`.
+            PromptUnknown: an observation's prompt is neither in the pool nor in `new`.
             PromptConflict, EmbedderFixed, EmbeddingWidthConflict, VectorUnstorable: as in add_prompts.
             ValueError: successes or attempts out of range; see ObserveEntry.
         """
         with self._writing() as connection:
             run = lock_run(connection, run_id)
-            first = _first_answer(connection, run, request_id=request_id, request_hash=request_hash)
+            first = _first_answer(connection, run, outcomes)
             if first is not None:
                 return first
-            selection_step = _selection_step(connection, run, selection_id)
-            position, n_prompts = run.log_position + 1, run.n_prompts
-            indices: Mapping[str, int] = {}
-            if new_prompts:
-                grown = grow_pool(
-                    connection,
-                    run,
-                    new_prompts,
-                    vectors,
-                    embedder=embedder,
-                    embedding_width=embedding_width,
-                    now=now,
-                )
-                position, n_prompts = grown.log_position + 1, run.n_prompts + grown.added
-                indices = grown.indices
+            selection_step = _selection_step(connection, run, outcomes.selection_id)
+            grown = grow_pool(connection, run, new) if new is not None else GrownPool(0, {}, None)
+            observations = outcomes.observations
             entry = ObserveEntry(
-                position,
-                step,
-                prompts=np.asarray(_indices(observations, indices, n_prompts), dtype=np.int64),
+                run.log_position + (1 if grown.entry is None else 2),
+                outcomes.step,
+                prompts=_indices(observations, grown.indices, run.n_prompts + grown.added),
                 successes=np.asarray([observation.successes for observation in observations], dtype=np.float64),
                 attempts=np.asarray([observation.attempts for observation in observations], dtype=np.float64),
                 informative=np.asarray([observation.informative for observation in observations], dtype=np.bool_),
-                selection_id=selection_id,
+                selection_id=outcomes.selection_id,
                 selection_step=selection_step,
             )
-            append_entry(
-                connection,
-                run_id,
-                entry,
-                now=now,
-                request_id=request_id,
-                request_hash=request_hash,
-                model_version=model_version,
-            )
-        return Appended(position, len(observations), model_version, replayed=False)
+            entries = (entry,) if grown.entry is None else (grown.entry, entry)
+            written = Written(append_entries(connection, run, entries, now=now, request=_request(outcomes)), entries)
+        return Appended(entry.position, len(observations), run.model_version, replayed=False, written=written)
 
     def entries(self, run_id: int, *, after: int, as_of: int | None = None, limit: int = 1_000) -> tuple[Entry, ...]:
         """Log entries with position > after, in order, without gaps. None where the run does not exist.
@@ -138,12 +104,19 @@ class LogMethods(Transactions):
         return tuple(visits[:limit])
 
 
-def _first_answer(
-    connection: Connection, run: Run, *, request_id: str | None, request_hash: str | None
-) -> Appended | None:
-    """What the request was answered before. The run's lock is held: nobody can use the id meanwhile."""
-    if request_id is None:
+def _request(outcomes: Outcomes) -> tuple[str, str] | None:
+    """Id and hash of the request, if it has an id."""
+    if outcomes.request_id is None or outcomes.request_hash is None:
         return None
+    return outcomes.request_id, outcomes.request_hash
+
+
+def _first_answer(connection: Connection, run: Run, outcomes: Outcomes) -> Appended | None:
+    """What the request was answered before. The run's lock is held: nobody can use the id meanwhile."""
+    request = _request(outcomes)
+    if request is None:
+        return None
+    request_id, request_hash = request
     statement = select(log.c.position, log.c.request_hash, log.c.created_at, log.c.body).where(
         log.c.run_id == run.id, log.c.request_id == request_id, log.c.voided_at.is_(None)
     )
@@ -181,7 +154,7 @@ def _selection_step(connection: Connection, run: Run, selection_id: str | None) 
     return int(row.step)
 
 
-def _indices(observations: Sequence[NewObservation], added: Mapping[str, int], n_prompts: int) -> list[int]:
+def _indices(observations: Sequence[NewObservation], added: Mapping[str, int], n_prompts: int) -> IntArray:
     found = []
     for number, observation in enumerate(observations, start=1):
         index = added.get(observation.prompt) if isinstance(observation.prompt, str) else int(observation.prompt)
@@ -191,7 +164,7 @@ def _indices(observations: Sequence[NewObservation], added: Mapping[str, int], n
                 f"the pool of {n_prompts} prompts: add it, or send its text"
             )
         found.append(index)
-    return found
+    return np.asarray(found, dtype=np.int64)
 
 
 def _visits(entry: ObserveEntry, index: int) -> list[PromptVisit]:

@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
 
-from evenodds_service.domain.settings import CALLER, NewPrompt, PoolEntry, Prompt, RawBlock, Vector
+from evenodds_service.domain.log_entries import PoolEntry
+from evenodds_service.domain.prompts import NewPrompt, NewPrompts, Prompt, RawBlock, Vector
+from evenodds_service.domain.settings import CALLER
 from evenodds_service.errors import (
     EmbedderFixed,
     EmbeddingWidthConflict,
     PromptConflict,
     PromptUnknown,
     RunUnknown,
-    VectorUnstorable,
 )
-from evenodds_service.storage.entries import append_entry
+from evenodds_service.storage.entries import append_entries
 from evenodds_service.storage.runs import keep_run, lock_run, settings_to_json, stored_embedder
 from evenodds_service.storage.tables import embeddings, pool_blocks, prompts, runs
 from evenodds_service.storage.transactions import Transactions, chunks, insert_or_ignore
 from evenodds_service.storage.values import PromptsAdded, Run
-from evenodds_service.storage.vectors import absent_keys, read_vectors, store_vectors
+from evenodds_service.storage.vectors import absent_vectors, read_vectors, store_vectors
 
 
 class PoolMethods(Transactions):
@@ -63,14 +64,14 @@ class PoolMethods(Transactions):
         """
         with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
-            grown = grow_pool(
-                connection, run, prompts, vectors, embedder=embedder, embedding_width=embedding_width, now=now
-            )
+            grown = grow_pool(connection, run, NewPrompts(prompts, vectors, embedder, embedding_width))
+            if grown.entry is not None:
+                run = append_entries(connection, run, [grown.entry], now=now)
         return PromptsAdded(
             added=grown.added,
             existing=len(prompts) - grown.added,
-            n_prompts=run.n_prompts + grown.added,
-            log_position=grown.log_position,
+            n_prompts=run.n_prompts,
+            log_position=run.log_position,
         )
 
     def prompts(
@@ -122,7 +123,9 @@ class PoolMethods(Transactions):
             EmbeddingWidthConflict: an embedder's vectors are of different lengths.
         """
         surfaces, vectors = embeddings.alias("surfaces"), embeddings.alias("vectors")
-        joined = prompts.outerjoin(surfaces, and_(surfaces.c.embedder == surface, surfaces.c.key == prompts.c.text_key))
+        asked = and_(prompts.c.run_id == runs.c.id, prompts.c.index >= first, prompts.c.index < last)
+        joined = runs.outerjoin(prompts, asked)
+        joined = joined.outerjoin(surfaces, and_(surfaces.c.embedder == surface, surfaces.c.key == prompts.c.text_key))
         embedding: Any = null()
         if embedder is not None:
             name = stored_embedder(embedder, run_id)
@@ -130,17 +133,17 @@ class PoolMethods(Transactions):
             embedding = vectors.c.vector
         columns = (prompts.c.prompt_id, prompts.c.group, prompts.c.features, prompts.c.prior_rate)
         statement = (
-            select(*columns, surfaces.c.vector, embedding)
+            select(*columns, surfaces.c.vector, embedding, runs.c.embedding_width)
             .select_from(joined)
-            .where(prompts.c.run_id == run_id, prompts.c.index >= first, prompts.c.index < last)
+            .where(runs.c.id == run_id)
             .order_by(prompts.c.index)
         )
         with self._reading() as connection:
-            run = connection.execute(select(runs.c.embedding_width).where(runs.c.id == run_id)).one_or_none()
             rows = connection.execute(statement).all()
-        if run is None:
+        if not rows:
             raise RunUnknown(f"run with id {run_id} does not exist: create it first")
-        width = (run.embedding_width or 0) if embedder is not None else 0
+        width = (rows[0][6] or 0) if embedder is not None else 0
+        rows = [row for row in rows if row[0] is not None]  # a run without such prompts is one row without a prompt
         return RawBlock(
             first=first,
             prompt_ids=tuple(row[0] for row in rows),
@@ -183,49 +186,33 @@ class PoolMethods(Transactions):
         with self._reading() as connection:
             return connection.execute(statement).scalar()
 
-    def missing_vectors(self, embedder: str, keys: Sequence[str]) -> frozenset[str]:
-        """Those of `keys` for which (embedder, key) is not stored. Not for vectors that callers sent."""
+    def missing_vectors(self, embedders: Sequence[str], keys: Sequence[str]) -> frozenset[tuple[str, str]]:
+        """The pairs (embedder, key) of these under which nothing is stored. Not for vectors that callers sent."""
         with self._reading() as connection:
-            return absent_keys(connection, embedder, keys)
-
-    def add_vectors(self, vectors: Sequence[Vector]) -> None:
-        """Insert or ignore.
-
-        Raises:
-            VectorUnstorable: a value is not finite or beyond 65,504, or a caller sent the vector: those
-            belong to
-                a run and come with their prompts.
-        """
-        if any(vector.embedder == CALLER for vector in vectors):
-            raise VectorUnstorable("a vector of embedder 'caller' belongs to a run: send it with its prompt")
-        with self._writing() as connection:
-            store_vectors(connection, vectors)
+            return absent_vectors(connection, embedders, keys)
 
 
 @dataclass(frozen=True, slots=True)
 class GrownPool:
-    """What a call did to a pool. `indices` holds the index of every prompt of the call by its id."""
+    """What a call did to a pool.
+
+    Attributes:
+        indices: The index of every prompt of the call by its id.
+        entry: The log entry that is due; None where nothing was new.
+    """
 
     added: int
     indices: Mapping[str, int]
-    log_position: int
+    entry: PoolEntry | None
 
 
-def grow_pool(
-    connection: Connection,
-    run: Run,
-    new_prompts: Sequence[NewPrompt],
-    vectors: Sequence[Vector],
-    *,
-    embedder: str | None,
-    embedding_width: int | None,
-    now: datetime,
-) -> GrownPool:
-    """Add what the pool does not have, with its log entry. The caller holds the run's lock.
+def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
+    """Add what the pool does not have. The caller holds the run's lock, and appends the log entry.
 
     Raises as add_prompts.
     """
-    _settle_embedder(connection, run, vectors, embedder=embedder, embedding_width=embedding_width)
+    _settle_embedder(connection, run, new)
+    new_prompts = new.prompts
     known = _known_prompts(connection, run.id, [prompt.prompt_id for prompt in new_prompts])
     rows: list[dict[str, object]] = []
     for item, prompt in enumerate(new_prompts):
@@ -246,17 +233,15 @@ def grow_pool(
             )
     own_names = [
         replace(vector, embedder=stored_embedder(CALLER, run.id)) if vector.embedder == CALLER else vector
-        for vector in vectors
+        for vector in new.vectors
     ]
     store_vectors(connection, own_names)
-    log_position = run.log_position
+    entry = None
     if rows:
-        log_position += 1
         connection.execute(insert(prompts), rows)
-        entry = PoolEntry(log_position, run.n_prompts + len(rows))
-        append_entry(connection, run.id, entry, now=now)
+        entry = PoolEntry(run.log_position + 1, run.n_prompts + len(rows))
     indices = {prompt_id: prompt.index for prompt_id, prompt in known.items()}
-    return GrownPool(added=len(rows), indices=indices, log_position=log_position)
+    return GrownPool(added=len(rows), indices=indices, entry=entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,14 +255,13 @@ class _Known:
     prior_rate: float | None
 
 
-def _settle_embedder(
-    connection: Connection,
-    run: Run,
-    vectors: Sequence[Vector],
-    *,
-    embedder: str | None,
-    embedding_width: int | None,
-) -> None:
+def _settle_embedder(connection: Connection, run: Run, new: NewPrompts) -> None:
+    """Keep the embedder and the length of its vectors, where the run has none yet.
+
+    Raises:
+        EmbedderFixed, EmbeddingWidthConflict: the run has others.
+    """
+    embedder, embedding_width, vectors = new.embedder, new.embedding_width, new.vectors
     settled = run.settings.embedder or embedder
     if embedder not in (None, settled):
         raise EmbedderFixed(

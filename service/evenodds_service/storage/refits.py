@@ -8,19 +8,18 @@ number of the claim fences what the first one still publishes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, insert, or_, select, update
 
-from evenodds_service.domain.settings import SnapshotEntry
+from evenodds_service.domain.log_entries import SnapshotEntry
 from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
-from evenodds_service.storage.entries import append_entry
+from evenodds_service.storage.entries import append_entries
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import refits, snapshots
 from evenodds_service.storage.transactions import Transactions
-from evenodds_service.storage.values import Refit, Snapshot
+from evenodds_service.storage.values import NewSnapshot, Refit, Snapshot
 
 _LATEST_END = timedelta(hours=2)  # from now; a lease is an hour at most, and clocks differ a little
 
@@ -77,24 +76,11 @@ class RefitMethods(Transactions):
         with self._writing() as connection:
             return connection.execute(statement).scalar() is not None
 
-    def publish_refit(
-        self,
-        refit_id: int,
-        *,
-        worker: str,
-        attempt: int,
-        embedder: str,
-        weights: bytes,
-        fitted_position: int,
-        report: Mapping[str, object],
-        now: datetime,
-    ) -> Snapshot:
-        """One commit: the snapshot, its log entry, the refit done. Fenced by refit id, worker and attempt.
+    def publish_refit(self, claimed: Refit, model: NewSnapshot, *, now: datetime) -> Snapshot:
+        """One commit: the snapshot, its log entry, the refit done.
 
         Args:
-            attempt: `Refit.attempts` as claimed.
-            fitted_position: Log position whose history the weights were fitted on.
-            report: Stored as JSON; no NaN, no infinity.
+            claimed: As `claim_refit` returned it: its id, worker and number of the claim fence what is published.
 
         Raises:
             RefitLost: another worker has taken the refit over, or it is finished, or its run is gone, or a rewind or
@@ -104,34 +90,34 @@ class RefitMethods(Transactions):
             "status": "done",
             "finished_at": now,
             "lease_until": None,
-            "report": json.dumps(report, allow_nan=False),
+            "report": json.dumps(model.report, allow_nan=False),
         }
         with self._writing() as connection:
-            run_id = connection.execute(select(refits.c.run_id).where(refits.c.id == refit_id)).scalar()
-            if run_id is None:
-                raise _lost(refit_id, worker, attempt)
-            run = lock_run(connection, run_id)  # before the refit's row, as everywhere: no deadlock
-            version, position = _newest_version(connection, run_id) + 1, run.log_position + 1
-            finish = update(refits).where(_is_held(refit_id, worker, attempt)).values(done | {"model_version": version})
+            try:
+                run = lock_run(connection, claimed.run_id)  # before the refit's row, as everywhere: no deadlock
+            except RunUnknown:
+                raise _lost(claimed) from None
+            version, position = _newest_version(connection, run.id) + 1, run.log_position + 1
+            finish = update(refits).where(_is_held(claimed)).values(done | {"model_version": version})
             if connection.execute(finish.returning(refits.c.id)).scalar() is None:
-                raise _lost(refit_id, worker, attempt)
+                raise _lost(claimed)
             snapshot = Snapshot(
-                run_id=run_id,
+                run_id=run.id,
                 version=version,
-                embedder=embedder,
-                weights=weights,
-                fitted_position=fitted_position,
+                embedder=model.embedder,
+                weights=model.weights,
+                fitted_position=model.fitted_position,
                 log_position=position,
                 created_at=now,
             )
-            append_entry(connection, run_id, SnapshotEntry(position, version), now=now)
+            append_entries(connection, run, [SnapshotEntry(position, version)], now=now)
             connection.execute(insert(snapshots).values(asdict(snapshot)))
         return snapshot
 
-    def fail_refit(self, refit_id: int, *, worker: str, attempt: int, error: str, now: datetime) -> bool:
+    def fail_refit(self, claimed: Refit, *, error: str, now: datetime) -> bool:
         """Record that the fit failed; False where the refit is no longer this worker's."""
         failed = {"status": "failed", "finished_at": now, "lease_until": None, "error": error}
-        statement = update(refits).where(_is_held(refit_id, worker, attempt)).values(failed).returning(refits.c.id)
+        statement = update(refits).where(_is_held(claimed)).values(failed).returning(refits.c.id)
         with self._writing() as connection:
             return connection.execute(statement).scalar() is not None
 
@@ -168,18 +154,18 @@ def _newest_version(connection: Connection, run_id: int) -> int:
     return int(connection.execute(newest).scalar() or 0)
 
 
-def _is_held(refit_id: int, worker: str, attempt: int) -> ColumnElement[bool]:
+def _is_held(claimed: Refit) -> ColumnElement[bool]:
     return and_(
-        refits.c.id == refit_id,
+        refits.c.id == claimed.id,
         refits.c.status == "running",
-        refits.c.worker == worker,
-        refits.c.attempts == attempt,
+        refits.c.worker == claimed.worker,
+        refits.c.attempts == claimed.attempts,
     )
 
 
-def _lost(refit_id: int, worker: str, attempt: int) -> RefitLost:
+def _lost(claimed: Refit) -> RefitLost:
     return RefitLost(
-        f"refit {refit_id}: attempt {attempt} of worker {worker!r} does not hold it any more, "
+        f"refit {claimed.id}: attempt {claimed.attempts} of worker {claimed.worker!r} does not hold it any more, "
         "its result is dropped: claim the next refit"
     )
 

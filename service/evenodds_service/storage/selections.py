@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 
-import numpy as np
 from sqlalchemy import Connection, insert, select
 
-from evenodds_service.domain.settings import FloatArray, SelectEntry
+from evenodds_service.domain.log_entries import SelectEntry
 from evenodds_service.errors import ChoiceOutdated, SelectionConflict
-from evenodds_service.storage.entries import append_entry
-from evenodds_service.storage.runs import lock_run
+from evenodds_service.storage.entries import append_entries, kept_digits
+from evenodds_service.storage.runs import find_run, lock_run
 from evenodds_service.storage.tables import log, runs, selections
 from evenodds_service.storage.transactions import Transactions
-from evenodds_service.storage.values import Selection
+from evenodds_service.storage.values import NewSelection, Run, Selection, Written
 
 
 class SelectionMethods(Transactions):
@@ -27,31 +26,19 @@ class SelectionMethods(Transactions):
         with self._reading() as connection:
             return _find(connection, run_id, step, arguments_hash)
 
-    def record_selection(
-        self,
-        run_id: int,
-        *,
-        selection_id: str,
-        step: int,
-        arguments_hash: str,
-        prompts: Sequence[int],
-        reply: str,
-        now: datetime,
-        control_share: float = 0.0,
-        control: Sequence[bool] | None = None,
-        beliefs: tuple[FloatArray, FloatArray] | None = None,
-        chosen_at: int | None = None,
-        is_alone: bool = False,
-    ) -> tuple[Selection, bool]:
-        """Record the batch as a log entry, or return what stands for (run, step). The flag says: replayed.
+    def run_and_selection(self, name: str, step: int, *, arguments_hash: str) -> tuple[Run, Selection | None]:
+        """The run of this name, and what was chosen for the step in it, if anything.
 
-        Args:
-            selection_id: Unique in the run.
-            prompts: Indices of the chosen prompts.
-            control_share, control: The share of the control arm, and which of the prompts are in it.
-            beliefs: Parameters (a, b) of the belief about each prompt, positive.
-            chosen_at: Log position of the state that the batch was chosen in.
-            is_alone: Whether the choice holds only if no other was recorded after `chosen_at`.
+        Raises:
+            RunUnknown: there is no such run.
+            SelectionConflict: the step was chosen before with other arguments.
+        """
+        with self._reading() as connection:
+            run = find_run(connection, name)
+            return run, _find(connection, run.id, step, arguments_hash)
+
+    def record_selection(self, run_id: int, chosen: NewSelection, *, now: datetime) -> tuple[Selection, Written | None]:
+        """Record the batch as a log entry, or return what stands for (run, step), where nothing was written.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
@@ -61,44 +48,43 @@ class SelectionMethods(Transactions):
         """
         with self._writing() as connection:
             run = lock_run(connection, run_id)
-            standing = _find(connection, run_id, step, arguments_hash)
+            standing = _find(connection, run_id, chosen.step, chosen.arguments_hash)
             if standing is not None:
-                return standing, True
-            if chosen_at is not None and chosen_at < run.void_position:
-                raise ChoiceOutdated(
-                    f"run {run.name!r}: the batch was chosen at log position {chosen_at}, and a rewind or retract at "
-                    f"position {run.void_position} voided some of what it was chosen on: choose again"
-                )
-            if chosen_at is not None and is_alone and _is_recorded_after(connection, run_id, chosen_at):
-                raise ChoiceOutdated(
-                    f"run {run.name!r}: another batch was chosen after log position {chosen_at}, whose prompts are "
-                    "outstanding: choose again"
-                )
-            position = run.log_position + 1
-            a, b = beliefs if beliefs is not None else (None, None)
-            chosen = SelectEntry(
-                position,
-                step,
-                np.asarray(prompts, dtype=np.int64),
-                selection_id=selection_id,
-                control_share=control_share,
-                control=None if control is None else np.asarray(control, dtype=np.bool_),
-                a=a,
-                b=b,
+                return standing, None
+            _check_is_of_now(connection, run, chosen)
+            entry = SelectEntry(
+                run.log_position + 1,
+                chosen.step,
+                chosen.prompts,
+                selection_id=chosen.selection_id,
+                control_share=chosen.control_share,
+                control=chosen.control if chosen.control is not None and chosen.control.any() else None,
+                a=kept_digits(chosen.a),
+                b=kept_digits(chosen.b),
             )
-            append_entry(connection, run_id, chosen, now=now)
-            recorded = Selection(selection_id, step, arguments_hash, reply, log_position=position)
-            connection.execute(
-                insert(selections).values(
-                    run_id=run_id,
-                    selection_id=selection_id,
-                    step=step,
-                    arguments_hash=arguments_hash,
-                    reply=reply,
-                    log_position=position,
-                )
+            written = Written(append_entries(connection, run, [entry], now=now), (entry,))
+            recorded = Selection(
+                chosen.selection_id, chosen.step, chosen.arguments_hash, chosen.reply, log_position=entry.position
             )
-        return recorded, False
+            connection.execute(insert(selections).values(run_id=run_id, **asdict(recorded)))
+        return recorded, written
+
+
+def _check_is_of_now(connection: Connection, run: Run, chosen: NewSelection) -> None:
+    """Raises ChoiceOutdated."""
+    if chosen.chosen_at is None:
+        return
+    if chosen.chosen_at < run.void_position:
+        raise ChoiceOutdated(
+            f"run {run.name!r}: the batch was chosen at log position {chosen.chosen_at}, and a rewind or retract at "
+            f"position {run.void_position} voided some of what it was chosen on: choose again"
+        )
+    is_newest = chosen.chosen_at == run.log_position
+    if chosen.is_alone and not is_newest and _is_recorded_after(connection, run.id, chosen.chosen_at):
+        raise ChoiceOutdated(
+            f"run {run.name!r}: another batch was chosen after log position {chosen.chosen_at}, whose prompts are "
+            "outstanding: choose again"
+        )
 
 
 def _is_recorded_after(connection: Connection, run_id: int, position: int) -> bool:

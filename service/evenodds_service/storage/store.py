@@ -26,6 +26,8 @@ from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
     ApiKey,
     Appended,
+    NewSelection,
+    NewSnapshot,
     PromptsAdded,
     PromptVisit,
     Refit,
@@ -34,11 +36,14 @@ from evenodds_service.storage.values import (
     Selection,
     Snapshot,
     Voided,
+    Written,
 )
 
 __all__ = [
     "ApiKey",
     "Appended",
+    "NewSelection",
+    "NewSnapshot",
     "PromptVisit",
     "PromptsAdded",
     "Refit",
@@ -48,6 +53,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "Voided",
+    "Written",
 ]
 
 

@@ -26,8 +26,9 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.exc import DontWrapMixin
 
-from evenodds_service.errors import NaiveDatetime
+from evenodds_service.errors import StoreError
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -264,3 +265,9 @@ checkpoints = Table(
     PrimaryKeyConstraint("run_id", "position"),
     CheckConstraint("position >= 0", name="position"),
 )
+
+
+class NaiveDatetime(StoreError, DontWrapMixin):
+    """`DontWrapMixin` keeps SQLAlchemy from hiding it in a StatementError."""
+
+    code = "naive_datetime"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from sqlalchemy import Connection, Engine, Insert, Table, select, text
+from sqlalchemy import Connection, Engine, Insert, Table, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
@@ -27,11 +27,6 @@ class Transactions:
     def close(self) -> None:
         """Close every pooled connection."""
         self._engine.dispose()
-
-    def ping(self) -> None:
-        """Raises StoreUnavailable where the database does not answer."""
-        with self._reading() as connection:
-            connection.execute(select(1))
 
     def probe(self) -> None:
         """Raises StoreUnavailable where the database does not answer, or would not keep what is written now."""

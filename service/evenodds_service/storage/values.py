@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.log_entries import Entry
 from evenodds_service.domain.settings import RunSettings
 
 Scope = Literal["read", "write", "admin"]
@@ -52,14 +54,50 @@ class PromptsAdded:
     log_position: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """What a call wrote to the log: its entries, as anybody reads them, and the run as it stood right after them."""
+
+    run: Run
+    entries: tuple[Entry, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """`replayed` means that the request id was known: the other fields are the first answer's."""
+    """`replayed` means that the request id was known: nothing was written, and the answer is the first one's."""
 
     log_position: int
     accepted: int
     model_version: int
     replayed: bool
+    written: Written | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewSelection:
+    """A batch that was chosen, on its way into the log.
+
+    Attributes:
+        selection_id: Unique in the run.
+        reply: JSON text that is answered, less what changes on repetition.
+        prompts: int64 [B], indices of the chosen prompts.
+        control_share, control: The share of the control arm, and which of the prompts are in it, bool [B].
+        a, b: Parameters of the belief about each prompt, positive, [B]; both or neither.
+        chosen_at: Log position of the state that the batch was chosen in.
+        is_alone: Whether the choice holds only if no other was recorded after `chosen_at`.
+    """
+
+    selection_id: str
+    step: int
+    arguments_hash: str
+    reply: str
+    prompts: IntArray
+    control_share: float = 0.0
+    control: BoolArray | None = None
+    a: FloatArray | None = None
+    b: FloatArray | None = None
+    chosen_at: int | None = None
+    is_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +137,21 @@ class Refit:
     model_version: int | None
     report: Mapping[str, object] | None
     error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewSnapshot:
+    """A fitted model on its way into the log.
+
+    Attributes:
+        fitted_position: Log position whose history the weights were fitted on.
+        report: Kept as JSON; no NaN, no infinity.
+    """
+
+    embedder: str
+    weights: bytes
+    fitted_position: int
+    report: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)

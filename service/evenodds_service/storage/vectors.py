@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from sqlalchemy import Connection, select
 
-from evenodds_service.domain.settings import FloatArray, Vector
+from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.prompts import Vector
 from evenodds_service.errors import EmbeddingWidthConflict, VectorUnstorable
 from evenodds_service.storage.tables import embeddings
 from evenodds_service.storage.transactions import chunks, insert_or_ignore
@@ -43,12 +44,14 @@ def store_vectors(connection: Connection, vectors: Sequence[Vector]) -> None:
         connection.execute(insert_or_ignore(connection, embeddings), [rows[names] for names in sorted(rows)])
 
 
-def absent_keys(connection: Connection, embedder: str, keys: Sequence[str]) -> frozenset[str]:
-    """Those of `keys` under which the embedder has no vector."""
-    absent = set(keys)
-    for some in chunks(sorted(absent)):
-        statement = select(embeddings.c.key).where(embeddings.c.embedder == embedder, embeddings.c.key.in_(some))
-        absent.difference_update(connection.execute(statement).scalars())
+def absent_vectors(connection: Connection, embedders: Sequence[str], keys: Sequence[str]) -> frozenset[tuple[str, str]]:
+    """The pairs (embedder, key) of these under which there is no vector."""
+    absent = {(embedder, key) for embedder in embedders for key in keys}
+    for some in chunks(sorted(set(keys))):
+        stored = select(embeddings.c.embedder, embeddings.c.key).where(
+            embeddings.c.embedder.in_(embedders), embeddings.c.key.in_(some)
+        )
+        absent.difference_update((row.embedder, row.key) for row in connection.execute(stored))
     return frozenset(absent)
 
 

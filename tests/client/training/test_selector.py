@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from benchmarks.latency import service as served
-from tests.client.proxy import proxy_before
+from tests.client.proxy import SLOW_SECONDS, proxy_before
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Batch, Client, ConfigurationError, InvalidRequest, PromptSelector
 
@@ -39,7 +40,12 @@ def make(service: Service, tmp_path: Path) -> Iterator[Make]:
     run = f"selected-{next(_numbers)}"
 
     def make_one(base_url: str | None = service.base_url, **options: Any) -> PromptSelector:
-        options = {"run_settings": SETTINGS, "outbox": tmp_path / "outbox", "deadline_seconds": 20.0, **options}
+        options = {
+            "run_settings": SETTINGS,
+            "outbox": tmp_path / "outbox",
+            "deadline_seconds": PATIENCE_SECONDS,
+            **options,
+        }
         made.append(PromptSelector(base_url, run, options.pop("prompts", PROMPTS), **options))
         return made[-1]
 
@@ -103,7 +109,7 @@ def test_outcomes_may_be_counts_arrays_and_new_prompts(service: Service, make: M
 
 def test_the_same_seed_gives_the_same_batches(make: Make) -> None:
     def chosen(seed: int, base_url: str | None) -> list[tuple[str, ...]]:
-        selector = make(base_url, seed=seed, outbox=None)
+        selector = make(base_url, seed=seed)
         return [selector.select(step, 6).prompt_ids for step in range(3)]
 
     assert chosen(1, None) == chosen(1, NOBODY)
@@ -144,7 +150,7 @@ def test_offline_is_uniform_silent_and_keeps_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    with PromptSelector(None, "offline", IDS) as selector:
+    with PromptSelector(None, "offline", IDS, deadline_seconds=PATIENCE_SECONDS) as selector:
         batch = selector.select(0, 8)
         selector.observe(0, {prompt_id: [1.0] for prompt_id in batch})
 
@@ -206,7 +212,7 @@ def test_a_call_takes_no_longer_than_the_deadline(service: Service, make: Make) 
 
         seconds = time.monotonic() - started
         selector.close(timeout_seconds=0)
-    assert seconds < 10  # one request alone is held up for 20
+    assert seconds < SLOW_SECONDS / 10  # one request alone is held up for that long
 
 
 def test_prompts_that_the_trainer_lacks_are_not_handed_out(
@@ -279,9 +285,7 @@ def test_the_next_batch_is_asked_for_when_the_outcomes_are_delivered(service: Se
     with proxy_before(service.base_url) as proxy:
         selector = make(proxy.base_url, prefetch=True)
         selector.observe(1, {prompt_id: [1, 0] for prompt_id in selector.select(1, 4)})
-        deadline = time.monotonic() + 20
-        while service.client.run(selector.run).log_position < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)  # pool, selection, outcomes, selection
+        until(lambda: service.client.run(selector.run).log_position == 4, "pool, selection, outcomes, selection")
         proxy.mode = "dead"
 
         batch = selector.select(2, 4)
@@ -297,8 +301,7 @@ def test_a_batch_may_be_asked_for_ahead_of_time(service: Service, make: Make) ->
         selector = make(proxy.base_url)
         selector.wait_until_ready()
         selector.prefetch(9, 4)
-        while proxy.met["fine", "select_batch"] < 1:
-            time.sleep(0.01)
+        until(lambda: proxy.met["fine", "select_batch"] == 1, "the request for the batch")
 
         batch = selector.select(9, 4)
 
@@ -358,7 +361,7 @@ def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
             child.start()
         selector.observe(3, {"p0": [0]})
         for child in children:
-            child.join(60)
+            child.join(PATIENCE_SECONDS)
 
         assert [child.exitcode for child in children] == [0, 0]
         assert selector.flush()

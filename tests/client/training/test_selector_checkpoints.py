@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.client.proxy import proxy_before
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import ConfigurationError, PromptSelector
 
@@ -29,7 +29,7 @@ def make(service: Service, tmp_path: Path) -> Iterator[Make]:
     run = f"resumed-{next(_numbers)}"
 
     def make_one(base_url: str = service.base_url, **options: Any) -> PromptSelector:
-        options = {"outbox": tmp_path / "outbox", "deadline_seconds": 20.0, **options}
+        options = {"outbox": tmp_path / "outbox", "deadline_seconds": PATIENCE_SECONDS, **options}
         made.append(PromptSelector(base_url, run, PROMPTS, run_settings={"embedder": "none"}, **options))
         assert made[-1].wait_until_ready()
         return made[-1]
@@ -98,7 +98,7 @@ def test_what_was_not_delivered_before_the_crash_is_forgotten_or_delivered_as_th
     service: Service, make: Make
 ) -> None:
     with proxy_before(service.base_url) as proxy:
-        first = make(proxy.base_url, deadline_seconds=1.0)
+        first = make(proxy.base_url)
         proxy.mode = "dead"
         train(first, 1, 2)
         checkpoint = first.state_dict()
@@ -120,8 +120,7 @@ def test_the_checkpoint_is_whole_where_the_outbox_is_lost(service: Service, make
         assert first.flush()
         proxy.mode = "lost reply"  # the service knows them, this trainer does not know that it does
         first.observe(2, {"p0": [1, 0]})
-        while proxy.met["lost reply", "observe"] < 1:
-            time.sleep(0.01)
+        until(lambda: proxy.met["lost reply", "observe"] > 0, "the outcomes at the service")
         checkpoint = first.state_dict()
         first.close(timeout_seconds=0)
 
@@ -140,7 +139,7 @@ def test_batches_are_uniform_until_the_service_has_gone_back(service: Service, m
     checkpoint = first.state_dict(step=1)
     first.close()
     with proxy_before(service.base_url) as proxy:
-        second = make(proxy.base_url, deadline_seconds=0.5)
+        second = make(proxy.base_url)
         proxy.mode = "500"
 
         second.load_state_dict(checkpoint)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.budgets.allocation import (
     BIN_WEIGHTS,
     NEVER,
-    BudgetTooSmall,
     Objective,
     attempts_at_price,
     bin_gains,
@@ -26,9 +26,10 @@ from evenodds_service.domain.budgets.allocation import (
     verdict,
 )
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.settings import BudgetMode, FloatArray, IntArray
+from evenodds_service.domain.settings import BudgetMode
+from evenodds_service.errors import BudgetTooSmall
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 PARAMETER = st.floats(0.05, 60)
 BELIEFS = st.lists(st.tuples(PARAMETER, PARAMETER), min_size=1, max_size=4)
 COSTS = st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0])

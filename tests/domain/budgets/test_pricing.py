@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import attempts_at_price
 from evenodds_service.domain.budgets.pricing import Traffic
-from evenodds_service.domain.settings import BudgetMode, BudgetPolicy, FloatArray
+from evenodds_service.domain.settings import BudgetMode, BudgetPolicy
 
 NONE = np.zeros(0)
 

@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from evenodds_service.domain.learning.checkpoint import (
-    FORMAT,
-    CheckpointUnusable,
-    block_from_bytes,
-    block_to_bytes,
-    from_bytes,
-    to_bytes,
-)
+from evenodds_service.domain.learning.checkpoint import FORMAT, block_from_bytes, block_to_bytes, from_bytes, to_bytes
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, beliefs_of, fold
-from evenodds_service.domain.settings import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.errors import CheckpointUnusable
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import (
     COMPONENTS,
     GROUP_SCALE,
@@ -19,7 +20,7 @@ from evenodds_service.domain.learning.features import (
     Pool,
     directions,
 )
-from evenodds_service.domain.settings import FloatArray, RawBlock
+from evenodds_service.domain.prompts import RawBlock
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
@@ -71,7 +72,7 @@ def test_a_basis_and_its_projection_are_deterministic(whole: RawBlock) -> None:
     assert np.isfinite(one).all()
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(st.lists(st.integers(1, N - 1), max_size=5))
 def test_blocks_in_any_partition_give_the_same_matrix_to_the_last_bit(whole: RawBlock, cuts: list[int]) -> None:
     at_once = pool_of(whole)
@@ -99,7 +100,7 @@ def test_a_prefix_of_the_matrix_and_single_rows_are_those_of_the_whole(whole: Ra
     assert np.array_equal(pool.matrix(basis, 700), expected[:700])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     st.lists(st.lists(st.integers(0, N - 1), min_size=1, max_size=3), max_size=5),
     st.lists(st.integers(1, N), max_size=3),
@@ -224,7 +225,7 @@ def test_vectors_longer_than_an_eigendecomposition_allows_keep_their_geometry(ma
     assert loadings == pytest.approx(0, abs=1e-2)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 60), st.sampled_from([0.0, -3.0, 1e4, 1e-4]))
 def test_constant_columns_are_harmless(make_block: MakeBlock, n: int, value: float) -> None:
     block = make_block(

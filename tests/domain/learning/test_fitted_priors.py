@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import (
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.mixture import FITTED, MATCHED, PRIORS, STACKED, STRENGTHS
+from evenodds_service.domain.learning.prediction import (
     PAPER,
-    State,
     beliefs_of,
-    fold,
     new_paper_beliefs,
     new_prompt_beliefs,
     paper_beliefs,
     shared_priors,
 )
-from evenodds_service.domain.learning.mixture import FITTED, MATCHED, PRIORS, STACKED, STRENGTHS
-from evenodds_service.domain.settings import FittedPrior, FloatArray, ObserveEntry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.prompts import FittedPrior
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

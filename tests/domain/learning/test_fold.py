@@ -12,23 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import (
-    BASIS_ENOUGH,
+from evenodds_service.domain.learning.fold import BASIS_ENOUGH, fold, unseen_share
+from evenodds_service.domain.learning.mixture import AGEING, MEMORIES, PRIORS, Mixture
+from evenodds_service.domain.learning.prediction import (
     BLOCK,
-    State,
     beliefs_of,
-    copied,
-    fold,
     mopps_beliefs,
     new_prompt_beliefs,
     running_mean,
     shared_priors,
-    unseen_share,
 )
-from evenodds_service.domain.learning.mixture import AGEING, MEMORIES, PRIORS, Mixture
-from evenodds_service.domain.settings import FloatArray, ObserveEntry, PoolEntry, RawBlock, SelectEntry, SnapshotEntry
+from evenodds_service.domain.learning.state import State, copied
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.prompts import RawBlock
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
@@ -369,7 +368,7 @@ def test_prompts_outside_the_pool_are_believed_like_unseen_ones_inside(make_bloc
     assert b == pytest.approx(inside_b, rel=1e-4)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1))
 def test_total_loss_over_a_log_never_exceeds_that_of_mopps_by_more_than_log_k(make_block: MakeBlock, seed: int) -> None:
     """The outcomes have nothing to do with the features, and keep changing sides."""

@@ -11,7 +11,7 @@ from scipy import special
 
 from evenodds_service.domain.learning.checkpoint import from_bytes, to_bytes
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, fold, unseen_share
+from evenodds_service.domain.learning.fold import fold, unseen_share
 from evenodds_service.domain.learning.guardrails import (
     BLOCK_OBSERVATIONS,
     COVERAGE_SELECTIONS,
@@ -23,7 +23,8 @@ from evenodds_service.domain.learning.guardrails import (
     Alarm,
     Rails,
 )
-from evenodds_service.domain.settings import ObserveEntry, PoolEntry
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.mixture import (
     MEMORIES,
     N_EXPERTS,
@@ -19,9 +20,8 @@ from evenodds_service.domain.learning.mixture import (
     predict,
     predict_rows,
 )
-from evenodds_service.domain.settings import FloatArray
 
-quick = settings(deadline=None, max_examples=25)
+quick = settings(max_examples=25)
 SEED = st.integers(0, 2**32 - 1)
 SHAPE = (len(PRIORS), len(STRENGTHS), len(MEMORIES))
 FLAT, TWO, LASTING = PRIORS.index("flat"), STRENGTHS.index(2.0), MEMORIES.index(1.0)
@@ -242,7 +242,7 @@ def test_forgetting_lets_a_poor_expert_return() -> None:
 
 
 @pytest.mark.parametrize("present", [FEW, EVERY])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(SEED, st.sampled_from([0.1, 5.0, 500.0]), st.floats(0, 1))
 def test_total_loss_never_exceeds_that_of_mopps_by_more_than_log_k(
     present: np.ndarray, seed: int, scale: float, forgetting: float

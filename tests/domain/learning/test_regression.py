@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.regression import (
     INTERCEPT_VARIANCE,
     PRIOR_VARIANCE,
@@ -13,9 +14,8 @@ from evenodds_service.domain.learning.regression import (
     effective_count,
     further_count,
 )
-from evenodds_service.domain.settings import FloatArray
 
-quick = settings(deadline=None, max_examples=20)
+quick = settings(max_examples=20)
 SEED = st.integers(0, 2**32 - 1)
 
 

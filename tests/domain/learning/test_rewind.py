@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from evenodds_service.domain.learning.checkpoint import from_bytes, to_bytes
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, fold
-from evenodds_service.domain.settings import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
@@ -63,7 +64,7 @@ def at_zero(state: State) -> bytes:
     return to_bytes(state)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), voided=st.sets(st.integers(2, 25)), cut=st.integers(0, 26))
 def test_voided_entries_leave_no_trace(pool: Pool, seed: int, voided: set[int], cut: int) -> None:
     entries = random_entries(seed, 24)

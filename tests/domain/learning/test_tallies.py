@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, MAX_OPEN, MAX_OPEN_ROWS, MIN_OPEN, N_WINDOWS, Record
+from evenodds_service.domain.log_entries import SelectEntry
 from evenodds_service.domain.report.report import rank_correlation
-from evenodds_service.domain.settings import FloatArray, IntArray, SelectEntry
 
 N_PROMPTS, N_GROUPS = 40, 3
 
@@ -174,7 +175,7 @@ def random_events(seed: int, *, jump: int = 1) -> Both:
     return both
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 40]))
 def test_the_sums_are_those_of_a_slow_count(seed: int, jump: int) -> None:
     both = random_events(seed, jump=jump)
@@ -191,7 +192,7 @@ def test_the_sums_are_those_of_a_slow_count(seed: int, jump: int) -> None:
         assert actual == pytest.approx(expected, abs=1e-9), which
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1))
 def test_a_group_of_attempts_reported_in_parts_counts_as_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -314,7 +315,7 @@ def test_groups_beyond_the_limit_share_one_row() -> None:
     assert record.groups[[0, MAX_GROUPS - 1, MAX_GROUPS], 0].tolist() == [1, 1, 2]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(8, 400))
 def test_the_rank_correlation_of_a_table_is_that_of_its_rows(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)

@@ -9,12 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import LOOKED_AT, State, beliefs_of, fold
+from evenodds_service.domain.learning.fold import LOOKED_AT, fold
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, Record
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.report.report import LiftReport, report
 from evenodds_service.domain.selection.batch import choose
-from evenodds_service.domain.settings import FloatArray, ObserveEntry, PoolEntry, SelectEntry
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
@@ -283,7 +286,7 @@ def test_since_step_leaves_out_earlier_windows() -> None:
     assert report(State(record=training.record), EMPTY, since_step=10).since_step is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(advances=st.lists(st.integers(-3, 12), min_size=1, max_size=60), first=st.integers(0, 100))
 def test_a_window_holds_the_beliefs_before_its_first_outcome_however_wide_it_became(
     make_block: MakeBlock, advances: list[int], first: int

@@ -9,19 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments, target_moments
-from evenodds_service.domain.selection.batch import (
-    Choice,
-    NotEnoughPrompts,
-    choose,
-    eligible,
-    greedy_diverse,
-    rest_steps,
-    scores,
-)
-from evenodds_service.domain.settings import Acquisition, BoolArray, FloatArray, IntArray
+from evenodds_service.domain.selection.batch import Choice, choose, greedy_diverse, scores
+from evenodds_service.domain.selection.selection import eligible, rest_steps
+from evenodds_service.domain.settings import Acquisition
+from evenodds_service.errors import NotEnoughPrompts
 
-quick = settings(deadline=None, max_examples=30)
+quick = settings(max_examples=30)
 SEED = st.integers(0, 2**32 - 1)
 
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State, fold
-from evenodds_service.domain.selection.batch import eligible, held_back, outstanding
-from evenodds_service.domain.settings import ObserveEntry, PoolEntry, SelectEntry
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
+from evenodds_service.domain.selection.selection import eligible, held_back, outstanding
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
-from evenodds_service.errors import StoreUnavailable
+from evenodds_service.errors import AccessRefused, StoreUnavailable
 from evenodds_service.storage.store import ApiKey, Scope, Store
 
 if TYPE_CHECKING:
@@ -35,14 +35,6 @@ _OPEN_FOLDERS = ("/page/", "/docs-files/")
 _CHAT_PATH = "/v1/chat/completions"
 _READS = frozenset({"/predict", "/allocate", "/budget", _CHAT_PATH})
 """POSTs that store nothing."""
-
-
-class AccessRefused(Exception):
-    """The call is not allowed. `status` is 401 without a valid key, 403 with one that may not, 429 above its rate."""
-
-    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
 
 
 def new_secret() -> str:

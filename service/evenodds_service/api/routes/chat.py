@@ -23,7 +23,9 @@ from evenodds.schemas import (
     ChatUsage,
     PromptRef,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Hands, now
+from evenodds_service.api.dependencies import PROBLEMS, Hands
+from evenodds_service.api.wire import now
+from evenodds_service.errors import ChatRefused
 from evenodds_service.runtime.budgets import DEFAULT_POLICY
 
 ASKED_BEFORE = ("\nClassify this message:\n",)
@@ -33,10 +35,6 @@ _STORED_NOWHERE = re.compile("[\x00\ud800-\udfff]")
 """NUL characters and halves of surrogate pairs say nothing about how hard a request is."""
 
 router = APIRouter(responses=PROBLEMS, tags=["budgets"])
-
-
-class ChatRefused(ValueError):
-    """A chat request that this model cannot answer. The message says which part and what to send."""
 
 
 @router.post("/v1/chat/completions", summary="A tier label, as an OpenAI chat model answers it")

@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
 from evenodds.schemas import RefitList, RefitRequest, RefitState
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, now
+from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.api.wire import now
 from evenodds_service.storage.store import Refit
 
 _POLL_SECONDS = 0.1

@@ -10,17 +10,17 @@ from fastapi import APIRouter, Query
 
 from evenodds.schemas import MAX_STEP, BeliefReport, BelievedPrompt, FallbackNotice, RunReport
 from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.report.report import report
-from evenodds_service.domain.settings import IntArray
 
-router = APIRouter(responses=PROBLEMS)
+router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 _BINS = 20
 _SHOWN_TEXT = 500
 
 
-@router.get("/runs/{run}/report", tags=["runs"], summary="How well a run is served")
+@router.get("/runs/{run}/report", summary="How well a run is served")
 def get_report(
     run: RunPath,
     hands: Hands,
@@ -51,7 +51,7 @@ def get_report(
     )
 
 
-@router.get("/runs/{run}/beliefs", tags=["runs"], summary="Beliefs about the whole pool")
+@router.get("/runs/{run}/beliefs", summary="Beliefs about the whole pool")
 def get_beliefs(
     run: RunPath,
     hands: Hands,

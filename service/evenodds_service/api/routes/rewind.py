@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from evenodds.schemas import RetractRequest, RewindRequest, Voided
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, now
+from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.api.wire import now
 from evenodds_service.storage import values
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])

@@ -1,71 +1,29 @@
-"""Runs and their pools as resources.
+"""Runs as resources.
 
 Each endpoint translates the wire into values, calls the store, and translates back.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import numpy as np
-from fastapi import APIRouter, Path, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
-from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
-from starlette.convertors import Convertor, register_url_convertor
 
-from evenodds.schemas import (
-    RUN_PATTERN,
-    Alarm,
-    PromptId,
-    PromptIn,
-    PromptInfo,
-    PromptPage,
-    PromptsAdded,
-    PromptsIn,
-    PromptState,
-    RefitPolicy,
-    RunPage,
-    RunState,
-    RunUpdate,
-    Visit,
-)
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services, now, predictions
+from evenodds.schemas import RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
+from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
-from evenodds_service.api.middleware.request_body import lift_limit
 from evenodds_service.api.routes.refits import refit_state
-from evenodds_service.domain.settings import Prompt, RunSettings, check_shares
-from evenodds_service.errors import PromptConflict, RunUnknown
+from evenodds_service.api.wire import now
+from evenodds_service.domain.settings import RunSettings, check_shares
+from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
 
-_NDJSON = "application/x-ndjson"
-_NDJSON_BLOCK = 2_000
-_MAX_BLOCK_BYTES = 16 * 2**20
-_MAX_LINE_BYTES = 8 * 2**20
-_HISTORY = 100
+router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 
-class _AnyId(Convertor[str]):
-    """The rest of a path, whatever it holds. Starlette's own `path` ends at a line break."""
-
-    regex = "(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("id", _AnyId())
-router = APIRouter(responses=PROBLEMS)
-T = TypeVar("T")
-
-
-@router.put("/runs/{run}", tags=["runs"], summary="Create or update a run", responses={201: {"model": RunState}})
+@router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
 def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
 
@@ -96,7 +54,7 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
 
 
-@router.get("/runs", tags=["runs"], summary="List runs")
+@router.get("/runs", summary="List runs")
 def list_runs(
     hands: Hands,
     caller: Caller,
@@ -111,13 +69,13 @@ def list_runs(
     )
 
 
-@router.get("/runs/{run}", tags=["runs"], summary="State of a run")
+@router.get("/runs/{run}", summary="State of a run")
 def get_run(run: RunPath, hands: Hands) -> RunState:
     """Settings, pool size, head of the log, model version, and alarms: what a person should look at."""
     return _watched(hands, hands.store.run(run))
 
 
-@router.delete("/runs/{run}", tags=["runs"], summary="Delete a run", status_code=204)
+@router.delete("/runs/{run}", summary="Delete a run", status_code=204)
 def delete_run(run: RunPath, hands: Hands) -> Response:
     """Delete the run with its pool, history and selections. This cannot be undone."""
     stored = hands.store.run(run)
@@ -125,170 +83,6 @@ def delete_run(run: RunPath, hands: Hands) -> Response:
     hands.live_runs.drop(stored.id)
     hands.views.forget(run)
     return Response(status_code=204)
-
-
-def _prompts_schema() -> dict[str, Any]:
-    """Of the JSON body, whole: FastAPI lists only the models that it reads itself."""
-    schema = PromptsIn.model_json_schema()
-    schema["properties"]["prompts"]["items"] = schema.pop("$defs")["PromptIn"]
-    return schema
-
-
-@router.post(
-    "/runs/{run}/prompts",
-    tags=["prompts"],
-    summary="Load prompts into the pool",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": _prompts_schema()},
-                _NDJSON: {
-                    "schema": {"type": "string", "description": "one PromptIn as JSON on each line"},
-                    "example": '{"prompt_id": "a", "text": "1 + 1 = ?"}\n{"prompt_id": "b", "text": "2 + 2 = ?"}\n',
-                },
-            },
-        }
-    },
-)
-async def add_prompts(
-    run: RunPath,
-    request: Request,
-    hands: Hands,
-    first_line: Annotated[
-        int, Query(ge=1, le=2**53, description="of NDJSON: by which number errors call the first line")
-    ] = 1,
-) -> PromptsAdded:
-    """Add prompts. Repeatable: those that the pool has already, with the same content, count as existing.
-
-    A JSON body is all or nothing. NDJSON (`application/x-ndjson`, one prompt a line, any number) is stored in blocks
-    of 2,000 lines, fewer where they are long: an error names its line and says which lines were stored; the same file
-    may be sent again. Any body may be compressed (`Content-Encoding: gzip`).
-    """
-    stored = await run_in_threadpool(hands.store.run, run)
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _NDJSON:
-        body = _parsed(PromptsIn.model_validate_json, await request.body(), ())
-        names = [f"prompts[{i}]" for i in range(len(body.prompts))]
-        return await run_in_threadpool(_add_block, hands, stored, body.prompts, names)
-    lift_limit(request)
-    # Any error tells.
-    request.state.done = "no line was stored" if first_line == 1 else f"no line from {first_line} on was stored"
-    added = existing = 0
-    line = first_line - 1
-    last: PromptsAdded | None = None
-    async for lines in _line_blocks(request.stream()):
-        contents = {f"line {line + i}": content for i, content in enumerate(lines, start=1) if content}
-        line += len(lines)
-        if contents:
-            try:
-                last = await run_in_threadpool(_add_lines, hands, stored, contents)
-            except PromptConflict as error:
-                request.state.place = tuple(contents)[error.item]
-                raise
-            added, existing = added + last.added, existing + last.existing
-        request.state.done = f"lines {first_line} to {line} were stored"
-    if last is None:
-        raise RequestValidationError([_fault(("body",), "send at least one prompt, one JSON object a line")])
-    return last.model_copy(update={"added": added, "existing": existing})
-
-
-def _add_lines(hands: Services, run: Run, contents: Mapping[str, bytes]) -> PromptsAdded:
-    """Lines by their names. Parsed in a thread: thousands at once would keep the event loop from other requests."""
-    items = [_parsed(PromptIn.model_validate_json, content, (name,)) for name, content in contents.items()]
-    return _add_block(hands, run, items, tuple(contents))
-
-
-def _add_block(hands: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str]) -> PromptsAdded:
-    run = hands.store.run(run.name)
-    prepared = hands.featurizer.prepare(run, items, names=names)
-    result = hands.store.add_prompts(
-        run.id,
-        prepared.prompts,
-        prepared.vectors,
-        embedder=prepared.embedder,
-        embedding_width=prepared.embedding_width,
-        now=now(),
-    )
-    return PromptsAdded(
-        run=run.name,
-        added=result.added,
-        existing=result.existing,
-        pool_size=result.n_prompts,
-        log_position=result.log_position,
-    )
-
-
-async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    """Lines of a body in blocks of 2,000, or fewer where they are long, without holding the body."""
-    rest = b""
-    lines: list[bytes] = []
-    n_bytes = 0
-    async for chunk in stream:
-        *complete, rest = (rest + chunk).split(b"\n")
-        for content in complete:
-            lines.append(content.strip())
-            n_bytes += len(content)
-            if len(lines) == _NDJSON_BLOCK or n_bytes >= _MAX_BLOCK_BYTES:
-                yield lines
-                lines, n_bytes = [], 0
-        if len(rest) > _MAX_LINE_BYTES:
-            message = f"a line is longer than {_MAX_LINE_BYTES:,} bytes: put each prompt on a line of its own"
-            raise RequestValidationError([_fault((), message)])
-    lines.append(rest.strip())
-    yield lines
-
-
-@router.get("/runs/{run}/prompts", tags=["prompts"], summary="List the pool")
-def list_prompts(
-    run: RunPath,
-    hands: Hands,
-    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
-    cursor: Annotated[int, Query(ge=0, le=2**31 - 1, description="from the page before")] = 0,
-    search: Annotated[
-        str | None, Query(min_length=1, max_length=200, description="a part of the id or text, in any case")
-    ] = None,
-) -> PromptPage:
-    """Prompts in the order in which they came, in pages; with `search`, those that have it in their id or text."""
-    stored = hands.store.run(run)
-    prompts = hands.store.prompts(stored.id, first=cursor, limit=limit + 1, containing=search)
-    return PromptPage(
-        prompts=tuple(PromptInfo(**_prompt_fields(prompt)) for prompt in prompts[:limit]),
-        next_cursor=str(prompts[limit].index) if len(prompts) > limit else None,
-    )
-
-
-@router.get("/runs/{run}/prompts/{prompt_id:id}", tags=["prompts"], summary="A prompt's belief and history")
-def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], hands: Hands) -> PromptState:
-    """One prompt with the present belief about it and its newest 100 observations."""
-    prompt = hands.store.prompt(hands.store.run(run).id, prompt_id)
-    stored = hands.store.run(run)  # read after the prompt, so that its log holds the prompt's entry
-    live = hands.live_runs.at_head(stored)
-    index = np.array([prompt.index])
-    with live.lock:
-        state, position, version = live.state, live.state.position, live.state.model_version
-        a, b = live.beliefs(stored.settings.predictor, index)
-        seen = state.attempts_N[index]
-        visits, last_step = int(state.visits_N[prompt.index]), int(state.last_step_N[prompt.index])
-    history = hands.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
-    return PromptState(
-        **_prompt_fields(prompt),
-        run=run,
-        model_version=version,
-        log_position=position,
-        belief=predictions([prompt_id], a, b, seen, stored.settings.group_size)[0],
-        visits=visits,
-        last_step=last_step if last_step >= 0 else None,
-        history=tuple(
-            Visit(
-                log_position=visit.log_position,
-                step=visit.step,
-                successes=visit.successes,
-                attempts=int(visit.attempts),
-                selection_id=visit.selection_id,
-            )
-            for visit in history
-        ),
-    )
 
 
 def _watched(hands: Services, run: Run) -> RunState:
@@ -337,26 +131,3 @@ def _run_state(store: Store, run: Run) -> RunState:
         at_step=run.fork_step,
         created_at=run.created_at,
     )
-
-
-def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
-    return {
-        "prompt_id": prompt.prompt_id,
-        "text": prompt.text,
-        "group": prompt.group,
-        "features": dict(prompt.features) if prompt.features else None,
-        "prior_rate": prompt.prior_rate,
-    }
-
-
-def _fault(location: tuple[str, ...], message: str) -> dict[str, Any]:
-    return {"type": "value_error", "loc": location, "msg": message, "input": None}
-
-
-def _parsed(validate: Callable[[bytes], T], content: bytes, location: tuple[str, ...]) -> T:
-    """Validate raw JSON; faults come out as FastAPI's own, with `location` before them."""
-    try:
-        return validate(content)
-    except ValidationError as error:
-        faults = [{**fault, "loc": (*location, *fault["loc"])} for fault in error.errors(include_url=False)]
-        raise RequestValidationError(faults) from error

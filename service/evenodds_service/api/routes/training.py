@@ -6,8 +6,9 @@ Each translates the wire into values, calls the store and the live view, and tra
 from __future__ import annotations
 
 import logging
+import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from evenodds.schemas import (
     FallbackNotice,
     Forecast,
+    Observation,
     ObserveReply,
     ObserveRequest,
     PredictReply,
@@ -27,14 +29,17 @@ from evenodds.schemas import (
     SelectReply,
     SelectRequest,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Hands, Services, content_hash, now, predictions
+from evenodds_service.api.dependencies import PROBLEMS, Hands, Services
+from evenodds_service.api.wire import content_hash, now, predictions
+from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
-from evenodds_service.domain.settings import IntArray, NewObservation
-from evenodds_service.errors import ChoiceOutdated, StoreError
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.selection.selection import Chosen, SelectArguments
+from evenodds_service.errors import ChoiceOutdated, RunUnknown, StoreError, UnknownPrompts
 from evenodds_service.runtime.beliefs import beliefs_about
 from evenodds_service.runtime.featurizer import new_prompt
-from evenodds_service.runtime.live_run import Chosen, LiveRuns, SelectArguments, UnknownPrompts
-from evenodds_service.storage.store import Run, Store
+from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.storage.store import Appended, NewSelection, Run, Store, Written
 from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
@@ -53,46 +58,9 @@ def observe(body: ObserveRequest, hands: Hands, afterwards: BackgroundTasks) -> 
     An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
     late, out of order, in several calls, and for prompts that the selection did not choose: each counts at its `step`.
     """
-    run = hands.store.run(body.run)
-    live = hands.live_runs.at_head(run)
-    items = body.observations
-    prompts = [new_prompt(item) for item in items]
-    with live.lock:
-        known = [live.pool.index.get(prompt.prompt_id) for prompt in prompts]
-    described = {prompt.prompt_id for prompt in prompts if prompt.text is not None}
-    unknown = [p.prompt_id for p, i in zip(prompts, known, strict=True) if i is None and p.prompt_id not in described]
-    if unknown:
-        hint = "send its text along, or load it with POST /runs/{run}/prompts"
-        raise UnknownPrompts(body.run, unknown, path="observations", hint=hint)
-    # A prompt that comes with its text is new, or is checked against the text that the pool has.
-    with_text = [i for i, item in enumerate(items) if item.text is not None]
-    prepared = hands.featurizer.prepare(
-        run, [items[i] for i in with_text], names=[f"observations[{i}]" for i in with_text]
-    )
-    observations = [
-        NewObservation.of_rewards(prompt.prompt_id if index is None else index, item.rewards)
-        if item.rewards is not None
-        else NewObservation.of_counts(
-            prompt.prompt_id if index is None else index, item.successes or 0.0, item.attempts or 1
-        )
-        for item, prompt, index in zip(items, prompts, known, strict=True)
-    ]
-    content = body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True)
-    appended = hands.store.append_observations(
-        run.id,
-        step=body.step,
-        observations=observations,
-        model_version=run.model_version,
-        now=now(),
-        request_id=body.request_id,
-        request_hash=content_hash(content) if body.request_id is not None else None,
-        selection_id=body.selection_id,
-        new_prompts=prepared.prompts,
-        vectors=prepared.vectors,
-        embedder=prepared.embedder if prepared.prompts else None,
-        embedding_width=prepared.embedding_width if prepared.prompts else None,
-    )
-    afterwards.add_task(_keep_up, hands.store, hands.live_runs, body.run)
+    appended = _append(body, hands)
+    if appended.written is not None:
+        afterwards.add_task(_keep_up, hands.store, hands.live_runs, appended.written)
     return ObserveReply(
         run=body.run,
         log_position=appended.log_position,
@@ -102,12 +70,69 @@ def observe(body: ObserveRequest, hands: Hands, afterwards: BackgroundTasks) -> 
     )
 
 
-def _keep_up(store: Store, live_runs: LiveRuns, run_name: str) -> None:
+def _append(body: ObserveRequest, hands: Services) -> Appended:
+    """Append what is reported, with the prompts that are new.
+
+    A prompt keeps its index for ever, and a pool its embedder: a view of any age will do, if it knows both.
+
+    Raises:
+        UnknownPrompts: neither in the pool nor described by a text.
+    """
+    ids = [new_prompt(item).prompt_id for item in body.observations]
+    described = {i for i, item in zip(ids, body.observations, strict=True) if item.text is not None}
+    view = hands.views.peek(body.run, math.inf)
+    if view is not None:
+        known = view.live.known(ids)
+        has_embedder = view.run.n_prompts > 0 and view.run.settings.embedder is not None
+        if all(i in known or (i in described and has_embedder) for i in ids):
+            try:
+                return _append_known(body, hands, view.run, ids, known)
+            except RunUnknown:  # deleted since; there may be another one of its name
+                hands.views.forget(body.run)
+    view = hands.views.at_head(body.run)
+    known = view.live.known(ids)
+    unknown = [i for i in ids if i not in known and i not in described]
+    if unknown:
+        hint = "send its text along, or load it with POST /runs/{run}/prompts"
+        raise UnknownPrompts(body.run, unknown, path="observations", hint=hint)
+    return _append_known(body, hands, view.run, ids, known)
+
+
+def _append_known(
+    body: ObserveRequest, hands: Services, run: Run, ids: Sequence[str], known: Mapping[str, int]
+) -> Appended:
+    """Append observations of these prompts. `known` holds the indices of those that are in the pool."""
+    # A prompt that comes with its text is new, or is checked against the text that the pool has.
+    with_text = {f"observations[{i}]": item for i, item in enumerate(body.observations) if item.text is not None}
+    new = None
+    if with_text:
+        new = hands.featurizer.prepare(run, tuple(with_text.values()), names=tuple(with_text), known=known)
+    request_hash = None
+    if body.request_id is not None:
+        request_hash = content_hash(body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True))
+    outcomes = Outcomes(
+        step=body.step,
+        observations=[_observed(item, known.get(i, i)) for i, item in zip(ids, body.observations, strict=True)],
+        request_id=body.request_id,
+        request_hash=request_hash,
+        selection_id=body.selection_id,
+    )
+    return hands.store.append_observations(run.id, outcomes, new=new, now=now())
+
+
+def _observed(item: Observation, prompt: int | str) -> NewObservation:
+    if item.rewards is not None:
+        return NewObservation.of_rewards(prompt, item.rewards)
+    return NewObservation.of_counts(prompt, item.successes or 0.0, item.attempts or 1)
+
+
+def _keep_up(store: Store, live_runs: LiveRuns, written: Written) -> None:
     """Fold in what was acknowledged while the trainer goes on, so that its next question finds it done."""
+    live = live_runs.view(written.run)
     try:
-        live_runs.at_head(store.run(run_name))
+        live.catch_up(store, written.run, written=written.entries)
     except StoreError as error:  # whoever asks next meets it, or does not
-        logger.info("run %r: not folded ahead of time: %s", run_name, error)
+        logger.info("run %r: not folded ahead of time: %s", written.run.name, error)
 
 
 @router.post("/predict", summary="Predict success rates", response_model=PredictReply)
@@ -187,35 +212,27 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
     `allow_outstanding` is set or too few others remain: then those waited for the longest are chosen again, and
     `outstanding` says how many. Steps may be chosen in any order.
     """
-    run = hands.store.run(body.run)
     arguments_hash = content_hash(body.model_dump_json(exclude={"run"}))  # as a fork's: it has another name
-    recorded = hands.store.selection(run.id, body.step, arguments_hash=arguments_hash)
-    replayed = recorded is not None
+    replayed, recorded = True, None
     while recorded is None:
-        live = hands.live_runs.view(run)
-        with live.selecting:  # the next choice knows of this one
-            run = hands.store.run(body.run)
-            live = hands.live_runs.at_head(run)
+        run, recorded = hands.store.run_and_selection(body.run, body.step, arguments_hash=arguments_hash)
+        if recorded is not None:
+            break
+        with hands.live_runs.view(run).selecting:
+            live = hands.live_runs.at_head(run)  # at least; it holds what was chosen here while this one waited
             chosen = live.choose(run.name, _arguments(body, run))
             with phase("reply"):
                 reply = _select_reply(body, run, chosen)
             try:
-                recorded, replayed = hands.store.record_selection(
-                    run.id,
-                    selection_id=reply.selection_id,
-                    step=body.step,
-                    arguments_hash=arguments_hash,
-                    prompts=chosen.choice.prompts.tolist(),
-                    reply=reply.model_dump_json(exclude={"run", "replayed"}),
-                    now=now(),
-                    chosen_at=reply.log_position,
-                    is_alone=run.settings.lease_steps > 0 and not body.allow_outstanding,
-                    control_share=run.settings.control_share,
-                    control=chosen.choice.control.tolist(),
-                    beliefs=(chosen.a, chosen.b),
+                recorded, written = hands.store.record_selection(
+                    run.id, _new_selection(reply, chosen, run, body, arguments_hash), now=now()
                 )
             except ChoiceOutdated as error:  # by another process: once more, on what is now
                 logger.info("%s", error)
+                continue
+            replayed = written is None
+            if written is not None:  # the next choice knows of this one
+                live.catch_up(hands.store, written.run, written=written.entries)
     # The recorded reply is JSON already: of this run and of those that fork from it.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
     return Response(head + recorded.reply[1:], media_type="application/json")
@@ -252,6 +269,24 @@ def _arguments(body: SelectRequest, run: Run) -> SelectArguments:
         reprobe_share=settings.reprobe_share_under(acquisition),
         control_share=settings.control_share,
         may_fall_back=settings.fallback,
+    )
+
+
+def _new_selection(
+    reply: SelectReply, chosen: Chosen, run: Run, body: SelectRequest, arguments_hash: str
+) -> NewSelection:
+    return NewSelection(
+        selection_id=reply.selection_id,
+        step=body.step,
+        arguments_hash=arguments_hash,
+        reply=reply.model_dump_json(exclude={"run", "replayed"}),
+        prompts=chosen.choice.prompts,
+        control_share=run.settings.control_share,
+        control=chosen.choice.control,
+        a=chosen.a,
+        b=chosen.b,
+        chosen_at=chosen.position,
+        is_alone=run.settings.lease_steps > 0 and not body.allow_outstanding,
     )
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 PREDICTORS = ("gps", "mopps", "mopps-yield", "uniform")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a replay to `parser`."""
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `replay`."""
+    parser = commands.add_parser(
+        "replay", help="drive a running service through recorded success rates and compare predictors"
+    )
+    parser.set_defaults(command=_run)
     parser.description = (
         "Drive a running service through recorded success rates, once for each predictor with the same outcomes, "
         "and compare. Two parts. Rank: every predictor observes the same random prompts and predicts the next "
@@ -44,3 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", default="", help="of a table of models, use those whose name contains this text")
     add("--json", type=Path, metavar="FILE", help="write the figures of every seed here too")
     add("--keep", action="store_true", help="do not delete the runs afterwards")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from evenodds_service.commands.replay.command import run
+
+    return run(options)

@@ -46,7 +46,7 @@ class ReplayError(Exception):
 
 
 def run(options: argparse.Namespace) -> int:
-    """Replay as `options` of `arguments.add_arguments` say.
+    """Replay as the arguments say.
 
     Returns:
         The exit status: 0, or 1 after a fault that was explained on standard error.

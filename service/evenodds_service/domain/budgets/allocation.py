@@ -14,8 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import log_rising
-from evenodds_service.domain.settings import BudgetMode, FloatArray, IntArray
+from evenodds_service.domain.settings import BudgetMode
+from evenodds_service.errors import BudgetTooSmall
 
 Objective = Literal["solve", "signal"]
 Method = Literal["greedy", "bins"]
@@ -33,10 +35,6 @@ BIN_WEIGHTS = (1.0, 4.0, 2.0, 1.0)
 
 _SLACK = 1e-9  # of sums of costs, relative
 _FACTORS = 32_768
-
-
-class BudgetTooSmall(ValueError):
-    """The budget does not pay for the least attempts that were asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import fit_price
-from evenodds_service.domain.settings import BudgetPolicy, FloatArray
+from evenodds_service.domain.settings import BudgetPolicy
 
 MOST_REQUESTS, LEAST_REQUESTS = 512, 64
 _CELLS = 32_768  # requests times attempts that a fit looks through

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.fold import State
 from evenodds_service.domain.learning.guardrails import Rails
 from evenodds_service.domain.learning.mixture import Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import Record
-from evenodds_service.domain.settings import RawBlock
+from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.errors import CheckpointUnusable
 
 FORMAT = 5
 BLOCK_FORMAT = 1
@@ -58,10 +59,6 @@ _REGRESSIONS = ("surface", "embedding", "stack")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 _COUNTED: dict[str, Any] = {"record": Record, "rails": Rails}
 _BLOCK_ARRAYS = ("prior_rates_N", "surface_N_S", "embedding_N_D")
-
-
-class CheckpointUnusable(ValueError):
-    """The bytes are no checkpoint of this release's fold. Fold from the log's beginning instead."""
 
 
 def to_bytes(state: State) -> bytes:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain.settings import BoolArray, FittedPrior, FloatArray, IntArray, RawBlock
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 

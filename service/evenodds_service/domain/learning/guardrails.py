@@ -13,8 +13,8 @@ from functools import partial
 
 import numpy as np
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.tallies import MAX_GROUPS
-from evenodds_service.domain.settings import BoolArray, FloatArray, IntArray
 
 SKILL_BLOCKS, RECENT_BLOCKS = 8, 4
 BLOCK_OBSERVATIONS, FULL_BLOCK_OBSERVATIONS = 64, 4_096

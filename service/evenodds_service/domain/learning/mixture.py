@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray
 from evenodds_service.domain.distributions import beta_from_moments, log_rising
-from evenodds_service.domain.settings import BoolArray, FloatArray
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MEMORIES = (1.0, 0.8, 0.5, 1.0, 1.0)

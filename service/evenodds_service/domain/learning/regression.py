@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evenodds_service.domain.settings import FloatArray
+from evenodds_service.domain.arrays import FloatArray
 
 PRIOR_VARIANCE = 0.03
 INTERCEPT_VARIANCE = 1.0

@@ -13,8 +13,9 @@ from functools import partial
 
 import numpy as np
 
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import log_rising, rising_ratio
-from evenodds_service.domain.settings import BoolArray, FloatArray, IntArray, SelectEntry
+from evenodds_service.domain.log_entries import SelectEntry
 
 N_WINDOWS = 32
 N_BINS = 10

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import State
+from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import (
     ARM_COLUMNS,
     ARMS,
@@ -24,7 +25,6 @@ from evenodds_service.domain.learning.tallies import (
     Record,
 )
 from evenodds_service.domain.report.intervals import Proportion, difference, ratio
-from evenodds_service.domain.settings import FloatArray
 
 LEAST_RANKED = 8
 VISITS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))

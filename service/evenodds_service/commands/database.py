@@ -1,0 +1,47 @@
+"""`evenodds migrate`, and `evenodds migration` for developers."""
+
+from __future__ import annotations
+
+import argparse
+
+from evenodds_service.commands.opening import explained, fault
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `migrate` and `migration`."""
+    parser = commands.add_parser("migrate", help="bring the database to this release's schema")
+    parser.set_defaults(command=migrate)
+    parser = commands.add_parser("migration", help="write a migration from the tables (for developers)")
+    parser.add_argument("name", help="what it does, in a few words joined by _")
+    parser.set_defaults(command=new_migration)
+
+
+def migrate(_: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from evenodds_service.errors import StoreError
+    from evenodds_service.settings import Settings
+    from evenodds_service.storage import migration
+    from evenodds_service.storage.engine import open_engine
+
+    try:
+        settings = Settings()
+        engine = open_engine(settings.database_url, timeout_seconds=settings.database_timeout_seconds)
+        before = migration.current_revision(engine)
+        migration.upgrade(engine)
+        after = migration.current_revision(engine)
+    except (StoreError, ValidationError) as error:
+        return fault(explained(error))
+    engine.dispose()
+    print(f"the database is at revision {after}" + (" already" if before == after else ""))
+    return 0
+
+
+def new_migration(options: argparse.Namespace) -> int:
+    from evenodds_service.storage import migration
+
+    try:
+        print(migration.new_revision(options.name))
+    except ValueError as error:
+        return fault(str(error))
+    return 0

@@ -1,0 +1,72 @@
+"""What several commands begin with: settings, the database, the log; and how a fault is told."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenodds_service.settings import Settings
+    from evenodds_service.storage.engine import Patience
+    from evenodds_service.storage.store import Store
+
+EXIT_FAULT = 1
+
+
+def set_up_logging(settings: Settings) -> None:
+    from evenodds_service.logs import configure_logging
+
+    configure_logging(settings.log_format or ("text" if sys.stderr.isatty() else "json"), settings.log_level.upper())
+
+
+class Refused(Exception):
+    """A setting or the database does not allow a start. The message says why and what to do."""
+
+
+def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
+    """Settings and the store over a database with this release's schema.
+
+    Args:
+        patience: Of the store's transactions; what the settings give a request, by default.
+
+    Raises:
+        Refused: a bad setting, no database, or another schema on PostgreSQL. (SQLite is migrated here.)
+    """
+    from pydantic import ValidationError
+
+    from evenodds_service.errors import StoreError
+    from evenodds_service.settings import Settings
+    from evenodds_service.storage import migration
+    from evenodds_service.storage.engine import open_engine
+    from evenodds_service.storage.store import Store
+
+    try:
+        settings = Settings()
+        engine = open_engine(
+            settings.database_url,
+            pool_size=settings.pool_size,
+            timeout_seconds=settings.database_timeout_seconds,
+            patience=patience,
+        )
+        if engine.dialect.name == "sqlite":
+            migration.upgrade(engine)
+        else:
+            migration.check_schema(engine)
+    except (StoreError, ValidationError) as error:
+        raise Refused(explained(error)) from error
+    return settings, Store(engine)
+
+
+def explained(error: Exception) -> str:
+    """A faulty setting by the name of its variable; everything else explains itself."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    faults = [f"EVENODDS_{str(e['loc'][0]).upper()}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+    return "; ".join(faults)
+
+
+def fault(message: str) -> int:
+    print(f"evenodds: {message}", file=sys.stderr)
+    return EXIT_FAULT

@@ -1,0 +1,102 @@
+"""`evenodds serve`: the HTTP service, with a worker beside it where that is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from evenodds_service.commands.opening import Refused, fault, opened, set_up_logging
+
+if TYPE_CHECKING:
+    from evenodds_service.settings import Settings
+    from evenodds_service.storage.store import Store
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `serve`."""
+    parser = commands.add_parser("serve", help="run the HTTP service (settings: EVENODDS_* variables)")
+    parser.add_argument("--with-worker", action="store_true", help="run a worker beside it, as a process of its own")
+    parser.set_defaults(command=serve)
+
+
+def serve(options: argparse.Namespace) -> int:
+    # The matrices of one request are small: threads inside them cost more than they give, and requests run side by
+    # side anyway. Has to be said before numpy is imported.
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+    import uvicorn
+
+    from evenodds_service.api.app import create_app
+
+    try:
+        settings, store = opened()
+    except Refused as error:
+        return fault(str(error))
+    set_up_logging(settings)
+    try:
+        asks_for_keys = _asks_for_keys(settings, store)
+    except Refused as error:
+        store.close()
+        return fault(str(error))
+    worker = None
+    if options.with_worker:
+        environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+        environment |= {"OPENBLAS_NUM_THREADS": threads} if threads else {}
+        command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
+        worker = subprocess.Popen(command, env=environment)
+    try:
+        app = create_app(
+            store,
+            live_runs=settings.live_runs,
+            max_body_mb=settings.max_body_mb,
+            asks_for_keys=asks_for_keys,
+            telemetry=settings.telemetry,
+            predict_staleness_ms=settings.predict_staleness_ms,
+            budget_staleness_ms=settings.budget_staleness_ms,
+            budget_deadline_ms=settings.budget_deadline_ms,
+            budget_queue=settings.budget_queue,
+            embedders=settings.allowed_embedders(),
+        )
+        # What is there by now stays. Without this, each full search for garbage looks through all of it, and every
+        # request waits a tenth of a second meanwhile.
+        gc.collect()
+        gc.freeze()
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=10,
+        )
+    finally:
+        store.close()
+        if worker is not None:
+            worker.terminate()
+            worker.wait()
+    return 0
+
+
+def _asks_for_keys(settings: Settings, store: Store) -> bool:
+    """Whether callers need an API key. Raises Refused where nobody could call, or everybody could unasked."""
+    is_loopback = settings.host == "localhost" or settings.host.startswith("127.") or settings.host == "::1"
+    if settings.access == "open" or (settings.access == "auto" and is_loopback):
+        whoever = "on this machine" if is_loopback else f"who can reach {settings.host}"
+        print(
+            f"evenodds: no API key is asked for: anyone {whoever} may read and change every run "
+            "(EVENODDS_ACCESS=keys asks for keys)",
+            file=sys.stderr,
+        )
+        return False
+    if all(key.revoked_at is not None for key in store.api_keys()):
+        raise Refused(
+            f"EVENODDS_HOST {settings.host} with EVENODDS_ACCESS={settings.access} asks for API keys, and there is "
+            "none: create one with `evenodds keys create NAME`, or set EVENODDS_ACCESS=open where the network keeps "
+            "strangers out"
+        )
+    return True

@@ -1,0 +1,116 @@
+"""The state of a run: what was learned from its log up to a position, and how its arrays grow with the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.learning.features import Basis, ScalarT
+from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, STACKED, Mixture
+from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.tallies import Record
+
+
+@dataclass(slots=True)
+class State:
+    """The fold of a run's log up to `position`.
+
+    Attributes:
+        stack: Weighs the log-odds of the online regression and of the fitted priors; None before the first snapshot.
+        successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
+        attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
+        selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
+            outcome never came counts no more once the prompt is chosen again.
+        outstanding_step_N: The newest step for which a prompt was chosen without an outcome yet (-1: none).
+        running_successes, running_counts: The discounted outcomes of all prompts.
+        gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
+        advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
+        log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
+        record, rails: What the report is made of, and what alarms and the fallback are read from.
+    """
+
+    position: int = 0
+    n_prompts: int = 0
+    head_step: int = -1
+    n_observations: int = 0
+    model_version: int = 0
+    basis: Basis | None = None
+    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED, STACKED)))
+    surface: OnlineLogistic | None = None
+    embedding: OnlineLogistic | None = None
+    stack: OnlineLogistic | None = None
+    successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
+    failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
+    attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))
+    visits_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last_step_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last_selected_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    outstanding_step_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    running_successes: float = 0.0
+    running_counts: float = 0.0
+    gap_steps: float = 1.0
+    n_gaps: int = 0
+    advance_steps: float = 1.0
+    n_advances: int = 0
+    recent_batches: tuple[IntArray, ...] = ()
+    log_likelihood: float = 0.0
+    mopps_log_likelihood: float = 0.0
+    record: Record = field(default_factory=Record)
+    rails: Rails = field(default_factory=Rails)
+
+
+def copied(state: State) -> State:
+    """A state of one's own for reading at length, while the other is folded on.
+
+    What is learned (arrays, the mixture, the regressions) is copied, values that are not updated in place are shared.
+    """
+    values = {each.name: getattr(state, each.name) for each in fields(state)}
+    return State(**{name: _copied(value) for name, value in values.items()})
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, np.ndarray | OnlineLogistic):
+        return value.copy()
+    return Mixture(value.log_weights.copy(), value.log_guard) if isinstance(value, Mixture) else value
+
+
+def _grow(state: State, n_prompts: int) -> None:
+    for name in ("successes_L_N", "failures_L_N", "attempts_N", "visits_N", "selected_N"):
+        setattr(state, name, _grown(getattr(state, name), n_prompts, fill=0))
+    for name in ("last_step_N", "last_selected_N", "outstanding_step_N"):
+        setattr(state, name, _grown(getattr(state, name), n_prompts, fill=-1))
+    state.n_prompts = n_prompts
+
+
+def _grown(array: NDArray[ScalarT], n: int, *, fill: int) -> NDArray[ScalarT]:
+    """The array with n columns, new ones filled: in the room that was left the last time, else with some to spare.
+
+    A million prompts come in hundreds of entries, and not each of them should copy all that came before.
+    """
+    old, room = array.shape[-1], array.base
+    if room is None or not _has_room(room, array, n, fill):
+        room = np.full((*array.shape[:-1], n + n // 4), fill, dtype=array.dtype)
+        room[..., :old] = array
+    grown: NDArray[ScalarT] = room[..., :n]
+    return grown
+
+
+def _has_room(room: NDArray[Any], array: NDArray[Any], n: int, fill: int) -> bool:
+    """Whether the array is the first part of this one, which has n columns at least, unused ones behind it."""
+    return (
+        (room.dtype, room.shape[:-1]) == (array.dtype, array.shape[:-1])
+        and room.ctypes.data == array.ctypes.data
+        and room.shape[-1] >= n
+        and bool((room[..., array.shape[-1] : n] == fill).all())
+    )
+
+
+def present(*absent: str) -> BoolArray:
+    """Which of `PRIORS` take part, bool [C]: all but these."""
+    return np.array([prior not in absent for prior in PRIORS])

@@ -1,0 +1,96 @@
+"""Prompts of a pool, their features, and what a fitted prior says about them."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from evenodds_service.domain.arrays import FloatArray
+
+
+def text_key(text: str) -> str:
+    """A hash of the text that does not change with Unicode form or white space: 32 hexadecimal digits."""
+    normalised = " ".join(unicodedata.normalize("NFC", text).split())
+    return hashlib.sha256(normalised.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class NewPrompt:
+    """A prompt on its way into a pool. `text_key` is None without a text; `vector_key` names the embedding."""
+
+    prompt_id: str
+    text: str | None = None
+    text_key: str | None = None
+    group: str | None = None
+    features: Mapping[str, float] | None = None
+    prior_rate: float | None = None
+    vector_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(NewPrompt):
+    """A prompt of a pool. `index` counts from 0 without gaps in the order of arrival."""
+
+    index: int = field(default=-1, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A feature vector of one text: float array of shape [D], stored once per (embedder, key)."""
+
+    embedder: str
+    key: str
+    values: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class NewPrompts:
+    """Prompts on their way into a pool, with their vectors as far as those are not stored yet.
+
+    Attributes:
+        embedder, embedding_width: Whose vectors these are and how long. The run keeps both where it has none yet.
+    """
+
+    prompts: Sequence[NewPrompt] = ()
+    vectors: Sequence[Vector] = ()
+    embedder: str | None = None
+    embedding_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RawBlock:
+    """Raw features of the consecutive prompts `first .. first + n - 1` of a pool.
+
+    Attributes:
+        first: Index of the first prompt.
+        prompt_ids: n ids.
+        groups: n group names or None.
+        numeric: n mappings of the caller's numeric features, or None.
+        prior_rates_N: float32 [n]; NaN where the caller knew none.
+        surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
+        embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
+    """
+
+    first: int
+    prompt_ids: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    numeric: tuple[Mapping[str, float] | None, ...]
+    prior_rates_N: FloatArray
+    surface_N_S: FloatArray
+    embedding_N_D: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedPrior:
+    """What a fitted shared prior says about the first n prompts of a pool, or about prompts outside it.
+
+    Attributes:
+        means_N: Success rates, float32 [n] in (0, 1). Those of observed prompts come from a fit that left their own
+            outcomes out.
+        concentrations_N: How sure the prior is of each, in pseudo-attempts, float32 [n], positive.
+    """
+
+    means_N: FloatArray
+    concentrations_N: FloatArray
