@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all test-loaded check audit bench bench-quality demo openapi migration
+.PHONY: setup serve test test-all test-kernels test-loaded check audit bench bench-quality demo openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-kernels: $(STAMP)  ## the tests of numbers, and one log, under every BLAS kernel that this machine can run
+	$(BIN)/python -m tests.kernels
+	$(BIN)/pytest -q -m slow tests/test_kernels.py
 
 test-loaded: $(STAMP)  ## make test beside two busy loops and a disk writer; TIMES=3 repeats it, NICE=10 is kinder
 	tests/loaded.sh $(TIMES)

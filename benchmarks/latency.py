@@ -195,7 +195,7 @@ def service_process(database_url: str) -> Iterator[tuple[str, int]]:
             raise
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(120)  # a busy machine takes its time
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class World:
         texts: N texts.
         embeddings_N_D: float32 unit vectors of the built-in embedder.
         ngrams: Of `ngram_matrix`.
+        prior_rates_N: What the caller knows of the prompts beforehand, NaN where nothing; None: nothing of any.
     """
 
     recording: Recording
@@ -40,6 +41,7 @@ class World:
     embeddings_N_D: FloatArray
     ngrams: sparse.csr_matrix
     group_size: int = field(default=GROUP_SIZE)
+    prior_rates_N: FloatArray | None = None
 
     @property
     def n_prompts(self) -> int:
@@ -48,6 +50,7 @@ class World:
     def pool(self) -> Pool:
         """The prompts as the service holds them."""
         n = self.n_prompts
+        known = self.prior_rates_N
         pool = Pool(surface_width=self.surface_N_S.shape[1], embedding_width=self.embeddings_N_D.shape[1])
         pool.append(
             RawBlock(
@@ -55,7 +58,7 @@ class World:
                 prompt_ids=tuple(str(prompt.prompt_id) for prompt in self.recording.prompts),
                 groups=tuple(prompt.group for prompt in self.recording.prompts),
                 numeric=(None,) * n,
-                prior_rates_N=np.full(n, np.nan, dtype=np.float32),
+                prior_rates_N=np.full(n, np.nan, dtype=np.float32) if known is None else known.astype(np.float32),
                 surface_N_S=self.surface_N_S,
                 embedding_N_D=self.embeddings_N_D,
             )

@@ -99,10 +99,15 @@ def advantages(rewards: Tensor) -> Tensor:
     return centred / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
 
 
-def step(model: Transformer, optimizer: torch.optim.Optimizer, rollouts: Rollouts) -> None:
+def step(
+    model: Transformer, optimizer: torch.optim.Optimizer, rollouts: Rollouts, *, n_groups: int | None = None
+) -> None:
     """One update: ascend the mean over all attempts of advantage x log probability of the answer.
 
     Groups whose rewards are all equal have advantage 0. They count in the mean, and cost no pass.
+
+    Args:
+        n_groups: Over how many groups' attempts the mean is taken; all of these by default.
     """
     informative = rollouts.informative.nonzero()[:, 0]
     if len(informative) == 0:
@@ -111,7 +116,8 @@ def step(model: Transformer, optimizer: torch.optim.Optimizer, rollouts: Rollout
     group_size = moving.rewards.shape[1]
     questions = questions_of(moving.problems, model.levels, moving.rewards.device).repeat_interleave(group_size, 0)
     log_p = log_probabilities(model, questions, moving.answers.flatten(0, 1)).sum(1)  # [m G]
-    _update(model, optimizer, -(advantages(moving.rewards).flatten() * log_p).sum() / rollouts.rewards.numel())
+    n_attempts = group_size * (len(rollouts.problems) if n_groups is None else n_groups)
+    _update(model, optimizer, -(advantages(moving.rewards).flatten() * log_p).sum() / n_attempts)
 
 
 def _update(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

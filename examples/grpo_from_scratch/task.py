@@ -150,6 +150,56 @@ class World:
         return every[:n_pool], every[n_pool:]
 
 
+@dataclass(frozen=True)
+class Operations(World):
+    """Another world: each word is the name of an operation on digits, which the corpus knows up to some length.
+
+    *ops*: `mude 4 1 7` -> `5 8 2`. An operation replaces each digit d by (factor d + shift) mod 10, and half of them
+    turn the list round as well. Up to a length of its own, anywhere between none and all, the corpus performs it the
+    right way, beyond that with another shift. So the text shows the family by its key word and the difficulty by key
+    word and length, where `World` hides one half of it.
+
+    Attributes:
+        operations: Factor, shift, mistaken shift and whether it turns the list, by word.
+        reaches: The length at which the corpus is right half of the time, by word.
+    """
+
+    operations: list[tuple[int, int, int, bool]] = field(init=False, default_factory=list)
+    reaches: list[float] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        chance = random.Random(f"operations {self.seed}")
+        for word in range(self.levels.languages * WORDS):
+            factor, shift = chance.choice((1, 3, 7, 9)), chance.randrange(10)
+            self.operations.append((factor, shift, (shift + chance.randrange(1, 10)) % 10, word % 2 == 1))
+            self.reaches.append(chance.uniform(-0.5, self.levels.digits + 1.5))
+
+    def draw(self, chance: random.Random) -> Problem:
+        """A problem of a random operation and length."""
+        word, n = chance.randrange(len(self.operations)), chance.randint(1, self.levels.digits)
+        digits = [chance.randrange(10) for _ in range(n)]
+        return Problem(
+            text=f"{LANGUAGE_NAMES[word // WORDS]}{_STEMS[word % WORDS]} {' '.join(map(str, digits))}",
+            group="turn" if self.operations[word][3] else "keep",
+            level=n,
+            question=(WORD + word, *(DIGIT + digit for digit in digits)),
+            answer=self._performed(word, digits, shift=self.operations[word][1]),
+        )
+
+    def written(self, problem: Problem, chance: random.Random) -> tuple[int, ...]:
+        """The answer to the problem as the corpus writes it, right or not."""
+        word = problem.question[0] - WORD
+        if chance.random() < 1.0 / (1.0 + math.exp(2.0 * (problem.level - self.reaches[word]))):
+            return problem.answer
+        digits = [token - DIGIT for token in problem.question[1:]]
+        return self._performed(word, digits, shift=self.operations[word][2])
+
+    def _performed(self, word: int, digits: Sequence[int], *, shift: int) -> tuple[int, ...]:
+        factor, _, _, turns = self.operations[word]
+        results = [DIGIT + (factor * digit + shift) % 10 for digit in digits]
+        return (*(reversed(results) if turns else results), END)
+
+
 def sort_problem(digits: Sequence[int]) -> Problem:
     """Sort these digits."""
     return Problem(

@@ -23,7 +23,7 @@ class Settings(BaseModel):
         default="auto", description="who may call: auto asks for API keys unless it listens on loopback only"
     )
     database_timeout_seconds: float = Field(
-        default=10.0, gt=0, le=3_600, description="longest wait for a lock, or for the answer to one statement"
+        default=10.0, gt=0, le=3_600, description="longest wait of a request for a lock, or for one statement"
     )
     max_body_mb: int = Field(
         default=64, ge=1, le=2_000, description="most millions of bytes of a request's body after decompression"

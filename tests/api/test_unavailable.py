@@ -14,11 +14,14 @@ import httpx
 import psycopg
 import pytest
 from benchmarks.bad_weather import RUNS, Writers, count, postgresql, prepare
-from sqlalchemy import text
+from sqlalchemy import Engine, text
+from tests.slow_database import REQUEST_SECONDS, in_background
 from tests.waiting import PATIENCE_SECONDS, until, until_awaited
 
 from evenodds import Client, Problem
+from evenodds_service.errors import MigrationFailed
 from evenodds_service.storage.engine import WRITES, open_engine
+from evenodds_service.storage.migration import check_schema, downgrade
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -205,3 +208,30 @@ def test_a_connection_that_hangs_is_given_up_and_another_one_answers(
         assert reply.status_code == 200
         service.stop()
         connection.execute("DROP DATABASE hung WITH (FORCE)")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_requests_behind_a_migration_are_sent_away_and_served_when_it_was_given_up(
+    database_url: str, start_service: Callable[..., Service]
+) -> None:
+    service = start_service(database_url, timeout_seconds=REQUEST_SECONDS)
+    service.client.put_run("math", embedder="none")
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+    with psycopg.connect(database_url) as reader, psycopg.connect(database_url, autocommit=True) as operator:
+        reader.execute("SELECT * FROM runs")
+        with in_background(lambda: given_up(engine)):
+            migration = until(lambda: operator.execute(waiting).fetchone(), "the migration at the table in use")
+            refused = service.http.get("/runs/math")
+            operator.execute("SELECT pg_cancel_backend(%s)", migration)
+
+    check_schema(engine)
+    engine.dispose()
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert service.http.get("/runs/math").status_code == 200
+
+
+def given_up(engine: Engine) -> None:
+    with pytest.raises(MigrationFailed, match=r"\(canceling statement due to user request\): put right what"):
+        downgrade(engine, "base")

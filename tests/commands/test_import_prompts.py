@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
+from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, stalls
 from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client
 from evenodds_service.__main__ import main
 from evenodds_service.commands import import_prompts
 from evenodds_service.commands.import_prompts import BLOCK_LINES, ImportRefused, read_blocks
-from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
 
 if TYPE_CHECKING:
@@ -215,3 +218,59 @@ def test_an_import_outlasts_a_service_that_is_killed_and_starts_again(database_u
 
         assert importing_.wait(5 * PATIENCE_SECONDS) == 0
         assert [prompt.prompt_id for prompt in client.prompts(RUN)] == [f"p{i}" for i in range(n)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_import_outlives_a_slow_database_while_requests_are_told_to_come_back(
+    database_url: str, start_service: Callable[..., Service], tmp_path: Path
+) -> None:
+    service = start_service(database_url, timeout_seconds=REQUEST_SECONDS)
+    service.client.put_run(RUN, embedder="none")
+    service.client.add_prompts(RUN, [{"prompt_id": "known"}])
+    file = tmp_path / "pool"
+    file.write_text("\n".join(lines(20)))
+    outcome = {"run": RUN, "step": 0, "observations": [{"prompt_id": "known", "successes": 1, "attempts": 2}]}
+    statuses: list[int] = []
+
+    with stalls(database_url) as stalled:
+        stalled.inserts("prompts")
+        with in_background(lambda: statuses.append(main(["import", RUN, str(file), "--url", service.base_url]))):
+            process = stalled.process()
+            outlast_a_request(database_url)
+            with stalled.hung(process):
+                refused = service.http.post("/observe", json=outcome)
+                read = service.http.get(f"/runs/{RUN}")
+            stalled.release()
+
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert (read.status_code, read.json()["pool_size"]) == (200, 1)
+    assert statuses == [0]
+    assert service.client.run(RUN).pool_size == 21
+    assert service.client.run(RUN).log_position == 2  # one load, once
+    assert service.http.post("/observe", json=outcome).status_code == 200
+
+
+def test_an_import_that_finds_the_database_locked_comes_back_until_it_is_stored(
+    database_url: str, start_service: Callable[..., Service], tmp_path: Path
+) -> None:
+    service = start_service(database_url, timeout_seconds=REQUEST_SECONDS)
+    service.client.put_run(RUN, embedder="none")
+    file = tmp_path / "pool"
+    file.write_text("\n".join(lines(20)))
+    statuses: list[int] = []
+    engine = open_engine(database_url)
+
+    def is_refused() -> bool:
+        return re.search(r'^evenodds_requests_total\{.*"503".*\}', service.http.get("/metrics").text, re.M) is not None
+
+    with ExitStack() as locks:
+        writer = locks.enter_context(engine.execution_options(**{WRITES: True}).begin())
+        writer.execute(text("UPDATE runs SET n_prompts = n_prompts"))
+        with in_background(lambda: statuses.append(main(["import", RUN, str(file), "--url", service.base_url]))):
+            until(is_refused, "a refusal")
+            locks.close()
+
+    engine.dispose()
+    assert statuses == [0]
+    assert service.client.run(RUN).log_position == 1
+    assert pool_size(service) == 20

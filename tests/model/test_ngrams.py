@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from evenodds_service.model.ngrams import MIN_LABELS, FittedNgrams, fit, ngram_matrix, predict
 
+pytestmark = pytest.mark.numbers
+
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=100)  # lone surrogates and controls too
 COLOURS = ("red", "green", "blue", "white", "black")
 HARD, EASY, EVEN = "circumscribed tetrahedron", "add small numbers", r"evaluate \frac{x}{y} now"

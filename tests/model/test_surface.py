@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evenodds_service.model.surface import MAX_CHARACTERS, SURFACE_NAMES, surface_features
+
+pytestmark = pytest.mark.numbers
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=200)  # lone surrogates and controls too
 MARKED_TEXT = st.text("\\{}$^_=<>?!.,:;'\"`()[]| \n\t0123456789eE-+*/aAbBIf÷½٣𝟙字", max_size=200)

@@ -10,6 +10,8 @@ from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.checkpoints import thinned
 from evenodds_service.storage.store import Run, Store
 
+pytestmark = pytest.mark.numbers
+
 
 def test_newest_checkpoint_is_found_also_up_to_a_position(store: Store, run: Run, now: datetime) -> None:
     assert store.newest_checkpoint(run.id) is None

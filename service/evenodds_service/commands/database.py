@@ -25,7 +25,8 @@ def migrate(_: argparse.Namespace) -> int:
     from evenodds_service.storage.engine import open_engine
 
     try:
-        engine = open_engine(settings_from_environment().database_url)
+        settings = settings_from_environment()
+        engine = open_engine(settings.database_url, timeout_seconds=settings.database_timeout_seconds)
         before = migration.current_revision(engine)
         migration.upgrade(engine)
         after = migration.current_revision(engine)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evenodds_service.settings import Settings
+    from evenodds_service.storage.engine import Patience
     from evenodds_service.storage.store import Store
 
 EXIT_FAULT = 1
@@ -22,8 +23,11 @@ class Refused(Exception):
     """A setting or the database does not allow a start. The message says why and what to do."""
 
 
-def opened() -> tuple[Settings, Store]:
+def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
     """Settings and the store over a database with this release's schema.
+
+    Args:
+        patience: Of the store's transactions; what the settings give a request, by default.
 
     Raises:
         Refused: a bad setting, no database, or another schema on PostgreSQL. (SQLite is migrated here.)
@@ -42,6 +46,7 @@ def opened() -> tuple[Settings, Store]:
             settings.database_url,
             pool_size=settings.pool_size,
             timeout_seconds=settings.database_timeout_seconds,
+            patience=patience,
         )
         if engine.dialect.name == "sqlite":
             migration.upgrade(engine)

@@ -26,10 +26,11 @@ def work(options: argparse.Namespace) -> int:
     from evenodds_service.errors import DeviceUnavailable
     from evenodds_service.model.paper_network import open_device
     from evenodds_service.model.refit import fit_shared_model
+    from evenodds_service.storage.engine import WORKER_PATIENCE
     from evenodds_service.worker import Worker
 
     try:
-        settings, store = opened()
+        settings, store = opened(WORKER_PATIENCE)
     except Refused as error:
         return fault(str(error))
     set_up_logging(settings)

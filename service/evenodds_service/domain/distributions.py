@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
 
 _SHIFT = 8
@@ -18,7 +19,7 @@ _MAX_PRODUCT = 64
 _MAX_FACTORS, _MAX_FACTOR = 32, 1e8
 _MAX_LOG10 = 300
 _BLOCK = 8_192
-_HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
+_HALF_LOG_TAU = 0.9189385332046727
 
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-2, 1e6
 """Limits of a + b of a belief that summarises others."""
@@ -38,21 +39,39 @@ def log_gamma(x: FloatArray) -> FloatArray:
     series = np.zeros_like(z)
     for coefficient in reversed(_STIRLING):
         series = series * square + coefficient
-    stirling = (z - 0.5) * np.log(z) - z + _HALF_LOG_TAU + series * inverse
-    return np.asarray(stirling - np.where(small, np.log(product), 0.0))
+    stirling = (z - 0.5) * exact.log(z) - z + _HALF_LOG_TAU + series * inverse
+    return np.asarray(stirling - np.where(small, exact.log(product), 0.0))
 
 
 def log_rising(x: FloatArray, m: FloatArray) -> FloatArray:
     """log (x)_m, the log of the rising factorial, for x > 0 and m >= 0, m possibly fractional; broadcasts."""
     m = np.asarray(m, dtype=np.float64)
-    most = float(m.max(initial=0.0))
-    if most > _MAX_FACTORS or not np.array_equal(m, np.floor(m)) or float(np.max(x, initial=0.0)) > _MAX_FACTOR:
+    if not _are_few_factors(x, m):
         return np.asarray(log_gamma(x + m) - log_gamma(x))
-    # Whole numbers of attempts are the rule: a few products cost less than two log-Gammas.
-    product = np.ones(np.broadcast_shapes(np.shape(x), m.shape))
-    for factor in range(int(most)):
+    return exact.log(_few_factors(x, m))
+
+
+def log_rising_ratio(a: FloatArray, b: FloatArray, k: FloatArray, n: FloatArray) -> FloatArray:
+    """log [ (a)_k (b)_{n-k} / (a+b)_n ], as `log_rising`."""
+    total = a + b
+    if not (_are_few_factors(total, n) and _are_few_factors(total, k)):
+        return np.asarray(log_rising(a, k) + log_rising(b, n - k) - log_rising(total, n))
+    # One logarithm instead of three: the product of all factors is in range where that of the total's is.
+    return exact.log(_few_factors(a, k) * _few_factors(b, n - k) / _few_factors(total, n))
+
+
+def _are_few_factors(x: FloatArray, m: FloatArray) -> bool:
+    """Whether (x)_m is a product of few factors, so that it is in range. Whole numbers of attempts are the rule."""
+    few = float(m.max(initial=0.0)) <= _MAX_FACTORS and float(np.max(x, initial=0.0)) <= _MAX_FACTOR
+    return few and np.array_equal(m, np.floor(m))
+
+
+def _few_factors(x: FloatArray, m: FloatArray) -> FloatArray:
+    """(x)_m as a product, which costs less than two log-Gammas."""
+    product = np.ones(np.broadcast_shapes(np.shape(x), np.shape(m)))
+    for factor in range(int(m.max(initial=0.0))):
         product *= np.where(factor < m, x + factor, 1.0)
-    return np.asarray(np.log(product))
+    return product
 
 
 def beta_binomial_log_likelihood(k: FloatArray, n: FloatArray, a: FloatArray, b: FloatArray) -> FloatArray:
@@ -64,7 +83,7 @@ def beta_binomial_log_likelihood(k: FloatArray, n: FloatArray, a: FloatArray, b:
         k, n: 0 <= k <= n, broadcastable to a and b.
         a, b: Positive parameters.
     """
-    return np.asarray(log_rising(a, k) + log_rising(b, n - k) - log_rising(a + b, n))
+    return log_rising_ratio(np.asarray(a), np.asarray(b), np.asarray(k), np.asarray(n))
 
 
 def beta_from_moments(mean: FloatArray, variance: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -84,7 +103,7 @@ def mean_and_std(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
 def rising_ratio(x: FloatArray, total: FloatArray, m: int) -> FloatArray:
     """(x)_m / (total)_m for 0 < x <= total: the m-th raw moment of the Beta with parameters x and total - x."""
     if m > _MAX_PRODUCT:
-        return np.asarray(np.exp(log_gamma(x + m) - log_gamma(x) - log_gamma(total + m) + log_gamma(total)))
+        return exact.exp(log_gamma(x + m) - log_gamma(x) - log_gamma(total + m) + log_gamma(total))
     ratio = np.ones(np.broadcast_shapes(np.shape(x), np.shape(total)))
     for j in range(m):
         ratio *= (x + j) / (total + j)
@@ -122,21 +141,36 @@ def _informative_moments(a: FloatArray, b: FloatArray, group_size: int) -> tuple
         mean = 2.0 * a * b / (s * (s + 1.0))
         second = 2.0 * mean * (a + 1.0) * (b + 1.0) / ((s + 2.0) * (s + 3.0))
         return mean, np.sqrt(np.maximum(second - mean * mean, 0.0))
-    g = group_size
-    if 2 * g * math.log10(float(s.max(initial=1.0)) + 2 * g) < _MAX_LOG10:
-        # E[p^2G], E[(1-p)^2G] and E[p^G (1-p)^G] over the common denominator (s)_2G: few products, two divisions.
-        right, wrong, total = _rising(a, g), _rising(b, g), _rising(s, g)
-        total_twice = total * _rising(s + g, g)
-        silent = (right + wrong) / total
-        square = (right * _rising(a + g, g) + wrong * _rising(b + g, g) + 2.0 * right * wrong) / total_twice
-    else:
-        all_right, all_wrong = rising_ratio(a, s, g), rising_ratio(b, s, g)
-        # (a)_2G / (s)_2G continues (a)_G / (s)_G from the G-th factor on.
-        square = all_right * rising_ratio(a + g, s + g, g) + all_wrong * rising_ratio(b + g, s + g, g)
-        square += 2.0 * all_right * rising_ratio(b, s + g, g)
-        silent = all_right + all_wrong
+    # Below it (s)_2G is in range. Prompt by prompt, so that none is told something else in another company.
+    most = math.floor(10.0 ** (_MAX_LOG10 / (2 * group_size))) - 2 * group_size
+    is_in_range = s < most
+    silent: FloatArray = np.empty(s.shape)
+    square: FloatArray = np.empty(s.shape)
+    for rows, moments in ((is_in_range, _silent_by_products), (~is_in_range, _silent_by_ratios)):
+        if rows.all():
+            silent, square = moments(a, b, s, group_size)
+        elif rows.any():
+            silent[rows], square[rows] = moments(a[rows], b[rows], s[rows], group_size)
     mean = np.clip(1.0 - silent, 0.0, 1.0)
     return mean, np.sqrt(np.maximum(square - silent * silent, 0.0))
+
+
+def _silent_by_products(a: FloatArray, b: FloatArray, s: FloatArray, g: int) -> tuple[FloatArray, FloatArray]:
+    """E[u] and E[u^2] of the chance u = p^G + (1-p)^G that a group of G is not informative; a + b = s."""
+    # E[p^2G], E[(1-p)^2G] and E[p^G (1-p)^G] over the common denominator (s)_2G: few products, two divisions.
+    right, wrong, total = _rising(a, g), _rising(b, g), _rising(s, g)
+    total_twice = total * _rising(s + g, g)
+    square = (right * _rising(a + g, g) + wrong * _rising(b + g, g) + 2.0 * right * wrong) / total_twice
+    return (right + wrong) / total, square
+
+
+def _silent_by_ratios(a: FloatArray, b: FloatArray, s: FloatArray, g: int) -> tuple[FloatArray, FloatArray]:
+    """The same where (s)_2G is too large a number."""
+    all_right, all_wrong = rising_ratio(a, s, g), rising_ratio(b, s, g)
+    # (a)_2G / (s)_2G continues (a)_G / (s)_G from the G-th factor on.
+    square = all_right * rising_ratio(a + g, s + g, g) + all_wrong * rising_ratio(b + g, s + g, g)
+    square += 2.0 * all_right * rising_ratio(b, s + g, g)
+    return all_right + all_wrong, square
 
 
 def _rising(x: FloatArray, m: int) -> FloatArray:
@@ -167,6 +201,6 @@ def target_moments(a: FloatArray, b: FloatArray, target_rate: float) -> tuple[Fl
     m4 = m3 * (a + 3.0) / (s + 3.0)
     t = target_rate
     square = m2 - 2 * t * m1 + t * t
-    fourth = m4 - 4 * t * m3 + 6 * t * t * m2 - 4 * t**3 * m1 + t**4
+    fourth = m4 - 4 * t * m3 + 6 * t * t * m2 - 4 * t * t * t * m1 + t * t * t * t
     deviation = np.sqrt(np.maximum(fourth - square * square, 0.0))
     return 1.0 - square / reach**2, deviation / reach**2

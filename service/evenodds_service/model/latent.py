@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.matched_prior import informative_probability
 
@@ -27,6 +28,7 @@ LOG_CONCENTRATIONS = (-3.0, 4.0)
 ROWS_AT_ONCE = 16_384
 
 _BANDWIDTH = 0.5
+_DESIGNED_AT_ONCE = 2_048
 
 
 def predict_latent(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -43,10 +45,10 @@ def predict_latent(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray
     if x_N_d.shape[1] != width:
         raise ValueError(f"the model was fitted on {width} inputs, these have {x_N_d.shape[1]}: refit it")
     parts = [
-        design(weights, x_N_d[first : first + ROWS_AT_ONCE]) @ weights["coefficients"]
-        for first in range(0, len(x_N_d), ROWS_AT_ONCE)
+        exact.product(design(weights, x_N_d[first : first + _DESIGNED_AT_ONCE]), weights["coefficients"])
+        for first in range(0, len(x_N_d), _DESIGNED_AT_ONCE)
     ]
-    return outputs(weights["calibration"], np.concatenate([np.zeros((0, 2), np.float32), *parts]))
+    return outputs(weights["calibration"], np.concatenate([np.zeros((0, 2)), *parts]))
 
 
 def design(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray) -> NDArray[np.float32]:
@@ -70,21 +72,20 @@ def outputs(calibration: FloatArray, held_n_O: FloatArray) -> tuple[NDArray[np.f
     """
     group_size, level, *t = (float(value) for value in calibration)
     g = held_n_O.astype(np.float64) / UNIT
-    mean = np.clip(_sigmoid(level + t[0] * SLOPE * g[:, 0] + t[1]), *RATES)
-    concentration = np.exp(np.clip(t[2] + t[3] * g[:, 1], *LOG_CONCENTRATIONS))
+    mean = np.clip(exact.sigmoid(level + t[0] * SLOPE * g[:, 0] + t[1]), *RATES)
+    concentration = exact.exp(np.clip(t[2] + t[3] * g[:, 1], *LOG_CONCENTRATIONS))
     a, b = mean * concentration, (1.0 - mean) * concentration
     silent = np.clip(1.0 - informative_probability(a, b, max(round(group_size), 2)), *RATES)
-    informative = _sigmoid(np.log1p(-silent) - np.log(silent) + t[4] + t[5] * g[:, 1])
+    informative = exact.sigmoid(t[4] + t[5] * g[:, 1] - exact.log_odds(silent))
     return mean.astype(np.float32), informative.astype(np.float32)
 
 
-def _sigmoid(z: FloatArray) -> FloatArray:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30.0, 30.0))))
-
-
 def kernel(rows_N_d: FloatArray, landmarks_M_d: FloatArray) -> FloatArray:
-    """exp(-|a - b|^2 / (2 bandwidth^2)), [N, M]."""
-    lengths = [np.einsum("nd,nd->n", rows, rows) for rows in (rows_N_d, landmarks_M_d)]
-    squares = lengths[0][:, None] + lengths[1]
-    squares -= 2.0 * rows_N_d @ landmarks_M_d.T
-    return np.asarray(np.exp(np.maximum(squares, 0.0) * (-0.5 / _BANDWIDTH**2)))
+    """exp(-|a - b|^2 / (2 bandwidth^2)), [N, M] in the precision of the rows; a row depends on its prompt alone."""
+    lengths = [(rows * rows).sum(axis=1, dtype=np.float64) for rows in (rows_N_d, landmarks_M_d)]
+    squares = exact.product(rows_N_d, landmarks_M_d.T)
+    squares *= -2.0
+    squares += lengths[0][:, None]
+    squares += lengths[1]
+    np.maximum(squares, 0.0, out=squares)
+    return exact.exp((squares * (-0.5 / _BANDWIDTH**2)).astype(rows_N_d.dtype))

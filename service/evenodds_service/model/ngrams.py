@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments, informative_moments
 
@@ -204,9 +205,10 @@ def predict(
     # One text is a few hundred columns: gather them, so that nothing of the model's size is touched.
     data, row = _scaled(columns, counts, weights["rarity_F"])
     terms_E_H = data[:, None] * weights["sparse_F_H"][columns]
-    heads_n_H = dense_n_d @ (weights["dense_d_H"] * _DENSE_SCALE) + weights["intercept_H"]
+    heads_n_H = exact.product(dense_n_d, weights["dense_d_H"] * _DENSE_SCALE) + weights["intercept_H"]
     heads_n_H += np.stack([np.bincount(row, terms_E_H[:, h], len(counts)) for h in range(len(HEADS))], axis=1)
-    predicted = _sigmoid(_bend(heads_n_H, weights["centre_H"], weights["spread_H"]) @ weights["stack_K_2"])
+    bent = _bend(heads_n_H, weights["centre_H"], weights["spread_H"])
+    predicted = _sigmoid(exact.product(bent, weights["stack_K_2"]))
     return predicted[:, 0].astype(np.float32), predicted[:, 1].astype(np.float32)
 
 
@@ -416,7 +418,7 @@ def _logistic(inputs_n_K: FloatArray, target_n: FloatArray, weight_n: FloatArray
 
 
 def _sigmoid(x: FloatArray) -> FloatArray:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -7.0, 7.0))))
+    return exact.sigmoid(np.clip(x, -7.0, 7.0))
 
 
 def _log_loss(predicted: FloatArray, target: FloatArray, weight: FloatArray) -> float:

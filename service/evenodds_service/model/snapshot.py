@@ -17,8 +17,8 @@ from safetensors.numpy import load, save
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.prediction import PAPER
-from evenodds_service.domain.matched_prior import matched_concentration
+from evenodds_service.domain.learning.predictors import PAPER
+from evenodds_service.domain.matched_prior import MOST_SECTIONS, matched_concentration
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model import latent, ngrams
@@ -118,7 +118,7 @@ class SharedModel:
             texts: n texts; None counts as empty.
             block: Their raw features.
         """
-        x_n_d = self.basis.project_apart(block)
+        x_n_d = self.basis.project(block)
         told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
             words = [text or "" for text in texts]
@@ -128,7 +128,9 @@ class SharedModel:
         fitted: dict[str, FittedPrior] = {}
         if told:  # all priors in one pass, which for few texts costs no more than one
             means, informative = (np.stack([pair[i] for pair in told.values()]) for i in (0, 1))
-            concentrations = matched_concentration(means, informative, self.group_size).astype(np.float32)
+            concentrations = matched_concentration(means, informative, self.group_size, sections=MOST_SECTIONS).astype(
+                np.float32
+            )
             fitted |= {name: FittedPrior(means[i], concentrations[i]) for i, name in enumerate(told)}
         if PAPER in self.weights:
             fitted[PAPER] = self._published(block)

@@ -8,12 +8,13 @@ and measures them on others.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evenodds_service.domain import exact
 
 SURFACE = "surface/1"
 """The name under which these vectors are stored. A change of any feature's value is a new name."""
@@ -122,7 +123,9 @@ _DIGITS = b"0123456789"
 _LOWER = b"abcdefghijklmnopqrstuvwxyz"
 _OPERATORS = b"+-*/=<>^_|"
 _ASCII = bytes(range(128))
-_LONG = math.log1p(200)  # where the effect of length on difficulty bends
+_LONG = 200.0  # characters, where the effect of length on difficulty bends
+_CHARACTERS = _COUNTS.index("characters")
+_EXCESS_LENGTH, _LARGEST_NUMBER = (len(_COUNTS) + _LEVELS.index(name) for name in ("excess_length", "largest_number"))
 
 
 def surface_features(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -137,12 +140,14 @@ def surface_features(texts: Sequence[str]) -> NDArray[np.float32]:
     rows = [_row(text) for text in texts]
     table_N_S = np.array(rows, dtype=np.float64).reshape(len(rows), len(SURFACE_NAMES))
     counts = table_N_S[:, : len(_COUNTS)]
-    np.log1p(counts, out=counts)
+    counts[:] = exact.log(1.0 + counts)
+    table_N_S[:, _EXCESS_LENGTH] = np.maximum(table_N_S[:, _CHARACTERS] - exact.log(1.0 + _LONG), 0.0)
+    table_N_S[:, _LARGEST_NUMBER] = exact.log(1.0 + table_N_S[:, _LARGEST_NUMBER]) / (3.0 * exact.log(10.0))
     return table_N_S.astype(np.float32)
 
 
 def _row(whole: str) -> list[float]:
-    """The features of one text in the order of `SURFACE_NAMES`, counts still as counts."""
+    """The features of one text in the order of `SURFACE_NAMES`, before any logarithm is taken."""
     text = whole[:MAX_CHARACTERS]
     count = text.count
     words = _WORD.findall(text.lower())
@@ -177,8 +182,8 @@ def _row(whole: str) -> list[float]:
         count("  "),
         _grid_lines(text) if lines else 0.0,
         *topics,
-        max(0.0, math.log1p(len(whole)) - _LONG),
-        math.log10(1.0 + min(largest, 1e30)) / 3.0,
+        0.0,  # the excess length comes from the number of characters
+        min(largest, 1e30),
         len(distinct_words) / (len(words) or 1),
         1.0 - len(utf8.translate(None, _DIGITS)) / n_bytes,
         1.0 - len(utf8.translate(None, _LOWER)) / n_bytes,

@@ -21,6 +21,7 @@ from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_probability
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
+from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
 from evenodds_service.errors import DeadlinePassed, PolicyUnknown, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
@@ -291,6 +292,7 @@ def _observed(run: Run, live: LiveRun) -> tuple[FloatArray, FloatArray]:
 
 def _is_light(run: Run, questions: Sequence[_Question]) -> bool:
     """Whether the event loop can answer itself within a few milliseconds."""
-    if run.settings.predictor == "gps-paper" or run.settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
+    settings = run.settings
+    if PREDICTORS[settings.predictor].is_published or settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
         return False
     return sum(len(question.prompt.text or "") for question in questions) <= _LIGHT_CHARACTERS

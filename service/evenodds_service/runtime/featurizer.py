@@ -243,4 +243,4 @@ def _unit(values: Sequence[float]) -> FloatArray:
     if largest == 0.0:
         return vector.astype(np.float32)
     vector = vector / largest
-    return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)
+    return np.asarray(vector / np.sqrt((vector * vector).sum()), dtype=np.float32)

@@ -3,14 +3,19 @@
 SQLite runs in WAL mode with `synchronous=FULL`: NORMAL would keep every acknowledged commit when the process
 is killed, but may lose the newest ones when the machine loses power, and an acknowledged observation is a
 promise. PostgreSQL stays at READ COMMITTED: whoever writes to a run's log locks the run's row first.
+
+Every transaction has its `Patience`. A request is given up in time, so that its caller hears 503 and not silence. What
+would have to begin anew from its start if it were given up (a migration, a bulk load, a worker's result) waits for a
+slow database instead.
 """
 
 from __future__ import annotations
 
+import math
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -26,21 +31,61 @@ from evenodds_service.errors import DatabaseUrlUnusable, StoreUnavailable
 WRITES = "evenodds_writes"
 """Execution option of an engine whose transactions write: SQLite takes the write lock as they begin."""
 
+PATIENCE = "evenodds_patience"
+"""Execution option of engines and connections: the `Patience` of their transactions."""
 
 POOL_WAIT_SECONDS = 2.0
 """Longest wait for a free connection. All threads of a process may stand in this line: it has to move."""
 
+_LONG_SECONDS = 600.0
+_IDLE_SECONDS = 60.0
 _WAKE_SECONDS = 0.1
 _GRACE_SECONDS = 2.0  # the server's own timeout comes first: it leaves the connection usable, and says more
+_LOST_AFTER = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+"""When a server is gone, not slow: the machine behind the connection (TCP) has not given a sign for a minute."""
 
 
-def open_engine(database_url: str, *, pool_size: int = 5, timeout_seconds: float = 10) -> Engine:
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a transaction waits before it is given up, in seconds; None is without end.
+
+    Attributes:
+        lock: For a lock that another transaction holds. SQLite waits for nothing else.
+        statement: For the answer to one statement, also of a server that hangs.
+        idle: How long PostgreSQL leaves the transaction its locks while no statement comes. A process that hangs must
+            not keep a run locked.
+    """
+
+    lock: float
+    statement: float | None
+    idle: float | None
+
+    def for_bulk(self) -> Patience:
+        """Of a transaction whose work grows with the pool or the log: it waits for locks no longer, and works on."""
+        return replace(self, statement=_LONG_SECONDS, idle=_IDLE_SECONDS)
+
+    def for_migration(self, turn_seconds: float) -> Patience:
+        """Of a migration, which is never given up halfway.
+
+        Args:
+            turn_seconds: Longest wait until others have ended theirs.
+        """
+        return Patience(lock=turn_seconds, statement=None, idle=None)
+
+
+WORKER_PATIENCE = Patience(lock=_LONG_SECONDS, statement=_LONG_SECONDS, idle=_IDLE_SECONDS)
+"""Of a worker, whom nobody waits for, and whose fit is lost if it cannot be published."""
+
+
+def open_engine(
+    database_url: str, *, pool_size: int = 5, timeout_seconds: float = 10, patience: Patience | None = None
+) -> Engine:
     """An engine for `sqlite:///FILE` or `postgresql://...`. Connects on first use, not here.
 
     Args:
         pool_size: Most connections held at once, at least 1. A caller waits for a free one, but not for long.
-        timeout_seconds: Longest wait for a lock, and (on PostgreSQL) for the answer to one statement, also of a server
-            that hangs or is cut off.
+        timeout_seconds: Longest wait for a new connection, and what a request's transactions are given.
+        patience: Of transactions that are not a request's.
 
     Raises:
         DatabaseUrlUnusable: the URL cannot be read, names another database, or a SQLite database in memory.
@@ -51,10 +96,17 @@ def open_engine(database_url: str, *, pool_size: int = 5, timeout_seconds: float
         raise DatabaseUrlUnusable(
             "the database URL cannot be read: use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
         ) from error
+    patience = patience or Patience(lock=timeout_seconds, statement=timeout_seconds, idle=timeout_seconds)
+    options: dict[str, Any] = {
+        "pool_size": pool_size,
+        "max_overflow": 0,
+        "pool_timeout": min(timeout_seconds, POOL_WAIT_SECONDS),
+        "execution_options": {PATIENCE: patience},
+    }
     if url.drivername == "sqlite":
-        return _open_sqlite(url, pool_size=pool_size, timeout_seconds=timeout_seconds)
+        return _open_sqlite(url, patience, options)
     if url.drivername in ("postgresql", "postgresql+psycopg"):
-        return _open_postgresql(url, pool_size=pool_size, timeout_seconds=timeout_seconds)
+        return _open_postgresql(url, patience, options, timeout_seconds=timeout_seconds)
     raise DatabaseUrlUnusable(
         f"the database URL starts with {url.drivername!r}: use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
     )
@@ -74,16 +126,10 @@ def translated_faults() -> Iterator[None]:
         raise StoreUnavailable(f"the database did not do its part ({reason}): repeat the call later") from error
 
 
-def _open_sqlite(url: URL, *, pool_size: int, timeout_seconds: float) -> Engine:
+def _open_sqlite(url: URL, usual: Patience, options: dict[str, Any]) -> Engine:
     if url.database in (None, "", ":memory:"):
         raise DatabaseUrlUnusable("a SQLite database in memory forgets everything: name a file, sqlite:///FILE")
-    engine = create_engine(
-        url,
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_timeout=min(timeout_seconds, POOL_WAIT_SECONDS),
-        connect_args={"timeout": timeout_seconds},  # SQLite's busy timeout
-    )
+    engine = create_engine(url, connect_args={"timeout": usual.lock}, **options)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
@@ -94,62 +140,106 @@ def _open_sqlite(url: URL, *, pool_size: int, timeout_seconds: float) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
+        patience = patience_of(connection)
+        if patience.lock != usual.lock:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout={_milliseconds(patience.lock)}")
         writes = connection.get_execution_options().get(WRITES, False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
 
 
-def _open_postgresql(url: URL, *, pool_size: int, timeout_seconds: float) -> Engine:
-    limit = round(timeout_seconds * 1_000)  # milliseconds
+def _open_postgresql(url: URL, usual: Patience, options: dict[str, Any], *, timeout_seconds: float) -> Engine:
     settings = (
-        f"statement_timeout={limit}",
-        # A process that hangs inside a transaction must not keep a run locked.
-        f"idle_in_transaction_session_timeout={limit}",
+        *_limits(usual),
         # A plan made without the parameters takes a second, not a millisecond, to look up 500 ids in a pool that
         # has grown since the last ANALYZE.
         "plan_cache_mode=force_custom_plan",
     )
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_timeout=min(timeout_seconds, POOL_WAIT_SECONDS),
         pool_pre_ping=True,  # a connection that died with its server is replaced, not handed out
         connect_args={
             "connect_timeout": max(2, round(timeout_seconds)),  # seconds; the driver takes no less
             "options": " ".join(f"-c {setting}" for setting in settings),
+            **_LOST_AFTER,
         },
+        **options,
     )
 
     @event.listens_for(engine, "do_connect")
     def _connect(_dialect: Dialect, _record: ConnectionPoolEntry, _arguments: Any, options: dict[str, Any]) -> Any:
         connection = _Impatient.connect(**options)
-        connection.patience_seconds = timeout_seconds + _GRACE_SECONDS
+        connection.give_up_after(usual.statement)
         return connection
 
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        patience = patience_of(connection)
+        if patience == usual:
+            return
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, _Impatient)
+        driver.give_up_after(patience.statement)
+        limits = "; ".join(f"SET LOCAL {limit}" for limit in _limits(patience))
+        connection.exec_driver_sql(limits, execution_options={"no_parameters": True})  # three statements in one go
+
+    @event.listens_for(engine, "checkin")
+    def _return(driver: _Impatient | None, _entry: ConnectionPoolEntry) -> None:
+        if driver is not None:
+            driver.give_up_after(usual.statement)
+
     return engine
+
+
+def patience_of(owner: Connection | Engine) -> Patience:
+    """How long its transactions wait."""
+    patience = owner.get_execution_options()[PATIENCE]
+    assert isinstance(patience, Patience)
+    return patience
+
+
+def _limits(patience: Patience) -> tuple[str, ...]:
+    """PostgreSQL's settings for it."""
+    return (
+        f"lock_timeout={_milliseconds(patience.lock)}",
+        f"statement_timeout={_milliseconds(patience.statement)}",
+        f"idle_in_transaction_session_timeout={_milliseconds(patience.idle)}",
+    )
+
+
+def _milliseconds(seconds: float | None) -> int:
+    return 0 if seconds is None else max(1, round(seconds * 1_000))  # 0 is without end
 
 
 class _Impatient(psycopg.Connection[Any]):
     """Gives a server up that says nothing: one that hangs, or whose network swallows everything.
 
-    The driver itself would wait for ever.
+    The driver itself would wait for ever. What counts is the time spent listening: a process that is itself stopped, or
+    starved by others, does not take its own absence for the server's silence.
     """
 
-    patience_seconds = 10.0
+    _most_silent_waits: float = 10.0 / _WAKE_SECONDS
+
+    def give_up_after(self, statement_seconds: float | None) -> None:
+        """Wait a little longer for each answer than the server gives a statement; None waits without end."""
+        self._most_silent_waits = (
+            math.inf if statement_seconds is None else (statement_seconds + _GRACE_SECONDS) / _WAKE_SECONDS
+        )
 
     def wait(self, gen: PQGen[RV], interval: float = _WAKE_SECONDS, timeout: float | None = None) -> RV:
-        patience = self.patience_seconds if timeout is None else min(timeout, self.patience_seconds)
-        return super().wait(self._until(time.monotonic() + patience, gen), interval)
+        most = self._most_silent_waits if timeout is None else min(timeout / _WAKE_SECONDS, self._most_silent_waits)
+        return super().wait(self._until(most, gen), _WAKE_SECONDS)
 
-    def _until(self, deadline: float, generator: PQGen[RV]) -> PQGen[RV]:
-        """What the generator does; it is woken in short intervals, and after the deadline it is given up."""
+    def _until(self, most_silent_waits: float, generator: PQGen[RV]) -> PQGen[RV]:
+        """What the generator does; it is woken in short intervals, and given up after so many in which nothing came."""
+        silent_waits = 0
         try:
             wanted = next(generator)
             while True:
                 ready = yield wanted
-                if not ready and time.monotonic() > deadline:
+                silent_waits += not ready
+                if silent_waits > most_silent_waits:
                     self.close()
                     raise psycopg.OperationalError("the server does not answer")
                 wanted = generator.send(ready)

@@ -46,7 +46,7 @@ class ForkMethods(Transactions):
             EmbedderFixed: the pool's vectors come from another embedder than `settings` ask for.
         """
         row = {"name": name, "settings": "{}", "fork_of": fork_of, "fork_step": at_step, "created_at": now}
-        with self._writing(of_one_moment=True) as connection:
+        with self._writing(in_bulk=True, of_one_moment=True) as connection:
             created = insert_or_ignore(connection, runs).values(row).returning(runs.c.id)
             new_id = connection.execute(created).scalar()
             if new_id is None:

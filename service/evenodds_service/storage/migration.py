@@ -1,7 +1,9 @@
 """How the schema moves from release to release: Alembic, driven from here and never by hand.
 
 The migrations themselves stand in the folder `migrations` at the top of the repository and inside the wheel.
-One upgrade is one transaction, and two processes that upgrade at once take turns.
+One migration is one transaction, and two processes that migrate at once take turns: whatever happens, the database is
+at its old revision or at the new one. A migration waits for a slow database without end. For a table that others use
+it waits no longer than a request would: whoever wants the table meanwhile waits behind it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -19,13 +22,16 @@ from alembic.script import ScriptDirectory
 from alembic.script.revision import ResolutionError
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from evenodds_service.errors import SchemaMismatch
-from evenodds_service.storage.engine import WRITES, open_engine, translated_faults
+from evenodds_service.errors import MigrationFailed, SchemaMismatch
+from evenodds_service.storage.engine import PATIENCE, WRITES, open_engine, patience_of, translated_faults
 from evenodds_service.storage.tables import metadata
 
 _ADVISORY_LOCK = 0x45_76_65_6E  # any number that no other program on the database uses
 _MAX_NAME = 27  # of the 32 characters that Alembic keeps of a revision
+_TURN_SECONDS = 600.0
+_AGAIN = "then run `evenodds migrate` again; no change is half done"
 
 
 def head_revision() -> str:
@@ -51,25 +57,35 @@ def check_schema(engine: Engine) -> None:
         raise SchemaMismatch(f"database is at revision {current}, this release needs {head}: run `evenodds migrate`")
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the database up to the revision; nothing to do is fine. All or nothing.
+def upgrade(engine: Engine, revision: str = "head", *, turn_seconds: float = _TURN_SECONDS) -> None:
+    """Bring the database up to the revision; nothing to do is fine, and locks nothing. All or nothing.
+
+    Args:
+        turn_seconds: Longest wait until another process that migrates (on SQLite: that writes) has ended.
 
     Raises:
         SchemaMismatch: the database is at a revision that this release does not know.
+        MigrationFailed: it was given up; the database is as it was.
         StoreUnavailable
     """
-    with _migrating(engine) as config:
+    if revision == "head" and current_revision(engine) == head_revision():
+        return
+    with _migrating(engine, turn_seconds) as config:
         command.upgrade(config, revision)
 
 
-def downgrade(engine: Engine, revision: str) -> None:
+def downgrade(engine: Engine, revision: str, *, turn_seconds: float = _TURN_SECONDS) -> None:
     """Take the database back to the revision (`base` for the empty one); what the newer tables held is lost.
+
+    Args:
+        turn_seconds: As of `upgrade`.
 
     Raises:
         SchemaMismatch: the database is at a revision that this release does not know.
+        MigrationFailed: it was given up; the database is as it was.
         StoreUnavailable
     """
-    with _migrating(engine) as config:
+    with _migrating(engine, turn_seconds) as config:
         command.downgrade(config, revision)
 
 
@@ -99,19 +115,20 @@ def new_revision(name: str) -> Path:
 
 
 @contextmanager
-def _migrating(engine: Engine) -> Iterator[Config]:
+def _migrating(engine: Engine, turn_seconds: float = _TURN_SECONDS) -> Iterator[Config]:
     """Alembic's configuration, bound to a transaction that nobody else migrates in."""
-    with translated_faults(), engine.connect().execution_options(**{WRITES: True}) as connection:
-        # SQLite would empty the tables that refer to a dropped one, and rebuilding a table drops it. The
-        # pragma does nothing inside a transaction and must not stay on a pooled connection.
+    usual = patience_of(engine)
+    options = {WRITES: True, PATIENCE: usual.for_migration(turn_seconds)}
+    with translated_faults(), engine.connect().execution_options(**options) as connection, _explained_faults():
         is_sqlite = connection.dialect.name == "sqlite"
         if is_sqlite:
+            # SQLite would empty the tables that refer to a dropped one, and rebuilding a table drops it. The
+            # pragma does nothing inside a transaction and must not stay on a pooled connection.
             connection.detach()
             connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
-        with connection.begin():
+        with _begun(connection, turn_seconds):
             if not is_sqlite:
-                connection.execute(text("SET LOCAL statement_timeout = 0"))
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+                connection.execute(text(f"SET LOCAL lock_timeout = '{usual.lock:.3f}s'"))
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None:
                 _check_known(current)
@@ -119,6 +136,43 @@ def _migrating(engine: Engine) -> Iterator[Config]:
             if is_sqlite:
                 dangling = connection.execute(text("PRAGMA foreign_key_check")).all()
                 assert not dangling, f"the migration leaves rows that refer to nothing: {dangling[:3]}"
+
+
+@contextmanager
+def _begun(connection: Connection, turn_seconds: float) -> Iterator[None]:
+    """A transaction, when the others that migrate have ended. Raises MigrationFailed where they go on."""
+    try:
+        transaction = connection.begin()  # on SQLite with the write lock
+        if connection.dialect.name != "sqlite":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+    except OperationalError as error:
+        if not _is_about_a_lock(error):
+            raise
+        whoever = "writes to the database" if connection.dialect.name == "sqlite" else "migrates this database too"
+        raise MigrationFailed(
+            f"another process {whoever}, and has not ended within {turn_seconds:g} seconds: wait until it has, or end "
+            f"it, {_AGAIN}"
+        ) from error
+    with transaction:
+        yield
+
+
+@contextmanager
+def _explained_faults() -> Iterator[None]:
+    """Turns every failure inside the transaction, which takes everything back, into MigrationFailed."""
+    try:
+        yield
+    except DBAPIError as error:
+        reason = " ".join(str(error.orig).split())
+        if _is_about_a_lock(error):
+            step = "end whatever uses the tables, be it the service and its workers"
+        else:
+            step = "put right what the database names"
+        raise MigrationFailed(f"the migration was given up ({reason}): {step}, {_AGAIN}") from error
+
+
+def _is_about_a_lock(error: DBAPIError) -> bool:
+    return isinstance(error.orig, psycopg.errors.LockNotAvailable) or "database is locked" in str(error.orig)
 
 
 def _check_known(revision: str) -> None:

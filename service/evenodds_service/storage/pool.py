@@ -62,7 +62,7 @@ class PoolMethods(Transactions):
                 run's width.
             VectorUnstorable: a value is not finite, or beyond 65,504.
         """
-        with self._writing() as connection:
+        with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
             grown = grow_pool(connection, run, NewPrompts(prompts, vectors, embedder, embedding_width))
             if grown.entry is not None:

@@ -31,7 +31,7 @@ class VoidMethods(Transactions):
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
         """
-        with self._writing() as connection:
+        with self._writing(in_bulk=True) as connection:
             return rewind_run(connection, lock_run(connection, run_id), step=step, now=now)
 
     def retract(
@@ -54,7 +54,7 @@ class VoidMethods(Transactions):
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
         """
-        with self._writing() as connection:
+        with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
             conditions = [log.c.run_id == run_id, log.c.kind == "observe", log.c.voided_at.is_(None)]
             if from_step is not None:

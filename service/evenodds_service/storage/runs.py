@@ -30,7 +30,7 @@ class RunMethods(Transactions):
             EmbedderFixed: the embedder or its prompt differs although the pool has prompts.
         """
         row = {"name": name, "settings": settings_to_json(settings), "created_at": now}
-        with self._writing() as connection:
+        with self._writing(in_bulk=not settings.keep_text) as connection:  # which may erase the texts of a whole pool
             created = insert_or_ignore(connection, runs).values(row).returning(runs.c.id)
             is_new = connection.execute(created).scalar() is not None
             run = lock_run(connection, runs.c.name == name, described=repr(name))
@@ -91,7 +91,7 @@ class RunMethods(Transactions):
 
     def delete_run(self, name: str) -> None:
         """Delete the run with all it owns (also its caller-sent vectors). Raises RunUnknown."""
-        with self._writing() as connection:
+        with self._writing(in_bulk=True) as connection:
             run_id = connection.execute(delete(runs).where(runs.c.name == name).returning(runs.c.id)).scalar()
             if run_id is None:
                 raise _unknown(repr(name))

@@ -5,6 +5,9 @@ that writes takes the write lock first: SQLite's as the transaction begins, so t
 be upgraded; on PostgreSQL the row of the run, so that log positions are gapless and a reader which has seen
 position p has seen everything up to p. `now` is an argument: the store has no clock.
 
+How long a method waits for a slow database is its engine's matter (engine.py, `Patience`). What grows with the pool or
+the log (loads, forks, rewinds, retractions, deletions) may work for minutes, but waits for others no longer than any.
+
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
 keys.py, voids.py, forks.py.
 """

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from sqlalchemy import Connection, Engine, Insert, Table, text
 from sqlalchemy.dialects import postgresql, sqlite
 
-from evenodds_service.storage.engine import WRITES, translated_faults
+from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
 from evenodds_service.timing import phase
 
 CHUNK = 500
@@ -22,6 +22,7 @@ class Transactions:
         """The engine comes from `open_engine`; from here on the store closes it."""
         self._engine = engine
         self._writing_engine = engine.execution_options(**{WRITES: True})
+        self._bulk_engine = self._writing_engine.execution_options(**{PATIENCE: patience_of(engine).for_bulk()})
 
     def close(self) -> None:
         """Close every pooled connection."""
@@ -42,12 +43,14 @@ class Transactions:
     def _reading(self) -> AbstractContextManager[Connection]:
         return _transaction(self._engine)
 
-    def _writing(self, *, of_one_moment: bool = False) -> AbstractContextManager[Connection]:
+    def _writing(self, *, in_bulk: bool = False, of_one_moment: bool = False) -> AbstractContextManager[Connection]:
         """Commits on leaving; rolls everything back on any exception.
 
-        With `of_one_moment` all statements read the database as it stood at the first one, as they do on SQLite.
+        Args:
+            in_bulk: The work grows with the pool or the log: a slow database may take its time over it.
+            of_one_moment: All statements read the database as it stood at the first one, as they do on SQLite.
         """
-        engine = self._writing_engine
+        engine = self._bulk_engine if in_bulk else self._writing_engine
         if of_one_moment and engine.dialect.name == "postgresql":
             engine = engine.execution_options(isolation_level="REPEATABLE READ")
         return _transaction(engine)

@@ -18,6 +18,8 @@ from evenodds_service.errors import CheckpointUnusable
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.fixture
 def pool(make_block: MakeBlock) -> Pool:

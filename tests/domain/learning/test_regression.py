@@ -15,6 +15,8 @@ from evenodds_service.domain.learning.regression import (
     further_count,
 )
 
+pytestmark = pytest.mark.numbers
+
 quick = settings(max_examples=20)
 SEED = st.integers(0, 2**32 - 1)
 

@@ -48,7 +48,7 @@ def allocate(body: AllocateRequest, services: Dependencies) -> AllocateReply:
     costs_N = np.array([prompt.cost for prompt in body.prompts])
     minimum_N, maximum_N = (np.array(limit) for limit in body.limits())
     # What is more than the whole budget pays for need not be looked through.
-    spare = body.budget - float(costs_N @ minimum_N)
+    spare = body.budget - float((costs_N * minimum_N).sum())
     affordable_N = minimum_N + np.floor(spare / costs_N + 1e-6).astype(np.int64)
     depth = max(1, int(np.minimum(maximum_N, affordable_N).max()))
     worth = allocation.gains(body.objective, asked.a, asked.b, depth)
@@ -82,7 +82,7 @@ def allocate(body: AllocateRequest, services: Dependencies) -> AllocateReply:
             )
         ),
         attempts=int(spending.attempts_N.sum()),
-        spent=float(costs_N @ spending.attempts_N),
+        spent=float((costs_N * spending.attempts_N).sum()),
         expected_total=expected_total,
         uniform_total=uniform_total,
         shortfall=spending.shortfall if body.method == "greedy" else None,

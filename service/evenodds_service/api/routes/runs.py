@@ -16,6 +16,8 @@ from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, S
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
+from evenodds_service.domain.learning.predictors import acquisition_of
+from evenodds_service.domain.selection.selection import reprobe_share_of
 from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
@@ -104,7 +106,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         target_rate=settings.target_rate,
         embedder=settings.embedder or "builtin",
         embedder_prompt=settings.embedder_prompt,
-        acquisition=settings.effective_acquisition,
+        acquisition=acquisition_of(settings),
         optimism=settings.optimism,
         diversity=settings.diversity,
         cooldown_steps=settings.cooldown_steps,
@@ -116,7 +118,7 @@ def _run_state(store: Store, run: Run) -> RunState:
             every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
         ),
         control_share=settings.control_share,
-        reprobe_share=settings.reprobe_share_under(settings.effective_acquisition),
+        reprobe_share=reprobe_share_of(settings),
         groups=dict(settings.groups) if settings.groups else None,
         groups_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
         fallback=settings.fallback,

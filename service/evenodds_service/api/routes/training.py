@@ -9,7 +9,8 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from fastapi import APIRouter, BackgroundTasks
@@ -34,16 +35,19 @@ from evenodds_service.api.wire import content_hash, now, predictions
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
-from evenodds_service.domain.selection.selection import Chosen, SelectArguments
+from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
+from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import ChoiceOutdated, RunUnknown, StoreError, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import new_prompt
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.storage.store import Appended, NewSelection, Run, Written
 from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
 
 MOST_AT_ONCE = 64
@@ -182,9 +186,11 @@ def _predict_known(live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictR
     parts: dict[int, slice] = {}
     ids: list[str] = []
     found: list[IntArray] = []
+    steps: list[IntArray] = []
     with live.lock:
         position, model_version = live.state.position, live.state.model_version
         for number, body in enumerate(bodies):
+            step = live.state.head_step if body.step is None else body.step
             asked = [prompt.prompt_id or "" for prompt in body.prompts]
             try:
                 found.append(live.indices(run_name, asked, path="prompts", hint=UNKNOWN_HINT))
@@ -193,10 +199,11 @@ def _predict_known(live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictR
                 continue
             parts[number] = slice(len(ids), len(ids) + len(asked))
             ids += asked
+            steps.append(np.full(len(asked), step))
         if not ids:
             return answers
         indices = np.concatenate(found)
-        a, b = live.beliefs(run.settings.predictor, indices)
+        a, b = live.beliefs(run.settings.predictor, indices, steps_n=np.concatenate(steps))
         seen = live.state.attempts_N[indices]
     sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
     told = {size: predictions(ids, a, b, seen, size) for size in set(sizes.values())}
@@ -214,7 +221,7 @@ def _predict_known(live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictR
 def _predict(body: PredictRequest, services: Services) -> str:
     run, live, _ = services.live_runs.within(body.run, services.predict_staleness_seconds)
     names = [f"prompts[{i}]" for i in range(len(body.prompts))]
-    asked = beliefs_about(services.featurizer, run, live, body.prompts, names=names)
+    asked = beliefs_about(services.featurizer, run, live, body.prompts, names=names, step=body.step)
     reply = PredictReply(
         run=body.run,
         model_version=asked.model_version,
@@ -240,7 +247,7 @@ def select_batch(body: SelectRequest, services: Dependencies) -> Response:
             break
         with services.live_runs.live(run.id).selecting:
             live = services.live_runs.fold(run)  # at least; it holds what was chosen here while this one waited
-            chosen = live.choose(run.name, _arguments(body, run))
+            chosen = live.choose(_overlaid(body, run.settings), _request(body, run, live))
             with phase("reply"):
                 reply = _select_reply(body, run, chosen)
             try:
@@ -259,37 +266,46 @@ def select_batch(body: SelectRequest, services: Dependencies) -> Response:
     return Response(head + recorded.reply[1:], media_type="application/json")
 
 
-def _arguments(body: SelectRequest, run: Run) -> SelectArguments:
-    """The request, and the run's settings where it is silent."""
-    settings = run.settings
+def _overlaid(body: SelectRequest, settings: RunSettings) -> RunSettings:
+    """The run's settings, and the request's where it speaks.
 
-    def setting(name: str) -> Any:
-        given = getattr(body, name)
-        return getattr(settings, name) if given is None else given
+    Raises:
+        SharesConflict: a group's least share is above its largest.
+    """
+    overlaid = replace(
+        settings,
+        acquisition=_given(body.acquisition, settings.acquisition),
+        group_size=_given(body.group_size, settings.group_size),
+        target_rate=_given(body.target_rate, settings.target_rate),
+        optimism=_given(body.optimism, settings.optimism),
+        diversity=_given(body.diversity, settings.diversity),
+        cooldown_steps=_given(body.cooldown_steps, settings.cooldown_steps),
+        max_visits=_given(body.max_visits, settings.max_visits),
+        groups=_given(body.groups, settings.groups),
+        groups_at_most=_given(body.groups_at_most, settings.groups_at_most),
+    )
+    check_shares(overlaid.groups or {}, overlaid.groups_at_most or {})
+    return overlaid
 
-    acquisition = body.acquisition or settings.effective_acquisition
-    return SelectArguments(
+
+def _given(asked: T | None, own: T) -> T:
+    return own if asked is None else asked
+
+
+def _request(body: SelectRequest, run: Run, live: LiveRun) -> SelectionRequest:
+    """Raises UnknownPrompts."""
+    candidates = None
+    if body.candidates is not None:
+        hint = "load it with POST /runs/{run}/prompts, or leave it out"
+        candidates = live.indices(run.name, body.candidates, path="candidates", hint=hint)
+    return SelectionRequest(
         step=body.step,
         batch_size=body.batch_size,
         seed=body.seed,
-        predictor=settings.predictor,
-        acquisition=acquisition,
-        group_size=setting("group_size"),
-        target_rate=setting("target_rate"),
-        optimism=setting("optimism"),
-        diversity=setting("diversity"),
-        cooldown_steps=setting("cooldown_steps"),
-        max_visits=setting("max_visits"),
-        lease_steps=settings.lease_steps,
+        candidates=candidates,
+        exclude=live.indices(run.name, body.exclude or (), path="exclude", hint="leave it out"),
         allow_outstanding=body.allow_outstanding,
-        candidates=body.candidates,
-        exclude=body.exclude or (),
-        groups=setting("groups") or {},
-        groups_at_most=setting("groups_at_most") or {},
         are_groups_strict=body.groups is not None,
-        reprobe_share=settings.reprobe_share_under(acquisition),
-        control_share=settings.control_share,
-        may_fall_back=settings.fallback,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import log_rising
 from evenodds_service.domain.settings import BudgetMode
@@ -104,7 +105,7 @@ def spend(
         BudgetTooSmall: it does not pay for the minimum.
     """
     n_columns = gains_N_K.shape[1]
-    least = float(costs_N @ minimum_N)
+    least = float((costs_N * minimum_N).sum())
     spare = budget - least
     if spare < -_SLACK * max(budget, 1.0):
         raise BudgetTooSmall(
@@ -148,7 +149,7 @@ def uniform_attempts(
     low, high = 0.0, float(maximum_N.max())
     for _ in range(halvings):
         middle = 0.5 * (low + high)
-        if costs_N @ np.clip(middle, minimum_N, maximum_N) <= budget * (1.0 + _SLACK):
+        if (costs_N * np.clip(middle, minimum_N, maximum_N)).sum() <= budget * (1.0 + _SLACK):
             low = middle
         else:
             high = middle
@@ -236,7 +237,7 @@ def solve_probability(a: FloatArray, b: FloatArray, attempts: IntArray) -> Float
     most = int(attempts.max(initial=0))
     if attempts.size * most > _FACTORS:
         k = attempts.astype(np.float64)
-        return np.asarray(-np.expm1(log_rising(b, k) - log_rising(np.asarray(a) + b, k)))
+        return np.asarray(1.0 - exact.exp(log_rising(b, k) - log_rising(np.asarray(a) + b, k)))
     # For few, the number of array operations is what costs: all factors at once.
     j = np.arange(most)
     a, b = np.asarray(a)[..., None], np.asarray(b)[..., None]

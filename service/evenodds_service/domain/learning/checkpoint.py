@@ -27,7 +27,7 @@ from evenodds_service.domain.learning.tallies import Record
 from evenodds_service.domain.prompts import RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
-FORMAT = 5
+FORMAT = 6
 BLOCK_FORMAT = 1
 _SCALARS = (
     "position",

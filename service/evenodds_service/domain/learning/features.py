@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.learning.regression import FEATURE_STEP
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
@@ -27,11 +29,13 @@ COMPONENT_SCALE = 1.0
 _SAMPLE = 20_000
 _MAX_EIGEN_WIDTH = 512
 _CLIP = 4.0
+_MOST = 64.0  # of a component: whoever lies so far out is far enough
+_EMBEDDING_BITS = 22
 _BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
 _CHUNK = 512
 _TOGETHER = 16
-_FEW = 16
+_OVERSAMPLING, _ITERATIONS = 16, 16
 
 
 class Pool:
@@ -221,6 +225,10 @@ class Basis:
     scales: FloatArray
     embedding_mean_D: FloatArray
     components_D_P: FloatArray
+    _components: exact.Columns = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_components", exact.Columns(self.components_D_P, x_bits=_EMBEDDING_BITS))
 
     @property
     def n_surface(self) -> int:
@@ -271,15 +279,10 @@ class Basis:
             **{name: arrays[name] for name in _BASIS_ARRAYS},
         )
 
-    def project_apart(self, block: RawBlock) -> FloatArray:
-        """The same for prompts outside of the pool, which are few: their last bits may differ from those inside it."""
-        return self.project(block, height=_FEW)
+    def project(self, block: RawBlock) -> FloatArray:
+        """Inputs of the regressions, float32 [n, width], within 64; what a prompt lacks is taken as average.
 
-    def project(self, block: RawBlock, *, height: int = _CHUNK) -> FloatArray:
-        """Inputs of the regressions, float32 [n, width]; what a prompt lacks is taken as average.
-
-        Args:
-            height: Rows of one matrix product. A row depends on no other one, but on this in its last bits.
+        A row is a function of its prompt alone, to the last bit. All are multiples of `FEATURE_STEP`.
         """
         n = len(block.prompt_ids)
         x = np.zeros((n, self.width), dtype=np.float32)
@@ -292,22 +295,21 @@ class Basis:
             if group in column:
                 x[row, column[group]] = GROUP_SCALE
         if self.components_D_P.shape[1]:
-            # A product of another height may round its rows differently: every one has the same.
-            centred = np.zeros((height, len(self.embedding_mean_D)), dtype=np.float32)
-            for first in range(0, n, height):
-                rows = centred[: min(height, n - first)]
-                np.subtract(block.embedding_N_D[first : first + height], self.embedding_mean_D, out=rows)
-                if not np.isfinite(rows).all():
-                    np.nan_to_num(rows, copy=False, nan=0.0)
-                centred[len(rows) :] = 0.0
-                x[first : first + height, self.n_surface :] = (centred @ self.components_D_P)[: len(rows)]
-        return x
+            for first in range(0, n, _CHUNK):
+                centred = block.embedding_N_D[first : first + _CHUNK] - self.embedding_mean_D
+                if not np.isfinite(centred).all():
+                    np.nan_to_num(centred, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+                whole, unit = exact.whole_numbers(centred, _EMBEDDING_BITS, axis=1)
+                projected = self._components.times(whole)
+                projected *= unit * self._components.unit_m
+                x[first : first + _CHUNK, self.n_surface :] = np.clip(projected, -_MOST, _MOST)
+        return np.asarray(np.rint(x * np.float32(1.0 / FEATURE_STEP)) * np.float32(FEATURE_STEP))
 
 
 def directions(x_N_d: FloatArray) -> FloatArray:
     """Features as unit vectors without the constant column, [N, d-1]: the geometry of diversity (cosine distance)."""
     rows = x_N_d[:, 1:]
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    norms = np.sqrt((rows * rows).sum(axis=1))
     return np.asarray(rows / np.maximum(norms, 1e-9)[:, None])
 
 
@@ -322,7 +324,7 @@ def _columns(block: RawBlock, numeric_names: Sequence[str]) -> FloatArray:
                 columns[row, s:-1] = [features.get(name, np.nan) for name in numeric_names]
         columns = np.clip(columns, -_FINITE, _FINITE)  # so that no square or sum overflows
     rates = np.clip(block.prior_rates_N.astype(np.float64), 0.01, 0.99)
-    columns[:, -1] = np.log(rates / (1.0 - rates))
+    columns[:, -1] = exact.log_odds(rates)
     return columns
 
 
@@ -351,17 +353,36 @@ def _principal_components(embedding_N_D: FloatArray) -> tuple[FloatArray, FloatA
     if d == 0 or len(rows) < 2:
         return np.zeros(d, dtype=np.float32), np.zeros((d, 0), dtype=np.float32)
     mean = rows.mean(axis=0)
-    centred = rows - mean
-    reduce = np.eye(d) if d <= _MAX_EIGEN_WIDTH else _random_directions(d)
-    reduced = centred @ reduce
-    values, vectors = np.linalg.eigh(reduced.T @ reduced / len(rows))
-    kept = min(COMPONENTS, len(rows) - 1, len(values))
-    values, vectors = values[::-1][:kept], vectors[:, ::-1][:, :kept]
+    reduced = rows - mean
+    if d > _MAX_EIGEN_WIDTH:
+        reduced = exact.product(reduced, _random_directions(d))
+    values, vectors = _leading(exact.gram(reduced) / len(rows), min(COMPONENTS, len(rows) - 1))
     keep = values > 1e-9 * max(values[0], 1e-12)
     values, vectors = values[keep], vectors[:, keep]
-    scale = np.sqrt(COMPONENT_SCALE) * values**-0.25 / np.sqrt(np.mean(np.sqrt(values))) if len(values) else values
-    components = (reduce @ vectors) * scale
+    if len(values):
+        vectors = vectors * (np.sqrt(COMPONENT_SCALE) / np.sqrt(np.sqrt(values)) / np.sqrt(np.mean(np.sqrt(values))))
+    components = vectors if d <= _MAX_EIGEN_WIDTH else exact.product(_random_directions(d), vectors)
     return mean.astype(np.float32), components.astype(np.float32)
+
+
+def _leading(covariance_d_d: FloatArray, n: int) -> tuple[FloatArray, FloatArray]:
+    """At most n leading eigenvalues [p], greatest first, and eigenvectors [d, p] of a positive semidefinite matrix.
+
+    By subspace iteration with more directions than wanted: LAPACK would tell every processor something else. Where the
+    spectrum falls slowly the last directions are mixtures of neighbours, which is as good for a basis.
+    """
+    d = len(covariance_d_d)
+    width = min(n + _OVERSAMPLING, d)
+    basis_d_w: FloatArray = np.eye(d)
+    if width < d:
+        basis_d_w = np.random.default_rng(d).choice([-1.0, 1.0], size=(d, width))
+        for _ in range(_ITERATIONS):
+            turned = exact.product(covariance_d_d, basis_d_w)
+            # Orthonormal by the inverse of the Cholesky factor of the directions' products; dependent ones become 0.
+            basis_d_w = exact.product(turned, exact.inverse_factor(exact.gram(turned), tolerance=1e-9).T)
+    within = exact.product(basis_d_w.T, exact.product(covariance_d_d, basis_d_w))
+    values, vectors = exact.eigen(0.5 * (within + within.T))
+    return values[:n], exact.product(basis_d_w, vectors[:, :n])
 
 
 def _random_directions(d: int) -> FloatArray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Basis, Pool
@@ -25,6 +26,7 @@ LOOKED_AT = 2_048
 """Prompts, spread evenly over the pool, from whose beliefs the record keeps how those moved."""
 
 _MEMORIES_L = np.asarray(MEMORIES)
+_LOG_MEMORIES_L = exact.log(_MEMORIES_L)
 _SHORTEST = MEMORIES.index(min(MEMORIES))
 
 
@@ -102,12 +104,11 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     x = pool.rows(state.basis, prompts) if state.basis is not None else None
     here = state.mixture.present()
     means_C_n, scales_C_n, stack_inputs = _priors_of(state, pool, prompts, x, here)
-    own, lost = _own(state, prompts)
+    own, lost = _own(state, prompts, state.head_step)
 
     def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
-        believe = mixture.predict_rows if len(rows) <= mixture.FEW else mixture.predict
         weights = state.mixture.kept()
-        return believe(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
+        return mixture.predict(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
 
     groups = pool.group_codes(prompts)
     informative = state.record.observe(
@@ -129,7 +130,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     arrived = _arrive(state, entry.selection_step, prompts)
     _remember(state, entry.step, prompts, k, counts, arrived)
     worth = effective_count(counts)
-    state.running_successes += float(worth @ (k / counts))
+    state.running_successes += float((worth * (k / counts)).sum())
     state.running_counts += float(worth.sum())
     if state.stack is not None and stack_inputs is not None:
         known = np.isfinite(stack_inputs).all(axis=1)
@@ -207,7 +208,7 @@ def _remember(
     ages = np.where(newer, 0.0, (last - step) / max(state.gap_steps, 1.0))
     aged_L_n = _aged(state, np.abs(step - last))
     old_L_n = np.where(newer & seen, _MEMORIES_L[:, None] * aged_L_n, 1.0)
-    new_L_n = _MEMORIES_L[:, None] ** ages * np.where(newer, 1.0, aged_L_n)
+    new_L_n = exact.exp(_LOG_MEMORIES_L[:, None] * ages) * np.where(newer, 1.0, aged_L_n)
     state.successes_L_N[:, prompts] = old_L_n * state.successes_L_N[:, prompts] + new_L_n * k
     state.failures_L_N[:, prompts] = old_L_n * state.failures_L_N[:, prompts] + new_L_n * (counts - k)
     state.attempts_N[prompts] += counts

@@ -6,19 +6,20 @@ watched is a handful of counters; the conditions are read from them, with consta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.tallies import MAX_GROUPS
 
 SKILL_BLOCKS, RECENT_BLOCKS = 8, 4
 BLOCK_OBSERVATIONS, FULL_BLOCK_OBSERVATIONS = 64, 4_096
 FALLBACK_ODDS = 20.0
+_FALLBACK_NATS = float(exact.log(FALLBACK_ODDS))
 SILENT_OBSERVED, SILENT_SELECTED, SILENT_SELECTIONS = 64, 128, 8
 QUIET_SELECTIONS = 8
 COVERAGE_SELECTIONS, COVERAGE_LEAST, FRESH_SHARE, UNSEEN_SHARE = 16, 64, 0.01, 0.01
@@ -121,7 +122,7 @@ class Rails:
             self.skill_since = step
         if recent > 0.0:
             self.fallback_since = -1
-        elif self.fallback_since < 0 and recent < 0.0 and skill < -math.log(FALLBACK_ODDS):
+        elif self.fallback_since < 0 and recent < 0.0 and skill < -_FALLBACK_NATS:
             self.fallback_since = step
 
     def skill(self) -> tuple[float, int]:
@@ -136,7 +137,7 @@ class Rails:
         recent = float(self.skill_nats[-RECENT_BLOCKS:].sum())
         reason = (
             f"over the newest {n:,} observations the model's skill against flat MoPPS is {nats:.1f} nats (limit "
-            f"{-math.log(FALLBACK_ODDS):.1f}), over the newer half of these {recent:.1f}: the choice is uniform since "
+            f"{-_FALLBACK_NATS:.1f}), over the newer half of these {recent:.1f}: the choice is uniform since "
             f"step {self.fallback_since}, until the newer half is positive"
         )
         return Fallback(reason, self.fallback_since)
@@ -197,7 +198,7 @@ class Rails:
         found = [Alarm("skill_not_positive", message, self.skill_since, nats, 0.0)]
         fallback = self.fallback() if may_fall_back else None
         if fallback is not None:
-            limit = -math.log(FALLBACK_ODDS)
+            limit = -_FALLBACK_NATS
             found.append(Alarm("fallback", fallback.reason, fallback.since_step, nats, limit))
         return found
 

@@ -8,14 +8,14 @@ likelihoods. Pure functions on arrays; where the prior means and the evidence co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray
-from evenodds_service.domain.distributions import beta_from_moments, log_rising
+from evenodds_service.domain.distributions import beta_from_moments, log_rising_ratio
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MEMORIES = (1.0, 0.8, 0.5, 1.0, 1.0)
@@ -27,13 +27,14 @@ FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
 STACKED = "stacked"
 """The online regression's and the fitted priors' log-odds, weighed and shifted by what was observed since."""
+SHAPED = (*FITTED, STACKED)
+"""Priors whose strengths have a scale for each prompt."""
 MATCHED = 2.0
 """The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97
 NEGLIGIBLE = 1e-3
-FEW = 1_024
-"""Up to so many prompts `predict_rows` is the faster way."""
 
+_FEW = 64
 _MOPPS = (PRIORS.index("flat"), STRENGTHS.index(2.0), MEMORIES.index(1.0))
 _PRIOR_RANGE = (1e-3, 1.0 - 1e-3)
 N_EXPERTS = len(PRIORS) * len(STRENGTHS) * len(MEMORIES)
@@ -57,7 +58,8 @@ class Mixture:
         """Equal weights over the priors that are present, bool [C]; MoPPS must be among them (flat always is)."""
         shape = (len(PRIORS), len(STRENGTHS), len(MEMORIES))
         weights = np.where(present[:, None, None], 0.0, -np.inf) + np.zeros(shape)
-        return Mixture(weights - _log_sum(weights), -math.log(present.sum() * len(STRENGTHS) * len(MEMORIES) - 1))
+        n_experts = float(present.sum()) * len(STRENGTHS) * len(MEMORIES)
+        return Mixture(weights - exact.log_sum(weights), -float(exact.log(n_experts - 1.0)))
 
     def present(self) -> BoolArray:
         """Which priors take part, bool [C]."""
@@ -67,21 +69,22 @@ class Mixture:
         """Let priors that appeared since take part, with the share that an equal start would give each of them."""
         fresh = present & ~self.present()
         if fresh.any():
-            share = fresh.sum() / present.sum()
-            each = math.log(share / (fresh.sum() * len(STRENGTHS) * len(MEMORIES)))
-            self.log_weights = self.log_weights + math.log1p(-share)
+            share = float(fresh.sum()) / float(present.sum())
+            each = float(exact.log(share / (float(fresh.sum()) * len(STRENGTHS) * len(MEMORIES))))
+            self.log_weights = self.log_weights + float(exact.log(1.0 - share))
             self.log_weights[fresh] = each
 
     def forget(self, keep: float = WEIGHT_KEEP) -> None:
         """w <- w^keep, normalised: an expert that was poor long ago may return."""
         present = np.isfinite(self.log_weights)
         self.log_weights = np.where(present, keep * np.where(present, self.log_weights, 0.0), -np.inf)
-        self.log_weights -= _log_sum(self.log_weights)
+        self.log_weights -= exact.log_sum(self.log_weights)
 
     def weights(self) -> FloatArray:
         """Effective weights [C, S, L] with the guard's share in MoPPS's corner; they sum to 1."""
-        guard = 1.0 / (1.0 + math.exp(min(-self.log_guard, 700.0)))
-        weights = np.exp(self.log_weights) * (1.0 - guard)
+        *weights_K, odds_against = exact.exp(np.append(self.log_weights, min(-self.log_guard, 700.0)))
+        guard = 1.0 / (1.0 + float(odds_against))
+        weights = np.reshape(weights_K, self.log_weights.shape) * (1.0 - guard)
         weights[_MOPPS] += guard
         return weights
 
@@ -100,9 +103,10 @@ class Mixture:
         Returns:
             Log likelihood of the batch under these weights, and under MoPPS.
         """
-        mixture = _log_sum(self.log_weights + log_likelihoods)
+        mixture = exact.log_sum(self.log_weights + log_likelihoods)
         mopps = float(log_likelihoods[_MOPPS])
-        guarded = float(np.logaddexp(self.log_guard + mopps, mixture) - np.logaddexp(self.log_guard, 0.0))
+        guarded = exact.log_sum(np.array([self.log_guard + mopps, mixture]))
+        guarded -= exact.log_sum(np.array([self.log_guard, 0.0]))
         self.log_guard += mopps - mixture
         self.log_weights = self.log_weights + log_likelihoods - mixture
         return guarded, mopps
@@ -136,9 +140,7 @@ def batch_log_likelihoods(
         m = np.clip(means_C_n[:, rows_n], *_PRIOR_RANGE)[:, None, None, :].astype(np.float64)
         own, lost = successes_L_n[None, None, memories, rows_n], failures_L_n[None, None, memories, rows_n]
         k, n = k_n[rows_n], counts_n[rows_n]
-        success = log_rising(m * s + own, k)  # [C, S, L, n]
-        failure = log_rising((1.0 - m) * s + lost, n - k)
-        total += (success + failure - log_rising(s + own + lost, n)).sum(axis=-1)
+        total += log_rising_ratio(m * s + own, (1.0 - m) * s + lost, k, n).sum(axis=-1)  # of [C, S, L, n]
     return total
 
 
@@ -151,114 +153,64 @@ def predict(
 ) -> tuple[FloatArray, FloatArray]:
     """The mixture's belief about each prompt, summarised as one Beta by total variance.
 
+    A prompt's belief is a function of its own columns, to the last bit: sums go over the experts in their order.
+
     Args:
         weights: From `Mixture.kept`, [C, S, L]. Priors without weight need no means.
         means_C_N: Prior means in (0, 1), any float dtype.
         successes_L_N, failures_L_N: Own evidence under each memory.
-        scales_C_N: What each prior's strengths are multiplied with; 1 without it.
+        scales_C_N: What the strengths of the priors in `SHAPED` are multiplied with; 1 without it.
 
     Returns:
         Parameters a and b, float64 [N].
     """
     means_C_N = np.clip(means_C_N, *_PRIOR_RANGE).astype(np.float64)
+    with_weight = [c for c in range(len(PRIORS)) if weights[c].any()]
     # Priors of one scale are taken together.
-    shaped = [c for c in range(len(PRIORS)) if weights[c].any() and _is_shaped(scales_C_N, c)]
-    plain = [c for c in range(len(PRIORS)) if weights[c].any() and c not in shaped]
-    first, second = _unseen_moments(weights, means_C_N, scales_C_N, plain=plain, shaped=shaped)
+    blocks: list[tuple[list[int], FloatArray | None]] = []
+    if scales_C_N is None:
+        blocks = [(with_weight, None)]
+    else:
+        blocks = [([c for c in with_weight if PRIORS[c] not in SHAPED], None)]
+        blocks += [([c], scales_C_N[c].astype(np.float64)) for c in with_weight if PRIORS[c] in SHAPED]
+    first, second = _unseen_moments(weights, means_C_N, blocks)
     seen = np.flatnonzero(successes_L_N.any(axis=0) | failures_L_N.any(axis=0))
     if len(seen):
         own, lost = successes_L_N[:, seen].astype(np.float64), failures_L_N[:, seen].astype(np.float64)
-        scales = None if scales_C_N is None else scales_C_N[:, seen]
-        first[seen], second[seen] = _seen_moments(
-            weights, means_C_N[:, seen], own, lost, scales, plain=plain, shaped=shaped
-        )
+        of_seen = [(priors, None if scale is None else scale[seen]) for priors, scale in blocks]
+        moments = _seen_moments if len(seen) > _FEW else _few_seen_moments
+        first[seen], second[seen] = moments(weights, means_C_N[:, seen], own, lost, of_seen)
     mean = np.clip(first, 1e-6, 1.0 - 1e-6)
     return beta_from_moments(mean, second - first * first)
 
 
-def predict_rows(
-    weights: FloatArray,
-    means_C_n: FloatArray,
-    successes_L_n: FloatArray,
-    failures_L_n: FloatArray,
-    scales_C_n: FloatArray,
-) -> tuple[FloatArray, FloatArray]:
-    """What `predict` says, up to rounding, for few prompts: all strengths and memories at once.
-
-    The number of array operations is then what costs, and not their size.
-    """
-    means_C_n = np.clip(means_C_n, *_PRIOR_RANGE).astype(np.float64)
-    own, lost = successes_L_n.astype(np.float64), failures_L_n.astype(np.float64)  # [L, n]
-    first, second = np.zeros(means_C_n.shape[1]), np.zeros(means_C_n.shape[1])
-    with_weight = [c for c in range(len(PRIORS)) if weights[c].any()]
-    alone = [c for c in with_weight if (scales_C_n[c] != 1.0).any()]
-    blocks = [([c for c in with_weight if c not in alone], np.ones(len(first)))]
-    blocks += [([c], scales_C_n[c].astype(np.float64)) for c in alone]
-    for priors, scale_n in blocks:
-        if not priors:
-            continue
-        share = weights[priors].sum(axis=0)[:, :, None]  # [S, L, 1]
-        by_prior = weights[priors].reshape(len(priors), -1).T  # [S L, C]
-        m1 = (by_prior @ means_C_n[priors]).reshape(len(STRENGTHS), len(MEMORIES), -1)
-        m2 = (by_prior @ means_C_n[priors] ** 2).reshape(m1.shape)
-        s = np.asarray(STRENGTHS)[:, None, None] * scale_n  # [S, 1, n]
-        total = own + lost + s  # [S, L, n]
-        a = s * m1 + share * own
-        first += (a / total).sum(axis=(0, 1))
-        squares = s * s * m2 + 2.0 * s * own * m1 + share * own * own + a
-        second += (squares / (total * (total + 1.0))).sum(axis=(0, 1))
-    mean = np.clip(first, 1e-6, 1.0 - 1e-6)
-    return beta_from_moments(mean, second - first * first)
+_Blocks = Sequence[tuple[list[int], "FloatArray | None"]]
+"""Priors with a scale in common, [n]; None: 1."""
 
 
-def _is_shaped(scales_C_N: FloatArray | None, c: int) -> bool:
-    return scales_C_N is not None and bool((scales_C_N[c] != 1.0).any())
-
-
-def _unseen_moments(
-    weights: FloatArray,
-    means_C_N: FloatArray,
-    scales_C_N: FloatArray | None,
-    *,
-    plain: Sequence[int],
-    shaped: Sequence[int],
-) -> tuple[FloatArray, FloatArray]:
+def _unseen_moments(weights: FloatArray, means_C_N: FloatArray, blocks: _Blocks) -> tuple[FloatArray, FloatArray]:
     """E[p] and E[p^2] without own evidence, where memories do not differ: Beta(m s, (1 - m) s).
 
     E[p^2] = m (m s + 1) / (s + 1) = m (1 - h) + m^2 h with h = s / (s + 1), averaged over the strengths first.
     """
     share_C_S = weights.sum(axis=2)
-    strengths = np.asarray(STRENGTHS)
-    first = share_C_S[plain].sum(axis=1) @ means_C_N[plain]
-    h_C = share_C_S[plain] @ (strengths / (strengths + 1.0))
-    second = first - h_C @ (means_C_N[plain] * (1.0 - means_C_N[plain]))
-    for c in shaped:
-        assert scales_C_N is not None
-        mean, scale = means_C_N[c], scales_C_N[c].astype(np.float64)
-        h = np.zeros(len(mean))
-        if len(mean) <= FEW:
-            s_S_n = strengths[:, None] * scale
-            h += share_C_S[c] @ (s_S_n / (s_S_n + 1.0))
-        else:  # without arrays of that size
-            for strength, share in zip(STRENGTHS, share_C_S[c], strict=True):
+    first, second = np.zeros(means_C_N.shape[1]), np.zeros(means_C_N.shape[1])
+    for priors, scale in blocks:
+        for c in priors:
+            h: FloatArray | float = 0.0
+            for strength, share in zip(STRENGTHS, share_C_S[c].tolist(), strict=True):
                 if share:
-                    s = strength * scale
-                    h += share * s / (s + 1.0)
-        weighted = share_C_S[c].sum() * mean
-        first += weighted
-        second += weighted - h * mean * (1.0 - mean)
+                    s = strength if scale is None else strength * scale
+                    h = h + share * (s / (s + 1.0))
+            mean = means_C_N[c]
+            weighted = share_C_S[c].sum() * mean
+            first += weighted
+            second += weighted - h * mean * (1.0 - mean)
     return first, second
 
 
 def _seen_moments(
-    weights: FloatArray,
-    means_C_N: FloatArray,
-    successes_L_N: FloatArray,
-    failures_L_N: FloatArray,
-    scales_C_N: FloatArray | None,
-    *,
-    plain: Sequence[int],
-    shaped: Sequence[int],
+    weights: FloatArray, means_C_N: FloatArray, successes_L_N: FloatArray, failures_L_N: FloatArray, blocks: _Blocks
 ) -> tuple[FloatArray, FloatArray]:
     """E[p] and E[p^2] with own evidence, all in float64: E[p^2] - E[p]^2 cancels with many attempts.
 
@@ -267,25 +219,57 @@ def _seen_moments(
     """
     n = means_C_N.shape[1]
     first, second = np.zeros(n), np.zeros(n)
-    blocks: list[tuple[Sequence[int], FloatArray | float]] = [(plain, 1.0)]
-    blocks += [([c], scales_C_N[c].astype(np.float64)) for c in shaped if scales_C_N is not None]
-    for priors, scale_N in blocks:
-        means, squares = means_C_N[priors], means_C_N[priors] ** 2
+    for priors, scale in blocks:
+        squares_C_N = {c: means_C_N[c] ** 2 for c in priors}
+        share_S_L = _added(weights[priors])
         for i, strength in enumerate(STRENGTHS):
-            s = strength * scale_N
+            s = strength if scale is None else strength * scale
             for j in range(len(MEMORIES)):
-                share_C = weights[priors, i, j]
-                share = share_C.sum()
+                share = float(share_S_L[i, j])
                 if share == 0.0:
                     continue
                 own, total = successes_L_N[j], successes_L_N[j] + failures_L_N[j] + s
-                m1, m2 = share_C @ means, share_C @ squares
+                m1, m2 = np.zeros(n), np.zeros(n)
+                for c in priors:
+                    if weights[c, i, j]:
+                        m1 += weights[c, i, j] * means_C_N[c]
+                        m2 += weights[c, i, j] * squares_C_N[c]
                 a = s * m1 + share * own
                 first += a / total
                 second += (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
     return first, second
 
 
-def _log_sum(values: FloatArray) -> float:
-    top = float(values.max())
-    return top + math.log(float(np.exp(values - top).sum()))
+def _few_seen_moments(
+    weights: FloatArray, means_C_n: FloatArray, successes_L_n: FloatArray, failures_L_n: FloatArray, blocks: _Blocks
+) -> tuple[FloatArray, FloatArray]:
+    """The same, to the last bit, with all strengths and memories at once.
+
+    For few prompts the number of array operations is what costs, and not their size.
+    """
+    n = means_C_n.shape[1]
+    first: FloatArray = np.zeros(n)
+    second: FloatArray = np.zeros(n)
+    own, lost = successes_L_n, failures_L_n  # [L, n]
+    for priors, scale in blocks:
+        if not priors:
+            continue
+        share = _added(weights[priors])[:, :, None]  # [S, L, 1]
+        m1, m2 = np.zeros((len(STRENGTHS), len(MEMORIES), n)), np.zeros((len(STRENGTHS), len(MEMORIES), n))
+        for c in priors:
+            m1 += weights[c, :, :, None] * means_C_n[c]
+            m2 += weights[c, :, :, None] * means_C_n[c] ** 2
+        strengths = np.asarray(STRENGTHS)[:, None, None]
+        s = strengths if scale is None else strengths * scale  # [S, 1, n]
+        total = own + lost + s  # [S, L, n]
+        a = s * m1 + share * own
+        squares = (s * s * m2 + 2.0 * s * own * m1 + share * own * own + a) / (total * (total + 1.0))
+        n_experts = len(STRENGTHS) * len(MEMORIES)
+        first = exact.in_order(np.concatenate((first[None], (a / total).reshape(n_experts, n))))
+        second = exact.in_order(np.concatenate((second[None], squares.reshape(n_experts, n))))
+    return first, second
+
+
+def _added(weights_c_S_L: FloatArray) -> FloatArray:
+    """The priors' weights together, [S, L]."""
+    return np.asarray(weights_c_S_L.sum(axis=0))

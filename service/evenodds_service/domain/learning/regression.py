@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
 
 PRIOR_VARIANCE = 0.03
@@ -17,8 +18,14 @@ INTERCEPT_VARIANCE = 1.0
 SLOPE_VARIANCE = 0.05
 """Of the weight of a prior's log-odds around an equal share."""
 OVERDISPERSION = 1.0
+FEATURE_STEP = 2.0**-16
+"""Features are taken as multiples of this, so that the sums in a prediction are exact (see `exact`)."""
+FEATURE_BITS = 25
+"""Of a feature in units of that step: it lies within 512."""
+
 _NEWTON_STEPS = 6
-_HEIGHT, _MANY = 64, 1_024
+_SMALL_STEP = 1e-6
+_ROWS = 1_024
 
 
 @dataclass
@@ -30,8 +37,8 @@ class OnlineLogistic:
     prior_precision: FloatArray
 
     def __post_init__(self) -> None:
-        # L^-1 and w side by side, kept between updates. No field: it is no part of what was learned.
-        self._products: FloatArray | None = None
+        # F' with F'F = L^-1, and w, side by side, kept between updates. No field: it is no part of what was learned.
+        self._products: exact.Columns | None = None
 
     @staticmethod
     def new(width: int) -> OnlineLogistic:
@@ -72,16 +79,21 @@ class OnlineLogistic:
         rates = successes_n / counts_n
         worth = effective_count(counts_n) if worth_n is None else worth_n
         start, prior = self.weights, self.precision
-        w = start
+        w, log_odds = start, exact.weighted(x, start)
         for _ in range(_NEWTON_STEPS):
-            s = _sigmoid(x @ w)
-            gradient = x.T @ (worth * (rates - s)) - prior @ (w - start)
-            curvature = prior + (x.T * (worth * s * (1.0 - s))) @ x
-            step = np.linalg.solve(curvature, gradient)
-            w = w + step * min(1.0, 4.0 / max(float(np.abs(x @ step).max(initial=0.0)), 1e-12))
-        s = _sigmoid(x @ w)
+            s = exact.sigmoid(log_odds)
+            gradient = (x * (worth * (rates - s))[:, None]).sum(axis=0) - exact.weighted(prior, w - start)
+            curvature = prior + exact.gram(x * np.sqrt(worth * s * (1.0 - s))[:, None], is_rough=True)
+            step = exact.solve(curvature, gradient)
+            moved = exact.weighted(x, step)
+            largest = float(np.abs(moved).max(initial=0.0))
+            share = min(1.0, 4.0 / max(largest, 1e-12))
+            w, log_odds = w + share * step, log_odds + share * moved
+            if largest < _SMALL_STEP:  # the next step would be of the order of its square
+                break
+        s = exact.sigmoid(log_odds)
         self.weights = w
-        self.precision = prior + (x.T * (worth * s * (1.0 - s))) @ x
+        self.precision = prior + exact.gram(x * np.sqrt(worth * s * (1.0 - s))[:, None])
         self._products = None
 
     def adopt(self, other: OnlineLogistic, old_x_n_d: FloatArray, new_x_n_d: FloatArray) -> None:
@@ -98,8 +110,9 @@ class OnlineLogistic:
         m = _least_squares(new_x, old_x)  # [d, d_old]
         k = _least_squares(old_x, new_x)  # [d_old, d]
         learned = other.precision - np.diag(other.prior_precision)
-        self.weights = m @ other.weights
-        self.precision = k.T @ learned @ k + np.diag(self.prior_precision)
+        self.weights = exact.weighted(m, other.weights)
+        carried = exact.product(exact.product(k.T, learned), k)
+        self.precision = 0.5 * (carried + carried.T) + np.diag(self.prior_precision)
         self._products = None
 
     def copy(self) -> OnlineLogistic:
@@ -109,40 +122,55 @@ class OnlineLogistic:
         return twin
 
     def log_odds(self, x_N_d: FloatArray) -> FloatArray:
-        """Log-odds of success at the most likely weights, [N]. In single precision, and as exact as `predict`."""
-        weights = self.weights.astype(np.float32)[:, None]
-        return _product(np.asarray(x_N_d, dtype=np.float32), weights)[:, 0]
+        """Log-odds of success at the most likely weights, [N]. In single precision; alike in any company."""
+        weights = exact.Columns(self.weights[:, None], x_bits=FEATURE_BITS)
+        log_odds = np.empty(len(x_N_d), dtype=np.float32)
+        for rows in _blocks(len(x_N_d)):
+            log_odds[rows] = weights.times(_in_steps(x_N_d[rows]))[:, 0] * (weights.unit_m[0] * FEATURE_STEP)
+        return log_odds
 
     def mode(self, x_N_d: FloatArray) -> FloatArray:
-        """Success rate at the most likely weights, [N] in (0, 1); for few, well-known weights."""
-        return _sigmoid(self.log_odds(x_N_d))
+        """Success rate at the most likely weights, float32 [N] in (0, 1), for few inputs of any size; NaN stays NaN."""
+        x = np.asarray(x_N_d, dtype=np.float32)
+        log_odds = np.zeros(len(x), dtype=np.float32)
+        for column, weight in zip(x.T, self.weights.astype(np.float32), strict=True):
+            log_odds += column * weight
+        return exact.sigmoid(log_odds)
 
     def predict(self, x_N_d: FloatArray) -> FloatArray:
         """Mean success rate, [N] in (0, 1): sigmoid( w'x / sqrt(1 + pi v / 8) ), v = x' L^-1 x (MacKay's formula).
 
-        In single precision. What is said of a prompt among few does not depend, not even in its last bit, on the others
-        that are asked for; among more than `_MANY` the last bit may differ.
+        In single precision. What is said of a prompt does not depend, not even in its last bit, on the others that are
+        asked for, on the processor or on the number of threads.
+
+        Args:
+            x_N_d: Features within 512, taken as multiples of `FEATURE_STEP`.
         """
-        if self._products is None:
-            covariance = np.linalg.inv(self.precision)
-            self._products = np.concatenate((covariance, self.weights[:, None]), axis=1).astype(np.float32)
-        x = np.asarray(x_N_d, dtype=np.float32)
-        product = _product(x, self._products)
-        variance, logit = np.einsum("nd,nd->n", product[:, :-1], x), product[:, -1]
-        return _sigmoid(logit / np.sqrt(1.0 + np.pi / 8.0 * np.maximum(variance, 0.0)))
+        products = self._products
+        if products is None:
+            factors = np.concatenate((exact.inverse_factor(self.precision).T, self.weights[:, None]), axis=1)
+            products = self._products = exact.Columns(factors, x_bits=FEATURE_BITS)
+        rates = np.empty(len(x_N_d), dtype=np.float32)
+        units = products.unit_m * FEATURE_STEP
+        for rows in _blocks(len(x_N_d)):
+            product = products.times(_in_steps(x_N_d[rows]))
+            product *= units
+            logit, product = product[:, -1].copy(), product[:, :-1]
+            product *= product
+            logit /= np.sqrt(1.0 + np.pi / 8.0 * product.sum(axis=1))
+            rates[rows] = exact.sigmoid(logit.astype(np.float32))
+        return rates
 
 
-def _product(x_n_d: FloatArray, y_d_e: FloatArray) -> FloatArray:
-    """x y, [n, e]. Of few rows in products of one height: one of another height may round a row differently."""
-    n, d = x_n_d.shape
-    if n > _MANY:
-        return np.asarray(x_n_d @ y_d_e)
-    padded = np.zeros((-(-n // _HEIGHT) * _HEIGHT, d), dtype=x_n_d.dtype)
-    padded[:n] = x_n_d
-    product = np.empty((len(padded), y_d_e.shape[1]), dtype=x_n_d.dtype)
-    for first in range(0, len(padded), _HEIGHT):
-        np.matmul(padded[first : first + _HEIGHT], y_d_e, out=product[first : first + _HEIGHT])
-    return product[:n]
+def _blocks(n: int) -> list[slice]:
+    """The rows in blocks that stay in the processor's cache."""
+    return [slice(first, first + _ROWS) for first in range(0, n, _ROWS)]
+
+
+def _in_steps(x_n_d: FloatArray) -> FloatArray:
+    """The features as whole numbers of steps, float64."""
+    steps = np.multiply(x_n_d, 1.0 / FEATURE_STEP, dtype=np.float64)
+    return np.rint(steps, out=steps)
 
 
 def effective_count(counts: FloatArray) -> FloatArray:
@@ -158,8 +186,4 @@ def further_count(counts: FloatArray, before: FloatArray) -> FloatArray:
 def _least_squares(x_n_d: FloatArray, y_n_e: FloatArray) -> FloatArray:
     """M [d, e] with y ~ x M, with a ridge small against features of size one."""
     ridge = 1e-3 * len(x_n_d) * np.eye(x_n_d.shape[1])
-    return np.asarray(np.linalg.solve(x_n_d.T @ x_n_d + ridge, x_n_d.T @ y_n_e))
-
-
-def _sigmoid(z: FloatArray) -> FloatArray:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30.0, 30.0))))
+    return exact.solve(exact.gram(x_n_d) + ridge, exact.product(x_n_d.T, y_n_e))

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import log_rising, rising_ratio
 from evenodds_service.domain.log_entries import SelectEntry
@@ -210,7 +211,7 @@ class Record:
             return -1, np.full(len(prompts_n), -1)
         first = int(self.open_sizes[:found].sum())
         chosen = self.open_prompts[first : first + int(self.open_sizes[found])]
-        order = np.argsort(chosen)
+        order = np.argsort(chosen, kind="stable")
         place = np.minimum(np.searchsorted(chosen[order], prompts_n), len(chosen) - 1)
         return found, np.where(chosen[order][place] == prompts_n, first + order[place], -1)
 
@@ -285,7 +286,7 @@ def _informative_probability(a: FloatArray, b: FloatArray, counts: FloatArray) -
         silent = rising_ratio(a, total, n) + rising_ratio(b, total, n)
     else:
         whole = log_rising(total, counts)
-        silent = np.exp(log_rising(a, counts) - whole) + np.exp(log_rising(b, counts) - whole)
+        silent = exact.exp(log_rising(a, counts) - whole) + exact.exp(log_rising(b, counts) - whole)
     return np.asarray(np.clip(1.0 - silent, 0.0, 1.0))
 
 

@@ -233,8 +233,8 @@ def rank_correlation(counts: FloatArray) -> float | None:
     if n < LEAST_RANKED:
         return None
     x, y = (np.cumsum(sums) - (sums - 1.0) / 2.0 - (n + 1.0) / 2.0 for sums in (rows, columns))
-    spread = float(rows @ x**2) * float(columns @ y**2)
-    return float(x @ counts @ y) / math.sqrt(spread) if spread > 0.0 else None
+    spread = float((rows * x * x).sum()) * float((columns * y * y).sum())
+    return float((x[:, None] * counts * y).sum()) / math.sqrt(spread) if spread > 0.0 else None
 
 
 def _first_step(record: Record, w: int) -> int:

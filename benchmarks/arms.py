@@ -1,0 +1,324 @@
+"""The arms of `trainings`: who chooses the batches of a training run.
+
+An arm is a `rivals.Method` (`select` prompts, `observe` outcomes, `predict`) made for one course, and how its trainer
+rolls out what it chose. `gps` is the service's own fold and choice, as in `contenders`; its rules of choice that the
+service does not have are tried here first, and chosen on tuning seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import numpy as np
+from benchmarks.contenders import Gps, GpsPaper, Parts
+from benchmarks.rivals import Forecast, Method, MoPPS, Uniform
+from benchmarks.worlds import World
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.prediction import beliefs_of
+from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.domain.selection.batch import Candidates, Shares, choose
+from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
+from evenodds_service.model.history import History
+from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
+
+WORKER_MOST = 2_048
+"""Observations between two refits at most, as a run's settings have it by default."""
+
+TOLERANCE = 0.1
+"""How far below the best score a prompt is as good as the best: `diversity` of a run by default."""
+
+_EASY, _HARD = 0.95, 0.05
+_CALIBRATION_KEEP = 0.95
+_LEAST_SHARE, _FIRST_SHARE = 0.1, 0.5
+
+
+class Course(Protocol):
+    """What an arm may know of the run it chooses for."""
+
+    world: World
+    batch_size: int
+    seed: int
+
+    def rates(self, prompts: IntArray) -> FloatArray:
+        """Exact success rates of these prompts under the policy as it is now. For the oracle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """How batches are chosen, and what a trainer does with them.
+
+    Attributes:
+        name: As given on the command line.
+        in_waves: Further batches are chosen and rolled out in the same step until B groups are informative, eight at
+            most (dynamic sampling, DAPO, arXiv 2503.14476); the update is made on the first B informative ones.
+        keeps_informative: The update is made on informative groups only: they alone cost one. Else on the whole batch.
+        reads_prior: Whether it reads what is known of prompts beforehand.
+    """
+
+    name: str
+    make: Callable[[Course], Method]
+    in_waves: bool = False
+    keeps_informative: bool = False
+    reads_prior: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of choice for `gps`; the one of the service by default.
+
+    Attributes:
+        rest: Steps for which a chosen prompt rests; -1 is the service's own rest.
+        cap: The rest is at most this share of an epoch (N / B steps).
+        draw: `top`, as the service; `gd<k>`, the most unlike of k n drawn at random among those within .1 of the best,
+            the next best with them where these are fewer; `pd<k>`, the most unlike of 3 n drawn in proportion to u^k.
+        fill: 0 asks for B prompts. Else for so many that B informative groups are expected, times this factor.
+        most: Fill asks for at most so many times B.
+        refit: 1 refits the shared model when a worker would.
+        optimism: c in u = V_G + c sd(V_G).
+    """
+
+    rest: int = -1
+    cap: float = 0.5
+    draw: str = "top"
+    fill: float = 0.0
+    most: float = 6.0
+    refit: int = 0
+    optimism: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.draw != "top" and not (
+            self.draw[:2] in ("gd", "pd") and self.draw[2:].isdigit() and self.draw[2:] > "0"
+        ):
+            raise ValueError(f"draw {self.draw!r} is none of top, gd<k>, pd<k> with k of at least 1")
+        if self.fill and self.rest == 0:
+            raise ValueError("fill without a rest asks for the same prompts again and again: give a rest of 1 at least")
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name; `gps` takes the fields of `Rule` with it, as in `gps+rest=25+draw=pd3+fill=1`.
+
+    Raises:
+        ValueError: no such arm, field or value.
+    """
+    base, *parts = name.split("+")
+    if base != "gps":
+        if base not in RIVALS or parts:
+            raise ValueError(f"arm {name!r} is none of {', '.join(RIVALS)}, gps, gps+FIELD=VALUE")
+        return RIVALS[base]
+    known: Mapping[str, Callable[[str], object]] = {each.name: type(each.default) for each in fields(Rule)}
+    rule = Rule()
+    for part in parts:
+        field, _, value = part.partition("=")
+        if field not in known:
+            raise ValueError(f"field {field!r} of arm {name!r} is none of {', '.join(known)}")
+        try:
+            rule = replace(rule, **{field: known[field](value)})  # type: ignore[arg-type]  # of the field's own type
+        except ValueError as error:
+            raise ValueError(f"{part!r} of arm {name!r}: {error}") from None
+    return Arm(name, lambda course: Ruled(course, rule), keeps_informative=rule.fill > 0, reads_prior=True)
+
+
+class Shuffled(Uniform):
+    """The pool in random order, epoch after epoch, as trainers read it."""
+
+    def __init__(self, n_prompts: int) -> None:
+        super().__init__(n_prompts)
+        self._left: IntArray = np.empty(0, dtype=np.int64)
+
+    def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
+        chosen = self._left[:batch_size]
+        self._left = self._left[batch_size:]
+        if len(chosen) < batch_size:
+            # What was just chosen, in this batch or an earlier one of the step, comes last in the new epoch.
+            fresh = generator.permutation(np.setdiff1d(candidates, chosen))
+            others = generator.permutation(np.setdiff1d(np.arange(self._n_prompts), fresh))
+            epoch = np.concatenate((fresh, others))
+            missing = batch_size - len(chosen)
+            chosen, self._left = np.concatenate((chosen, epoch[:missing])), epoch[missing:]
+        return chosen
+
+
+class Pools(Uniform):
+    """prime-rl's difficulty pools, by its documentation: chance among the prompts that the latest group did not show
+    to be easy (mean reward of at least .95) or hard (at most .05); those are not drawn any more.
+
+    When fewer than a batch are left, all come back: the tool's own answer is an error.
+    """
+
+    def __init__(self, n_prompts: int) -> None:
+        super().__init__(n_prompts)
+        self._is_normal_N = np.ones(n_prompts, dtype=bool)
+
+    def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
+        super().observe(step, prompts, successes, attempts)
+        rates = successes / attempts
+        self._is_normal_N[prompts] = (rates < _EASY) & (rates > _HARD)
+
+    def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
+        normal = candidates[self._is_normal_N[candidates]]
+        if len(normal) < batch_size:
+            self._is_normal_N[:] = True
+            normal = candidates
+        return super().select(normal, batch_size, step=step, generator=generator)
+
+
+class Oracle:
+    """Knows the exact rates of the policy at each step, and draws among the prompts that are likely informative.
+
+    Of 32 B random prompts, chance among those whose group is informative with a probability of at least .8; where
+    these are too few, the best.
+    """
+
+    LOOKED_AT, ENOUGH = 32, 0.8
+
+    def __init__(self, course: Course) -> None:
+        self._course = course
+        self._rates_N = np.full(course.world.n_prompts, 0.5)
+
+    def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
+        """Nothing is learned from outcomes."""
+
+    def predict(self) -> Forecast:
+        g = self._course.world.group_size
+        return Forecast(self._rates_N, 1.0 - self._rates_N**g - (1.0 - self._rates_N) ** g)
+
+    def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
+        some = generator.choice(candidates, min(self.LOOKED_AT * batch_size, len(candidates)), replace=False)
+        self._rates_N[some] = self._course.rates(some)
+        informative = self.predict().informative_N[some]
+        order = np.lexsort((generator.random(len(some)), -np.minimum(informative, self.ENOUGH)))
+        return some[order[:batch_size]]
+
+
+class Ruled(Gps):
+    """`gps` with a rule of choice: that of the service, or one that is tried."""
+
+    def __init__(self, course: Course, rule: Rule) -> None:
+        super().__init__(course.world, Parts(optimism=rule.optimism))
+        self._rule, self._epoch_steps = rule, course.world.n_prompts / course.batch_size
+        self._fitted = 0
+        self._kept: tuple[int, FloatArray, FloatArray, FloatArray] | None = None
+        # Of past selections, newer ones counting more: informative groups, and how many were forecast.
+        self._found, self._forecast, self._last_yield = 2.0, 2.0, math.nan
+
+    def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
+        informative_N = self.predict().informative_N
+        super().observe(step, prompts, successes, attempts)
+        informative = (successes > 0) & (successes < attempts)
+        self._found = _CALIBRATION_KEEP * self._found + float(informative.sum())
+        self._forecast = _CALIBRATION_KEEP * self._forecast + float(informative_N[prompts].sum())
+        if self._rule.refit:
+            steps = np.full(len(prompts), step, dtype=np.int64)
+            self._history.append(History(prompts, steps, successes, attempts, informative))
+            n = self._state.n_observations
+            if n - self._fitted >= min(WORKER_MOST, max(FIRST_FIT_OBSERVATIONS, self._fitted)):
+                self._refit(step)
+                self._fitted = n
+
+    def predict(self) -> Forecast:
+        means, informative, _ = self._beliefs()
+        return Forecast(means, informative)
+
+    def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
+        rule, state = self._rule, self._state
+        allowed = np.zeros(state.n_prompts, dtype=bool)
+        allowed[candidates] = True
+        _, informative, deviation = self._beliefs()
+        scores = informative + rule.optimism * deviation
+        n = min(self._n_prompts(batch_size), len(candidates))
+        last_seen = np.maximum(state.last_selected_N, state.last_step_N)
+        rest = rest_steps(state.n_prompts, batch_size)
+        if rule.rest >= 0:
+            rest = min(rule.rest, math.floor(rule.cap * self._epoch_steps))
+        held = resting(last_seen, step=step, rest=rest)
+        allowed = held_back(allowed, held, last_seen, scores, batch_size=n, groups={})
+        now = _Now(scores, informative, last_seen, generator)
+        if rule.draw == "top":
+            prompts = self._chosen(now, allowed, n, diversity=TOLERANCE, reprobe=REPROBE_SHARE)
+        else:
+            prompts = self._drawn(now, allowed, n)
+        self._last_yield = float(informative[prompts].mean())
+        fold(state, SelectEntry(state.position + 1, step, prompts), self._pool)
+        return prompts
+
+    def _beliefs(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of the whole pool: mean rates, and means and deviations of V_G. A selection does not move them."""
+        version = self._state.n_observations + self._state.model_version
+        if self._kept is None or self._kept[0] != version:
+            a, b = beliefs_of(self._state, self._pool)
+            self._kept = (version, a / (a + b), *informative_moments(a, b, self._group_size))
+        return self._kept[1:]
+
+    def _n_prompts(self, batch_size: int) -> int:
+        """M = min(most B, ceil(fill B / s)), s the share of informative groups that the last selection lets expect."""
+        if not self._rule.fill:
+            return batch_size
+        share = _FIRST_SHARE
+        if not math.isnan(self._last_yield):
+            share = max(_LEAST_SHARE, self._last_yield * self._found / self._forecast)
+        return max(1, min(round(self._rule.most * batch_size), math.ceil(self._rule.fill * batch_size / share)))
+
+    def _drawn(self, now: _Now, allowed: BoolArray, n: int) -> IntArray:
+        """The least recently seen as in the service; then others by chance, and of these the most unlike."""
+        scores, generator = now.scores, now.generator
+        quota = math.floor(REPROBE_SHARE * n + generator.random())
+        chosen = self._chosen(now, allowed, quota, diversity=TOLERANCE, reprobe=1.0)
+        allowed[chosen] = False
+        missing, k = n - quota, int(self._rule.draw[2:])
+        if self._rule.draw.startswith("gd"):
+            good = allowed & (scores >= np.max(scores[allowed], initial=-np.inf) - TOLERANCE)
+            worth, n_drawn = np.where(good, 0.0, scores - 1e6), k * missing  # the next best where these are too few
+        else:
+            worth, n_drawn = k * np.log(np.maximum(scores, 1e-9)), 3 * missing
+            worth = worth + generator.gumbel(size=len(worth))
+        worth = np.where(allowed, worth + 1e-6 * generator.random(len(worth)), -np.inf)
+        n_drawn = min(n_drawn, int(allowed.sum()))
+        drawn = np.zeros(len(allowed), dtype=bool)
+        if n_drawn:
+            drawn[np.argpartition(-worth, n_drawn - 1)[:n_drawn]] = True
+        alike = replace(now, scores=np.zeros(len(scores)))
+        return np.concatenate((chosen, self._chosen(alike, drawn, missing, diversity=1.0, reprobe=0.0)))
+
+    def _chosen(self, now: _Now, allowed: BoolArray, n: int, *, diversity: float, reprobe: float) -> IntArray:
+        if n == 0:
+            return np.empty(0, dtype=np.int64)
+        choice = choose(
+            now.scores,
+            now.informative,
+            Candidates(allowed, allowed, now.last_seen),
+            Shares(reprobe=reprobe),
+            batch_size=n,
+            picker=picker_of("yield", diversity, self._state.recent_batches, self._directions),
+            generator=now.generator,
+        )
+        return choice.prompts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Now:
+    """What a choice goes by: scores, probabilities of an informative group, when last seen, [N] each, and chance."""
+
+    scores: FloatArray
+    informative: FloatArray
+    last_seen: IntArray
+    generator: np.random.Generator
+
+
+RIVALS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("uniform", lambda course: Shuffled(course.world.n_prompts)),
+        Arm("dynamic", lambda course: Shuffled(course.world.n_prompts), in_waves=True, keeps_informative=True),
+        Arm("mopps", lambda course: MoPPS(course.world.n_prompts, course.world.group_size)),
+        Arm("gps-paper", lambda course: GpsPaper(course.world, seed=course.seed)),
+        Arm("prime-rl", lambda course: Pools(course.world.n_prompts)),
+        Arm("oracle", Oracle),
+    )
+}

@@ -1,0 +1,81 @@
+"""The arithmetic that this machine can be made to calculate with, and a run of the tests marked `numbers` under each.
+
+    python -m tests.kernels
+
+OpenBLAS reads its kernel and its number of threads when it is loaded, numpy its instructions, so each is a process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]  # numpy types no private module
+    __cpu_dispatch__,
+    __cpu_features__,
+)
+
+_NEEDS = {
+    "Prescott": ("SSE3",),
+    "Nehalem": ("SSE42",),
+    "Sandybridge": ("AVX",),
+    "Haswell": ("AVX2",),
+    "Zen": ("AVX2",),
+    "SkylakeX": ("AVX512_SKX", "X86_V4"),
+}
+_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+_AT_ONCE = 2
+
+
+def environments() -> dict[str, Mapping[str, str]]:
+    """By name, what to set for a process: every kernel with one and with two threads, and numpy without its SIMD code.
+
+    On processors that are none of x86 the one kernel that OpenBLAS chooses.
+    """
+    kernels = [name for name, features in _NEEDS.items() if any(__cpu_features__.get(f) for f in features)]
+    found: dict[str, Mapping[str, str]] = {}
+    for kernel in kernels or [""]:
+        for threads in "1", "2":
+            settings = dict.fromkeys(_THREADS, threads)
+            if kernel:
+                settings["OPENBLAS_CORETYPE"] = kernel
+            found[f"{kernel or 'own kernel'}, threads: {threads}"] = settings
+    dispatched = [feature for feature in __cpu_dispatch__ if __cpu_features__.get(feature)]
+    if dispatched:
+        found["numpy without " + " ".join(dispatched)] = {"NPY_DISABLE_CPU_FEATURES": " ".join(dispatched)}
+    return found
+
+
+def run(command: list[str], settings: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the arguments under these settings."""
+    inherited = {k: v for k, v in os.environ.items() if k not in (*_THREADS, "OPENBLAS_CORETYPE")}
+    return subprocess.run([sys.executable, *command], env={**inherited, **settings}, capture_output=True, text=True)
+
+
+def main() -> int:
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numbers", "tests/domain", "tests/model"]
+    command += ["tests/storage"]
+    failed = 0
+    with ThreadPoolExecutor(_AT_ONCE) as processes:
+
+        def timed(settings: Mapping[str, str]) -> tuple[subprocess.CompletedProcess[str], float]:
+            started = time.monotonic()
+            return run(command, settings), time.monotonic() - started
+
+        tried = environments()
+        for name, (result, seconds) in zip(tried, processes.map(timed, tried.values()), strict=True):
+            last = (result.stdout.strip() or result.stderr.strip()).splitlines()[-1]
+            sys.stdout.write(f"{name:28} {seconds:5.1f} s  {last}\n")
+            if result.returncode:
+                failed += 1
+                sys.stdout.write(result.stdout + result.stderr)
+            sys.stdout.flush()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
