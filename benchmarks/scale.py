@@ -165,7 +165,7 @@ def fill(bench: Bench, folder: Path, pid: int) -> None:
     with file.open("w") as lines:
         for index in range(bench.n_prompts):
             text = f"{generated_text(chance)} ({index})"
-            lines.write(json.dumps({"prompt_id": prompt_id(index), "text": text, "group": f"g{index % 8}"}) + "\n")
+            lines.write(json.dumps({"prompt_id": prompt_id(index), "text": text, "category": f"g{index % 8}"}) + "\n")
     with Client(bench.base_url) as client:
         client.put_run(RUN, group_size=GROUP_SIZE)
     command = [sys.executable, "-m", "evenodds_service", "import", RUN, str(file), "--url", bench.base_url]

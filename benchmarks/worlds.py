@@ -56,7 +56,7 @@ class World:
             RawBlock(
                 first=0,
                 prompt_ids=tuple(str(prompt.prompt_id) for prompt in self.recording.prompts),
-                groups=tuple(prompt.group for prompt in self.recording.prompts),
+                groups=tuple(prompt.category for prompt in self.recording.prompts),
                 numeric=(None,) * n,
                 prior_rates_N=np.full(n, np.nan, dtype=np.float32) if known is None else known.astype(np.float32),
                 surface_N_S=self.surface_N_S,
@@ -67,7 +67,7 @@ class World:
 
     def held_out(self, seed: int, share: float) -> BoolArray:
         """The prompts of a random share of the groups, bool [N]; none without groups."""
-        groups = [prompt.group for prompt in self.recording.prompts]
+        groups = [prompt.category for prompt in self.recording.prompts]
         names = sorted({group for group in groups if group is not None})
         n = round(share * len(names))
         out = set(np.random.default_rng([seed, len(names)]).permutation(names)[:n]) if n else set()

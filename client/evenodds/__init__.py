@@ -73,7 +73,8 @@ from evenodds.schemas import (
     Voided,
     WindowReport,
 )
-from evenodds.training.selector import Batch, PromptSelector
+from evenodds.training.batch import Batch
+from evenodds.training.selector import PromptSelector
 from evenodds.training.status import Counts
 from evenodds.version import __version__
 

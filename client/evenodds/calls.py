@@ -5,12 +5,12 @@ Every call here may be repeated safely, so every call is retried. Does no I/O: s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from evenodds.errors import InvalidRequest
 from evenodds.protocol import Exchange, Protocol
@@ -61,7 +61,7 @@ from evenodds.schemas import (
     Tier,
     Voided,
 )
-from evenodds.validation import fault_lines
+from evenodds.validation import RequestT, kept_to, request_of
 
 MAX_CALL_BYTES = 8_000_000
 """Most bytes of prompts in one call of `add_prompts`."""
@@ -99,13 +99,17 @@ class Calls(Protocol):
         refit: RefitPolicy | Mapping[str, object] | None = None,
         control_share: float | None = None,
         reprobe_share: float | None = None,
-        groups: Mapping[str, float] | None = None,
-        groups_at_most: Mapping[str, float] | None = None,
+        categories: Mapping[str, float] | None = None,
+        categories_at_most: Mapping[str, float] | None = None,
         fallback: bool | None = None,
         fork_of: str | None = None,
         at_step: int | None = None,
+        groups: Mapping[str, float] | None = None,
+        groups_at_most: Mapping[str, float] | None = None,
     ) -> Exchange[RunState]:
         """Create a run, or change settings of an existing one. What is left out keeps its value.
+
+        As many arguments, and as long a text, as a run has settings.
 
         Args:
             run: Name of the run: letters, digits, `.`, `_`, `-`; at most 128 characters.
@@ -129,11 +133,12 @@ class Calls(Protocol):
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
             control_share: Share of each batch drawn uniformly, in [0, 0.5], from which `report` estimates the lift.
             reprobe_share: Least share of each batch for the prompts least recently seen, in [0, 1].
-            groups: Least share of each batch by group; the shares sum to at most 1.
-            groups_at_most: Largest share of each batch by group.
+            categories: Least share of each batch by category of the prompts; the shares sum to at most 1.
+            categories_at_most: Largest share of each batch by category.
             fallback: Choose uniformly while the model's skill against flat MoPPS stays negative.
             fork_of: Of a new run: the run whose pool, settings and memory it starts with.
             at_step: With `fork_of`: what came after this step is left out; nothing by default.
+            groups, groups_at_most: Older names of `categories` and `categories_at_most`, until 1.0.
 
         Returns:
             The run as it stands afterwards.
@@ -141,35 +146,10 @@ class Calls(Protocol):
         Raises:
             NotFound: There is no run `fork_of`.
             Conflict: There is a run of this name that is not that fork.
-            Conflict: The run holds prompts already, and the change would not fit them; or a group's least share is
-                above its largest.
+            Conflict: The run holds prompts already, and the change would not fit them; or a category's least share
+                is above its largest.
         """
-        with _contract("put_run"):
-            update = RunUpdate.model_validate(
-                {
-                    "predictor": predictor,
-                    "group_size": group_size,
-                    "target_rate": target_rate,
-                    "embedder": embedder,
-                    "embedder_prompt": embedder_prompt,
-                    "acquisition": acquisition,
-                    "optimism": optimism,
-                    "diversity": diversity,
-                    "cooldown_steps": cooldown_steps,
-                    "lease_steps": lease_steps,
-                    "max_visits": max_visits,
-                    "keep_text": keep_text,
-                    "model_size": model_size,
-                    "refit": refit,
-                    "control_share": control_share,
-                    "reprobe_share": reprobe_share,
-                    "groups": groups,
-                    "groups_at_most": groups_at_most,
-                    "fallback": fallback,
-                    "fork_of": fork_of,
-                    "at_step": at_step,
-                }
-            )
+        update = _request("put_run", RunUpdate, locals())
         path = _run_path("put_run", run)
         return (yield from self.call("PUT", path, RunState, content=_json(update)))
 
@@ -209,8 +189,7 @@ class Calls(Protocol):
             NotFound: There is no such run, or it was deleted meanwhile.
         """
         path = f"{_run_path('refit', run)}/refit"
-        with _contract("refit"):
-            request = RefitRequest(wait_seconds=wait_seconds)
+        request = _request("refit", RefitRequest, locals())
         return (yield from self.call("POST", path, RefitState, content=_json(request), silence_seconds=wait_seconds))
 
     def refits(self, run: str) -> Exchange[RefitList]:
@@ -225,13 +204,13 @@ class Calls(Protocol):
         """How good the run's forecasts are, and what choosing brought: calibration, ranks, arms, lift, coverage.
 
         Args:
-            since_step: Leave out what ended before this step, in windows; coverage and groups are of the whole run.
+            since_step: Leave out what ended before this step, in windows; coverage and categories are of the whole run.
 
         Raises:
             NotFound: There is no such run.
         """
         path = f"{_run_path('report', run)}/report"
-        with _contract("report", "since_step"):
+        with kept_to("report", "since_step"):
             since = None if since_step is None else _STEP.validate_python(since_step)
         query = {} if since is None else {"since_step": str(since)}
         return (yield from self.call("GET", path, RunReport, query=query))
@@ -262,8 +241,7 @@ class Calls(Protocol):
             NotFound: There is no such run.
         """
         path = f"{_run_path('rewind', run)}/rewind"
-        with _contract("rewind"):
-            request = RewindRequest(step=step)
+        request = _request("rewind", RewindRequest, locals())
         return (yield from self.call("POST", path, Voided, content=_json(request)))
 
     def retract(
@@ -290,10 +268,7 @@ class Calls(Protocol):
             NotFound: There is no such run, or no prompt of that id in its pool.
         """
         path = f"{_run_path('retract', run)}/retract"
-        with _contract("retract"):
-            request = RetractRequest.model_validate(
-                {"from_step": from_step, "to_step": to_step, "prompt_ids": prompt_ids, "request_id": request_id}
-            )
+        request = _request("retract", RetractRequest, locals())
         return (yield from self.call("POST", path, Voided, content=_json(request)))
 
     def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
@@ -365,7 +340,7 @@ class Calls(Protocol):
             NotFound: There is no such run or prompt.
         """
         path = _run_path("prompt", run)
-        with _contract("prompt", "prompt_id"):
+        with kept_to("prompt", "prompt_id"):
             _PROMPT_ID.validate_python(prompt_id)
         return (yield from self.call("GET", f"{path}/prompts/{_segment(prompt_id)}", PromptState))
 
@@ -392,16 +367,8 @@ class Calls(Protocol):
             NotFound: There is no such run, or no such prompt and no text to add it.
             Conflict: `request_id` was used with another report, or a rewind has voided the selection.
         """
-        with _contract("observe"):
-            request = ObserveRequest.model_validate(
-                {
-                    "run": run,
-                    "step": step,
-                    "request_id": uuid4().hex if request_id is None else request_id,
-                    "selection_id": selection_id,
-                    "observations": observations,
-                }
-            )
+        request_id = uuid4().hex if request_id is None else request_id
+        request = _request("observe", ObserveRequest, locals())
         return (yield from self.call("POST", "/observe", ObserveReply, content=_json(request)))
 
     def predict(
@@ -425,10 +392,7 @@ class Calls(Protocol):
         Raises:
             NotFound: There is no such run, or no prompt of that id in its pool.
         """
-        with _contract("predict"):
-            request = PredictRequest.model_validate(
-                {"run": run, "prompts": _references(prompts), "step": step, "group_size": group_size}
-            )
+        request = _request("predict", PredictRequest, {**locals(), "prompts": _references(prompts)})
         return (yield from self.call("POST", "/predict", PredictReply, content=_json(request)))
 
     def select_batch(
@@ -440,8 +404,8 @@ class Calls(Protocol):
         seed: int = 0,
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        groups: Mapping[str, float] | None = None,
-        groups_at_most: Mapping[str, float] | None = None,
+        categories: Mapping[str, float] | None = None,
+        categories_at_most: Mapping[str, float] | None = None,
         target_rate: float | None = None,
         group_size: int | None = None,
         acquisition: Acquisition | None = None,
@@ -450,8 +414,12 @@ class Calls(Protocol):
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
         allow_outstanding: bool = False,
+        groups: Mapping[str, float] | None = None,
+        groups_at_most: Mapping[str, float] | None = None,
     ) -> Exchange[SelectReply]:
         """Choose the prompts of a step. The same arguments again return the same batch. Steps may come in any order.
+
+        As many arguments as a choice may differ in from the run's settings.
 
         Args:
             step: The policy version that will attempt the batch.
@@ -459,38 +427,20 @@ class Calls(Protocol):
             seed: Seed of all chance in the choice, in [0, 2**63).
             candidates: Prompt ids to choose among; the whole pool by default.
             exclude: Prompt ids to leave out.
-            groups: Least share of the batch for each group; the shares sum to at most 1. Instead of the run's.
-            groups_at_most: Largest share of the batch for each group. Instead of the run's.
+            categories: Least share of the batch by category; the shares sum to at most 1. Instead of the run's.
+            categories_at_most: Largest share of the batch by category. Instead of the run's.
             target_rate: Instead of the run's, for this batch; so are the arguments up to `max_visits`.
             allow_outstanding: Choose prompts again whose outcomes from earlier selections have not come yet. They
                 are left out otherwise, for the run's `lease_steps`, while enough others remain.
+            groups, groups_at_most: Older names of `categories` and `categories_at_most`, until 1.0.
 
         Raises:
-            NotFound: There is no such run, candidate or group.
-            Conflict: The step has a batch already, by other arguments; too few prompts may be chosen; or a group's
-                least share is above its largest.
+            NotFound: There is no such run, candidate or category.
+            Conflict: The step has a batch already, by other arguments; too few prompts may be chosen; or a
+                category's least share is above its largest.
         """
-        with _contract("select_batch"):
-            request = SelectRequest.model_validate(
-                {
-                    "run": run,
-                    "step": step,
-                    "batch_size": batch_size,
-                    "seed": seed,
-                    "candidates": candidates,
-                    "exclude": exclude,
-                    "groups": groups,
-                    "groups_at_most": groups_at_most,
-                    "target_rate": target_rate,
-                    "group_size": group_size,
-                    "acquisition": acquisition,
-                    "optimism": optimism,
-                    "diversity": diversity,
-                    "cooldown_steps": cooldown_steps,
-                    "max_visits": max_visits,
-                    **({"allow_outstanding": True} if allow_outstanding else {}),
-                }
-            )
+        given = {**locals(), "allow_outstanding": allow_outstanding or None}
+        request = _request("select_batch", SelectRequest, given)
         return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))
 
     def allocate(
@@ -518,18 +468,7 @@ class Calls(Protocol):
         Raises:
             NotFound: There is no such run, or no prompt of that id in its pool.
         """
-        with _contract("allocate"):
-            request = AllocateRequest.model_validate(
-                {
-                    "run": run,
-                    "prompts": _references(prompts),
-                    "budget": budget,
-                    "objective": objective,
-                    "method": method,
-                    "min_attempts": min_attempts,
-                    "max_attempts": max_attempts,
-                }
-            )
+        request = _request("allocate", AllocateRequest, {**locals(), "prompts": _references(prompts)})
         return (yield from self.call("POST", "/allocate", AllocateReply, content=_json(request)))
 
     def budget(
@@ -555,16 +494,8 @@ class Calls(Protocol):
             NotFound: There is no such run or policy, or no prompt of that id in the pool.
             Unavailable: Too many requests wait, or the deadline passed.
         """
-        with _contract("budget"):
-            request = BudgetRequest.model_validate(
-                {
-                    "run": run,
-                    "prompt": {"prompt_id": prompt} if isinstance(prompt, str) else prompt,
-                    "policy": policy,
-                    "failures": failures,
-                    "deadline_ms": deadline_ms,
-                }
-            )
+        asked = {"prompt_id": prompt} if isinstance(prompt, str) else prompt
+        request = _request("budget", BudgetRequest, {**locals(), "prompt": asked})
         return (yield from self.call("POST", "/budget", BudgetReply, content=_json(request)))
 
     def put_budget_policy(
@@ -596,18 +527,9 @@ class Calls(Protocol):
             NotFound: There is no such run.
             Conflict: The run holds as many policies as it may.
         """
-        fields = {
-            "mode": mode,
-            "target_attempts": target_attempts,
-            "min_attempts": min_attempts,
-            "max_attempts": max_attempts,
-            "price": price,
-            "tiers": tiers,
-        }
-        with _contract("put_budget_policy"):
-            update = PolicyUpdate.model_validate({name: value for name, value in fields.items() if value is not None})
+        update = _request("put_budget_policy", PolicyUpdate, locals())
         path = _run_path("put_budget_policy", run)
-        with _contract("put_budget_policy", "policy"):
+        with kept_to("put_budget_policy", "policy"):
             _POLICY_NAME.validate_python(policy)
         path = f"{path}/budget_policies/{_segment(policy)}"
         return (yield from self.call("PUT", path, PolicyState, content=_json(update)))
@@ -630,16 +552,12 @@ class Calls(Protocol):
         return (yield from self.call("GET", "/readyz", Health, replying=(503,)))
 
 
-@contextmanager
-def _contract(call: str, prefix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except ValidationError as error:
-        raise InvalidRequest(call, fault_lines(error.errors(include_url=False), prefix=prefix)) from error
+def _request(call: str, model: type[RequestT], given: Mapping[str, Any]) -> RequestT:
+    return request_of(call, model, given, stacklevel=5)  # of the caller: of this, the call, what drives it, the method
 
 
 def _run_path(call: str, run: str) -> str:
-    with _contract(call, "run"):
+    with kept_to(call, "run"):
         return f"/runs/{_RUN.validate_python(run)}"
 
 
@@ -671,7 +589,7 @@ def _prompt_batches(prompts: Iterable[PromptIn | Mapping[str, object]]) -> list[
     batch: list[bytes] = []
     n_bytes = 0
     for index, prompt in enumerate(prompts):
-        with _contract("add_prompts", f"prompts[{index}]"):
+        with kept_to("add_prompts", f"prompts[{index}]"):
             item = _json(PromptIn.model_validate(prompt))
         if batch and (len(batch) == MAX_ITEMS or n_bytes + len(item) > MAX_CALL_BYTES):
             bodies.append(_prompts_body(batch))

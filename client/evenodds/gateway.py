@@ -136,7 +136,7 @@ class GatewayBudget:
         """Keep what came of the attempts at one request, to be sent soon. Needs a running event loop.
 
         Args:
-            prompt: A string is a text; a mapping has fields of `Observation` such as `prompt_id`, `text`, `group`.
+            prompt: A string is a text; a mapping has fields of `Observation` such as `prompt_id`, `text`, `category`.
             rewards: In [0, 1], one for each attempt that was made; none for attempts that failed for other reasons
                 than the model. Without rewards nothing is kept.
             step: Version of the served model: a number that never falls.

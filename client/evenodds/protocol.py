@@ -144,7 +144,7 @@ class Protocol:
         try:
             return reply.model_validate_json(received.content)
         except ValidationError as error:
-            if received.status in replying:  # another hand than the service's, a proxy's say
+            if received.status in replying:  # a reply of a proxy's, say, and not of the service's
                 raise problem(send, received) from error
             reason = "; ".join(fault_lines(error.errors(include_url=False, include_context=False))[:3])
             raise _not_understood(send, received, f"no {reply.__name__}: {reason}") from error

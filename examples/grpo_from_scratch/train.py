@@ -200,7 +200,9 @@ class Batches:
             refit=_OWN_PACE,
             **method.settings,  # type: ignore[arg-type]  # the service checks them
         )
-        client.add_prompts(run, [{"prompt_id": str(i), "text": p.text, "group": p.group} for i, p in enumerate(pool)])
+        client.add_prompts(
+            run, [{"prompt_id": str(i), "text": p.text, "category": p.group} for i, p in enumerate(pool)]
+        )
         self._ids = {problem.text: str(i) for i, problem in enumerate(pool)}
 
     def choose(self, step: int) -> tuple[SelectReply, list[Problem]]:

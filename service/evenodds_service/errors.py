@@ -12,7 +12,7 @@
     ├── ChatRefused              malformed             a chat request that this model cannot answer
     ├── UnknownPrompts           prompt_unknown        prompt ids that are not in the pool
     ├── NotEnoughPrompts         not_enough_prompts    fewer prompts may be selected than were asked for
-    ├── SharesConflict           shares_conflict       a group's least share of a batch is above its largest
+    ├── SharesConflict           shares_conflict       a category's least share of a batch is above its largest
     ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
     ├── EmbedderNotAllowed       embedder_not_allowed  a model that the operator has not listed
     ├── BudgetTooSmall           budget_too_small      the budget does not pay for the least attempts
@@ -144,12 +144,12 @@ class NotEnoughPrompts(ServiceError):
 
     def __init__(self, *, asked: int, eligible: int, group: str | None = None, advice: str = "") -> None:
         self.asked, self.eligible, self.group = asked, eligible, group
-        what = "batch_size" if group is None else f"groups: the share of {group!r}"
+        what = "batch_size" if group is None else f"categories: the share of {group!r}"
         super().__init__(f"{what} asks for {asked} prompts, {eligible} may be selected{advice}")
 
 
 class SharesConflict(ServiceError):
-    """A group's least share of a batch is above its largest."""
+    """A category's least share of a batch is above its largest."""
 
     code = "shares_conflict"
 
@@ -263,7 +263,7 @@ class PromptConflict(StoreError):
     Attributes:
         item: Position of the offending prompt among the prompts of the call, from 0.
         prompt_id: Its id.
-        attribute: What differs: `text`, `group`, `features` or `prior_rate`.
+        attribute: What differs: `text`, `category`, `features` or `prior_rate`.
     """
 
     code = "prompt_conflict"

@@ -109,11 +109,11 @@ def sound(run: str) -> list[tuple[str, str, dict[str, Any]]]:
     return [
         ("POST", "/observe", {"run": run, "step": 1, "observations": [{"prompt_id": "a", "rewards": [0, 1, 0.5]}]}),
         ("POST", "/predict", {"run": run, "prompts": [{"prompt_id": "a"}, {"text": "What?"}], "group_size": 4}),
-        ("POST", "/select_batch", {"run": run, "step": 1, "batch_size": 1, "groups": {"g": 0.5}, "seed": 3}),
+        ("POST", "/select_batch", {"run": run, "step": 1, "batch_size": 1, "categories": {"g": 0.5}, "seed": 3}),
         ("POST", "/allocate", {"run": run, "prompts": [{"prompt_id": "a", "cost": 2.5}], "budget": 9}),
         ("POST", "/budget", {"run": run, "prompt": {"text": "What?"}, "failures": 1}),
         ("POST", "/v1/chat/completions", {"model": run, "messages": [{"role": "user", "content": "What?"}]}),
-        ("PUT", f"/runs/{run}", {"group_size": 8, "refit": {"every_seconds": 9}, "groups": {"g": 0.25}}),
+        ("PUT", f"/runs/{run}", {"group_size": 8, "refit": {"every_seconds": 9}, "categories": {"g": 0.25}}),
         ("POST", f"/runs/{run}/prompts", {"prompts": [{"prompt_id": "c", "text": "What is c?", "prior_rate": 0.5}]}),
         ("POST", f"/runs/{run}/rewind", {"step": 0}),
         ("POST", f"/runs/{run}/retract", {"from_step": 5, "to_step": 9, "prompt_ids": ["a"]}),

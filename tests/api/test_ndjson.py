@@ -37,7 +37,7 @@ def pool_size(caller: Caller) -> int:
 
 
 def test_each_line_is_a_prompt(caller: Caller) -> None:
-    content = line("a", text="What is a?") + line("b", group="g") + line("a")
+    content = line("a", text="What is a?") + line("b", category="g") + line("a")
 
     reply = send(caller, content).json()
 

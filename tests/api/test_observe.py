@@ -74,13 +74,13 @@ def test_the_largest_step_is_accepted(mopps: Caller) -> None:
 
 
 def test_a_new_prompt_with_its_text_joins_the_pool_in_the_same_call(mopps: Caller) -> None:
-    new = {"prompt_id": "new", "text": "What is new?", "group": "g", "prior_rate": 0.5, "features": {"length": 3}}
+    new = {"prompt_id": "new", "text": "What is new?", "category": "g", "prior_rate": 0.5, "features": {"length": 3}}
 
     reply = mopps.observe(0, GOOD, {**new, "rewards": [1, 1]})
 
     assert (reply["log_position"], reply["accepted"]) == (3, 2)
     state = mopps.client.prompt(mopps.run, "new")
-    assert (state.text, state.group, state.prior_rate, state.features) == ("What is new?", "g", 0.5, {"length": 3})
+    assert (state.text, state.category, state.prior_rate, state.features) == ("What is new?", "g", 0.5, {"length": 3})
     assert state.belief.success_rate == 3 / 4
 
 

@@ -130,7 +130,8 @@ def test_the_example_of_a_report_is_one(document: dict[str, Any], operations: di
 
     report = RunReport.model_validate(example)
 
-    assert json.loads(report.model_dump_json(exclude_none=True)) == example
+    told = report.model_dump_json(exclude_none=True, exclude={"groups": True, "categories": {"__all__": {"group"}}})
+    assert json.loads(told) == example
     described = json.dumps(operations["GET /runs/{run}/report"]["responses"]["200"])
     assert "#/components/schemas/RunReport" in described
 

@@ -111,10 +111,10 @@ def rendered(address: str, tmp_path: Path) -> str:
 
 def filled(caller: Caller) -> None:
     prompts: list[dict[str, Any]] = [
-        {"prompt_id": f"p{i}", "text": f"What is {i} + {i}?", "group": "sums" if i % 2 else "doubles"}
+        {"prompt_id": f"p{i}", "text": f"What is {i} + {i}?", "category": "sums" if i % 2 else "doubles"}
         for i in range(40)
     ]
-    caller.load([*prompts, {"prompt_id": HOSTILE, "text": HOSTILE, "group": HOSTILE}])
+    caller.load([*prompts, {"prompt_id": HOSTILE, "text": HOSTILE, "category": HOSTILE}])
     caller.create(control_share=0.25)
     for step in range(6):
         batch = caller.select(step, 16)

@@ -47,7 +47,7 @@ def prompts_path(caller: Caller) -> str:
 
 
 def test_loading_again_is_harmless(caller: Caller) -> None:
-    prompts = [{"prompt_id": "a", "text": "What is a?", "group": "g"}, {"prompt_id": "b"}]
+    prompts = [{"prompt_id": "a", "text": "What is a?", "category": "g"}, {"prompt_id": "b"}]
 
     first, again = caller.load(prompts), caller.load(prompts)
 
@@ -56,7 +56,7 @@ def test_loading_again_is_harmless(caller: Caller) -> None:
 
 
 def test_a_known_prompt_may_leave_out_what_the_pool_knows(caller: Caller) -> None:
-    caller.load([{"prompt_id": "a", "text": "What is a?", "group": "g", "prior_rate": 0.5}])
+    caller.load([{"prompt_id": "a", "text": "What is a?", "category": "g", "prior_rate": 0.5}])
 
     assert caller.load([{"prompt_id": "a"}])["existing"] == 1
 
@@ -82,7 +82,7 @@ def test_a_prompt_keeps_what_it_came_with(caller: Caller) -> None:
     prompt = {
         "prompt_id": "a",
         "text": " What  is a?\n",
-        "group": "arithmetic",
+        "category": "arithmetic",
         "features": {"length": 12.5, "n_digits": 0},
         "prior_rate": 0.25,
     }
@@ -138,10 +138,10 @@ def test_an_id_that_no_prompt_can_have_is_malformed(caller: Caller) -> None:
     assert problem.detail == r"prompt_id: a NUL character (\u0000) cannot be stored: remove it, got '\x00'"
 
 
-@pytest.mark.parametrize("attribute", ["text", "group", "features", "prior_rate"])
+@pytest.mark.parametrize("attribute", ["text", "category", "features", "prior_rate"])
 def test_a_known_id_that_states_something_else_is_refused(caller: Caller, attribute: str) -> None:
-    known = {"prompt_id": "a", "text": "A?", "group": "g", "features": {"x": 1}, "prior_rate": 0.5}
-    other = {"text": "B?", "group": "h", "features": {"x": 2}, "prior_rate": 0.6}
+    known = {"prompt_id": "a", "text": "A?", "category": "g", "features": {"x": 1}, "prior_rate": 0.5}
+    other = {"text": "B?", "category": "h", "features": {"x": 2}, "prior_rate": 0.6}
     caller.load([known])
 
     body = {"prompts": [{"prompt_id": "new"}, {**known, attribute: other[attribute]}]}
@@ -178,8 +178,8 @@ def test_one_id_with_two_texts_in_one_call_is_refused(caller: Caller) -> None:
         ({"text": "a\x00b"}, r".text: a NUL character (\u0000) cannot be stored: remove it, got 'a\x00b'"),
         ({"prompt_id": "\x00"}, r".prompt_id: a NUL character (\u0000) cannot be stored: remove it, got '\x00'"),
         (
-            {"prompt_id": "a", "group": "\x00"},
-            r".group: a NUL character (\u0000) cannot be stored: remove it, got '\x00'",
+            {"prompt_id": "a", "category": "\x00"},
+            r".category: a NUL character (\u0000) cannot be stored: remove it, got '\x00'",
         ),
         ({"prompt_id": "a", "prior_rate": 1.5}, ".prior_rate: Input should be less than or equal to 1, got 1.5"),
         ({"prompt_id": "a", "features": {"x": "1"}}, ".features: x should be a number, got '1'"),
@@ -213,7 +213,7 @@ def test_too_long_ids_and_texts_are_refused_and_shown_in_part(caller: Caller) ->
 
 
 @without_the_database
-@pytest.mark.parametrize("field", ["prompt_id", "text", "group"])
+@pytest.mark.parametrize("field", ["prompt_id", "text", "category"])
 def test_half_of_a_surrogate_pair_is_refused(caller: Caller, field: str) -> None:
     content = b'{"prompts": [{"prompt_id": "a", "text": "b", "%s": "\\ud800"}]}' % field.encode()
 

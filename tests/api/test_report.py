@@ -43,7 +43,7 @@ def train(client: Client, run: str, *, steps: range, batch_size: int = 12, seed:
 @pytest.fixture
 def trained(caller: Caller) -> Caller:
     caller.create(control_share=0.25)
-    caller.load([{"prompt_id": f"p{i}", "text": f"Say {i}.", "group": "abc"[i % 3]} for i in range(60)])
+    caller.load([{"prompt_id": f"p{i}", "text": f"Say {i}.", "category": "abc"[i % 3]} for i in range(60)])
     train(caller.client, caller.run, steps=range(12))
     return caller
 
@@ -78,8 +78,8 @@ def test_the_report_tells_what_training_brought(trained: Caller) -> None:
     assert report.lift.rollouts_saved is not None
     assert report.lift.rollouts_saved > 0
     assert report.coverage.pool_size == 60
-    assert {group.group: group.prompts for group in report.groups} == {"a": 20, "b": 20, "c": 20}
-    assert sum(group.observed for group in report.groups) == 144
+    assert {each.category: each.prompts for each in report.categories} == {"a": 20, "b": 20, "c": 20}
+    assert sum(each.observed for each in report.categories) == 144
     assert report.skill.observations == 144
 
 
@@ -189,13 +189,13 @@ def test_a_run_whose_outcomes_stop_raises_an_alarm_until_they_come(caller: Calle
 
 
 def test_a_silent_group_raises_an_alarm(caller: Caller) -> None:
-    caller.load([{"prompt_id": f"p{i}", "group": "ab"[i % 2]} for i in range(200)])
+    caller.load([{"prompt_id": f"p{i}", "category": "ab"[i % 2]} for i in range(200)])
     for step in range(2):
         caller.observe(step, *({"prompt_id": f"p{i}", "successes": 4 * (i % 2 == 0), "attempts": 8} for i in range(80)))
 
     alarm = alarms(caller)["group_silent"]
 
-    assert alarm["message"].startswith("group 'b': none of its last 80 outcomes was informative since step 0, while")
+    assert alarm["message"].startswith("category 'b': none of its last 80 outcomes was informative since step 0, while")
     assert (alarm["since_step"], alarm["value"], alarm["limit"]) == (0, 80, 64)
 
 

@@ -55,7 +55,7 @@ def test_a_body_that_cannot_be_read_is_malformed(
         b'{"run": "\xff"}',
         b'{"run": "\\ud800"}',
         b'{"\\ud800": 1}',
-        b'{"groups": {"\\ud800": 1}}',
+        b'{"categories": {"\\ud800": 1}}',
         b'{"run": {"run": 1}}',
         b'{"step": 1e999}',
         b'{"observations": {"0": 1}}',

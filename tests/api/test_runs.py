@@ -34,6 +34,8 @@ DEFAULTS = {
     "refit": {"every_observations": 2_048, "every_seconds": 600},
     "control_share": 0.0,
     "reprobe_share": 0.05,
+    "categories": None,
+    "categories_at_most": None,
     "groups": None,
     "groups_at_most": None,
     "fallback": True,
@@ -63,8 +65,8 @@ CHANGED = {
     "model_size": "published",
     "control_share": 0.25,
     "reprobe_share": 0.125,
-    "groups": {"a": 0.5},
-    "groups_at_most": {"a": 0.75, "b": 0.25},
+    "categories": {"a": 0.5},
+    "categories_at_most": {"a": 0.75, "b": 0.25},
     "fallback": False,
 }
 
@@ -155,13 +157,13 @@ def test_the_embedder_is_fixed_once_prompts_exist(caller: Caller, change: dict[s
 
 
 def test_shares_that_conflict_with_what_stands_are_refused(caller: Caller) -> None:
-    caller.create(groups={"math": 0.5})
+    caller.create(categories={"math": 0.5})
 
-    problem = caller.refused("PUT", f"/runs/{caller.run}", json={"groups_at_most": {"math": 0.25}})
+    problem = caller.refused("PUT", f"/runs/{caller.run}", json={"categories_at_most": {"math": 0.25}})
 
     assert (problem.status, problem.code) == (409, "shares_conflict")
     assert problem.detail == (
-        "group 'math' is to get at least 0.5 of a batch (groups) and at most 0.25 (groups_at_most): lower the one or "
+        "category 'math' is to get at least 0.5 of a batch (categories) and at most 0.25 (categories_at_most): lower "
         "raise the other"
     )
 
@@ -185,15 +187,15 @@ def test_the_floor_follows_the_acquisition_until_it_is_set(caller: Caller, acqui
         ({"cooldown_steps": -1}, "cooldown_steps: Input should be greater than or equal to 0, got -1"),
         ({"control_share": 0.6}, "control_share: Input should be less than or equal to 0.5, got 0.6"),
         ({"reprobe_share": 1.1}, "reprobe_share: Input should be less than or equal to 1, got 1.1"),
-        ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),
-        ({"groups": {}}, "groups: Dictionary should have at least 1 item after validation, not 0"),
+        ({"categories": {"a": 0.7, "b": 0.4}}, "categories: the shares sum to 1.1, the limit is 1"),
+        ({"categories": {}}, "categories: Dictionary should have at least 1 item after validation, not 0"),
         (
-            {"groups": {"a": 0.5}, "groups_at_most": {"a": 0.25}},
-            "groups.a: 0.5 is more than groups_at_most allows, 0.25: lower the one or raise the other",
+            {"categories": {"a": 0.5}, "categories_at_most": {"a": 0.25}},
+            "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the one or raise the other",
         ),
         ({"fallback": "no"}, "fallback: Input should be a truth value, got 'no'"),
         ({"keep_text": 0}, "keep_text: Input should be a truth value, got 0"),
-        ({"groups": {"a": "0.5"}}, "groups: a should be a number, got '0.5'"),
+        ({"categories": {"a": "0.5"}}, "categories: a should be a number, got '0.5'"),
         ({"embedder": ""}, "embedder: String should have at least 1 character, got ''"),
         ({"embeder": "none"}, "embeder: Extra inputs are not permitted, got 'none'"),
         ([], "body: Input should be a valid dictionary or object to extract fields from"),

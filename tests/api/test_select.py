@@ -19,8 +19,8 @@ LIMITS = "ask for fewer, load more prompts, or loosen what rules them out"
 def pool(caller: Caller) -> list[str]:
     """Sixteen prompts: four of group `hard` that always failed, twelve of `easy` that succeeded half of the time."""
     easy, hard = [f"easy-{i}" for i in range(12)], [f"hard-{i}" for i in range(4)]
-    caller.load([{"prompt_id": i, "text": f"Add {i}.", "group": "easy"} for i in easy])
-    caller.load([{"prompt_id": i, "text": f"Prove {i}.", "group": "hard"} for i in hard])
+    caller.load([{"prompt_id": i, "text": f"Add {i}.", "category": "easy"} for i in easy])
+    caller.load([{"prompt_id": i, "text": f"Prove {i}.", "category": "hard"} for i in hard])
     for step in range(3):
         outcomes = [{"prompt_id": i, "successes": 4, "attempts": 8} for i in easy]
         caller.observe(step, *outcomes, *({"prompt_id": i, "successes": 0, "attempts": 8} for i in hard))
@@ -41,30 +41,30 @@ def test_exclusion_counts_among_candidates_too(caller: Caller, pool: list[str]) 
 
 def test_a_group_gets_its_share_though_its_prompts_score_low(caller: Caller, pool: list[str]) -> None:
     free = caller.select(3, 8)["prompts"]
-    shared = caller.select(4, 8, groups={"hard": 0.5})["prompts"]
+    shared = caller.select(4, 8, categories={"hard": 0.5})["prompts"]
 
-    assert sum(prompt["group"] == "hard" for prompt in free) <= 1
-    assert sum(prompt["group"] == "hard" for prompt in shared) >= 4
+    assert sum(prompt["category"] == "hard" for prompt in free) <= 1
+    assert sum(prompt["category"] == "hard" for prompt in shared) >= 4
 
 
 def test_a_group_gets_no_more_than_its_largest_share(caller: Caller, pool: list[str]) -> None:
-    chosen = caller.chosen(3, 6, groups_at_most={"easy": 0.5})
+    chosen = caller.chosen(3, 6, categories_at_most={"easy": 0.5})
 
     assert sum(i.startswith("easy") for i in chosen) == 3
 
 
 def test_the_runs_shares_hold_where_a_selection_states_none(caller: Caller, pool: list[str]) -> None:
-    caller.create(groups={"hard": 0.25}, groups_at_most={"easy": 0.5})
+    caller.create(categories={"hard": 0.25}, categories_at_most={"easy": 0.5})
 
     by_run = caller.chosen(3, 8)
-    by_request = caller.chosen(4, 8, groups={"easy": 0.75}, groups_at_most={"easy": 0.75})
+    by_request = caller.chosen(4, 8, categories={"easy": 0.75}, categories_at_most={"easy": 0.75})
 
     assert sum(i.startswith("easy") for i in by_run) == 4
     assert sum(i.startswith("easy") for i in by_request) == 6
 
 
 def test_the_runs_least_share_does_not_stop_a_trainer_when_the_group_runs_out(caller: Caller, pool: list[str]) -> None:
-    caller.create(groups={"hard": 0.5, "poetry": 0.25})
+    caller.create(categories={"hard": 0.5, "poetry": 0.25})
 
     chosen = caller.chosen(3, 12)
 
@@ -72,14 +72,14 @@ def test_the_runs_least_share_does_not_stop_a_trainer_when_the_group_runs_out(ca
 
 
 def test_a_least_share_above_the_runs_largest_is_a_conflict(caller: Caller, pool: list[str]) -> None:
-    caller.create(groups_at_most={"hard": 0.25})
-    body = {"run": caller.run, "step": 3, "batch_size": 4, "groups": {"hard": 0.5}}
+    caller.create(categories_at_most={"hard": 0.25})
+    body = {"run": caller.run, "step": 3, "batch_size": 4, "categories": {"hard": 0.5}}
 
     problem = caller.refused("POST", "/select_batch", json=body)
 
     assert (problem.status, problem.code) == (409, "shares_conflict")
     assert problem.detail == (
-        "group 'hard' is to get at least 0.5 of a batch (groups) and at most 0.25 (groups_at_most): lower the one or "
+        "category 'hard' is to get at least 0.5 of a batch (categories) and at most 0.25 (categories_at_most): lower "
         "raise the other"
     )
 
@@ -89,8 +89,8 @@ def test_the_control_arm_is_marked_and_ignores_what_is_known(caller: Caller, poo
 
     prompts = [prompt for step in range(3, 43) for prompt in caller.select(step, 4)["prompts"]]
 
-    control = [prompt["group"] == "hard" for prompt in prompts if prompt["arm"] == "control"]
-    policy = [prompt["group"] == "hard" for prompt in prompts if prompt["arm"] == "policy"]
+    control = [prompt["category"] == "hard" for prompt in prompts if prompt["arm"] == "control"]
+    policy = [prompt["category"] == "hard" for prompt in prompts if prompt["arm"] == "policy"]
     assert len(control) == len(policy) == 80
     assert 0.12 < sum(control) / 80 < 0.4  # a quarter of the pool
     assert sum(policy) / 80 < 0.12
@@ -249,7 +249,7 @@ def test_the_forecast_is_the_sum_over_the_batch(caller: Caller, pool: list[str])
     assert 6 < reply["forecast"]["pad_to"] <= 16
     assert {prompt["arm"] for prompt in reply["prompts"]} == {"policy"}
     for prompt in reply["prompts"]:
-        assert prompt["group"] == prompt["prompt_id"].split("-")[0]
+        assert prompt["category"] == prompt["prompt_id"].split("-")[0]
         assert 0 < prompt["success_rate"] < 1
         assert 0 < prompt["std"] < 0.5
 
@@ -264,15 +264,15 @@ def test_a_pool_that_cannot_fill_a_batch_with_informative_groups_has_no_pad(call
         ({"batch_size": 17}, "batch_size asks for 17 prompts, 16 may be selected (pool 16, cooldown_steps 0,"),
         ({"batch_size": 2, "candidates": ["easy-1"]}, "batch_size asks for 2 prompts, 1 may be selected (pool 16,"),
         (
-            {"batch_size": 10, "groups": {"hard": 0.5}},
-            "groups: the share of 'hard' asks for 5 prompts, 4 may be selected (pool 16, cooldown_steps 0,",
+            {"batch_size": 10, "categories": {"hard": 0.5}},
+            "categories: the share of 'hard' asks for 5 prompts, 4 may be selected (pool 16, cooldown_steps 0,",
         ),
         (
-            {"batch_size": 10, "groups_at_most": {"easy": 0.5}},
+            {"batch_size": 10, "categories_at_most": {"easy": 0.5}},
             "batch_size asks for 10 prompts, 9 may be selected (pool 16, cooldown_steps 0, max_visits none, "
-            "groups_at_most {'easy': 0.5}): ask for",
+            "categories_at_most {'easy': 0.5}): ask for",
         ),
-        ({"batch_size": 4, "groups": {"other": 0.5}}, "groups: the share of 'other' asks for 2 prompts, 0 may"),
+        ({"batch_size": 4, "categories": {"other": 0.5}}, "categories: the share of 'other' asks for 2 prompts, 0 may"),
         ({"batch_size": 1, "cooldown_steps": 9}, "batch_size asks for 1 prompts, 0 may be selected (pool 16, coold"),
     ],
 )
@@ -337,12 +337,12 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"diversity": 1.5}, "diversity: Input should be less than or equal to 1, got 1.5"),
         ({"max_visits": -1}, "max_visits: Input should be greater than or equal to 0, got -1"),
         ({"candidates": []}, "candidates: Tuple should have at least 1 item after validation, not 0"),
-        ({"groups": {"a": 0.7, "b": 0.4}}, "groups: the shares sum to 1.1, the limit is 1"),
-        ({"groups": {"a": 1.5}}, "groups.a: Input should be less than or equal to 1, got 1.5"),
-        ({"groups_at_most": {"a": -1}}, "groups_at_most.a: Input should be greater than or equal to 0, got -1"),
+        ({"categories": {"a": 0.7, "b": 0.4}}, "categories: the shares sum to 1.1, the limit is 1"),
+        ({"categories": {"a": 1.5}}, "categories.a: Input should be less than or equal to 1, got 1.5"),
+        ({"categories_at_most": {"a": -1}}, "categories_at_most.a: Input should be greater than or equal to 0, got -1"),
         (
-            {"groups": {"a": 0.5}, "groups_at_most": {"a": 0.25}},
-            "groups.a: 0.5 is more than groups_at_most allows, 0.25: lower the one or raise the other",
+            {"categories": {"a": 0.5}, "categories_at_most": {"a": 0.25}},
+            "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the one or raise the other",
         ),
         ({"temperature": 1}, "temperature: Extra inputs are not permitted, got 1"),
     ],

@@ -27,7 +27,7 @@ def world() -> World:
     recording = Recording(
         name="made",
         kind="run",
-        prompts=tuple(PromptIn(prompt_id=f"p{i}", text=text, group=f"g{i % 5}") for i, text in enumerate(texts)),
+        prompts=tuple(PromptIn(prompt_id=f"p{i}", text=text, category=f"g{i % 5}") for i, text in enumerate(texts)),
         left_out=0,
         successes_V_N=successes,
         attempts_V_N=np.full_like(successes, G),

@@ -73,7 +73,7 @@ REPORTED = {
     "lift": None,
     "lift_missing": "none",
     "coverage": {"pool_size": 0, "chosen": 0, "observed": 0, "tried_share": 0, "mean_visits": 0, "visits": []},
-    "groups": [],
+    "categories": [],
     "other_groups": None,
     "skill": {"per_observation": None, "observations": 0, "recent": 0, "recent_observations": 0},
     "fallback": None,
@@ -104,7 +104,7 @@ PROMPT = {
     "run": "r",
     "prompt_id": "a",
     "text": "1+1?",
-    "group": None,
+    "category": None,
     "features": None,
     "prior_rate": None,
     "model_version": 0,
@@ -278,10 +278,10 @@ def test_retract_sends_the_conditions_that_were_given(talk: Conversation, condit
 def test_add_prompts_takes_models_and_mappings(talk: Conversation) -> None:
     talk.replies_with(added(2, pool_size=2))
 
-    result = talk.call("add_prompts", "r", iter([PromptIn(prompt_id="a", group="g"), {"text": "2+2?"}]))
+    result = talk.call("add_prompts", "r", iter([PromptIn(prompt_id="a", category="g"), {"text": "2+2?"}]))
 
     assert (talk.requests[0].method, talk.requests[0].url.path) == ("POST", "/runs/r/prompts")
-    assert talk.body() == {"prompts": [{"prompt_id": "a", "group": "g"}, {"text": "2+2?"}]}
+    assert talk.body() == {"prompts": [{"prompt_id": "a", "category": "g"}, {"text": "2+2?"}]}
     assert (result.added, result.pool_size) == (2, 2)
 
 
@@ -434,8 +434,8 @@ def test_select_batch_sends_its_options(talk: Conversation) -> None:
     options = {
         "seed": 5,
         "candidates": ["a", "b"],
-        "groups": {"easy": 0.5},
-        "groups_at_most": {"b": 0.25},
+        "categories": {"easy": 0.5},
+        "categories_at_most": {"b": 0.25},
         "allow_outstanding": True,
     }
     result = talk.call("select_batch", "r", 3, 1, **options)
@@ -447,8 +447,8 @@ def test_select_batch_sends_its_options(talk: Conversation) -> None:
         "batch_size": 1,
         "seed": 5,
         "candidates": ["a", "b"],
-        "groups": {"easy": 0.5},
-        "groups_at_most": {"b": 0.25},
+        "categories": {"easy": 0.5},
+        "categories_at_most": {"b": 0.25},
         "allow_outstanding": True,
     }
     assert result.fallback is None
@@ -475,8 +475,8 @@ def test_put_run_sends_shares_and_rails(talk: Conversation) -> None:
     sent = {
         "control_share": 0.1,
         "reprobe_share": 0.2,
-        "groups": {"a": 0.5},
-        "groups_at_most": {"b": 0.5},
+        "categories": {"a": 0.5},
+        "categories_at_most": {"b": 0.5},
         "fallback": False,
     }
     alarm = {"code": "fallback", "message": "m", "since_step": 3, "value": -4.0, "limit": -3.0}
@@ -532,8 +532,8 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
     "shares of a run": (
         "put_run",
         ("r",),
-        {"groups": {"a": 0.75, "b": 0.5}},
-        "put_run was not sent: groups: the shares sum to 1.25, the limit is 1",
+        {"categories": {"a": 0.75, "b": 0.5}},
+        "put_run was not sent: categories: the shares sum to 1.25, the limit is 1",
     ),
     "wait": (
         "refit",
@@ -616,8 +616,8 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
     "shares": (
         "select_batch",
         ("r", 1, 8),
-        {"groups": {"a": 0.75, "b": 0.75}},
-        "select_batch was not sent: groups: the shares sum to 1.5, the limit is 1",
+        {"categories": {"a": 0.75, "b": 0.75}},
+        "select_batch was not sent: categories: the shares sum to 1.5, the limit is 1",
     ),
     "no prompts": (
         "add_prompts",
@@ -627,7 +627,7 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
     ),
     "prompt without identity": (
         "add_prompts",
-        ("r", [{"group": "g"}]),
+        ("r", [{"category": "g"}]),
         {},
         "add_prompts was not sent: prompts[0]: a prompt needs a prompt_id, a text, or both",
     ),

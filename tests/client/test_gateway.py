@@ -175,7 +175,7 @@ def test_outcomes_are_sent_together_by_step_and_once(script: Script) -> None:
     async def report() -> None:
         async with script.gateway() as gateway:
             gateway.report("a", [1, 0], step=3)
-            gateway.report({"prompt_id": "p", "text": "b", "group": "g"}, [0.5], step=3)
+            gateway.report({"prompt_id": "p", "text": "b", "category": "g"}, [0.5], step=3)
             gateway.report("c", [], step=3)
             gateway.report("d", [1], step=4)
         assert (gateway.counts.reported, gateway.counts.dropped) == (3, 0)
@@ -186,7 +186,7 @@ def test_outcomes_are_sent_together_by_step_and_once(script: Script) -> None:
     assert (first["step"], second["step"]) == (3, 4)
     assert first["observations"] == [
         {"text": "a", "rewards": [1.0, 0.0]},
-        {"prompt_id": "p", "text": "b", "group": "g", "rewards": [0.5]},
+        {"prompt_id": "p", "text": "b", "category": "g", "rewards": [0.5]},
     ]
     assert second["observations"] == [{"text": "d", "rewards": [1.0]}]
 

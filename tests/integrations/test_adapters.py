@@ -378,7 +378,7 @@ def test_nemo_rl_draws_rows_of_all_loaders_and_reports_what_it_is_handed(
     assert returned is iterators
     assert len(more["message_log"]) == 2
     assert observed(trainers_service, settings["run"]) == sorted((prompt_id, 0, 1.0, 2) for prompt_id in ids)
-    assert trainers_service.client.prompt(settings["run"], ids[0]).group in ("math/hard", "code")
+    assert trainers_service.client.prompt(settings["run"], ids[0]).category in ("math/hard", "code")
 
 
 # All

@@ -136,7 +136,7 @@ def test_observation_of_an_unknown_prompt_names_it_and_writes_nothing(
 
 
 def test_conflicting_new_prompt_writes_nothing(store: Store, pool: Run, now: datetime) -> None:
-    with pytest.raises(PromptConflict, match="prompt 2 of 2: id 'a' is in the pool with another group"):
+    with pytest.raises(PromptConflict, match="prompt 2 of 2: id 'a' is in the pool with another category"):
         store.append_observations(
             pool.id,
             Outcomes(step=0, observations=[NewObservation.of_counts("d", 1, 2)]),

@@ -74,7 +74,7 @@ def test_prompt_twice_in_one_call_is_added_once(store: Store, run: Run, now: dat
     ("other", "differs"),
     [
         (NewPrompt("a", text="What is 2?", text_key=text_key("What is 2?")), "text"),
-        (NewPrompt("a", group="algebra"), "group"),
+        (NewPrompt("a", group="algebra"), "category"),
         (NewPrompt("a", features={"length": 0.2, "depth": -3.0}), "features"),
         (NewPrompt("a", prior_rate=0.3), "prior rate"),
     ],
@@ -99,7 +99,7 @@ def test_prompt_id_with_other_content_names_the_item_and_writes_nothing(
 
 
 def test_prompt_id_with_other_content_in_one_call_is_a_conflict(store: Store, run: Run, now: datetime) -> None:
-    with pytest.raises(PromptConflict, match="prompt 2 of 2: id 'a' stands earlier in this call with another group"):
+    with pytest.raises(PromptConflict, match="prompt 2 of 2: id 'a' stands earlier in this call with another category"):
         store.add_prompts(run.id, [NewPrompt("a", group="x"), NewPrompt("a", group="y")], now=now)
 
     assert store.prompts(run.id) == ()

@@ -7,7 +7,8 @@ from typing import Any
 
 from evenodds.errors import ConfigurationError
 from evenodds.schemas import PromptIn
-from evenodds.training.selector import Batch, PromptSelector
+from evenodds.training.batch import Batch
+from evenodds.training.selector import PromptSelector
 
 
 class Connection:

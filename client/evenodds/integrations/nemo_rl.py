@@ -27,7 +27,7 @@ ID, STEP = "evenodds_id", "evenodds_step"
 class SelectedDataloader:
     """Draws from all data loaders' data sets the prompts that the service chooses; their own order is not used.
 
-    A prompt's id is the name of its data loader and its row number; the name is its group too.
+    A prompt's id is the name of its data loader and its row number; the name is its category too.
 
     Args:
         settings: See `Connection`.
@@ -89,7 +89,7 @@ class SelectedDataloader:
         """Connected at the first batch: only then the pool is known."""
         if self._connection is None:
             pool = [
-                {"prompt_id": f"{task}/{index}", "group": task} | ({"text": text} if (text := _text(row)) else {})
+                {"prompt_id": f"{task}/{index}", "category": task} | ({"text": text} if (text := _text(row)) else {})
                 for task, dataloader in dataloaders.items()
                 for index, row in enumerate(_rows(dataloader.dataset))
             ]

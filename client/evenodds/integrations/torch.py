@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import checkpoint, go_back
-from evenodds.training.selector import Batch, PromptSelector
+from evenodds.training.batch import Batch
+from evenodds.training.selector import PromptSelector
 
 
 class Ranks(TypedDict, total=False):

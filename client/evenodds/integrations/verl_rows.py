@@ -32,7 +32,7 @@ def pool_of(dataset: Any, prompt_key: str) -> list[dict[str, object]]:
         source = row.get("data_source")
         prompt: dict[str, object] = {"prompt_id": prompt_id_of(source, extra_info)}
         text = text_of(row.get(prompt_key))
-        pool.append(prompt | ({"text": text} if text else {}) | ({"group": str(source)} if source else {}))
+        pool.append(prompt | ({"text": text} if text else {}) | ({"category": str(source)} if source else {}))
     return pool
 
 

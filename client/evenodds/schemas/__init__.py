@@ -7,7 +7,7 @@ them, so that an old client keeps working against a newer service. Nothing here 
 from __future__ import annotations
 
 from evenodds.schemas.allocation import AllocatePrompt, AllocateReply, AllocateRequest, Allocation
-from evenodds.schemas.base import Reply, Request
+from evenodds.schemas.base import OLDER_NAMES, Reply, Request
 from evenodds.schemas.budgets import BudgetReply, BudgetRequest, PolicyList, PolicyState, PolicyUpdate, Tier
 from evenodds.schemas.chat import (
     ChatChoice,
@@ -35,9 +35,9 @@ from evenodds.schemas.fields import (
     AllocationMethod,
     Attempts,
     BudgetMode,
+    CategoryShares,
     Features,
     Finite,
-    GroupShares,
     GroupSize,
     Key,
     Label,
@@ -119,6 +119,7 @@ __all__ = [
     "MAX_TEXT",
     "MAX_TIERS",
     "MAX_VECTOR",
+    "OLDER_NAMES",
     "RUN_PATTERN",
     "Acquisition",
     "Alarm",
@@ -134,6 +135,7 @@ __all__ = [
     "BudgetMode",
     "BudgetReply",
     "BudgetRequest",
+    "CategoryShares",
     "ChatChoice",
     "ChatMessage",
     "ChatPart",
@@ -148,7 +150,6 @@ __all__ = [
     "Forecast",
     "ForecastQuality",
     "GroupReport",
-    "GroupShares",
     "GroupSize",
     "Health",
     "Key",

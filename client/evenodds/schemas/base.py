@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonValue
 
 
@@ -48,8 +48,8 @@ _WRONG: Mapping[_Kind, frozenset[type]] = {
 def _kinds(model: type[BaseModel]) -> Mapping[str, _Kind]:
     """Of fields that hold numbers or truth values, alone or in lists and by name, what they hold."""
     found: dict[str, _Kind] = {}
-    for name, field in model.model_fields.items():
-        leaves = set(_leaves(field.annotation))
+    for name in model.model_fields.keys() - OLDER_NAMES.keys():
+        leaves = set(_leaves(model.model_fields[name].annotation))
         if leaves & {int, float}:
             found[name] = "reward" if name == "rewards" else "number"
         elif bool in leaves:
@@ -70,6 +70,47 @@ def _leaves(annotation: object) -> Iterator[object]:
         yield annotation
     for each in inner:
         yield from _leaves(each)
+
+
+OLDER_NAMES: Mapping[str, str] = {
+    "group": "category",
+    "groups": "categories",
+    "groups_at_most": "categories_at_most",
+    "other_groups": "other_categories",
+}
+"""Names that fields had before, and have beside their own until 1.0: a group is what the attempts at a prompt are."""
+
+
+def older(name: str, *, is_sent: bool = True) -> Any:
+    """A field under its older name."""
+    reason = f"the older name of {OLDER_NAMES[name]}, until 1.0"
+    return Field(deprecated=reason, description=reason, exclude=not is_sent)
+
+
+class HasOlderNames(BaseModel):
+    """A request or reply with renamed fields: they may come under either name, and stand under both."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stands_under_both_names(cls, data: object) -> object:
+        if isinstance(data, Mapping):
+            for old, new in _renamed(cls):
+                if old in data or new in data:
+                    data = {**data, **dict.fromkeys((old, new), _one_value(data, old, new))}
+        return data
+
+
+def _one_value(data: Mapping[str, object], old: str, new: str) -> object:
+    """Of a field that may come under two names. Under both it must be the same; null says nothing."""
+    earlier, value = data.get(old), data.get(new)
+    if value is None or earlier is None or value == earlier:
+        return earlier if value is None else value
+    raise ValueError(f"{new} {value!r:.80} and {old} {earlier!r:.80} differ, and are one field: send {new} alone")
+
+
+@cache
+def _renamed(model: type[BaseModel]) -> tuple[tuple[str, str], ...]:
+    return tuple((old, new) for old, new in OLDER_NAMES.items() if old in model.model_fields)
 
 
 def example(**fields: JsonValue) -> ConfigDict:

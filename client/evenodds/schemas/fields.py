@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, SkipValidation, WithJsonSchema
+
+from evenodds.schemas.base import older
 
 MAX_ITEMS = 10_000
 """Most items in one list. Larger pools are sent as NDJSON."""
@@ -47,7 +49,11 @@ Reward = Annotated[
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 GroupSize = Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE, description="attempts per prompt in training")]
 TargetRate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-GroupShares = Annotated[dict[Key, Rate], Field(min_length=1, max_length=1_000)]
+CategoryShares = Annotated[dict[Key, Rate], Field(min_length=1, max_length=1_000)]
+# Of requests: checked, and sent on, under their newer names.
+OlderGroup = Annotated[SkipValidation[Key | None], older("group", is_sent=False)]
+OlderGroups = Annotated[SkipValidation[CategoryShares | None], older("groups", is_sent=False)]
+OlderGroupsAtMost = Annotated[SkipValidation[CategoryShares | None], older("groups_at_most", is_sent=False)]
 Vector = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MAX_VECTOR)]
 Features = Annotated[dict[Key, Finite], Field(max_length=MAX_FEATURES)]
 
@@ -66,12 +72,13 @@ Label = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(storab
 
 
 def check_shares(least: dict[str, float] | None, most: dict[str, float] | None) -> None:
-    """Raises ValueError: least shares that sum to more than 1, or one that is above its group's largest."""
-    if least is not None and sum(least.values()) > 1 + 1e-9:
-        raise ValueError(f"groups: the shares sum to {sum(least.values()):g}, the limit is 1")
-    for group in sorted((least or {}).keys() & (most or {}).keys()):
-        if (least or {})[group] > (most or {})[group]:
+    """Raises ValueError: least shares that sum to more than 1, or one that is above its category's largest."""
+    least, most = least or {}, most or {}
+    if sum(least.values()) > 1 + 1e-9:
+        raise ValueError(f"categories: the shares sum to {sum(least.values()):g}, the limit is 1")
+    for name in sorted(least.keys() & most.keys()):
+        if least[name] > most[name]:
             raise ValueError(
-                f"groups.{group}: {(least or {})[group]:g} is more than groups_at_most allows, "
-                f"{(most or {})[group]:g}: lower the one or raise the other"
+                f"categories.{name}: {least[name]:g} is more than categories_at_most allows, {most[name]:g}: lower "
+                "the one or raise the other"
             )

@@ -6,30 +6,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evenodds.schemas.base import Reply, Request, example
+from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
     MAX_ITEMS,
     Acquisition,
-    Features,
-    GroupShares,
+    CategoryShares,
     GroupSize,
     Key,
+    OlderGroups,
+    OlderGroupsAtMost,
     PromptId,
     Rate,
     Reward,
     RunName,
     Step,
     TargetRate,
-    Text,
-    Vector,
     check_shares,
 )
+from evenodds.schemas.prompts import Described, Named
 
 
-class Observation(Request):
-    """Outcomes of attempts on one prompt. Attempts that failed for other reasons than the policy stay out."""
-
-    prompt_id: PromptId | None = None
+class Outcome(Named):
     successes: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None, description="fractional rewards count as fractional successes"
     )
@@ -37,11 +34,10 @@ class Observation(Request):
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
         default=None, description="instead of successes and attempts: a reward in [0, 1] per attempt (true counts as 1)"
     )
-    text: Text | None = Field(default=None, description="for a prompt that the pool does not have yet")
-    group: Key | None = None
-    embedding: Vector | None = None
-    features: Features | None = None
-    prior_rate: Rate | None = None
+
+
+class Observation(Described, Outcome):
+    """Outcomes of attempts on one prompt. Attempts that failed for other reasons than the policy stay out."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Observation:
@@ -86,8 +82,8 @@ class ObserveReply(Reply):
     replayed: bool = Field(description="this request_id was accepted before; nothing was written again")
 
 
-class SelectRequest(Request):
-    model_config = example(run="math-7b", step=13, batch_size=2, seed=0, groups={"algebra": 0.5})
+class SelectRequest(HasOlderNames, Request):
+    model_config = example(run="math-7b", step=13, batch_size=2, seed=0, categories={"algebra": 0.5})
 
     run: RunName
     step: Step
@@ -97,14 +93,19 @@ class SelectRequest(Request):
         default=None, description="choose among these only; the whole pool otherwise"
     )
     exclude: Annotated[tuple[PromptId, ...], Field(max_length=MAX_ITEMS)] | None = None
-    groups: GroupShares | None = Field(
+    categories: CategoryShares | None = Field(
         default=None,
-        description="least share of the batch for each group; the shares sum to at most 1. Instead of the run's, and "
-        "unlike those an error where a group has too few prompts",
+        description="least share of the batch for each category; the shares sum to at most 1. Instead of the run's, "
+        "and unlike those an error where a category has too few prompts",
+        serialization_alias="groups",
     )
-    groups_at_most: GroupShares | None = Field(
-        default=None, description="largest share of the batch for each group; the run's by default"
+    categories_at_most: CategoryShares | None = Field(
+        default=None,
+        description="largest share of the batch for each category; the run's by default",
+        serialization_alias="groups_at_most",
     )
+    groups: OlderGroups = None
+    groups_at_most: OlderGroupsAtMost = None
     target_rate: TargetRate | None = None
     group_size: GroupSize | None = None
     acquisition: Acquisition | None = None
@@ -118,13 +119,14 @@ class SelectRequest(Request):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SelectRequest:
-        check_shares(self.groups, self.groups_at_most)
+        check_shares(self.categories, self.categories_at_most)
         return self
 
 
-class SelectedPrompt(Reply):
+class SelectedPrompt(HasOlderNames, Reply):
     prompt_id: PromptId
-    group: str | None = None
+    category: str | None = None
+    group: Annotated[str | None, older("group")] = None
     success_rate: float
     std: float
     informative_probability: float

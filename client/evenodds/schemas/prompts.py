@@ -6,19 +6,41 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from evenodds.schemas.base import Reply, Request, example
-from evenodds.schemas.fields import MAX_ITEMS, Features, GroupSize, Key, PromptId, Rate, RunName, Step, Text, Vector
+from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
+from evenodds.schemas.fields import (
+    MAX_ITEMS,
+    Features,
+    GroupSize,
+    Key,
+    OlderGroup,
+    PromptId,
+    Rate,
+    RunName,
+    Step,
+    Text,
+    Vector,
+)
 
 
-class PromptIn(Request):
-    """A prompt for the pool. Without `prompt_id` the id is a hash of the normalised text."""
-
+class Named(Request):
     prompt_id: PromptId | None = None
-    text: Text | None = None
-    group: Key | None = Field(default=None, description="dataset, domain or environment")
+
+
+class Described(HasOlderNames, Request):
+    """What may be known of a prompt besides its id."""
+
+    text: Text | None = Field(default=None, description="needed for a prompt that the pool does not have yet")
+    category: Key | None = Field(
+        default=None, description="dataset, domain or environment", serialization_alias="group"
+    )
+    group: OlderGroup = None
     embedding: Vector | None = Field(default=None, description="the caller's own vector (embedder 'caller')")
     features: Features | None = Field(default=None, description="numeric features by name")
     prior_rate: Rate | None = Field(default=None, description="a success rate known beforehand, say of a profile")
+
+
+class PromptIn(Described, Named):
+    """A prompt for the pool. Without `prompt_id` the id is a hash of the normalised text."""
 
     @model_validator(mode="after")
     def _has_identity(self) -> PromptIn:
@@ -30,8 +52,8 @@ class PromptIn(Request):
 class PromptsIn(Request):
     model_config = example(
         prompts=[
-            {"prompt_id": "sum-1", "text": "What is 17 + 25?", "group": "arithmetic"},
-            {"prompt_id": "root-1", "text": "Solve x^2 - 5x + 6 = 0.", "group": "algebra", "prior_rate": 0.4},
+            {"prompt_id": "sum-1", "text": "What is 17 + 25?", "category": "arithmetic"},
+            {"prompt_id": "root-1", "text": "Solve x^2 - 5x + 6 = 0.", "category": "algebra", "prior_rate": 0.4},
         ]
     )
 
@@ -46,10 +68,11 @@ class PromptsAdded(Reply):
     log_position: int
 
 
-class PromptInfo(Reply):
+class PromptInfo(HasOlderNames, Reply):
     prompt_id: PromptId
     text: str | None
-    group: str | None
+    category: str | None
+    group: Annotated[str | None, older("group")] = None
     features: dict[str, float] | None
     prior_rate: float | None
 
@@ -59,21 +82,8 @@ class PromptPage(Reply):
     next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")
 
 
-class PromptRef(Request):
+class PromptRef(PromptIn):
     """A prompt of the pool by its id, or a new text."""
-
-    prompt_id: PromptId | None = None
-    text: Text | None = None
-    group: Key | None = None
-    embedding: Vector | None = None
-    features: Features | None = None
-    prior_rate: Rate | None = None
-
-    @model_validator(mode="after")
-    def _has_identity(self) -> PromptRef:
-        if self.prompt_id is None and self.text is None:
-            raise ValueError("a prompt needs a prompt_id, a text, or both")
-        return self
 
 
 class PredictRequest(Request):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.config import JsonValue
 
-from evenodds.schemas.base import Reply
+from evenodds.schemas.base import HasOlderNames, Reply, older
 from evenodds.schemas.fields import PromptId, RunName
 from evenodds.schemas.loop import FallbackNotice
 
@@ -111,10 +111,11 @@ class Coverage(Reply):
     visits: tuple[VisitCount, ...]
 
 
-class GroupReport(Reply):
-    """One group of prompts, over the whole run."""
+class GroupReport(HasOlderNames, Reply):
+    """The prompts of one category, over the whole run."""
 
-    group: str | None = Field(description="null: prompts without a group")
+    category: str | None = Field(description="null: prompts without a category")
+    group: Annotated[str | None, older("group")] = None
     prompts: int
     tried: int
     chosen: int
@@ -194,20 +195,20 @@ _REPORT: dict[str, JsonValue] = {
         **{"pool_size": 29115, "chosen": 498, "observed": 498, "tried_share": 0.0171, "mean_visits": 0.0176},
         "visits": [{"from_visits": 1, "to_visits": 1, "prompts": 484}],
     },
-    "groups": [
+    "categories": [
         {
-            **{"group": "algebra", "prompts": 7473, "tried": 127, "chosen": 131, "chosen_control": 13},
+            **{"category": "algebra", "prompts": 7473, "tried": 127, "chosen": 131, "chosen_control": 13},
             **{"observed": 131, "attempts": 1048, "success_rate_forecast": 0.44, "success_rate": 0.45},
             **{"informative_forecast": 0.77, "informative_share": _POLICY},
         }
     ],
-    "other_groups": None,
+    "other_categories": None,
     "skill": {"per_observation": 0.21, "observations": 512, "recent": 107.5, "recent_observations": 512},
     "fallback": None,
 }
 
 
-class RunReport(Reply):
+class RunReport(HasOlderNames, Reply):
     """How good the forecasts of a run are, and what choosing brought. Outcomes count once they are observed."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_REPORT]})
@@ -229,15 +230,18 @@ class RunReport(Reply):
     lift: LiftReport | None = None
     lift_missing: str | None = Field(default=None, description="why there is no lift, and what to do")
     coverage: Coverage
-    groups: tuple[GroupReport, ...] = Field(description="the first 500 groups, in the order in which they came")
-    other_groups: GroupReport | None = Field(default=None, description="all later groups together")
+    categories: tuple[GroupReport, ...] = Field(description="the first 500 categories, in the order in which they came")
+    other_categories: GroupReport | None = Field(default=None, description="all later categories together")
+    groups: Annotated[tuple[GroupReport, ...], older("groups")] = ()
+    other_groups: Annotated[GroupReport | None, older("other_groups")] = None
     skill: SkillReport
     fallback: FallbackNotice | None = None
 
 
-class BelievedPrompt(Reply):
+class BelievedPrompt(HasOlderNames, Reply):
     prompt_id: PromptId
-    group: str | None
+    category: str | None
+    group: Annotated[str | None, older("group")] = None
     text: str | None = Field(description="its first 500 characters")
     success_rate: float
     informative_probability: float

@@ -7,14 +7,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from evenodds.schemas.base import Reply, Request, example
+from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
     MAX_ITEMS,
     Acquisition,
-    GroupShares,
+    CategoryShares,
     GroupSize,
     Key,
     ModelSize,
+    OlderGroups,
+    OlderGroupsAtMost,
     Predictor,
     PromptId,
     Rate,
@@ -38,7 +40,7 @@ class RefitPolicy(Request):
     )
 
 
-class RunUpdate(Request):
+class RunUpdate(HasOlderNames, Request):
     """Settings of a run. On an existing run, a field that is left out keeps its value."""
 
     model_config = example(predictor="gps", group_size=8, acquisition="yield", control_share=0.05)
@@ -105,11 +107,15 @@ class RunUpdate(Request):
         description="least share of each batch for the prompts least recently seen, a quarter of it for those seen "
         "before, however hopeless they are believed to be; 0.05 by default under yield and paper, else 0",
     )
-    groups: GroupShares | None = Field(
+    categories: CategoryShares | None = Field(
         default=None,
-        description="least share of each batch for a group, as far as its prompts go; the shares sum to at most 1",
+        description="least share of each batch for a category, as far as its prompts go; the shares sum to at most 1",
     )
-    groups_at_most: GroupShares | None = Field(default=None, description="largest share of each batch for a group")
+    categories_at_most: CategoryShares | None = Field(
+        default=None, description="largest share of each batch for a category"
+    )
+    groups: OlderGroups = None
+    groups_at_most: OlderGroupsAtMost = None
     fallback: bool | None = Field(
         default=None,
         description="choose uniformly while the gps predictor's skill against flat MoPPS stays negative; true by "
@@ -131,7 +137,7 @@ class RunUpdate(Request):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> RunUpdate:
-        check_shares(self.groups, self.groups_at_most)
+        check_shares(self.categories, self.categories_at_most)
         return self
 
 
@@ -175,7 +181,7 @@ class Alarm(Reply):
     limit: float = Field(description="where the alarm begins")
 
 
-class RunState(Reply):
+class RunState(HasOlderNames, Reply):
     """A run as it stands."""
 
     run: RunName
@@ -195,8 +201,10 @@ class RunState(Reply):
     refit: RefitPolicy
     control_share: float = 0.0
     reprobe_share: float = 0.05
-    groups: dict[str, float] | None = None
-    groups_at_most: dict[str, float] | None = None
+    categories: dict[str, float] | None = None
+    categories_at_most: dict[str, float] | None = None
+    groups: Annotated[dict[str, float] | None, older("groups")] = None
+    groups_at_most: Annotated[dict[str, float] | None, older("groups_at_most")] = None
     fallback: bool = True
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
     pool_size: int = Field(description="prompts that may be selected")

@@ -18,7 +18,7 @@ def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
     return future
 
 
-class Hand:
+class SerialThread:
     """One daemon thread that does what it is given, in order."""
 
     def __init__(self, name: str) -> None:

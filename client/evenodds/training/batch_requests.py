@@ -12,7 +12,7 @@ from evenodds.errors import EvenOddsError
 from evenodds.schemas import SelectReply, SelectRequest
 from evenodds.training.background import in_thread
 
-MAX_ASKING = 4
+MAX_UNDER_WAY = 4
 """Most requests under way at once. While so many hang, none is started."""
 _KEPT = 8
 
@@ -21,7 +21,7 @@ class NotAnswered(EvenOddsError):
     """The service cannot be asked now, or what it answers is no answer to the question."""
 
 
-class Asker:
+class BatchRequests:
     """Requests for batches, each asked once, whether ahead of time or when the batch is needed.
 
     Args:
@@ -37,7 +37,7 @@ class Asker:
         self._wait_until_clear = wait_until_clear
         self._lock = threading.Lock()
         self._asked: dict[str, Future[SelectReply]] = {}
-        self._n_asking = 0
+        self._n_under_way = 0
 
     def ask(self, request: SelectRequest) -> Future[SelectReply]:
         """The reply to come. Joins the same request where it is under way or answered; asks again where it failed.
@@ -50,10 +50,10 @@ class Asker:
             asked = self._asked.get(key)
             if asked is not None and not (asked.done() and asked.exception() is not None):
                 return asked
-            if self._n_asking >= MAX_ASKING:
-                raise NotAnswered(f"{MAX_ASKING} requests for a batch hang already")
+            if self._n_under_way >= MAX_UNDER_WAY:
+                raise NotAnswered(f"{MAX_UNDER_WAY} requests for a batch hang already")
             asked = self._asked[key] = in_thread("evenodds-ask", lambda: self._ask(request))
-            self._n_asking += 1
+            self._n_under_way += 1
             while len(self._asked) > _KEPT:
                 del self._asked[next(iter(self._asked))]
             return asked
@@ -79,11 +79,11 @@ class Asker:
                 seed=request.seed,
                 candidates=request.candidates,
                 exclude=request.exclude,
-                groups=request.groups,
+                categories=request.categories,
             )
         finally:
             with self._lock:
-                self._n_asking -= 1
+                self._n_under_way -= 1
         n = len({prompt.prompt_id for prompt in reply.prompts})
         if (reply.run, reply.step, n) != (request.run, request.step, request.batch_size):
             raise NotAnswered(f"it chose {n} prompts for step {reply.step} of run {reply.run!r} instead")

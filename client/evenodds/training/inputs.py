@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from evenodds.client import Client
 from evenodds.errors import ConfigurationError, InvalidRequest
-from evenodds.schemas import Observation, PromptIn, RunName, RunUpdate, Step
+from evenodds.schemas import OLDER_NAMES, Observation, PromptIn, RunName, RunUpdate, Step
 from evenodds.training.outbox import Delivery
-from evenodds.validation import fault_lines
+from evenodds.validation import fault_lines, kept_to, warn_of_older_names
 
 Outcomes: TypeAlias = Mapping[str, Iterable[float]] | Iterable[Observation | Mapping[str, object]]
 
@@ -21,12 +25,47 @@ _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _STEP: TypeAdapter[int] = TypeAdapter(Step)
 
 
-def checked_run(run: str, run_settings: Mapping[str, object] | None) -> str:
-    """The name, if it and the settings may be sent."""
+@dataclass(frozen=True)
+class Setup:
+    """What a selector was made with.
+
+    Attributes:
+        base_url: None is offline.
+        run_settings: Arguments of `put_run`, which comes before anything else; None leaves the run as it is.
+        prompts: The pool, loaded next, and again where the service has lost it. None leaves it alone.
+        folder: Of the outbox; None keeps everything in memory.
+        deadline_seconds: How long a call of the training loop may take.
+        prefetches: Whether the next batch is asked for once a step is observed.
+
+    Raises:
+        ConfigurationError: A field is out of its range.
+    """
+
+    base_url: str | None
+    run: str
+    run_settings: Mapping[str, Any] | None
+    prompts: Sequence[PromptIn] | None
+    folder: Path | None
+    deadline_seconds: float
+    prefetches: bool
+
+    def __post_init__(self) -> None:
+        with _configured("run"):
+            _RUN.validate_python(self.run)
+        if not (math.isfinite(self.deadline_seconds) and self.deadline_seconds > 0):
+            raise ConfigurationError(f"deadline_seconds {self.deadline_seconds!r} must be finite and above 0")
+        if self.base_url is not None:
+            Client(self.base_url).close()  # refuses what is no URL
+
+
+def checked_settings(run_settings: Mapping[str, object] | None) -> Mapping[str, Any] | None:
+    """As arguments of `put_run`, all under their present names."""
+    if run_settings is None:
+        return None
     with _configured("run_settings"):
-        RunUpdate.model_validate(run_settings or {})
-    with _configured("run"):
-        return _RUN.validate_python(run)
+        update = RunUpdate.model_validate(run_settings)
+    warn_of_older_names("run_settings", run_settings, stacklevel=3)
+    return {name: getattr(update, name) for name in update.model_fields_set - OLDER_NAMES.keys()}
 
 
 def as_index(value: SupportsIndex) -> object:
@@ -38,10 +77,8 @@ def as_index(value: SupportsIndex) -> object:
 
 
 def checked_step(call: str, step: SupportsIndex) -> int:
-    try:
+    with kept_to(call, "step"):
         return _STEP.validate_python(as_index(step))
-    except ValidationError as error:
-        raise InvalidRequest(call, fault_lines(error.errors(include_url=False), prefix="step")) from error
 
 
 def checked_prompts(

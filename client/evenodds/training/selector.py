@@ -8,85 +8,36 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex
 from uuid import uuid4
 
-from pydantic import ValidationError
-
-from evenodds.client import Client
 from evenodds.errors import ConfigurationError, InvalidRequest
-from evenodds.schemas import (
-    MAX_ITEMS,
-    Forecast,
-    PromptIn,
-    SelectReply,
-    SelectRequest,
-)
-from evenodds.training.batch_requests import Asker, NotAnswered
+from evenodds.schemas import MAX_ITEMS, PromptIn, SelectRequest
+from evenodds.training.batch import Arm, Batch
+from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import (
     Outcomes,
+    Setup,
     as_index,
     checked_observations,
     checked_prompts,
-    checked_run,
+    checked_settings,
     checked_state,
     checked_step,
 )
 from evenodds.training.outbox import Delivery
-from evenodds.training.sender import Courier
-from evenodds.training.status import Counts, Record
-from evenodds.validation import fault_lines
+from evenodds.training.running import Running
+from evenodds.training.status import Counts
+from evenodds.validation import request_of
 
 DEFAULT_OUTBOX = Path(".evenodds")
 STATE_FORMAT = 1
-Arm: TypeAlias = Literal["policy", "control", "uniform"]
-_KEPT_BATCHES = 8
-_KEPT_SELECTIONS = 1_000
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The prompts of a step. Iterating gives their ids.
-
-    Attributes:
-        prompt_ids: As many as were asked for, all different.
-        arms: For each prompt: `policy` or `control` as the service chose, `uniform` where it did not choose.
-        reply: All that the service said; None for a uniform batch.
-    """
-
-    step: int
-    prompt_ids: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    reply: SelectReply | None = None
-
-    @property
-    def source(self) -> Literal["service", "uniform"]:
-        """Who chose it."""
-        return "uniform" if self.reply is None else "service"
-
-    @property
-    def selection_id(self) -> str | None:
-        """The service's name for it."""
-        return None if self.reply is None else self.reply.selection_id
-
-    @property
-    def forecast(self) -> Forecast | None:
-        """What the service expects of it."""
-        return None if self.reply is None else self.reply.forecast
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.prompt_ids)
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids)
 
 
 class PromptSelector:
@@ -124,6 +75,8 @@ class PromptSelector:
         broadcast: Called once by every rank in each `select`, with the batch on rank 0 and None on the others:
             returns that batch on all. See `evenodds.integrations.torch`.
 
+    As many arguments as a training script decides on: they are the interface.
+
     Raises:
         ConfigurationError: An argument is out of its range, or there are no prompts.
     """
@@ -142,37 +95,36 @@ class PromptSelector:
         rank: int = 0,
         broadcast: Callable[[Batch | None], Batch] | None = None,
     ) -> None:
-        self._run = checked_run(run, run_settings)
-        self._prompt_ids, self._prompts = checked_prompts(prompts)
-        self._known = frozenset(self._prompt_ids)
-        if not (math.isfinite(deadline_seconds) and deadline_seconds > 0):
-            raise ConfigurationError(f"deadline_seconds {deadline_seconds!r} must be finite and above 0")
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed {seed!r} must be in [0, 2**63)")
         if rank < 0:
             raise ConfigurationError(f"rank {rank!r} must be at least 0")
-        if base_url is not None:
-            Client(base_url).close()  # refuses what is no URL
-        self._base_url = base_url
-        self._run_settings = None if run_settings is None else dict(run_settings)
-        self._seed = seed
-        self._deadline_seconds = deadline_seconds
+        self._prompt_ids, whole = checked_prompts(prompts)
+        self._known = frozenset(self._prompt_ids)
         folder = DEFAULT_OUTBOX if outbox is None and base_url is not None else outbox
-        self._folder = None if folder is None else Path(folder).absolute()
-        self._prefetches = prefetch
+        self._setup = Setup(
+            base_url,
+            run,
+            run_settings=checked_settings(run_settings),
+            prompts=whole,
+            folder=None if folder is None else Path(folder).absolute(),
+            deadline_seconds=deadline_seconds,
+            prefetches=prefetch,
+        )
+        self._seed = seed
         self._rank = rank
         self._broadcast = broadcast
         self._observed_step: int | None = None
         self._is_closed = False
         self._made_in = os.getpid()
-        self._running: _Running | None = None
+        self._running: Running | None = None
         if base_url is not None:
             self._here()  # delivers what an earlier process left, and loads the pool
 
     @property
     def run(self) -> str:
         """Name of the run."""
-        return self._run
+        return self._setup.run
 
     @property
     def prompt_ids(self) -> tuple[str, ...]:
@@ -186,6 +138,7 @@ class PromptSelector:
         *,
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        categories: Mapping[str, float] | None = None,
         groups: Mapping[str, float] | None = None,
     ) -> Batch:
         """Choose the prompts of a step, within the deadline.
@@ -196,13 +149,14 @@ class PromptSelector:
             batch_size: Prompts to choose, in [1, 10,000].
             candidates: Choose among these only.
             exclude: Leave these out.
-            groups: Least share of the batch for each group. A uniform batch ignores it.
+            categories: Least share of the batch by category of the prompts. A uniform batch ignores it.
+            groups: Older name of `categories`, until 1.0.
 
         Raises:
             InvalidRequest: The arguments can never be served.
             ConfigurationError: The selector is closed.
         """
-        request = self._request("select", step, batch_size, candidates, exclude, groups)
+        request = self._request("select", locals())
         here = self._here()
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
             batch = self._choose(request, here)
@@ -218,17 +172,18 @@ class PromptSelector:
         *,
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        categories: Mapping[str, float] | None = None,
         groups: Mapping[str, float] | None = None,
     ) -> None:
         """Start to choose the prompts of a step, for `select` with the same arguments to find. Returns at once.
 
         The choice knows nothing of what is observed after this call. Raises what `select` raises.
         """
-        request = self._request("prefetch", step, batch_size, candidates, exclude, groups)
-        asker = self._here().asker
-        if asker is not None and (self._rank == 0 or self._broadcast is None):
+        request = self._request("prefetch", locals())
+        requests = self._here().requests
+        if requests is not None and (self._rank == 0 or self._broadcast is None):
             try:
-                asker.ask(request)
+                requests.ask(request)
             except (NotAnswered, RuntimeError):
                 return  # no thread to be had: `select` will say so, if that lasts
 
@@ -259,9 +214,9 @@ class PromptSelector:
         at = checked_step("observe", step)
         here = self._here()
         sound, faults = checked_observations(outcomes, self._known)
-        here.record.count(observed=len(sound), left_out=len(faults))
+        here.status.count(observed=len(sound), left_out=len(faults))
         if faults:
-            here.record.say_once(
+            here.status.say_once(
                 "left out",
                 f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are no observations and "
                 f"were left out, as perhaps later ones: {faults[0]}",
@@ -271,7 +226,7 @@ class PromptSelector:
         self._observed_step = max(at, self._observed_step or 0)
         if self._keeps:
             chosen = selection_id or here.selections.get(at)
-            here.courier.put(
+            here.sender.put(
                 [
                     Delivery("observe", at, uuid4().hex, chosen, json.dumps(sound[first : first + MAX_ITEMS]))
                     for first in range(0, len(sound), MAX_ITEMS)
@@ -291,10 +246,10 @@ class PromptSelector:
         """
         return {
             "format": STATE_FORMAT,
-            "run": self._run,
+            "run": self._setup.run,
             "seed": self._seed,
             "step": self._observed_step if step is None else checked_step("state_dict", step),
-            "undelivered": [asdict(delivery) for delivery in self._here().courier.waiting()],
+            "undelivered": [asdict(delivery) for delivery in self._here().sender.waiting()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,22 +261,22 @@ class PromptSelector:
         Raises:
             ConfigurationError: The state is none of this run's, or the selector is closed.
         """
-        step, undelivered = checked_state(state, self._run, STATE_FORMAT)
+        step, undelivered = checked_state(state, self._setup.run, STATE_FORMAT)
         here = self._here()
         self._seed = state["seed"]
         self._observed_step = step
         here.forget()
         if step is not None and self._keeps:
             rewind = [*undelivered, Delivery("rewind", step, uuid4().hex)] if self._rank == 0 else []
-            here.courier.forget_after(step, rewind)
+            here.sender.forget_after(step, rewind)
 
     def counts(self) -> Counts:
         """What this selector has done so far in this process."""
-        return self._here().record.counts
+        return self._here().status.counts
 
     def refusals(self) -> tuple[tuple[Delivery, str], ...]:
         """The deliveries that the service refused for what they hold, and why."""
-        return self._here().courier.refusals()
+        return self._here().sender.refusals()
 
     def wait_until_ready(self, timeout_seconds: float = 60.0) -> bool:
         """Wait for the run to be created and its pool loaded, where that is this selector's work. Whether it is done.
@@ -329,11 +284,11 @@ class PromptSelector:
         Without it, the first batches are uniform until the pool is loaded.
         """
         here = self._here()
-        return here.asker is not None and here.courier.wait_until_ready(timeout_seconds)
+        return here.requests is not None and here.sender.wait_until_ready(timeout_seconds)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
         """Wait until the service has answered for everything that was observed. Whether it has."""
-        return self._here().courier.flush(timeout_seconds)
+        return self._here().sender.flush(timeout_seconds)
 
     def close(self, timeout_seconds: float = 5.0) -> None:
         """Deliver what is left and end the threads, for at most so long. The rest stays on disk. Repeating is safe.
@@ -358,47 +313,49 @@ class PromptSelector:
     @property
     def _keeps(self) -> bool:
         """Whether observations are kept: somebody will deliver them."""
-        return self._folder is not None
+        return self._setup.folder is not None
 
-    def _here(self) -> _Running:
+    def _here(self) -> Running:
         """The threads of this process, started if need be."""
         if self._is_closed:
-            raise ConfigurationError(f"the selector of run {self._run!r} is closed: make a new one")
+            raise ConfigurationError(f"the selector of run {self._setup.run!r} is closed: make a new one")
         if self._running is None or self._running.pid != os.getpid():
             if self._running is not None:
                 _INHERITED.append(self._running)
-            self._running = _Running(self)
+            self._running = Running(self._setup, loads_pool=self._rank == 0 and os.getpid() == self._made_in)
             atexit.register(self.close)
         return self._running
 
-    def _choose(self, request: SelectRequest, here: _Running) -> Batch:
+    def _choose(self, request: SelectRequest, here: Running) -> Batch:
         key = request.model_dump_json()
         batch = here.batches.get(key)
         if batch is None:
             batch = self._asked(request, here) or self._uniform(request)
-            here.record.count(**{f"{batch.source}_batches": 1})
+            here.status.count(**{f"{batch.source}_batches": 1})
             here.keep(key, batch)
         return batch
 
-    def _asked(self, request: SelectRequest, here: _Running) -> Batch | None:
+    def _asked(self, request: SelectRequest, here: Running) -> Batch | None:
         """The service's choice; None, and the log says why, if it cannot be had in time."""
-        if here.asker is None:
+        if here.requests is None:
             return None
         here.last_request = request
         try:
-            reply = here.asker.ask(request).result(self._deadline_seconds)
+            reply = here.requests.ask(request).result(self._setup.deadline_seconds)
             ids = tuple(prompt.prompt_id for prompt in reply.prompts)
             arms: list[Arm] = [prompt.arm for prompt in reply.prompts]
             unknown = [prompt_id for prompt_id in ids if prompt_id not in self._known]
             if unknown:
                 raise NotAnswered(f"it chose {len(unknown)} prompts that this trainer lacks: {unknown[0]!r} ...")
         except FutureTimeout:
-            here.record.failed("choosing", f"no batch for step {request.step} within {self._deadline_seconds:g} s")
+            here.status.failed(
+                "choosing", f"no batch for step {request.step} within {self._setup.deadline_seconds:g} s"
+            )
             return None
         except Exception as error:  # whatever it is, it must not stop the training
-            here.record.failed("choosing", error)
+            here.status.failed("choosing", error)
             return None
-        here.record.succeeded("choosing")
+        here.status.succeeded("choosing")
         return Batch(request.step, ids, tuple(arms), reply)
 
     def _uniform(self, request: SelectRequest) -> Batch:
@@ -406,28 +363,10 @@ class PromptSelector:
         arms: list[Arm] = ["uniform"] * len(chosen)
         return Batch(request.step, tuple(chosen), tuple(arms))
 
-    def _request(
-        self,
-        call: str,
-        step: SupportsIndex,
-        batch_size: SupportsIndex,
-        candidates: Sequence[str] | None,
-        exclude: Sequence[str] | None,
-        groups: Mapping[str, float] | None,
-    ) -> SelectRequest:
-        given = {"candidates": candidates, "exclude": exclude, "groups": groups}
-        try:
-            request = SelectRequest.model_validate(
-                {
-                    "run": self._run,
-                    "step": as_index(step),
-                    "batch_size": as_index(batch_size),
-                    "seed": self._seed,
-                    **{name: value for name, value in given.items() if value is not None},
-                }
-            )
-        except ValidationError as error:
-            raise InvalidRequest(call, fault_lines(error.errors(include_url=False))) from error
+    def _request(self, call: str, given: Mapping[str, Any]) -> SelectRequest:
+        numbers = {name: as_index(given[name]) for name in ("step", "batch_size")}
+        fields = {**given, **numbers, "run": self._setup.run, "seed": self._seed}
+        request = request_of(call, SelectRequest, fields, stacklevel=3)
         for name, ids in (("candidates", request.candidates), ("exclude", request.exclude)):
             unknown = [prompt_id for prompt_id in ids or () if prompt_id not in self._known]
             if unknown:
@@ -449,70 +388,5 @@ class PromptSelector:
         return [prompt_id for prompt_id in among if prompt_id not in left_out]
 
 
-class _Running:
-    """What a selector holds in one process: its threads, connections and recent batches."""
-
-    def __init__(self, selector: PromptSelector) -> None:
-        self.pid = os.getpid()
-        self.record = Record(selector._base_url, selector._run)
-        self.batches: dict[str, Batch] = {}
-        self.selections: dict[int, str] = {}
-        self.last_request: SelectRequest | None = None
-        self._prefetches = selector._prefetches
-        self._lock = threading.Lock()
-        self.asker: Asker | None = None
-        self.courier = Courier(
-            selector._base_url,
-            selector._run,
-            folder=selector._folder,
-            seconds=selector._deadline_seconds,
-            record=self.record,
-            run_settings=selector._run_settings,
-            prompts=selector._prompts,
-            loads_pool=selector._rank == 0 and self.pid == selector._made_in,
-            on_delivered=self._prefetch_after,
-        )
-        if selector._base_url is not None:
-            self.asker = Asker(selector._base_url, selector._deadline_seconds, self.courier.wait_until_clear)
-
-    def keep(self, key: str, batch: Batch) -> None:
-        """For the case that the same is asked for again."""
-        with self._lock:
-            self.batches[key] = batch
-            while len(self.batches) > _KEPT_BATCHES:
-                del self.batches[next(iter(self.batches))]
-
-    def remember(self, batch: Batch) -> None:
-        """Which selection the outcomes of its step will belong to."""
-        if batch.selection_id is not None:
-            with self._lock:
-                self.selections[batch.step] = batch.selection_id
-                while len(self.selections) > _KEPT_SELECTIONS:
-                    del self.selections[next(iter(self.selections))]
-
-    def forget(self) -> None:
-        """Choose anew for every step."""
-        with self._lock:
-            self.batches.clear()
-            self.selections.clear()
-        self.last_request = None
-        if self.asker is not None:
-            self.asker.forget()
-
-    def close(self, seconds: float) -> None:
-        self.courier.flush(seconds)
-        self.courier.stop(1.0)
-        if self.asker is not None:
-            self.asker.close()
-
-    def _prefetch_after(self, step: int) -> None:
-        last = self.last_request
-        if self._prefetches and last is not None and last.step == step and self.asker is not None:
-            try:
-                self.asker.ask(last.model_copy(update={"step": step + 1}))
-            except NotAnswered:
-                return
-
-
-_INHERITED: list[_Running] = []
+_INHERITED: list[Running] = []
 """What belongs to the process that this one was forked from: closing its files here would disturb that one."""

@@ -9,21 +9,20 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
-from pathlib import Path
 from random import Random
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from evenodds.client import Client
 from evenodds.errors import NotFound, ProblemError
-from evenodds.schemas import PromptIn
-from evenodds.training.background import Hand, in_thread
+from evenodds.training.background import SerialThread, in_thread
 from evenodds.training.batch_requests import NotAnswered
+from evenodds.training.inputs import Setup
 from evenodds.training.outbox import Delivery, Outbox, OutboxBroken
-from evenodds.training.status import Record
+from evenodds.training.status import Status
 
 T = TypeVar("T")
 
@@ -33,57 +32,36 @@ LOOK_SECONDS = 1.0
 """Between two looks at what other processes have put into the same outbox."""
 
 
-class Courier:
-    """The way from a trainer to the service.
+class OutboxSender:
+    """The way from a trainer to the service. Offline it keeps everything and delivers nothing.
 
     Args:
-        base_url: None keeps everything and delivers nothing.
-        folder: Of the outbox; None keeps everything in memory.
-        seconds: How long `put` and its like may take.
-        run_settings: Arguments of `put_run`, which comes first; None leaves the run as it is.
-        prompts: The pool, loaded before anything else and again where the service has lost it. None leaves it alone.
-        loads_pool: Whether this process loads it at the start.
-        on_delivered: Called in the sender's thread with the step of each observe call that the service has confirmed.
+        loads_pool: Whether this process loads the pool at the start.
+        on_delivered: Called in the sending thread with the step of each observe call that the service has confirmed.
     """
 
-    def __init__(
-        self,
-        base_url: str | None,
-        run: str,
-        *,
-        folder: Path | None,
-        seconds: float,
-        record: Record,
-        run_settings: Mapping[str, object] | None,
-        prompts: Sequence[PromptIn] | None,
-        loads_pool: bool,
-        on_delivered: Callable[[int], None],
-    ) -> None:
-        self._run = run
-        self._folder = folder
-        self._seconds = seconds
-        self._record = record
-        self._run_settings = run_settings
-        self._prompts = prompts
+    def __init__(self, setup: Setup, status: Status, *, loads_pool: bool, on_delivered: Callable[[int], None]) -> None:
+        self._setup = setup
+        self._status = status
         self._on_delivered = on_delivered
         self._is_ready = threading.Event()
-        if not loads_pool or (run_settings is None and prompts is None):
+        if not loads_pool or (setup.run_settings is None and setup.prompts is None):
             self._is_ready.set()
         self._error: str | None = None
         self._stopped = threading.Event()
         self._woken = threading.Event()
         self._memory: Outbox | None = None
         self._disk: Outbox | None = None
-        self._hand = Hand("evenodds-outbox")
-        self._opened = self._hand.submit(self._open)
+        self._keeping = SerialThread("evenodds-outbox")
+        self._opened = self._keeping.submit(self._open)
         self._client: Client | None = None
-        if base_url is not None:
-            self._client = Client(base_url, retries=0)
-            self._sender = in_thread("evenodds-sender", self._send_until_stopped)
+        if setup.base_url is not None:
+            self._client = Client(setup.base_url, retries=0)
+            self._sending = in_thread("evenodds-sender", self._send_until_stopped)
 
     def put(self, deliveries: Sequence[Delivery]) -> None:
         """Keep them. They are on disk when this returns, unless the disk is slow."""
-        self._waited(self._hand.submit(lambda: self._put(deliveries)))
+        self._waited(self._keeping.submit(lambda: self._put(deliveries)))
 
     def forget_after(self, step: int, then: Sequence[Delivery]) -> None:
         """Drop what is about later steps, and keep these instead."""
@@ -94,7 +72,7 @@ class Courier:
             if then:
                 self._put(then)
 
-        self._waited(self._hand.submit(forget))
+        self._waited(self._keeping.submit(forget))
 
     def waiting(self) -> tuple[Delivery, ...]:
         """What the service has not confirmed; as far as it can be read in time."""
@@ -117,7 +95,7 @@ class Courier:
                 raise NotAnswered(what if self._error is None else f"{what} ({self._error})")
 
         while not self._opened.done():
-            wait(f"the outbox in {self._folder} is not open yet")
+            wait(f"the outbox in {self._setup.folder} is not open yet")
         while not self._is_ready.is_set():
             wait("its pool is not loaded yet")
         while any(outbox.is_rewinding() for outbox in self._outboxes()):
@@ -131,7 +109,7 @@ class Courier:
         """Wait until nothing waits. Whether nothing does."""
         ends = time.monotonic() + seconds
         while True:
-            empty = self._hand.submit(lambda: all(outbox.is_empty() for outbox in self._outboxes()))
+            empty = self._keeping.submit(lambda: all(outbox.is_empty() for outbox in self._outboxes()))
             try:
                 if empty.result(max(0.01, ends - time.monotonic())):
                     return True
@@ -150,18 +128,18 @@ class Courier:
             self._closed().result(seconds)
             return
         try:
-            self._sender.result(seconds)
+            self._sending.result(seconds)
         except FutureTimeout:
             return  # it hangs in a call, and closes the outbox when that ends
 
-    # The outbox. What the training loop calls goes through the hand, so that it may give up on a slow disk.
+    # The outbox. What the training loop calls goes through a thread, so that it may give up on a slow disk.
 
     def _open(self) -> None:
-        self._memory = Outbox(None, self._run)
-        if self._folder is None:
+        self._memory = Outbox(None, self._setup.run)
+        if self._setup.folder is None:
             return
         try:
-            self._disk = Outbox(self._folder, self._run)
+            self._disk = Outbox(self._setup.folder, self._setup.run)
         except (OSError, sqlite3.Error, OutboxBroken) as error:
             self._disk_failed(error)
 
@@ -183,22 +161,25 @@ class Courier:
         return True
 
     def _disk_failed(self, error: Exception) -> None:
-        self._record.say_once(
-            "disk", f"outbox in {self._folder}: {error}; what cannot be kept there is kept in memory until delivered"
+        self._status.say_once(
+            "disk",
+            f"outbox in {self._setup.folder}: {error}; what cannot be kept there is kept in memory until delivered",
         )
         disk = self._disk
         if disk is not None and disk.path is not None and (isinstance(error, OutboxBroken) or not disk.path.exists()):
             self._disk = None  # what it still holds is delivered by the next start, if it can be read by then
 
     def _read(self, read: Callable[[Outbox], tuple[T, ...]]) -> tuple[T, ...]:
-        found = self._hand.submit(lambda: tuple(item for outbox in self._outboxes() for item in read(outbox)))
+        found = self._keeping.submit(lambda: tuple(item for outbox in self._outboxes() for item in read(outbox)))
         return self._waited(found) or ()
 
     def _waited(self, work: Future[T]) -> T | None:
         try:
-            return work.result(self._seconds)
+            return work.result(self._setup.deadline_seconds)
         except FutureTimeout:
-            self._record.say_once("late", f"the outbox in {self._folder} takes more than {self._seconds:g} s")
+            self._status.say_once(
+                "late", f"the outbox in {self._setup.folder} takes more than {self._setup.deadline_seconds:g} s"
+            )
         except (sqlite3.Error, OutboxBroken) as error:
             self._disk_failed(error)
         return None
@@ -208,8 +189,8 @@ class Courier:
             for outbox in self._outboxes():
                 outbox.close()
 
-        closed = self._hand.submit(close)
-        self._hand.end()
+        closed = self._keeping.submit(close)
+        self._keeping.end()
         return closed
 
     # The sender.
@@ -225,11 +206,11 @@ class Courier:
             except Exception as error:  # whatever it is, the thread must live, and the next attempt may succeed
                 self._error = str(error) or type(error).__name__
                 if not self._stopped.is_set():
-                    self._record.failed("delivering", error)
+                    self._status.failed("delivering", error)
                 pause = min(LONGEST_PAUSE_SECONDS, max(0.2, 2 * pause)) * Random().uniform(0.5, 1.0)
                 continue
             self._error = None
-            self._record.succeeded("delivering")
+            self._status.succeeded("delivering")
             pause = 0.0
             if not has_sent:
                 self._woken.wait(LOOK_SECONDS)
@@ -241,13 +222,13 @@ class Courier:
     def _load_pool(self) -> None:
         assert self._client is not None
         try:
-            self._client.put_run(self._run, **cast("dict[str, Any]", self._run_settings or {}))
-            if self._prompts is not None:
-                self._client.add_prompts(self._run, self._prompts)
+            self._client.put_run(self._setup.run, **(self._setup.run_settings or {}))
+            if self._setup.prompts is not None:
+                self._client.add_prompts(self._setup.run, self._setup.prompts)
         except ProblemError as error:
             if not _is_for_good(error):
                 raise
-            self._record.say_once("pool", f"the service keeps the run or its pool as they are: {error}")
+            self._status.say_once("pool", f"the service keeps the run or its pool as they are: {error}")
         self._is_ready.set()
 
     def _send_one(self) -> bool:
@@ -266,15 +247,15 @@ class Courier:
             except ProblemError as error:
                 if not _is_for_good(error):
                     raise
-                self._record.count(refused=n_observations)
+                self._status.count(refused=n_observations)
                 outbox.refuse(delivery, str(error))
-                self._record.say_once(
+                self._status.say_once(
                     "refused",
                     f"the service refused the {delivery.kind} call of step {delivery.step}, as perhaps others: "
                     f"{error}; the outbox keeps them, and they are tried again at the next start",
                 )
             else:
-                self._record.count(delivered=n_observations)
+                self._status.count(delivered=n_observations)
                 self._remove(outbox, delivery)
                 if delivery.kind == "observe":
                     self._on_delivered(delivery.step)
@@ -293,7 +274,7 @@ class Courier:
                 self._call(replace(delivery, selection_id=None))
             elif error.code == "run_unknown" and delivery.kind == "rewind":
                 return  # nothing to forget
-            elif error.code in ("run_unknown", "prompt_unknown") and self._prompts is not None:
+            elif error.code in ("run_unknown", "prompt_unknown") and self._setup.prompts is not None:
                 self._load_pool()
                 self._call(replace(delivery, selection_id=None))
             else:
@@ -302,16 +283,16 @@ class Courier:
     def _call(self, delivery: Delivery) -> None:
         assert self._client is not None
         if delivery.kind == "rewind":
-            self._client.rewind(self._run, delivery.step)
+            self._client.rewind(self._setup.run, delivery.step)
             return
         reply = self._client.observe(
-            self._run,
+            self._setup.run,
             delivery.step,
             json.loads(delivery.body),
             request_id=delivery.request_id,
             selection_id=delivery.selection_id,
         )
-        if reply.run != self._run:
+        if reply.run != self._setup.run:
             raise NotAnswered(f"it confirmed observations of run {reply.run!r} instead")
 
 

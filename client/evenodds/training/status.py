@@ -1,4 +1,4 @@
-"""What a selector says about itself: its counts, and its few lines in the log. Threads may share one record."""
+"""What a selector says about itself: its counts, and its few lines in the log. Threads may share one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Counts:
     refused: int = 0
 
 
-class Record:
+class Status:
     """Counts, and warnings of which each is given once: one when trouble begins, one when all of it is over."""
 
     def __init__(self, base_url: str | None, run: str) -> None:

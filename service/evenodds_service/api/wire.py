@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
 from scipy.special import betaincinv
 
-from evenodds.schemas import Prediction
+from evenodds.schemas import ObserveRequest, Prediction, SelectReply, SelectRequest
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.distributions import informative_moments, mean_and_std
 
@@ -20,7 +21,26 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def content_hash(content: str) -> str:
+def observed_hash(body: ObserveRequest) -> str:
+    """What a repetition of the report must agree with."""
+    return _hash(body.model_dump_json(by_alias=True, exclude={"run", "request_id"}, exclude_none=True))
+
+
+def selected_hash(body: SelectRequest) -> str:
+    """What a repetition of the choice must agree with; a fork's too, which has another name."""
+    return _hash(body.model_dump_json(by_alias=True, exclude={"run"}))
+
+
+def recorded_reply(reply: str) -> str:
+    """The JSON of a recorded choice. Those that earlier releases recorded lack the categories' present name."""
+    if '"category":' in reply:  # a name: inside of a value its quotes are escaped
+        return reply
+    told = SelectReply.model_validate({**json.loads(reply), "run": "unnamed", "replayed": True})
+    return told.model_dump_json(exclude={"run", "replayed"})
+
+
+def _hash(content: str) -> str:
+    """Of a body under the first names of its fields, in their order: the hashes of earlier releases are stored."""
     return hashlib.sha256(content.encode()).hexdigest()
 
 

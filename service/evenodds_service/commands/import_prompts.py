@@ -35,7 +35,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(command=run)
     parser.description = (
         "Load prompts into the pool of a run, any number of them. FILE has one JSON object a line, with the fields of "
-        "a prompt: prompt_id, text, group, features, prior_rate, embedding. The command may be repeated: what is "
+        "a prompt: prompt_id, text, category, features, prior_rate, embedding. The command may be repeated: what is "
         "stored already is skipped, so that an interrupted import goes on where it stopped."
     )
     parser.add_argument("run", help="name of the run; it must exist (PUT /runs/NAME)")

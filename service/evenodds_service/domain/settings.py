@@ -124,6 +124,6 @@ def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
     for group in sorted(least.keys() & most.keys()):  # every process names the same one
         if least[group] > most[group]:
             raise SharesConflict(
-                f"group {group!r} is to get at least {least[group]:g} of a batch (groups) and at most {most[group]:g} "
-                "(groups_at_most): lower the one or raise the other"
+                f"category {group!r} is to get at least {least[group]:g} of a batch (categories) and at most "
+                f"{most[group]:g} (categories_at_most): lower the one or raise the other"
             )

@@ -35,7 +35,7 @@ class PromptLike(Protocol):
     @property
     def text(self) -> str | None: ...
     @property
-    def group(self) -> str | None: ...
+    def category(self) -> str | None: ...
     @property
     def embedding(self) -> tuple[float, ...] | None: ...
     @property
@@ -149,7 +149,7 @@ class Featurizer:
         return RawBlock(
             first=0,
             prompt_ids=tuple(str(i) for i in range(n)),
-            groups=tuple(item.group for item in items),
+            groups=tuple(item.category for item in items),
             numeric=tuple(item.features for item in items),
             prior_rates_N=np.array([np.nan if i.prior_rate is None else i.prior_rate for i in items], np.float32),
             surface_N_S=surface,
@@ -199,7 +199,7 @@ def new_prompt(item: PromptLike) -> NewPrompt:
         prompt_id=prompt_id,
         text=item.text,
         text_key=key,
-        group=item.group,
+        group=item.category,
         features=item.features or None,
         prior_rate=item.prior_rate,
     )

@@ -55,7 +55,7 @@ class PoolMethods(Transactions):
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
-            PromptConflict: a prompt id is in the pool, or earlier in this call, with another text, group,
+            PromptConflict: a prompt id is in the pool, or earlier in this call, with another text, category,
                 features or prior rate; names the item's position in the call and the id.
             EmbedderFixed: `embedder` differs from the run's: another caller decided first.
             EmbeddingWidthConflict: `embedding_width`, or a vector of the run's embedder, differs from the
@@ -305,7 +305,7 @@ def _difference(known: _Known, prompt: NewPrompt) -> str | None:
     if prompt.text_key not in (None, known.text_key):
         return "text"
     if prompt.group not in (None, known.group):
-        return "group"
+        return "category"
     if prompt.features and dict(prompt.features) != known.features:
         return "features"
     if prompt.prior_rate not in (None, known.prior_rate):

@@ -133,12 +133,12 @@ def test_a_step_asked_for_again_has_its_batch_again(service: Service, make: Make
 
 
 def test_candidates_exclusions_and_groups_are_kept(service: Service, make: Make) -> None:
-    prompts = [{**prompt, "group": "even" if i % 2 == 0 else "odd"} for i, prompt in enumerate(PROMPTS)]
+    prompts = [{**prompt, "category": "even" if i % 2 == 0 else "odd"} for i, prompt in enumerate(PROMPTS)]
     for base_url in (service.base_url, None):
         selector = make(base_url, prompts=prompts)
 
         among = selector.select(1, 3, candidates=IDS[:5], exclude=IDS[:2])
-        odd = selector.select(2, 4, groups={"odd": 1.0})
+        odd = selector.select(2, 4, categories={"odd": 1.0})
 
         assert set(among) == set(IDS[2:5])
         if base_url is not None:

@@ -63,8 +63,8 @@ class TestSilentGroups:
 
         assert alarms(rails)["group_silent"] == Alarm(
             "group_silent",
-            "group 'code': none of its last 64 outcomes was informative since step 1, while others' were: check its "
-            "verifier and its difficulty, or lower its share with groups_at_most",
+            "category 'code': none of its last 64 outcomes was informative since step 1, while others' were: check its "
+            "verifier and its difficulty, or lower its share with categories_at_most",
             since_step=1,
             value=64,
             limit=64,
@@ -104,7 +104,7 @@ class TestSilentGroups:
 
         alarm = alarms(rails)["group_silent"]
         assert alarm.message.startswith(
-            "prompts without a group: none of its last 128 selected prompts was informative since step 0, while others'"
+            "prompts without a category: none of its last 128 selected prompts was informative since step 0, while "
         )
         assert (alarm.since_step, alarm.value, alarm.limit) == (0, 128, 128)
 
@@ -207,7 +207,7 @@ class TestSkill:
             "skill_not_positive": Alarm(
                 "skill_not_positive",
                 "over the newest 512 observations the model foresaw outcomes no better than flat MoPPS does (-0.8 "
-                "nats): texts, groups or rates sent beforehand may mislead; compare GET /runs/{run}/report",
+                "nats): texts, categories or rates sent beforehand may mislead; compare GET /runs/{run}/report",
                 since_step=7,
                 value=float(np.full(SKILL_BLOCKS, -0.1).sum()),
                 limit=0.0,

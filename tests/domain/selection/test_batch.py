@@ -179,7 +179,7 @@ def test_too_large_a_share_of_a_group_is_refused_with_what_there_is() -> None:
     members = np.arange(50) < 2
     shop.groups = {"math": (0.3, members)}
 
-    message = r"^groups: the share of 'math' asks for 3 prompts, 2 may be selected$"
+    message = r"^categories: the share of 'math' asks for 3 prompts, 2 may be selected$"
     with pytest.raises(NotEnoughPrompts, match=message) as caught:
         shop.choose(10)
 
@@ -329,7 +329,8 @@ def test_a_loose_least_share_takes_what_there_is() -> None:
     shop.scores_N[few] = -10
     shop.groups = {"few": (0.5, few)}
 
-    with pytest.raises(NotEnoughPrompts, match=r"^groups: the share of 'few' asks for 20 prompts, 3 may be selected$"):
+    message = r"^categories: the share of 'few' asks for 20 prompts, 3 may be selected$"
+    with pytest.raises(NotEnoughPrompts, match=message):
         shop.choose(40)
     shop.are_groups_strict = False
     assert few[shop.choose(40).prompts].sum() == 3

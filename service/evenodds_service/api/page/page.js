@@ -322,7 +322,7 @@ async function showRun(run, current) {
       coveragePanel(report.coverage),
       refitsPanel(refits.refits),
     ),
-    element("div", { class: "grid pair" }, groupsPanel(report.groups), promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
+    element("div", { class: "grid pair" }, categoriesPanel(report.categories), promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
     searchPanel(run),
   );
   // When the charts first stood on the screen, in milliseconds since the navigation: benchmarks/page.py reads it.
@@ -335,10 +335,10 @@ function refitsPanel(refits) {
     refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])));
 }
 
-function groupsPanel(groups) {
-  const made = panel("Groups", groups.length
-    ? table("Groups", [["group", "id"], ["prompts", "number"], ["tried", "number"], ["success rate", "number"], ["informative", "number"], ["forecast", "number"]],
-        groups.slice(0, 50).map((g) => [g.group ?? "(none)", count(g.prompts), count(g.tried), number(g.success_rate), number(g.informative_share?.value), number(g.informative_forecast)]))
+function categoriesPanel(categories) {
+  const made = panel("Categories", categories.length
+    ? table("Categories", [["category", "id"], ["prompts", "number"], ["tried", "number"], ["success rate", "number"], ["informative", "number"], ["forecast", "number"]],
+        categories.slice(0, 50).map((c) => [c.category ?? "(none)", count(c.prompts), count(c.tried), number(c.success_rate), number(c.informative_share?.value), number(c.informative_forecast)]))
     : element("p", { class: "quiet" }, "The pool is empty."));
   made.classList.add("wide");
   return made;
@@ -366,8 +366,8 @@ function searchPanel(run) {
         const page = await ask(`runs/${encodeURIComponent(run)}/prompts?limit=20&search=${encodeURIComponent(input.value)}`);
         found.replaceChildren(
           page.prompts.length
-            ? table("Prompts found", [["prompt", "id"], ["group"], ["text", "text"]],
-                page.prompts.map((p) => [element("a", { href: promptLink(run, p.prompt_id) }, p.prompt_id), p.group ?? "", shorten(p.text)]))
+            ? table("Prompts found", [["prompt", "id"], ["category"], ["text", "text"]],
+                page.prompts.map((p) => [element("a", { href: promptLink(run, p.prompt_id) }, p.prompt_id), p.category ?? "", shorten(p.text)]))
             : element("p", {}, "No prompt has this in its id or text."),
         );
       } catch (error) {
@@ -395,7 +395,7 @@ async function showPrompt(run, id, current) {
       tile("attempts seen", count(belief.attempts_seen)),
       tile("visits", count(prompt.visits)),
       tile("last step", count(prompt.last_step)),
-      tile("group", prompt.group ?? "–"),
+      tile("category", prompt.category ?? "–"),
     ),
     panel("Text", element("pre", {}, prompt.text ?? "(no text kept)")),
     element("div", { class: "grid" },

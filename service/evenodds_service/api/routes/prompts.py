@@ -211,7 +211,7 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     return {
         "prompt_id": prompt.prompt_id,
         "text": prompt.text,
-        "group": prompt.group,
+        "category": prompt.group,
         "features": dict(prompt.features) if prompt.features else None,
         "prior_rate": prompt.prior_rate,
     }

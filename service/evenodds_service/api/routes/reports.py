@@ -28,7 +28,7 @@ def get_report(
         int, Query(ge=0, le=MAX_STEP, description="leave out windows of steps that end before this one")
     ] = 0,
 ) -> RunReport:
-    """Calibration, rank correlation by step window, both arms, lift over the control arm, coverage, groups, skill.
+    """Calibration, rank correlation by step window, both arms, lift over the control arm, coverage, categories, skill.
 
     Read from sums that the log's fold keeps: the same at every replica, and as fast after a million observations.
     """
@@ -71,7 +71,7 @@ def get_beliefs(
         return tuple(
             BelievedPrompt(
                 prompt_id=prompt.prompt_id,
-                group=prompt.group,
+                category=prompt.group,
                 text=prompt.text[:_SHOWN_TEXT] if prompt.text is not None else None,
                 success_rate=float(rates[prompt.index]),
                 informative_probability=float(informative[prompt.index]),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from evenodds.schemas import RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
+from evenodds.schemas import OLDER_NAMES, RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
@@ -23,6 +23,9 @@ from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
+
+_STORED_AS = {"categories": "groups", "categories_at_most": "groups_at_most"}
+"""Settings that the wire has another word for than the store."""
 
 
 @router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
@@ -38,7 +41,8 @@ def put_run(run: RunPath, body: RunUpdate, services: Dependencies) -> JSONRespon
         settings = RunSettings() if body.fork_of is None else services.store.run(body.fork_of).settings
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
     sent: dict[str, Any] = {
-        name: getattr(body, name) for name in body.model_fields_set - {"refit", "fork_of", "at_step"}
+        _STORED_AS.get(name, name): getattr(body, name)
+        for name in body.model_fields_set - {"refit", "fork_of", "at_step", *OLDER_NAMES}
     }
     if "refit" in body.model_fields_set:
         policy = body.refit or RefitPolicy()
@@ -119,8 +123,8 @@ def _run_state(store: Store, run: Run) -> RunState:
         ),
         control_share=settings.control_share,
         reprobe_share=reprobe_share_of(settings),
-        groups=dict(settings.groups) if settings.groups else None,
-        groups_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
+        categories=dict(settings.groups) if settings.groups else None,
+        categories_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
         fallback=settings.fallback,
         last_refit=refit_state(refits[0]) if refits else None,
         pool_size=run.n_prompts,

@@ -31,7 +31,7 @@ from evenodds.schemas import (
     SelectRequest,
 )
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, Services
-from evenodds_service.api.wire import content_hash, now, predictions
+from evenodds_service.api.wire import now, observed_hash, predictions, recorded_reply, selected_hash
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
@@ -116,14 +116,11 @@ def _append_known(
     new = None
     if with_text:
         new = services.featurizer.prepare(run, tuple(with_text.values()), names=tuple(with_text), known=known)
-    request_hash = None
-    if body.request_id is not None:
-        request_hash = content_hash(body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True))
     outcomes = Outcomes(
         step=body.step,
         observations=[_observed(item, known.get(i, i)) for i, item in zip(ids, body.observations, strict=True)],
         request_id=body.request_id,
-        request_hash=request_hash,
+        request_hash=None if body.request_id is None else observed_hash(body),
         selection_id=body.selection_id,
     )
     return services.store.append_observations(run.id, outcomes, new=new, now=now())
@@ -241,7 +238,7 @@ def select_batch(body: SelectRequest, services: Dependencies) -> Response:
     `allow_outstanding` is set or too few others remain: then those waited for the longest are chosen again, and
     `outstanding` says how many. Steps may be chosen in any order.
     """
-    arguments_hash = content_hash(body.model_dump_json(exclude={"run"}))  # as a fork's: it has another name
+    arguments_hash = selected_hash(body)
     replayed, recorded = True, None
     while recorded is None:
         run, recorded = services.store.run_and_selection(body.run, body.step, arguments_hash=arguments_hash)
@@ -265,7 +262,7 @@ def select_batch(body: SelectRequest, services: Dependencies) -> Response:
     # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. Reading it
     # and writing it again would take milliseconds for a large batch.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
-    return Response(head + recorded.reply[1:], media_type="application/json")
+    return Response(head + recorded_reply(recorded.reply)[1:], media_type="application/json")
 
 
 def _overlaid(body: SelectRequest, settings: RunSettings) -> RunSettings:
@@ -283,8 +280,8 @@ def _overlaid(body: SelectRequest, settings: RunSettings) -> RunSettings:
         diversity=_given(body.diversity, settings.diversity),
         cooldown_steps=_given(body.cooldown_steps, settings.cooldown_steps),
         max_visits=_given(body.max_visits, settings.max_visits),
-        groups=_given(body.groups, settings.groups),
-        groups_at_most=_given(body.groups_at_most, settings.groups_at_most),
+        groups=_given(body.categories, settings.groups),
+        groups_at_most=_given(body.categories_at_most, settings.groups_at_most),
     )
     check_shares(overlaid.groups or {}, overlaid.groups_at_most or {})
     return overlaid
@@ -307,7 +304,7 @@ def _request(body: SelectRequest, run: Run, live: LiveRun) -> SelectionRequest:
         candidates=candidates,
         exclude=live.indices(run.name, body.exclude or (), path="exclude", hint="leave it out"),
         allow_outstanding=body.allow_outstanding,
-        are_groups_strict=body.groups is not None,
+        are_groups_strict=body.categories is not None,
     )
 
 
@@ -350,13 +347,13 @@ def _select_reply(body: SelectRequest, run: Run, chosen: Chosen) -> SelectReply:
         prompts=tuple(
             SelectedPrompt(
                 prompt_id=prompt_id,
-                group=group,
+                category=category,
                 success_rate=rate,
                 std=deviation,
                 informative_probability=probability,
                 arm="control" if is_control else "policy",
             )
-            for prompt_id, group, rate, deviation, probability, is_control in zip(
+            for prompt_id, category, rate, deviation, probability, is_control in zip(
                 chosen.prompt_ids,
                 chosen.groups,
                 mean.tolist(),

@@ -224,8 +224,8 @@ def _read_prompts(path: Path) -> dict[str, PromptIn]:
         try:
             row: Any = json.loads(line)
             meta = row.get("meta") or {}
-            group = row.get("group") or meta.get("task")
-            prompt = PromptIn(prompt_id=row["prompt_id"], text=row["text"], group=group)
+            category = row.get("category") or row.get("group") or meta.get("task")
+            prompt = PromptIn(prompt_id=row["prompt_id"], text=row["text"], category=category)
         except (ValueError, KeyError, AttributeError) as error:
             raise RecordingError(
                 f"{path} line {number}: {_one_line(error)}; each line is a JSON object with prompt_id and text"

@@ -176,14 +176,14 @@ class Rails:
         mute &= (watched[:, SINCE_CALL] >= 0) & (latest >= watched[:, SINCE_CALL])
         for row in np.flatnonzero(mute)[:MAX_GROUP_ALARMS]:
             observed, selected, _, since, *_ = watched[row].tolist()
-            name = "groups that came later" if row == MAX_GROUPS else f"group {names[row]!r}"
+            name = "categories that came later" if row == MAX_GROUPS else f"category {names[row]!r}"
             if names[row] is None and row < MAX_GROUPS:
-                name = "prompts without a group"
+                name = "prompts without a category"
             by_outcomes = observed >= SILENT_OBSERVED
             what = f"its last {observed:,} outcomes" if by_outcomes else f"its last {selected:,} selected prompts"
             message = (
                 f"{name}: none of {what} was informative since step {since}, while others' were: check its verifier "
-                "and its difficulty, or lower its share with groups_at_most"
+                "and its difficulty, or lower its share with categories_at_most"
             )
             value, limit = (observed, SILENT_OBSERVED) if by_outcomes else (selected, SILENT_SELECTED)
             found.append(Alarm("group_silent", message, since, value, limit))
@@ -193,7 +193,8 @@ class Rails:
         nats, n = self.skill()
         message = (
             f"over the newest {n:,} observations the model foresaw outcomes no better than flat MoPPS does "
-            f"({nats:.1f} nats): texts, groups or rates sent beforehand may mislead; compare GET /runs/{{run}}/report"
+            f"({nats:.1f} nats): texts, categories or rates sent beforehand may mislead; compare "
+            "GET /runs/{run}/report"
         )
         found = [Alarm("skill_not_positive", message, self.skill_since, nats, 0.0)]
         fallback = self.fallback() if may_fall_back else None

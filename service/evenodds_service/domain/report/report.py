@@ -1,6 +1,7 @@
 """The report of a run, read from the sums that the fold keeps: how good the forecasts are, and what choosing brought.
 
-Costs the same whatever the run has observed, save for coverage, which looks at each prompt's counters. Knows no HTTP.
+Costs the same whatever the run has observed, save for coverage, which looks at each prompt's counters. Knows no HTTP:
+`evenodds.schemas.report` describes the same figures to those who read them, and a test holds the two together.
 """
 
 from __future__ import annotations

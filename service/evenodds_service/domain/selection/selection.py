@@ -261,7 +261,7 @@ def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> 
     """The same error with what rules prompts out, and what to do."""
     shares = [f"{group!r}: {share:g}" for group, share in (settings.groups_at_most or {}).items()]
     more = ", ..." if len(shares) > 5 else ""
-    most = f", groups_at_most {{{', '.join(shares[:5])}{more}}}" if shares else ""
+    most = f", categories_at_most {{{', '.join(shares[:5])}{more}}}" if shares else ""
     return NotEnoughPrompts(
         asked=error.asked,
         eligible=error.eligible,

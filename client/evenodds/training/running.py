@@ -1,0 +1,75 @@
+"""What a selector holds in one process: its threads, its connections and its recent batches."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from evenodds.schemas import SelectRequest
+from evenodds.training.batch import Batch
+from evenodds.training.batch_requests import BatchRequests, NotAnswered
+from evenodds.training.inputs import Setup
+from evenodds.training.sender import OutboxSender
+from evenodds.training.status import Status
+
+KEPT_BATCHES = 8
+KEPT_SELECTIONS = 1_000
+
+
+class Running:
+    """Of one process. A process that is forked from it starts its own.
+
+    Args:
+        loads_pool: Whether this process creates the run and loads its pool.
+    """
+
+    def __init__(self, setup: Setup, *, loads_pool: bool) -> None:
+        self.pid = os.getpid()
+        self.status = Status(setup.base_url, setup.run)
+        self.batches: dict[str, Batch] = {}
+        self.selections: dict[int, str] = {}
+        self.last_request: SelectRequest | None = None
+        self._prefetches = setup.prefetches
+        self._lock = threading.Lock()
+        self.sender = OutboxSender(setup, self.status, loads_pool=loads_pool, on_delivered=self._prefetch_after)
+        self.requests: BatchRequests | None = None
+        if setup.base_url is not None:
+            self.requests = BatchRequests(setup.base_url, setup.deadline_seconds, self.sender.wait_until_clear)
+
+    def keep(self, key: str, batch: Batch) -> None:
+        """For the case that the same is asked for again."""
+        with self._lock:
+            self.batches[key] = batch
+            while len(self.batches) > KEPT_BATCHES:
+                del self.batches[next(iter(self.batches))]
+
+    def remember(self, batch: Batch) -> None:
+        """Which selection the outcomes of its step will belong to."""
+        if batch.selection_id is not None:
+            with self._lock:
+                self.selections[batch.step] = batch.selection_id
+                while len(self.selections) > KEPT_SELECTIONS:
+                    del self.selections[next(iter(self.selections))]
+
+    def forget(self) -> None:
+        """Choose anew for every step."""
+        with self._lock:
+            self.batches.clear()
+            self.selections.clear()
+        self.last_request = None
+        if self.requests is not None:
+            self.requests.forget()
+
+    def close(self, seconds: float) -> None:
+        self.sender.flush(seconds)
+        self.sender.stop(1.0)
+        if self.requests is not None:
+            self.requests.close()
+
+    def _prefetch_after(self, step: int) -> None:
+        last = self.last_request
+        if self._prefetches and last is not None and last.step == step and self.requests is not None:
+            try:
+                self.requests.ask(last.model_copy(update={"step": step + 1}))
+            except NotAnswered:
+                return
