@@ -109,24 +109,22 @@ def answers(http: httpx.Client) -> dict[str, Any]:
     return told
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What of the old answers the new ones do not hold: numbers within `TOLERANCE`, all else equal.
+def differences(old: Any, new: Any, where: str = "", *, tolerance: float = TOLERANCE) -> list[str]:
+    """What of the old answers the new ones do not hold: numbers within the tolerance, all else equal.
 
     Fields that the old answers do not have may be there.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         missing = [f"{where}.{key} is missing" for key in old if key not in new]
-        return missing + [
-            line for key in old if key in new for line in differences(old[key], new[key], f"{where}.{key}")
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in differences(a, b, f"{where}[{i}]")
-        ]
-    is_number = type(old) in (int, float) and type(new) in (int, float)
-    if is_number and float in (type(old), type(new)) and math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-        return []
-    return [] if old == new else [f"{where}: was {old!r}, is {new!r}"]
+        pairs = [(old[key], new[key], f"{where}.{key}") for key in old if key in new]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        missing, pairs = [], [(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        are_numbers = {type(old), type(new)} in ({float}, {int, float})
+        if old == new or (are_numbers and math.isclose(old, new, rel_tol=tolerance, abs_tol=tolerance)):
+            return []
+        return [f"{where}: was {old!r}, is {new!r}"]
+    return missing + [line for a, b, place in pairs for line in differences(a, b, place, tolerance=tolerance)]
 
 
 @contextmanager

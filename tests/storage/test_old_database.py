@@ -1,10 +1,16 @@
-"""A database of an older release answers as it did, also where its checkpoints are gone."""
+"""A database of an older release answers as it did, also where its checkpoints are gone.
+
+What is counted, chosen, reported and versioned is equal. So are numbers within a millionth, with one exception. The
+code of 1fef846 projected the features of texts with whatever linear algebra the machine had; since then they are
+computed in exact sums, on a basis that is found another way. Beliefs about a small pool of texts moved by up to .02
+with that, and with them the batches that are chosen next.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
@@ -15,6 +21,9 @@ from evenodds_service.storage.engine import open_engine
 if TYPE_CHECKING:
     from tests.conftest import Service
 
+TEXT_RUNS = ("math", "branch")
+MOVED = {"1fef846": 0.05}
+"""By how much beliefs of `TEXT_RUNS` may have moved since a revision."""
 REVISIONS = sorted({path.name.partition(".")[0] for path in FOLDER.iterdir()})
 
 
@@ -23,7 +32,6 @@ REVISIONS = sorted({path.name.partition(".")[0] for path in FOLDER.iterdir()})
 def test_a_database_of_an_older_release_answers_as_it_did(
     revision: str, checkpoints: str, database_url: str, start_service: Callable[[str], Service]
 ) -> None:
-    """Counts, batches, versions and log positions are equal, numbers within a millionth."""
     content, told = files(revision, "sqlite" if database_url.startswith("sqlite") else "postgresql")
     restore(content.read_bytes(), database_url)
     if checkpoints == "gone":
@@ -32,9 +40,16 @@ def test_a_database_of_an_older_release_answers_as_it_did(
             assert connection.execute(text("DELETE FROM checkpoints")).rowcount > 1
         engine.dispose()
 
-    found = differences(json.loads(told.read_text()), answers(start_service(database_url).http))
+    old, new = json.loads(told.read_text()), answers(start_service(database_url).http)
 
-    assert found == []
+    moved: dict[str, Any] = {}
+    if revision in MOVED:
+        for run in TEXT_RUNS:
+            moved |= {key: old.pop(key) for key in (f"{run}: predictions", f"{run}: prompts")}
+            del old[f"{run}: next steps"], old[f"{run}: predictions then"]
+    assert len(old) > 20
+    assert differences(old, new) == []
+    assert differences(moved, new, tolerance=MOVED.get(revision, 0.0)) == []
 
 
 def test_differences_are_found() -> None:
