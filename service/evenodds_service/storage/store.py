@@ -84,8 +84,9 @@ class Store(
     rests on is looked at again under the lock (`chosen_at` of a batch, the claim of a refit), and refused if it is
     outdated.
 
-    How long: A method waits for a slow database as its engine says (engine.py, `Patience`). What grows with the pool or
-    the log (loads, forks, rewinds, retractions, deletions) may work for minutes, but waits for others no longer than any.
+    How long: A method waits for a slow database as its engine says (engine.py, `Patience`). What grows with the pool
+    or the log (loads, forks, rewinds, retractions, deletions) may work for minutes, but waits for others no longer than
+    any.
 
     Failures: Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the
     call may then be repeated. Errors that a caller can handle stand with each method, all of them in `errors.py`.
