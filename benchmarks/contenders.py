@@ -24,7 +24,9 @@ from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
-from evenodds_service.domain.selection import batch, selection
+from evenodds_service.domain.selection.batch import Candidates, Shares, choose
+from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.paper_fit import fit_paper, predict_paper
@@ -103,21 +105,18 @@ class Gps:
         scores = informative + parts.optimism * deviation
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         if parts.rest:
-            rest = selection.rest_steps(state.n_prompts, batch_size)
-            resting = selection.resting(last_seen, step=step, rest=rest)
-            allowed = selection.held_back(allowed, resting, last_seen, scores, batch_size=batch_size, groups={})
+            held = resting(last_seen, step=step, rest=rest_steps(state.n_prompts, batch_size))
+            allowed = held_back(allowed, held, last_seen, scores, batch_size=batch_size, groups={})
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))
-        choice = batch.choose(
+        choice = choose(
             scores,
             informative,
-            allowed,
+            Candidates(allowed, allowed, last_seen),
+            Shares(reprobe=REPROBE_SHARE),
             batch_size=batch_size,
-            last_seen_N=last_seen,
+            picker=picker_of("yield", parts.diversity, state.recent_batches, self._directions),
             generator=generator,
-            directions_of=self._directions,
-            recent_batches=state.recent_batches,
-            diversity=parts.diversity,
         )
         fold(state, SelectEntry(state.position + 1, step, choice.prompts), self._pool)
         return choice.prompts

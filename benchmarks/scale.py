@@ -37,7 +37,8 @@ from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.selection import batch, selection
+from evenodds_service.domain.selection.eligibility import rest_steps
+from evenodds_service.domain.selection.pickers import greedy_diverse
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
@@ -365,7 +366,7 @@ def plain_selection(state: State, pool: Pool, *, step: int) -> IntArray:
     last_seen = np.maximum(state.last_selected_N, state.last_step_N)
     quota = int(0.05 * BATCH + generator.random())
     oldest = np.argpartition(last_seen - 1e-9 * ties, quota)[:quota]
-    may = np.abs(step - last_seen) > selection.rest_steps(n, BATCH)
+    may = np.abs(step - last_seen) > rest_steps(n, BATCH)
     may |= last_seen < 0
     may[oldest] = False
     worth = np.where(may, scores, -np.inf)
@@ -379,9 +380,7 @@ def plain_selection(state: State, pool: Pool, *, step: int) -> IntArray:
         return np.asarray(unit / np.linalg.norm(unit, axis=1, keepdims=True))
 
     anchor = directions(np.concatenate(state.recent_batches)).mean(axis=0) if state.recent_batches else None
-    order = batch.greedy_diverse(
-        np.zeros(len(shortlist)), directions(shortlist), BATCH - quota, anchor_D=anchor, diversity=1.0
-    )
+    order = greedy_diverse(np.zeros(len(shortlist)), directions(shortlist), BATCH - quota, anchor_D=anchor, weight=1.0)
     chosen = np.concatenate((oldest, shortlist[order]))
     rest = np.argsort(-scores)  # the forecast of how many to take for B informative groups
     np.searchsorted(np.cumsum(informative[rest]), BATCH)

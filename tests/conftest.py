@@ -27,6 +27,7 @@ from tests.working_folder import pytest_sessionfinish, pytest_sessionstart, pyte
 
 from evenodds import Client
 from evenodds_service.api.app import create_app
+from evenodds_service.settings import Settings
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
@@ -102,7 +103,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def start_service() -> Iterator[Callable[..., Service]]:
     """Starts services over a database of the test's own and migrates it; all are stopped after the test.
 
-    Options: `pool_size` and `timeout_seconds` of the database, and those of `create_app`.
+    Options: `pool_size` and `timeout_seconds` of the database, `asks_for_keys`, and fields of `Settings`.
     """
     with ExitStack() as stack:
         yield lambda database_url, **options: stack.enter_context(_serving(database_url, **options))
@@ -118,7 +119,12 @@ def minilm_folder() -> str:
 
 @contextmanager
 def _serving(
-    database_url: str, *, pool_size: int = 10, timeout_seconds: float = PATIENCE_SECONDS, **options: Any
+    database_url: str,
+    *,
+    pool_size: int = 10,
+    timeout_seconds: float = PATIENCE_SECONDS,
+    asks_for_keys: bool = False,
+    **settings: Any,
 ) -> Iterator[Service]:
     engine = open_engine(database_url, pool_size=pool_size, timeout_seconds=timeout_seconds)
     upgrade(engine)
@@ -128,7 +134,7 @@ def _serving(
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    app = create_app(store, **{"budget_deadline_ms": 60_000, **options})
+    app = create_app(store, Settings(**{"budget_deadline_ms": 60_000, **settings}), asks_for_keys=asks_for_keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

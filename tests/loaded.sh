@@ -34,6 +34,7 @@ write="while :; do dd if=/dev/zero of='$folder/written' bs=1M count=256 conv=fsy
 for helper in "$loop" "$loop" "$write"; do
     nice -n "${NICE:-0}" bash -c "$helper" &
     helpers+=($!)
+    disown # nobody needs to hear how it ends
 done
 
 for ((i = 1; i <= repetitions; i++)); do

@@ -22,8 +22,11 @@ import yaml
 
 from evenodds.client import API_KEY_VARIABLE
 from evenodds.schemas import RunUpdate
+from evenodds_service import errors
 from evenodds_service.__main__ import parser
-from evenodds_service.api.run_metrics import _GAUGES
+from evenodds_service.api.problems import HTTP_CODES, STATUS_OF
+from evenodds_service.api.run_metrics import GAUGES
+from evenodds_service.errors import ServiceError
 from evenodds_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -139,8 +142,8 @@ def test_every_alarm_and_alert_is_documented() -> None:
 def test_every_metric_of_a_run_is_documented_and_no_other_is_named() -> None:
     of_requests = {"evenodds_requests_total", "evenodds_request_seconds"}
 
-    assert set(rows("operations.md", "What to watch")) == set(_GAUGES) | of_requests
-    assert set(re.findall(r"\bevenodds_[a-z_]+[a-z]", ALL)) <= set(_GAUGES) | of_requests | {"evenodds_service"}
+    assert set(rows("operations.md", "What to watch")) == set(GAUGES) | of_requests
+    assert set(re.findall(r"\bevenodds_[a-z_]+[a-z]", ALL)) <= set(GAUGES) | of_requests | {"evenodds_service"}
 
 
 def test_every_command_that_is_named_exists() -> None:
@@ -186,21 +189,25 @@ def scope(method: str, path: str) -> str:
     return "" if path in _OPEN_PATHS else scope_of(method, path)
 
 
-def test_every_error_code_that_is_documented_exists_and_the_reverse() -> None:
-    room = ROOT / "service/evenodds_service"
-    api = "".join(
-        (room / "api" / name).read_text()
-        for name in ("problems.py", "middleware/access.py", "middleware/load_shedding.py")
-    )
-    sent = set(re.findall(r'_fact\(\d+, "(\w+)"', api)) | set(re.findall(r'AccessRefused\(\s*\d+,\s*"(\w+)"', api))
-    sent |= set(re.findall(r'problem\(\w+(?:\(\w+\))?, \d+, "(\w+)"', api)) | {"internal_error"}
-    sent |= set(re.findall(r'\d{3}: "(\w+)"', api))
-    stored = set(re.findall(r'^    code = "(\w+)"', (room / "errors.py").read_text(), flags=re.MULTILINE))
-    fitted = set(re.findall(r'code = "(\w+)"', (room / "model/errors.py").read_text()))
-    documented = set(rows("api.md", "Errors"))
+def test_every_error_that_a_caller_can_meet_is_documented_with_its_status_and_no_other_is() -> None:
+    documented = rows("api.md", "Errors")
+    sent = {(code, str(status)) for code, status in [*STATUS_OF.items(), *((c, s) for s, c in HTTP_CODES.items())]}
 
-    assert documented <= sent | stored | fitted
-    assert sent - documented == set()
+    assert set(documented) == {code for code, _ in sent}
+    assert [(code, status) for code, status in sorted(sent) if status not in documented[code][0].split(", ")] == []
+
+
+def test_the_tree_of_errors_is_the_one_that_its_module_prints() -> None:
+    def below(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
+        yield kind
+        for child in kind.__subclasses__():
+            yield from below(child)
+
+    printed = re.findall(r"^    [│├└─ ]*(\w+) +([a-z_]+)(?:  |$)", errors.__doc__ or "", flags=re.MULTILINE)
+
+    assert sorted(printed) == sorted((kind.__name__, kind.code) for kind in below(ServiceError))
+    assert set(STATUS_OF) <= {code for _, code in printed}
+    assert all(kind.__doc__ for kind in below(ServiceError))
 
 
 def test_every_error_of_the_client_is_documented() -> None:

@@ -417,7 +417,9 @@ class Calls(Protocol):
         Args:
             prompts: 1 to 10,000 prompts. A string is a prompt id; `PromptRef`, or a mapping with its fields,
                 may hold a new text instead.
-            step: The policy version to predict for; the run's newest by default.
+            step: The policy version to predict for; the run's newest by default. A prompt's own outcomes count the less
+                the further it lies ahead of them. For a version before them they count in full: what came later is not
+                taken out again.
             group_size: Attempts per prompt that `informative_probability` is about; the run's by default.
 
         Raises:

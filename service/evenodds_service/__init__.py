@@ -1,1 +1,1 @@
-"""The Even Odds service: beliefs (domain), features (model), memory (storage) and the HTTP hand (api)."""
+"""The Even Odds service: beliefs (domain), features (model), memory (storage) HTTP (api)."""

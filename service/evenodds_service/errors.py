@@ -1,32 +1,54 @@
-"""What can go wrong between a caller and the store.
+"""Everything that the service raises on purpose: one tree. Each class has a stable `code` for programs.
 
-    StoreError
-    ├── DatabaseUrlUnusable      database_url         the URL names no database that we can use
-    ├── StoreUnavailable         store_unavailable    the database did not answer; the call may be repeated
-    ├── SchemaMismatch           schema_mismatch      the database has another schema than this release
-    ├── MigrationFailed          migration_failed     a migration was given up, and has changed nothing
-    ├── NaiveDatetime            naive_datetime       a datetime without a time zone
-    ├── RunUnknown               run_unknown
-    ├── RunExists                run_exists           a fork must be a new run
-    ├── PromptUnknown            prompt_unknown
-    ├── PromptConflict           prompt_conflict      a prompt id is taken by another prompt
-    ├── EmbedderFixed            embedder_fixed       the pool's vectors come from another embedder
-    ├── EmbeddingWidthConflict   embedding_width      the pool's vectors have another length
-    ├── VectorUnstorable         vector_unstorable    a value that a 16-bit float cannot hold
-    ├── RequestConflict          request_conflict     a request id was used with another body
-    ├── SelectionUnknown         selection_unknown
-    ├── SelectionConflict        selection_conflict   a step was chosen before with other arguments
-    ├── SelectionVoided          selection_voided     a rewind has voided the selection
-    ├── ChoiceOutdated           choice_outdated      what a batch was chosen on has changed
-    ├── PolicyUnknown            policy_unknown       a budget policy that the run has not
-    ├── PolicyLimit              policy_limit         the run holds as many budget policies as it may
-    ├── SnapshotUnknown          snapshot_unknown
-    ├── RefitLost                refit_lost           another worker has taken the refit over
-    ├── KeyConflict              key_conflict         the name of an API key is taken
-    └── KeyUnknown               key_unknown
+    ServiceError                 service_error
+    ├── AccessRefused            access_refused        the call is not allowed
+    │   ├── KeyMissing           key_missing           the service asks for an API key, and none was sent
+    │   ├── KeyInvalid           key_invalid           the key is unknown here, or was revoked
+    │   ├── ScopeMissing         scope_missing         the key may not make calls of this kind
+    │   ├── RunForbidden         run_forbidden         the key is bound to other runs
+    │   └── RateLimited          rate_limited          the key has made its requests of this minute
+    ├── Overloaded               overloaded            too many requests wait: the call may be repeated
+    ├── DeadlinePassed           deadline_passed       the answer would come too late
+    ├── ChatRefused              malformed             a chat request that this model cannot answer
+    ├── UnknownPrompts           prompt_unknown        prompt ids that are not in the pool
+    ├── NotEnoughPrompts         not_enough_prompts    fewer prompts may be selected than were asked for
+    ├── SharesConflict           shares_conflict       a group's least share of a batch is above its largest
+    ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
+    ├── EmbedderNotAllowed       embedder_not_allowed  a model that the operator has not listed
+    ├── BudgetTooSmall           budget_too_small      the budget does not pay for the least attempts
+    ├── CheckpointUnusable       checkpoint_unusable   bytes that are no checkpoint of this release
+    ├── ModelError               model_error           a model cannot be opened or used
+    │   ├── EmbedderUnavailable  embedder_unavailable  the embedding model cannot be opened
+    │   ├── DeviceUnavailable    device_unavailable    the torch device does not exist here
+    │   ├── TorchMissing         torch_missing         this process was installed without torch
+    │   └── SnapshotUnusable     snapshot_unusable     the bytes of a fitted model cannot be used here
+    └── StoreError               store_error           the database cannot do what was asked
+        ├── DatabaseUrlUnusable     database_url         the URL names no database that we can use
+        ├── StoreUnavailable        store_unavailable    the database did not answer: the call may be repeated
+        ├── SchemaMismatch          schema_mismatch      the database has another schema than this release
+        ├── MigrationFailed         migration_failed     a migration was given up, and nothing is half done
+        ├── NaiveDatetime           naive_datetime       a datetime without a time zone (in `storage.tables`)
+        ├── RunUnknown              run_unknown          there is no such run
+        ├── RunExists               run_exists           a fork must be a new run
+        ├── PromptUnknown           prompt_unknown       there is no such prompt
+        ├── PromptConflict          prompt_conflict      a prompt id is taken by another prompt
+        ├── EmbedderFixed           embedder_fixed       the pool's vectors come from another embedder
+        ├── EmbeddingWidthConflict  embedding_width      the pool's vectors have another length
+        ├── VectorUnstorable        vector_unstorable    a value that a 16-bit float cannot hold
+        ├── RequestConflict         request_conflict     a request id was used with another body
+        ├── SelectionUnknown        selection_unknown    there is no such selection
+        ├── SelectionConflict       selection_conflict   a step was chosen before with other arguments
+        ├── SelectionVoided         selection_voided     a rewind has voided the selection
+        ├── ChoiceOutdated          choice_outdated      what a batch was chosen on has changed
+        ├── PolicyUnknown           policy_unknown       the run has no budget policy of this name
+        ├── PolicyLimit             policy_limit         the run holds as many budget policies as it may
+        ├── SnapshotUnknown         snapshot_unknown     there is no such snapshot
+        ├── RefitLost               refit_lost           another worker has taken the refit over
+        ├── KeyConflict             key_conflict         the name of an API key is taken
+        └── KeyUnknown              key_unknown          there is no API key of this name
 
-`code` is stable and meant for programs, the message for people. Knows no HTTP: status numbers belong to the
-API.
+The code is for programs, the message for people: it names the thing, the value, the limit and the next step. What a
+command refuses before it begins stays in the command's module. Knows no HTTP: `api.problems` gives codes their status.
 """
 
 from __future__ import annotations
@@ -35,41 +57,203 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 
-class StoreError(Exception):
-    """Root of everything that the storage room raises on purpose."""
+class ServiceError(Exception):
+    """Root of everything that the service raises on purpose.
 
-    code: ClassVar[str] = "store_error"
+    Attributes:
+        retry_after_seconds: When the call may be repeated; None where repeating it does not help.
+    """
+
+    code: ClassVar[str] = "service_error"
+    retry_after_seconds: int | None = None
+
+
+class AccessRefused(ServiceError):
+    """The call is not allowed."""
+
+    code = "access_refused"
+
+
+class KeyMissing(AccessRefused):
+    """The service asks for an API key, and none was sent."""
+
+    code = "key_missing"
+
+
+class KeyInvalid(AccessRefused):
+    """The key is unknown here, or was revoked."""
+
+    code = "key_invalid"
+
+
+class ScopeMissing(AccessRefused):
+    """The key may not make calls of this kind."""
+
+    code = "scope_missing"
+
+
+class RunForbidden(AccessRefused):
+    """The key is bound to other runs."""
+
+    code = "run_forbidden"
+
+
+class RateLimited(AccessRefused):
+    """The key has made its requests of this minute."""
+
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Overloaded(ServiceError):
+    """Too many requests wait. The message says how many may."""
+
+    code = "overloaded"
+    retry_after_seconds = 1
+
+
+class DeadlinePassed(ServiceError):
+    """The answer would come too late. The message names the deadline."""
+
+    code = "deadline_passed"
+
+
+class ChatRefused(ServiceError):
+    """A chat request that this model cannot answer. The message says which part and what to send."""
+
+    code = "malformed"
+
+
+class UnknownPrompts(ServiceError):
+    """Prompt ids that the pool does not have."""
+
+    code = "prompt_unknown"
+
+    def __init__(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> None:
+        shown = ", ".join(repr(i) for i in prompt_ids[:5]) + (", ..." if len(prompt_ids) > 5 else "")
+        super().__init__(f"{path}: {len(prompt_ids)} not in the pool of run {run!r}: {shown}; {hint}")
+
+
+class NotEnoughPrompts(ServiceError):
+    """Fewer prompts may be selected than were asked for. `group` is None for the batch as a whole."""
+
+    code = "not_enough_prompts"
+
+    def __init__(self, *, asked: int, eligible: int, group: str | None = None, advice: str = "") -> None:
+        self.asked, self.eligible, self.group = asked, eligible, group
+        what = "batch_size" if group is None else f"groups: the share of {group!r}"
+        super().__init__(f"{what} asks for {asked} prompts, {eligible} may be selected{advice}")
+
+
+class SharesConflict(ServiceError):
+    """A group's least share of a batch is above its largest."""
+
+    code = "shares_conflict"
+
+
+class EmbeddingRefused(ServiceError):
+    """A vector was sent that the run cannot take. The message names the item and the limit."""
+
+    code = "embedding_refused"
+
+
+class EmbedderNotAllowed(ServiceError):
+    """The embedder is a model that the operator has not listed. The message names it and those that are allowed."""
+
+    code = "embedder_not_allowed"
+
+
+class BudgetTooSmall(ServiceError):
+    """The budget does not pay for the least attempts that were asked for."""
+
+    code = "budget_too_small"
+
+
+class CheckpointUnusable(ServiceError):
+    """The bytes are no checkpoint of this release's fold. Fold from the log's beginning instead."""
+
+    code = "checkpoint_unusable"
+
+
+class ModelError(ServiceError):
+    """A model cannot be opened or used."""
+
+    code = "model_error"
+
+
+class EmbedderUnavailable(ModelError):
+    """The embedding model could not be opened, or gave no usable vectors when it was tried."""
+
+    code = "embedder_unavailable"
+
+
+class DeviceUnavailable(ModelError):
+    """The named torch device does not exist here, or cannot be used."""
+
+    code = "device_unavailable"
+
+
+class TorchMissing(ModelError):
+    """A prediction needs torch, and this process was installed without it."""
+
+    code = "torch_missing"
+
+
+class SnapshotUnusable(ModelError):
+    """A snapshot's bytes cannot be used here. The message says why and what to do."""
+
+    code = "snapshot_unusable"
+
+
+class StoreError(ServiceError):
+    """The database cannot do what was asked."""
+
+    code = "store_error"
 
 
 class DatabaseUrlUnusable(StoreError):
+    """The URL names no database that we can use."""
+
     code = "database_url"
 
 
 class StoreUnavailable(StoreError):
-    """Nothing is wrong with the call: repeated later, it may succeed."""
+    """The database did not answer. Nothing is wrong with the call: repeated later, it may succeed."""
 
     code = "store_unavailable"
+    retry_after_seconds = 1
 
 
 class SchemaMismatch(StoreError):
+    """The database has another schema than this release."""
+
     code = "schema_mismatch"
 
 
 class MigrationFailed(StoreError):
-    """The schema is the old one, or (where the connection broke at the very end) the new one."""
+    """A migration was given up. The schema is the old one, or (where the connection broke at the end) the new one."""
 
     code = "migration_failed"
 
 
 class RunUnknown(StoreError):
+    """There is no such run."""
+
     code = "run_unknown"
 
 
 class RunExists(StoreError):
+    """A fork must be a new run."""
+
     code = "run_exists"
 
 
 class PromptUnknown(StoreError):
+    """There is no such prompt."""
+
     code = "prompt_unknown"
 
 
@@ -97,30 +281,44 @@ class PromptConflict(StoreError):
 
 
 class EmbedderFixed(StoreError):
+    """The pool's vectors come from another embedder."""
+
     code = "embedder_fixed"
 
 
 class EmbeddingWidthConflict(StoreError):
+    """The pool's vectors have another length."""
+
     code = "embedding_width"
 
 
 class VectorUnstorable(StoreError):
+    """A vector holds a value that a 16-bit float cannot hold."""
+
     code = "vector_unstorable"
 
 
 class RequestConflict(StoreError):
+    """A request id was used with another body."""
+
     code = "request_conflict"
 
 
 class SelectionUnknown(StoreError):
+    """There is no such selection."""
+
     code = "selection_unknown"
 
 
 class SelectionConflict(StoreError):
+    """A step was chosen before with other arguments."""
+
     code = "selection_conflict"
 
 
 class SelectionVoided(StoreError):
+    """A rewind has voided the selection."""
+
     code = "selection_voided"
 
 
@@ -131,115 +329,36 @@ class ChoiceOutdated(StoreError):
 
 
 class PolicyUnknown(StoreError):
+    """The run has no budget policy of this name."""
+
     code = "policy_unknown"
 
 
 class PolicyLimit(StoreError):
+    """The run holds as many budget policies as it may."""
+
     code = "policy_limit"
 
 
 class SnapshotUnknown(StoreError):
+    """There is no such snapshot."""
+
     code = "snapshot_unknown"
 
 
 class RefitLost(StoreError):
+    """Another worker has taken the refit over."""
+
     code = "refit_lost"
 
 
 class KeyConflict(StoreError):
+    """The name of an API key is taken."""
+
     code = "key_conflict"
 
 
 class KeyUnknown(StoreError):
+    """There is no API key of this name."""
+
     code = "key_unknown"
-
-
-class AccessRefused(Exception):
-    """The call is not allowed. `status` is 401 without a valid key, 403 with one that may not, 429 above its rate."""
-
-    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
-
-
-class ChatRefused(ValueError):
-    """A chat request that this model cannot answer. The message says which part and what to send."""
-
-
-class DeskFull(Exception):
-    """More requests wait than the desk holds. The message says how many."""
-
-
-class DeadlinePassed(Exception):
-    """The answer would come too late. The message names the deadline."""
-
-
-class EmbeddingRefused(ValueError):
-    """A vector was sent that the run cannot take. The message names the item and the limit."""
-
-
-class EmbedderNotAllowed(ValueError):
-    """The embedder is a model that the operator has not listed. The message names it and those that are allowed."""
-
-
-class RoundsFull(Exception):
-    """More questions about a run wait than may. The message says how many."""
-
-
-class NotEnoughPrompts(ValueError):
-    """Fewer prompts may be selected than were asked for. `group` is None for the batch as a whole."""
-
-    def __init__(self, *, asked: int, eligible: int, group: str | None = None, advice: str = "") -> None:
-        self.asked, self.eligible, self.group = asked, eligible, group
-        what = "batch_size" if group is None else f"groups: the share of {group!r}"
-        super().__init__(f"{what} asks for {asked} prompts, {eligible} may be selected{advice}")
-
-
-class BudgetTooSmall(ValueError):
-    """The budget does not pay for the least attempts that were asked for."""
-
-
-class CheckpointUnusable(ValueError):
-    """The bytes are no checkpoint of this release's fold. Fold from the log's beginning instead."""
-
-
-class SharesConflict(ValueError):
-    """A group's least share of a batch is above its largest."""
-
-
-class UnknownPrompts(LookupError):
-    """Prompt ids that the pool does not have."""
-
-    def __init__(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> None:
-        shown = ", ".join(repr(i) for i in prompt_ids[:5]) + (", ..." if len(prompt_ids) > 5 else "")
-        super().__init__(f"{path}: {len(prompt_ids)} not in the pool of run {run!r}: {shown}; {hint}")
-
-
-class ModelError(Exception):
-    """Root of this room's errors. The message names the thing, what is wrong with it, and the next step."""
-
-    code = "model_error"
-
-
-class EmbedderUnavailable(ModelError):
-    """The embedding model could not be opened, or gave no usable vectors when it was tried."""
-
-    code = "embedder_unavailable"
-
-
-class DeviceUnavailable(ModelError):
-    """The named torch device does not exist here, or cannot be used."""
-
-    code = "device_unavailable"
-
-
-class TorchMissing(ModelError):
-    """A prediction needs torch, and this process was installed without it."""
-
-    code = "torch_missing"
-
-
-class SnapshotUnusable(ModelError):
-    """A snapshot's bytes cannot be used here. The message says why and what to do."""
-
-    code = "snapshot_unusable"

@@ -1,17 +1,17 @@
-"""The only reader of the environment: `EVENODDS_*` variables."""
+"""The settings of a process with their defaults, and the only reader of the environment: `EVENODDS_*` variables."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
-class Settings(BaseSettings):
-    """Settings of a process. Every field is an environment variable with the prefix `EVENODDS_`."""
+class Settings(BaseModel):
+    """Settings of a process. What is not given has its default, whatever the environment says."""
 
-    model_config = SettingsConfigDict(env_prefix="EVENODDS_", frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field(default="127.0.0.1", description="address that the service listens on")
     port: int = Field(default=8000, ge=0, le=65_535, description="port that the service listens on; 0 takes a free one")
@@ -58,8 +58,23 @@ class Settings(BaseSettings):
     )
     telemetry: bool = Field(default=False, description="send OpenTelemetry traces by OTLP, as the variables OTEL_* say")
     device: str | None = Field(default=None, description="torch device of the worker; CUDA where there is one")
-    data: str | None = Field(default=None, description="folder of recorded success rates for benchmarks and replay")
+    data: str | None = Field(
+        default=None, description="folder of recorded success rates that `evenodds replay` takes if it is given none"
+    )
 
     def allowed_embedders(self) -> tuple[str, ...]:
         """The names in `embedders`."""
         return tuple(name.strip() for name in (self.embedders or "").split(",") if name.strip())
+
+
+class _FromEnvironment(Settings, BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="EVENODDS_", frozen=True)
+
+
+def settings_from_environment() -> Settings:
+    """The settings of this process: every field is an environment variable with the prefix `EVENODDS_`.
+
+    Raises:
+        pydantic.ValidationError: a variable has a value that its setting cannot have.
+    """
+    return _FromEnvironment()

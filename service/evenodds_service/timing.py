@@ -1,4 +1,4 @@
-"""Where the time of a request goes: named phases, collected across the rooms that a request passes through.
+"""Where the time of a request goes: named phases, collected across the layers that a request passes through.
 
 Costs two clock readings a phase, nothing where nobody collects. Knows no HTTP.
 """

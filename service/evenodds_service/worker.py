@@ -1,4 +1,4 @@
-"""The other hand: watches runs, claims refits, fits their shared model and publishes it as a snapshot.
+"""The worker: watches runs, claims refits, fits their shared model and publishes it as a snapshot.
 
 Any number of workers may run: a lease and the number of the claim let one of them work on a refit and fence the others.
 No transaction is open while a model fits. Knows no HTTP.

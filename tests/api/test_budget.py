@@ -266,9 +266,9 @@ def test_a_policy_of_no_run_is_refused(caller: Caller) -> None:
 def test_a_deadline_that_cannot_be_kept_is_answered_in_time(
     start_service: Callable[..., Service], database_url: str
 ) -> None:
-    """The first request of a run has to read its log, which takes longer than a tenth of a millisecond."""
+    """The first request of a run has to read its log, which takes longer than a hundredth of a millisecond."""
+    start_service(database_url).client.put_run("r", embedder="none")
     service = start_service(database_url)
-    service.client.put_run("r", embedder="none")
 
     reply = service.http.post("/budget", json={"run": "r", "prompt": {"text": "a"}, "deadline_ms": 0.01})
 

@@ -155,7 +155,7 @@ def test_a_model_that_the_operator_has_not_listed_is_refused_before_it_is_looked
 def test_a_listed_model_makes_the_vectors_of_a_run_while_it_is_listed(
     start_service: Callable[..., Service], tmp_path: Path, minilm_folder: str
 ) -> None:
-    listing = start_service(f"sqlite:///{tmp_path}/evenodds.db", embedders=[minilm_folder])
+    listing = start_service(f"sqlite:///{tmp_path}/evenodds.db", embedders=minilm_folder)
 
     assert listing.client.put_run("named", embedder=minilm_folder).embedder == minilm_folder
     assert listing.client.add_prompts("named", [{"text": "What is 2 + 2?"}]).added == 1
@@ -175,7 +175,7 @@ def test_a_listed_model_that_cannot_be_opened_is_refused_at_once(
     start_service: Callable[..., Service], tmp_path: Path
 ) -> None:
     nowhere = str(tmp_path / "model")
-    service = start_service(f"sqlite:///{tmp_path}/evenodds.db", embedders=[nowhere])
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db", embedders=nowhere)
 
     reply = service.http.put("/runs/math", json={"embedder": nowhere})
 

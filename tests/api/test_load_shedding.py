@@ -13,7 +13,7 @@ from starlette.routing import Route
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Problem
-from evenodds_service.api.middleware.load_shedding import Crowding
+from evenodds_service.api.middleware.load_shedding import LoadShedding
 
 
 def test_who_would_be_last_in_a_long_line_for_a_thread_is_sent_away_at_once() -> None:
@@ -26,7 +26,7 @@ def test_who_would_be_last_in_a_long_line_for_a_thread_is_sent_away_at_once() ->
     async def alive(_: Request) -> Response:
         return Response("alive")
 
-    app = Crowding(Starlette(routes=[Route("/work", work), Route("/healthz", alive)]), max_waiting=3)
+    app = LoadShedding(Starlette(routes=[Route("/work", work), Route("/healthz", alive)]), max_waiting=3)
 
     async def crowd() -> tuple[list[httpx.Response], httpx.Response, httpx.Response, httpx.Response]:
         transport = httpx.ASGITransport(app)

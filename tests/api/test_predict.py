@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,6 +108,51 @@ def test_a_new_text_is_predicted_like_a_prompt_of_the_pool(caller: Caller) -> No
 
     assert new.prompt_id == "elsewhere"
     assert new.success_rate == pytest.approx(pooled.success_rate, abs=2e-3)  # vectors are kept in half precision
+
+
+@pytest.fixture
+def solved(caller: Caller) -> Caller:
+    """A run of the default predictor, in which one prompt was solved at step 10, and the head is 12."""
+    caller.load_texts(*(f"p{i}" for i in range(20)))
+    caller.observe(10, {"prompt_id": "p0", "successes": 8, "attempts": 8})
+    caller.observe(12, {"prompt_id": "p1", "successes": 4, "attempts": 8})
+    return caller
+
+
+def test_evidence_ages_to_the_step_that_is_asked_for(solved: Caller) -> None:
+    rates = [solved.predict("p0", step=step)[0]["success_rate"] for step in (0, 10, 11, 12, 20, 1_000)]
+    (head,) = solved.predict("p0")
+    unseen = [solved.predict("p9", step=step)[0] for step in (0, 1_000)]
+
+    assert rates[0] == rates[1] > rates[2] > rates[3] > rates[4] > rates[5] > unseen[0]["success_rate"]
+    assert rates[3] == head["success_rate"]
+    assert unseen[0] == unseen[1] == solved.predict("p9")[0]
+
+
+def test_a_step_means_the_same_in_every_way_to_ask(solved: Caller) -> None:
+    """Alone and together with others at their own steps, and beside a new text, which has no evidence to age."""
+    steps = [None, *range(8, 40)]
+    alone = [solved.predict("p0", "p1", step=step) for step in steps]
+
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(lambda step: solved.predict("p0", "p1", step=step), steps))
+    prompts = [{"prompt_id": "p0"}, {"prompt_id": "p1"}, {"text": "What is new?"}]
+    mixed = [
+        solved.ok("POST", "/predict", json={"run": solved.run, "prompts": prompts, "step": step})["predictions"]
+        for step in steps
+    ]
+
+    for asked in (together, [answer[:2] for answer in mixed]):
+        assert rates_of(asked) == [pytest.approx(each, rel=1e-12) for each in rates_of(alone)]
+    assert len({answer[2]["success_rate"] for answer in mixed}) == 1
+
+
+def rates_of(answers: list[list[dict[str, Any]]]) -> list[list[float]]:
+    return [[prediction["success_rate"] for prediction in answer] for answer in answers]
+
+
+def test_what_is_not_discounted_is_the_same_at_every_step(mopps: Caller) -> None:
+    assert mopps.predict("seen", step=0) == mopps.predict("seen", step=1_000) == mopps.predict("seen")
 
 
 def test_an_unknown_prompt_without_a_text_is_named(mopps: Caller) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenodds_service.domain.learning.predictors import acquisition_of
 from evenodds_service.domain.log_entries import NewObservation, ObserveEntry
 from evenodds_service.domain.prompts import text_key
 from evenodds_service.domain.settings import RunSettings
@@ -110,7 +111,7 @@ def test_counts_are_informative_when_some_but_not_all_of_several_attempts_succee
 
 
 def test_the_acquisition_follows_the_predictor_unless_it_is_set() -> None:
-    assert RunSettings().effective_acquisition == "yield"
-    assert RunSettings(predictor="mopps").effective_acquisition == "thompson"
-    assert RunSettings(predictor="uniform").effective_acquisition == "uniform"
-    assert RunSettings(predictor="mopps", acquisition="yield").effective_acquisition == "yield"
+    assert acquisition_of(RunSettings()) == "yield"
+    assert acquisition_of(RunSettings(predictor="mopps")) == "thompson"
+    assert acquisition_of(RunSettings(predictor="uniform")) == "uniform"
+    assert acquisition_of(RunSettings(predictor="mopps", acquisition="yield")) == "yield"

@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import load, save
 
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.prediction import PAPER
+from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
-from evenodds_service.domain.settings import Predictor
+from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
@@ -44,7 +44,7 @@ def block_of(texts: list[str | None]) -> RawBlock:
     )
 
 
-def material(predictor: Predictor = "gps", *, n_observed: int = N, group_size: int = G) -> Material:
+def material(predictor: PredictorName = "gps", *, n_observed: int = N, group_size: int = G) -> Material:
     """Prove is mostly not solved and Compute mostly is, in two steps."""
     block = block_of(list(TEXTS))
     basis = Basis.of(block)
@@ -134,7 +134,7 @@ def test_without_torch_only_the_published_model_cannot_speak_of_other_prompts(
 
 
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
-def test_a_fit_is_deterministic(models: dict[str, SharedModel], predictor: Predictor) -> None:
+def test_a_fit_is_deterministic(models: dict[str, SharedModel], predictor: PredictorName) -> None:
     assert fitted(material(predictor)).to_bytes() == models[predictor].to_bytes()
 
 

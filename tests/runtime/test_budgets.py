@@ -1,4 +1,4 @@
-"""The desk of the hot path over a real store: how old a view may be, how many may wait, and what a fault costs."""
+"""Budgets over a real store: how far behind the log an answer may be, how many may wait, and what a fault costs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import pytest
 from numpy.typing import NDArray
 from tests.waiting import PATIENCE_SECONDS, until_awaited
 
-from evenodds.schemas import BudgetReply, BudgetRequest, PromptRef
+from evenodds.schemas import PromptRef
 from evenodds_service.api.app import create_app
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.errors import DeadlinePassed, DeskFull, StoreUnavailable
+from evenodds_service.errors import DeadlinePassed, Overloaded, StoreUnavailable
 from evenodds_service.model.embedder import Embedder
-from evenodds_service.runtime.budgets import Desk
+from evenodds_service.runtime.budgets import DEFAULT_POLICY, Budget, Budgets
 from evenodds_service.runtime.featurizer import CACHED_TEXTS, MOST_EMBEDDERS, Featurizer
-from evenodds_service.runtime.live_runs import LiveRuns, Views
+from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.settings import Settings
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store
@@ -58,11 +59,11 @@ class Clock:
 class Office:
     def __init__(self, store: CountingStore) -> None:
         self.store, self.clock = store, Clock()
-        self.views = Views(store, LiveRuns(store, capacity=8), clock=self.clock)
+        self.live_runs = LiveRuns(store, capacity=8, clock=self.clock)
 
-    def desk(self, *, staleness: float = 0.2, deadline: float = PATIENCE_SECONDS, capacity: int = 64) -> Desk:
-        return Desk(
-            self.views,
+    def budgets(self, *, staleness: float = 0.2, deadline: float = PATIENCE_SECONDS, capacity: int = 64) -> Budgets:
+        return Budgets(
+            self.live_runs,
             Featurizer(self.store),
             staleness_seconds=staleness,
             deadline_seconds=deadline,
@@ -88,14 +89,16 @@ def office(tmp_path: Path) -> Iterator[Office]:
     store.close()
 
 
-def request(prompt_id: str = "p", *, run: str = "r") -> BudgetRequest:
-    return BudgetRequest(run=run, prompt=PromptRef(prompt_id=prompt_id))
+async def ask_for(budgets: Budgets, *, deadline_seconds: float | None = None) -> Budget:
+    """The budget of the one prompt."""
+    prompt = PromptRef(prompt_id="p")
+    return await budgets.ask("r", prompt, policy=DEFAULT_POLICY, deadline_seconds=deadline_seconds)
 
 
-def test_a_fresh_view_answers_without_the_database(office: Office) -> None:
-    async def ask() -> list[BudgetReply]:
-        desk = office.desk()
-        return [await desk.ask(request()) for _ in range(20)]
+def test_what_was_read_a_moment_ago_answers_without_the_database(office: Office) -> None:
+    async def ask() -> list[Budget]:
+        budgets = office.budgets()
+        return [await ask_for(budgets) for _ in range(20)]
 
     replies = asyncio.run(ask())
 
@@ -103,28 +106,28 @@ def test_a_fresh_view_answers_without_the_database(office: Office) -> None:
     assert {reply.log_position for reply in replies} == {1}
 
 
-def test_a_view_that_is_too_old_is_read_anew_before_the_answer(office: Office) -> None:
-    async def ask() -> tuple[BudgetReply, BudgetReply, BudgetReply]:
-        desk = office.desk()
-        first = await desk.ask(request())
+def test_what_is_too_old_is_read_anew_before_the_answer(office: Office) -> None:
+    async def ask() -> tuple[Budget, Budget, Budget]:
+        budgets = office.budgets()
+        first = await ask_for(budgets)
         office.observe()
         office.clock.now = 0.09
-        second = await desk.ask(request())
+        second = await ask_for(budgets)
         office.clock.now = 0.21
-        return first, second, await desk.ask(request())
+        return first, second, await ask_for(budgets)
 
     first, second, third = asyncio.run(ask())
 
     assert [reply.log_position for reply in (first, second, third)] == [1, 1, 2]
-    assert [reply.attempts_seen for reply in (first, second, third)] == [0, 0, 4]
-    assert second.age_ms == pytest.approx(90)
+    assert [reply.seen for reply in (first, second, third)] == [0, 0, 4]
+    assert second.age_seconds == pytest.approx(0.09)
 
 
 def test_without_staleness_every_answer_has_read_the_log(office: Office) -> None:
     async def ask() -> list[int]:
-        desk, positions = office.desk(staleness=0), []
+        budgets, positions = office.budgets(staleness=0), []
         for _ in range(3):
-            positions.append((await desk.ask(request())).log_position)
+            positions.append((await ask_for(budgets)).log_position)
             office.observe()
         return positions
 
@@ -132,14 +135,14 @@ def test_without_staleness_every_answer_has_read_the_log(office: Office) -> None
 
 
 def test_without_staleness_a_look_that_began_before_the_question_does_not_answer_it(office: Office) -> None:
-    async def ask() -> BudgetReply:
-        desk = office.desk(staleness=0)
+    async def ask() -> Budget:
+        budgets = office.budgets(staleness=0)
         office.store.held_back = threading.Event()
-        first = asyncio.create_task(desk.ask(request()))
+        first = asyncio.create_task(ask_for(budgets))
         await until_awaited(lambda: office.store.reads, "the first look, in a thread")
         office.clock.now = 1.0
         office.observe()
-        second = asyncio.create_task(desk.ask(request()))
+        second = asyncio.create_task(ask_for(budgets))
         await asyncio.sleep(0.01)
         office.store.held_back.set()
         await first
@@ -148,21 +151,21 @@ def test_without_staleness_a_look_that_began_before_the_question_does_not_answer
     assert asyncio.run(ask()).log_position == 2
 
 
-def test_a_view_is_refreshed_ahead_of_time_so_that_nobody_waits(office: Office) -> None:
+def test_a_run_is_read_ahead_of_time_so_that_nobody_waits(office: Office) -> None:
     async def ask() -> None:
-        desk = office.desk()
-        await desk.ask(request())
+        budgets = office.budgets()
+        await ask_for(budgets)
         office.clock.now = 0.15
-        assert (await desk.ask(request())).age_ms == pytest.approx(150)
+        assert (await ask_for(budgets)).age_seconds == pytest.approx(0.15)
         await until_awaited(lambda: office.store.reads == 2, "the refresh, in a thread")
 
     asyncio.run(ask())
 
 
 def test_those_who_wait_together_share_one_look_at_the_log(office: Office) -> None:
-    async def ask() -> list[BudgetReply]:
-        desk = office.desk()
-        return await asyncio.gather(*(desk.ask(request()) for _ in range(30)))
+    async def ask() -> list[Budget]:
+        budgets = office.budgets()
+        return await asyncio.gather(*(ask_for(budgets) for _ in range(30)))
 
     replies = asyncio.run(ask())
 
@@ -170,52 +173,51 @@ def test_those_who_wait_together_share_one_look_at_the_log(office: Office) -> No
     assert office.store.reads == 1
 
 
-def test_a_database_that_is_away_matters_only_when_the_view_is_too_old(office: Office) -> None:
+def test_a_database_that_is_away_matters_only_when_what_is_in_memory_is_too_old(office: Office) -> None:
     async def ask() -> None:
-        desk = office.desk()
-        await desk.ask(request())
+        budgets = office.budgets()
+        await ask_for(budgets)
         office.store.is_cut_off = True
         office.clock.now = 0.19
-        assert (await desk.ask(request())).log_position == 1
+        assert (await ask_for(budgets)).log_position == 1
         office.clock.now = 0.3
         with pytest.raises(StoreUnavailable):
-            await desk.ask(request())
+            await ask_for(budgets)
         office.store.is_cut_off = False
-        assert (await desk.ask(request())).log_position == 1
+        assert (await ask_for(budgets)).log_position == 1
 
     asyncio.run(ask())
 
 
-def test_more_than_the_desk_holds_are_turned_away_at_once(office: Office) -> None:
-    async def ask() -> list[BudgetReply | BaseException]:
-        desk = office.desk(capacity=5)
-        return await asyncio.gather(*(desk.ask(request()) for _ in range(8)), return_exceptions=True)
+def test_more_than_may_wait_are_turned_away_at_once(office: Office) -> None:
+    async def ask() -> list[Budget | BaseException]:
+        budgets = office.budgets(capacity=5)
+        return await asyncio.gather(*(ask_for(budgets) for _ in range(8)), return_exceptions=True)
 
     replies = asyncio.run(ask())
 
-    assert [type(reply) for reply in replies] == [BudgetReply] * 5 + [DeskFull] * 3
+    assert [type(reply) for reply in replies] == [Budget] * 5 + [Overloaded] * 3
     assert str(replies[-1]) == (
         "5 requests wait for a budget, the most that one process holds: go on without one, or raise "
         "EVENODDS_BUDGET_QUEUE"
     )
 
 
-def test_a_deadline_that_passed_leaves_the_desk_free(office: Office) -> None:
-    async def ask() -> BudgetReply:
-        desk = office.desk(capacity=1)
-        late = BudgetRequest(run="r", prompt=PromptRef(prompt_id="p"), deadline_ms=0.001)
+def test_who_has_left_at_the_deadline_takes_no_room(office: Office) -> None:
+    async def ask() -> Budget:
+        budgets = office.budgets(capacity=1)
         with pytest.raises(DeadlinePassed, match=r"no budget within 0\.001 ms"):
-            await desk.ask(late)
-        return await desk.ask(request())
+            await ask_for(budgets, deadline_seconds=1e-6)
+        return await ask_for(budgets)
 
     assert asyncio.run(ask()).log_position == 1
 
 
 def test_while_the_run_is_being_folded_answers_come_from_beside_the_loop(office: Office) -> None:
-    async def ask() -> BudgetReply:
-        desk = office.desk()
-        await desk.ask(request())
-        live = office.views.at_head("r").live
+    async def ask() -> Budget:
+        budgets = office.budgets()
+        await ask_for(budgets)
+        live = office.live_runs.at_head("r").live
         held = asyncio.Event()
 
         def hold() -> None:
@@ -227,7 +229,7 @@ def test_while_the_run_is_being_folded_answers_come_from_beside_the_loop(office:
         holder = threading.Thread(target=hold)
         holder.start()
         await held.wait()
-        asked = asyncio.create_task(desk.ask(request()))
+        asked = asyncio.create_task(ask_for(budgets))
         await asyncio.sleep(0.05)
         assert not asked.done()  # and the loop runs on meanwhile
         release.set()
@@ -239,7 +241,7 @@ def test_while_the_run_is_being_folded_answers_come_from_beside_the_loop(office:
 
 def test_predict_is_exact_unless_told_otherwise_and_a_choice_always_is(office: Office) -> None:
     async def ask(staleness_ms: float) -> list[int]:
-        app = create_app(office.store, predict_staleness_ms=staleness_ms)
+        app = create_app(office.store, Settings(predict_staleness_ms=staleness_ms))
         asked = {"run": "r", "prompts": [{"prompt_id": "p"}]}
         positions = []
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as http:

@@ -13,8 +13,9 @@ from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Problem
 from evenodds_service.api.app import create_app
-from evenodds_service.errors import RoundsFull
-from evenodds_service.runtime.coalescer import MOST_AT_ONCE, MOST_WAITING, Rounds
+from evenodds_service.api.routes.training import MOST_WAITING
+from evenodds_service.errors import Overloaded
+from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.storage import migration
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Run, Store
@@ -28,7 +29,10 @@ class Oracle:
         self.started = threading.Semaphore(0)
         self.leave = threading.Semaphore(1_000 if is_open else 0)
 
-    def answer(self, run: str, questions: Sequence[int]) -> list[int | Exception]:
+    async def answer(self, run: str, questions: Sequence[int]) -> list[int | Exception]:
+        return await asyncio.to_thread(self._answer, questions)
+
+    def _answer(self, questions: Sequence[int]) -> list[int | Exception]:
         self.rounds.append(list(questions))
         number = len(self.rounds)
         self.started.release()
@@ -36,6 +40,15 @@ class Oracle:
         if 13 in questions:
             raise ConnectionError("all of you")
         return [ValueError("you alone") if question < 0 else number for question in questions]
+
+
+def coalescer(oracle: Oracle, *, most_waiting: int = 1_000, one_at_a_time: bool = True) -> Coalescer[int, int]:
+    """Holds at most `most_waiting` questions about a run, and 64 in a round."""
+
+    def refusal(run: str, n_of_run: int, n_in_all: int) -> str | None:
+        return f"{n_of_run} about {run}, {n_in_all} in all" if n_of_run >= most_waiting else None
+
+    return Coalescer(oracle.answer, refusal=refusal, most_at_once=64, one_at_a_time=one_at_a_time)
 
 
 async def began(oracle: Oracle) -> None:
@@ -46,10 +59,10 @@ def test_questions_that_come_during_a_round_share_the_next_one() -> None:
     oracle = Oracle()
 
     async def ask() -> list[int]:
-        rounds = Rounds(oracle.answer)
-        tasks = [asyncio.create_task(rounds.ask("r", 0))]
+        questions = coalescer(oracle)
+        tasks = [asyncio.create_task(questions.ask("r", 0))]
         await began(oracle)
-        tasks += [asyncio.create_task(rounds.ask("r", n)) for n in (1, 2, 3)]
+        tasks += [asyncio.create_task(questions.ask("r", n)) for n in (1, 2, 3)]
         await asyncio.sleep(0)
         oracle.leave.release()
         await began(oracle)
@@ -64,10 +77,10 @@ def test_one_run_does_not_wait_for_another() -> None:
     oracle = Oracle()
 
     async def ask() -> tuple[int, int]:
-        rounds = Rounds(oracle.answer)
-        slow = asyncio.create_task(rounds.ask("slow", 0))
+        questions = coalescer(oracle)
+        slow = asyncio.create_task(questions.ask("slow", 0))
         await began(oracle)
-        quick = asyncio.create_task(rounds.ask("quick", 1))
+        quick = asyncio.create_task(questions.ask("quick", 1))
         await began(oracle)
         oracle.leave.release(2)
         return await slow, await quick
@@ -78,9 +91,9 @@ def test_one_run_does_not_wait_for_another() -> None:
 def test_each_question_gets_its_own_error_or_that_of_its_round() -> None:
     oracle = Oracle(is_open=True)
 
-    async def ask(*questions: int) -> list[int | BaseException]:
-        rounds = Rounds(oracle.answer)
-        return await asyncio.gather(*(rounds.ask("r", question) for question in questions), return_exceptions=True)
+    async def ask(*numbers: int) -> list[int | BaseException]:
+        questions = coalescer(oracle)
+        return await asyncio.gather(*(questions.ask("r", number) for number in numbers), return_exceptions=True)
 
     good, alone = asyncio.run(ask(1, -1))
     assert good == 1
@@ -92,25 +105,25 @@ def test_after_an_error_and_after_a_pause_questions_are_answered_again() -> None
     oracle = Oracle(is_open=True)
 
     async def ask() -> list[int]:
-        rounds = Rounds(oracle.answer)
+        questions = coalescer(oracle)
         with pytest.raises(ConnectionError):
-            await rounds.ask("r", 13)
-        return [await rounds.ask("r", 1), await rounds.ask("r", 2)]
+            await questions.ask("r", 13)
+        return [await questions.ask("r", 1), await questions.ask("r", 2)]
 
     assert asyncio.run(ask()) == [2, 3]
 
 
 def test_a_round_holds_a_limited_number_and_every_question_is_answered_once() -> None:
     oracle = Oracle(is_open=True)
-    n = 3 * MOST_AT_ONCE + 5
+    n = 3 * 64 + 5
 
     async def ask() -> None:
-        rounds = Rounds(oracle.answer)
-        await asyncio.gather(*(rounds.ask("r", question + 100) for question in range(n)))
+        questions = coalescer(oracle)
+        await asyncio.gather(*(questions.ask("r", number + 100) for number in range(n)))
 
     asyncio.run(ask())
 
-    assert max(len(questions) for questions in oracle.rounds) <= MOST_AT_ONCE
+    assert max(len(questions) for questions in oracle.rounds) <= 64
     assert sorted(question for questions in oracle.rounds for question in questions) == [i + 100 for i in range(n)]
 
 
@@ -118,11 +131,11 @@ def test_a_question_that_was_given_up_holds_nobody_up() -> None:
     oracle = Oracle()
 
     async def ask() -> int:
-        rounds = Rounds(oracle.answer)
-        given_up = asyncio.create_task(rounds.ask("r", 0))
+        questions = coalescer(oracle)
+        given_up = asyncio.create_task(questions.ask("r", 0))
         await began(oracle)
         given_up.cancel()
-        patient = asyncio.create_task(rounds.ask("r", 1))
+        patient = asyncio.create_task(questions.ask("r", 1))
         oracle.leave.release(2)
         return await patient
 
@@ -133,14 +146,14 @@ def test_who_would_be_one_too_many_is_sent_away_and_those_before_are_served() ->
     oracle = Oracle()
 
     async def ask() -> list[int | BaseException]:
-        rounds = Rounds(oracle.answer, most_waiting=2)
-        first = asyncio.create_task(rounds.ask("r", 0))
+        questions = coalescer(oracle, most_waiting=3)
+        first = asyncio.create_task(questions.ask("r", 0))
         await began(oracle)
-        asked = [asyncio.create_task(rounds.ask("r", n)) for n in (1, 2, 3)]
+        asked = [asyncio.create_task(questions.ask("r", n)) for n in (1, 2, 3)]
         await asyncio.wait(asked[2:])
         asked[0].cancel()  # who has given up makes room
         await asyncio.sleep(0)
-        asked.append(asyncio.create_task(rounds.ask("r", 4)))
+        asked.append(asyncio.create_task(questions.ask("r", 4)))
         await asyncio.sleep(0)
         oracle.leave.release(2)
         return await asyncio.gather(first, *asked, return_exceptions=True)
@@ -149,9 +162,41 @@ def test_who_would_be_one_too_many_is_sent_away_and_those_before_are_served() ->
 
     assert (first, waited, late) == (1, 2, 2)
     assert isinstance(given_up, asyncio.CancelledError)
-    assert isinstance(too_many, RoundsFull)
-    assert str(too_many) == "2 requests wait for a prediction of run 'r', the limit is 2: repeat the call later"
+    assert isinstance(too_many, Overloaded)
+    assert str(too_many) == "3 about r, 3 in all"
     assert oracle.rounds == [[0], [2, 4]]
+
+
+def test_where_rounds_need_not_take_turns_one_that_lasts_holds_nobody_up() -> None:
+    oracle = Oracle()
+
+    async def ask() -> list[int]:
+        questions = coalescer(oracle, one_at_a_time=False)
+        slow = asyncio.create_task(questions.ask("r", 0))
+        await began(oracle)
+        together = [asyncio.create_task(questions.ask("r", n)) for n in (1, 2)]
+        await began(oracle)
+        assert not slow.done()
+        oracle.leave.release(2)
+        return await asyncio.gather(slow, *together)
+
+    assert sorted(asyncio.run(ask())) == [1, 2, 2]
+    assert oracle.rounds == [[0], [1, 2]]
+
+
+def test_who_waits_for_so_many_seconds_only_leaves_then_and_makes_room() -> None:
+    oracle = Oracle()
+
+    async def ask() -> int:
+        questions = coalescer(oracle, most_waiting=1)
+        with pytest.raises(asyncio.TimeoutError):
+            await questions.ask("r", 0, seconds=0.001)
+        patient = asyncio.create_task(questions.ask("r", 1))
+        oracle.leave.release(2)
+        return await patient
+
+    assert asyncio.run(ask()) >= 1
+    assert [1] in oracle.rounds
 
 
 def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A view of a run serves everybody while somebody chooses from it."""
+"""A live run serves everybody while somebody chooses from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.waiting import PATIENCE_SECONDS
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt, NewPrompts
-from evenodds_service.domain.selection.selection import SelectArguments
+from evenodds_service.domain.selection.selection import SelectionRequest
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
@@ -22,29 +22,8 @@ from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import NewSelection, Store
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
-ARGUMENTS = SelectArguments(
-    step=5,
-    batch_size=20,
-    seed=0,
-    predictor="gps",
-    acquisition="yield",
-    group_size=8,
-    target_rate=None,
-    optimism=0.5,
-    diversity=0.1,
-    cooldown_steps=0,
-    max_visits=0,
-    lease_steps=8,
-    allow_outstanding=False,
-    candidates=None,
-    exclude=(),
-    groups={},
-    groups_at_most={},
-    are_groups_strict=True,
-    reprobe_share=0.05,
-    control_share=0.0,
-    may_fall_back=True,
-)
+SETTINGS = RunSettings(cooldown_steps=0)
+REQUEST = SelectionRequest(step=5, batch_size=20, are_groups_strict=True)
 
 
 class Gate:
@@ -81,9 +60,9 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
     live, other = LiveRun(run.id, each_block=gate.each_block), LiveRun(run.id)
     live.catch_up(store, run)
     other.catch_up(store, run)
-    expected = other.choose("math", ARGUMENTS)
+    expected = other.choose(SETTINGS, REQUEST)
     chosen = []
-    chooser = threading.Thread(target=lambda: chosen.append(live.choose("math", ARGUMENTS)))
+    chooser = threading.Thread(target=lambda: chosen.append(live.choose(SETTINGS, REQUEST)))
 
     chooser.start()
     assert gate.reached.wait(PATIENCE_SECONDS)
@@ -104,14 +83,14 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
         expected.groups,
     )
     np.testing.assert_array_equal(choice.a, expected.a)
-    assert live.choose("math", ARGUMENTS).position == run.log_position + 2
+    assert live.choose(SETTINGS, REQUEST).position == run.log_position + 2
 
 
 def test_a_batch_may_be_made_of_groups(store: Store) -> None:
     live = LiveRun(store.run("math").id)
     live.catch_up(store, store.run("math"))
 
-    chosen = live.choose("math", replace(ARGUMENTS, groups={"g1": 0.5, "g2": 0.5}))
+    chosen = live.choose(replace(SETTINGS, groups={"g1": 0.5, "g2": 0.5}), REQUEST)
 
     assert sorted(group or "" for group in chosen.groups) == ["g1"] * 10 + ["g2"] * 10
     assert all(chosen.prompt_ids[i] == live.pool.prompt_ids[p] for i, p in enumerate(chosen.choice.prompts))

@@ -12,7 +12,7 @@ from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import Entry
 from evenodds_service.domain.prompts import RawBlock
-from evenodds_service.domain.settings import Predictor, RunSettings
+from evenodds_service.domain.settings import PredictorName, RunSettings
 from evenodds_service.runtime.live_run import PACKED, LiveRun
 from evenodds_service.storage.store import Store
 from evenodds_service.storage.tables import pool_blocks
@@ -21,7 +21,7 @@ from evenodds_service.worker import Fit
 if TYPE_CHECKING:
     from tests.worker.conftest import Bench
 
-PREDICTORS: tuple[Predictor, ...] = ("gps", "gps-paper", "mopps")
+PREDICTORS: tuple[PredictorName, ...] = ("gps", "gps-paper", "mopps")
 
 
 class Watched(Store):
@@ -67,7 +67,7 @@ def assert_same(one: LiveRun, other: LiveRun) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def grown(bench: Bench, fit: Fit, *, predictor: Predictor = "gps") -> int:
+def grown(bench: Bench, fit: Fit, *, predictor: PredictorName = "gps") -> int:
     """A run with a snapshot and its checkpoint, to which prompts, observations and a further snapshot were added.
 
     Returns the position of the first checkpoint.
@@ -85,7 +85,7 @@ def grown(bench: Bench, fit: Fit, *, predictor: Predictor = "gps") -> int:
 
 
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
-def test_every_refit_leaves_a_checkpoint_from_which_a_process_starts(bench: Bench, predictor: Predictor) -> None:
+def test_every_refit_leaves_a_checkpoint_from_which_a_process_starts(bench: Bench, predictor: PredictorName) -> None:
     checkpoint = grown(bench, bench.real, predictor=predictor)
     run = bench.store.run("math")
     assert run.model_version == 2

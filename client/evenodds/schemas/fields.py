@@ -69,7 +69,7 @@ def check_shares(least: dict[str, float] | None, most: dict[str, float] | None) 
     """Raises ValueError: least shares that sum to more than 1, or one that is above its group's largest."""
     if least is not None and sum(least.values()) > 1 + 1e-9:
         raise ValueError(f"groups: the shares sum to {sum(least.values()):g}, the limit is 1")
-    for group in (least or {}).keys() & (most or {}).keys():
+    for group in sorted((least or {}).keys() & (most or {}).keys()):
         if (least or {})[group] > (most or {})[group]:
             raise ValueError(
                 f"groups.{group}: {(least or {})[group]:g} is more than groups_at_most allows, "

@@ -81,7 +81,11 @@ class PredictRequest(Request):
 
     run: RunName
     prompts: Annotated[tuple[PromptRef, ...], Field(min_length=1, max_length=MAX_ITEMS)]
-    step: Step | None = None
+    step: Step | None = Field(
+        default=None,
+        description="the policy version to predict for, the run's newest by default: a prompt's own outcomes count the "
+        "less the further it lies ahead of them; for a version before them they count in full",
+    )
     group_size: GroupSize | None = None
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI
@@ -17,17 +16,17 @@ from evenodds.version import __version__
 from evenodds_service.api import problems
 from evenodds_service.api.dependencies import Services
 from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
-from evenodds_service.api.middleware.load_shedding import Crowding
-from evenodds_service.api.middleware.request_body import MAX_BODY_MB, Bodies
+from evenodds_service.api.middleware.load_shedding import LoadShedding
+from evenodds_service.api.middleware.request_body import RequestBodyLimit
 from evenodds_service.api.middleware.request_log import RequestLog, is_quiet
 from evenodds_service.api.page import router as page
 from evenodds_service.api.routes import budgets, chat, operations, prompts, refits, reports, rewind, runs, training
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.wire import now
-from evenodds_service.runtime.budgets import Desk
-from evenodds_service.runtime.coalescer import Rounds
+from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.featurizer import Featurizer
-from evenodds_service.runtime.live_runs import LiveRuns, Views
+from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.settings import Settings
 from evenodds_service.storage.store import Store
 
 _DESCRIPTION = """
@@ -44,40 +43,26 @@ _TAGS = [
     {"name": "operations", "description": "Health and metrics."},
 ]
 DOCS_FILES = "/docs-files"
+DEFAULTS = Settings()
 _COMPRESSED_FROM_BYTES = 100_000  # smaller replies are sent sooner than they are compressed
 
 
 def create_app(
     store: Store,
+    settings: Settings = DEFAULTS,
     *,
-    live_runs: int = 32,
-    max_body_mb: int = MAX_BODY_MB,
     asks_for_keys: bool = False,
     clock: Callable[[], float] = time.monotonic,
-    telemetry: bool = False,
-    predict_staleness_ms: float = 0.0,
-    budget_staleness_ms: float = 200.0,
-    budget_deadline_ms: float = 500.0,
-    budget_queue: int = 256,
-    embedders: Collection[str] = (),
 ) -> FastAPI:
     """The ASGI application over this store.
 
     Args:
-        live_runs: How many runs' states the process keeps in memory.
-        max_body_mb: Most millions of bytes in a request's body after decompression, at least 1.
+        settings: Those of the process; the environment is not looked at.
         asks_for_keys: Whether a caller needs an API key of the store.
-        telemetry: Whether traces go out by OTLP; the variables `OTEL_*` say where.
         clock: Seconds that never go back, for the limits of keys.
-        predict_staleness_ms, budget_staleness_ms: How old a view of the log may be that answers `/predict`, `/budget`;
-            0 reads the log for each answer.
-        budget_deadline_ms: After so long a request for a budget is given up.
-        budget_queue: Requests for a budget that may wait at a time.
-        embedders: Models that runs may name as their embedder besides the built-in one.
     """
-    featurizer = Featurizer(store, allowed=embedders)
-    views_of_runs = LiveRuns(store, capacity=live_runs)
-    views = Views(store, views_of_runs)
+    featurizer = Featurizer(store, allowed=settings.allowed_embedders())
+    live_runs = LiveRuns(store, capacity=settings.live_runs)
     registry = CollectorRegistry()
     app = FastAPIOffline(
         redoc_url=None,
@@ -89,40 +74,39 @@ def create_app(
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
         # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
-        telemetry={"auto_configure": telemetry, "metrics": False, "logs": False, "exclude": is_quiet},
+        telemetry={"auto_configure": settings.telemetry, "metrics": False, "logs": False, "exclude": is_quiet},
     )
     run_registry = CollectorRegistry()
-    run_registry.register(RunMetrics(store, views_of_runs, now))
+    run_registry.register(RunMetrics(store, live_runs, now))
     app.state.services = Services(
         store=store,
         featurizer=featurizer,
-        live_runs=views_of_runs,
-        views=views,
-        desk=Desk(
-            views,
+        live_runs=live_runs,
+        budgets=Budgets(
+            live_runs,
             featurizer,
-            staleness_seconds=budget_staleness_ms / 1_000,
-            deadline_seconds=budget_deadline_ms / 1_000,
-            capacity=budget_queue,
+            staleness_seconds=settings.budget_staleness_ms / 1_000,
+            deadline_seconds=settings.budget_deadline_ms / 1_000,
+            capacity=settings.budget_queue,
         ),
-        predict_staleness_seconds=predict_staleness_ms / 1_000,
+        predictions=training.prediction_coalescer(live_runs),
+        predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
         registry=registry,
         run_registry=run_registry,
-        predictions=Rounds(partial(training.predict_known, store, views_of_runs)),
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    rooms = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
-    for room in rooms:
-        app.include_router(room.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
+    modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
+    for module in modules:
+        app.include_router(module.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
     app.include_router(page)
-    app.state.routes = tuple(route for room in rooms for route in room.router.routes)
+    app.state.routes = tuple(route for module in modules for route in module.router.routes)
     problems.install(app)
     # The last one that is added meets a request first.
-    app.add_middleware(Bodies, max_bytes=max_body_mb * 1_000_000)
+    app.add_middleware(RequestBodyLimit, max_bytes=settings.max_body_mb * 1_000_000)
     app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
-    app.add_middleware(Crowding)
+    app.add_middleware(LoadShedding)
     if asks_for_keys:
-        app.add_middleware(Access, ring=KeyRing(store, clock), refused=problems.refused)
+        app.add_middleware(Access, ring=KeyRing(store, clock))
     app.add_middleware(RequestLog, registry=registry)
     _describe(app)
     return app

@@ -1,4 +1,4 @@
-"""What the endpoints share: the objects that they work with, the clock, and the translation of beliefs."""
+"""What the endpoints share: the objects that they work with, and the refusals that all of them may answer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 
 from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
-from evenodds_service.runtime.budgets import Desk
-from evenodds_service.runtime.coalescer import Rounds
+from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import Featurizer
-from evenodds_service.runtime.live_runs import LiveRuns, Views
+from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.storage.store import Store
 
 
@@ -23,12 +23,11 @@ class Services:
     store: Store
     featurizer: Featurizer
     live_runs: LiveRuns
-    views: Views
-    desk: Desk
+    budgets: Budgets
+    predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float
     registry: CollectorRegistry
     run_registry: CollectorRegistry
-    predictions: Rounds[PredictRequest, str]
 
 
 async def _services(request: Request) -> Services:
@@ -36,7 +35,7 @@ async def _services(request: Request) -> Services:
     return services
 
 
-Hands = Annotated[Services, Depends(_services)]
+Dependencies = Annotated[Services, Depends(_services)]
 RunPath = Annotated[str, Path(pattern=RUN_PATTERN, description="name of the run")]
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}

@@ -17,39 +17,56 @@ from starlette.exceptions import HTTPException
 
 from evenodds.schemas import Problem
 from evenodds.validation import fault_lines
-from evenodds_service.errors import (
-    AccessRefused,
-    ChatRefused,
-    DeadlinePassed,
-    DeskFull,
-    EmbedderNotAllowed,
-    EmbeddingRefused,
-    ModelError,
-    NotEnoughPrompts,
-    RoundsFull,
-    SharesConflict,
-    StoreError,
-    StoreUnavailable,
-    UnknownPrompts,
-)
+from evenodds_service.errors import ServiceError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 _SHOWN_FAULTS = 20
 _SOURCES = ("body", "query", "path")
-RETRY_AFTER_SECONDS = 1
-
-_STATUS_BY_CODE: Mapping[str, int] = {
+STATUS_OF: Mapping[str, int] = {
+    "malformed": 422,
+    "key_missing": 401,
+    "key_invalid": 401,
+    "scope_missing": 403,
+    "run_forbidden": 403,
+    "rate_limited": 429,
     "run_unknown": 404,
     "prompt_unknown": 404,
     "selection_unknown": 404,
     "snapshot_unknown": 404,
     "policy_unknown": 404,
+    "run_exists": 409,
+    "prompt_conflict": 409,
+    "request_conflict": 409,
+    "selection_conflict": 409,
+    "selection_voided": 409,
+    "not_enough_prompts": 409,
+    "shares_conflict": 409,
+    "embedder_fixed": 409,
+    "embedding_width": 409,
+    "embedding_refused": 409,
+    "vector_unstorable": 409,
+    "embedder_unavailable": 409,
+    "torch_missing": 409,
+    "policy_limit": 409,
+    "embedder_not_allowed": 422,
     "store_unavailable": 503,
     "schema_mismatch": 503,
+    "overloaded": 503,
+    "deadline_passed": 503,
 }
-"""Other store and model errors are conflicts: 409."""
+"""The status of each error that a caller can meet, by its code. Any other is a fault of the service: 500."""
+
+HTTP_CODES: Mapping[int, str] = {
+    404: "route_unknown",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "media_type",
+    422: "malformed",
+    500: "internal_error",
+}
+"""The codes of what goes wrong before a route is reached, or in a way that nobody foresaw."""
 
 
 def problem(
@@ -81,29 +98,30 @@ def install(app: FastAPI) -> None:
     """Register the handlers."""
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(Exception, _unexpected)
-    for kind in (StoreError, ModelError):
-        app.add_exception_handler(kind, _coded)
-    app.add_exception_handler(AccessRefused, _refused)
-    app.add_exception_handler(UnknownPrompts, _fact(404, "prompt_unknown"))
-    app.add_exception_handler(NotEnoughPrompts, _fact(409, "not_enough_prompts"))
-    app.add_exception_handler(SharesConflict, _fact(409, "shares_conflict"))
-    app.add_exception_handler(EmbeddingRefused, _fact(409, "embedding_refused"))
-    app.add_exception_handler(EmbedderNotAllowed, _fact(422, "embedder_not_allowed"))
-    app.add_exception_handler(ChatRefused, _fact(422, "malformed"))
-    for full in (DeskFull, RoundsFull):
-        app.add_exception_handler(full, _fact(503, "overloaded", Retry_After=str(RETRY_AFTER_SECONDS)))
-    app.add_exception_handler(DeadlinePassed, _fact(503, "deadline_passed"))
 
 
-def refused(request: Request, refusal: AccessRefused) -> Response:
-    """The reply to a call that is not allowed."""
-    return problem(request, refusal.status, refusal.code, str(refusal), **refusal.headers)
+def refusal(request: Request, error: ServiceError) -> Response:
+    """The reply to a call that met this error.
+
+    Raises:
+        ServiceError: the error itself, where it is none that a caller should meet.
+    """
+    status = STATUS_OF.get(error.code)
+    if status is None:
+        raise error
+    if isinstance(error, StoreUnavailable):
+        logger.warning("%s", error)
+    headers = {"WWW_Authenticate": "Bearer"} if status == 401 else {}
+    if error.retry_after_seconds is not None:
+        headers["Retry_After"] = str(error.retry_after_seconds)
+    return problem(request, status, error.code, str(error), **headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, AccessRefused)
-    return refused(request, error)
+    assert isinstance(error, ServiceError)
+    return refusal(request, error)
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
@@ -138,7 +156,6 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:  # what FastAPI makes of JSON that Python cannot hold: nested too deeply, say
         return problem(request, 422, "malformed", "body: this JSON is nested too deeply, or holds too long a number")
-    codes = {404: "route_unknown", 405: "method_not_allowed", 413: "too_large", 415: "media_type", 422: "malformed"}
     details = {
         404: f"no route {request.method} {request.url.path}; see /docs for those that exist",
         405: f"{request.method} is not allowed on {request.url.path}; see /docs",
@@ -147,7 +164,7 @@ async def _http(request: Request, error: Exception) -> Response:
     response = problem(
         request,
         error.status_code,
-        codes.get(error.status_code, "http_error"),
+        HTTP_CODES.get(error.status_code, "http_error"),
         detail or details.get(error.status_code, HTTPStatus(error.status_code).phrase),
     )
     response.headers.update(error.headers or {})
@@ -165,27 +182,11 @@ def _allowed(request: Request) -> list[str]:
     return sorted(methods)
 
 
-async def _coded(request: Request, error: Exception) -> Response:
-    assert isinstance(error, (StoreError, ModelError))
-    status = _STATUS_BY_CODE.get(error.code, 409)
-    if isinstance(error, StoreUnavailable):
-        logger.warning("%s", error)
-        return problem(request, status, error.code, str(error), Retry_After=str(RETRY_AFTER_SECONDS))
-    return problem(request, status, error.code, str(error))
-
-
-def _fact(status: int, code: str, **headers: str) -> Any:
-    async def handler(request: Request, error: Exception) -> Response:
-        return problem(request, status, code, str(error), **headers)
-
-    return handler
-
-
 async def _unexpected(request: Request, error: Exception) -> Response:
     return problem(
         request,
         500,
-        "internal_error",
+        HTTP_CODES[500],
         "the service failed to answer; the server's log has the cause under this request id",
         X_Request_ID=request.scope["request_id"],  # made outside of what gives every other reply its id
     )

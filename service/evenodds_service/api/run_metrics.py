@@ -22,7 +22,7 @@ from evenodds_service.storage.store import Refit, Run, Store
 logger = logging.getLogger(__name__)
 
 _RUN = ("run",)
-_GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evenodds_run_log_position": ("Entries in the run's log.", _RUN),
     "evenodds_run_head_lag": (
         "Entries of the log that this process has not folded yet; the next call folds them.",
@@ -65,11 +65,11 @@ class RunMetrics(Collector):
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Names only: registering must not ask the database."""
-        return iter([GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in _GAUGES.items()])
+        return iter([GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in GAUGES.items()])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One family per gauge, with a sample for each run that is in memory."""
-        families = {name: GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in _GAUGES.items()}
+        families = {name: GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in GAUGES.items()}
         try:
             for live in self._live_runs.in_memory():
                 try:

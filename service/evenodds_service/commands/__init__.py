@@ -1,1 +1,1 @@
-"""The commands of the command line, a module each. Only this room prints."""
+"""The commands of the command line, a module each. Only they print."""

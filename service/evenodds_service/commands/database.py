@@ -20,12 +20,12 @@ def migrate(_: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from evenodds_service.errors import StoreError
-    from evenodds_service.settings import Settings
+    from evenodds_service.settings import settings_from_environment
     from evenodds_service.storage import migration
     from evenodds_service.storage.engine import open_engine
 
     try:
-        settings = Settings()
+        settings = settings_from_environment()
         engine = open_engine(settings.database_url, timeout_seconds=settings.database_timeout_seconds)
         before = migration.current_revision(engine)
         migration.upgrade(engine)

@@ -35,13 +35,13 @@ def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
     from pydantic import ValidationError
 
     from evenodds_service.errors import StoreError
-    from evenodds_service.settings import Settings
+    from evenodds_service.settings import settings_from_environment
     from evenodds_service.storage import migration
     from evenodds_service.storage.engine import open_engine
     from evenodds_service.storage.store import Store
 
     try:
-        settings = Settings()
+        settings = settings_from_environment()
         engine = open_engine(
             settings.database_url,
             pool_size=settings.pool_size,

@@ -50,18 +50,7 @@ def serve(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "evenodds_service", "work", "--exit-with", str(os.getpid())]
         worker = subprocess.Popen(command, env=environment)
     try:
-        app = create_app(
-            store,
-            live_runs=settings.live_runs,
-            max_body_mb=settings.max_body_mb,
-            asks_for_keys=asks_for_keys,
-            telemetry=settings.telemetry,
-            predict_staleness_ms=settings.predict_staleness_ms,
-            budget_staleness_ms=settings.budget_staleness_ms,
-            budget_deadline_ms=settings.budget_deadline_ms,
-            budget_queue=settings.budget_queue,
-            embedders=settings.allowed_embedders(),
-        )
+        app = create_app(store, settings, asks_for_keys=asks_for_keys)
         # What is there by now stays. Without this, each full search for garbage looks through all of it, and every
         # request waits a tenth of a second meanwhile.
         gc.collect()

@@ -11,14 +11,13 @@ from typing import Literal
 
 from evenodds_service.errors import SharesConflict
 
-Predictor = Literal["gps", "gps-paper", "mopps", "uniform"]
+PredictorName = Literal["gps", "gps-paper", "mopps", "uniform"]
 Acquisition = Literal["yield", "paper", "thompson", "uniform"]
 ModelSize = Literal["small", "published"]
 
 BudgetMode = Literal["parallel", "sequential"]
 
 BUILTIN, CALLER, NO_EMBEDDER = "builtin", "caller", "none"
-REPROBE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ class RunSettings:
         budget_policies: By name, one of each.
     """
 
-    predictor: Predictor = "gps"
+    predictor: PredictorName = "gps"
     group_size: int = 8
     target_rate: float | None = None
     embedder: str | None = None
@@ -119,28 +118,10 @@ class RunSettings:
     fallback: bool = True
     budget_policies: tuple[BudgetPolicy, ...] = ()
 
-    @property
-    def effective_acquisition(self) -> Acquisition:
-        if self.acquisition is not None:
-            return self.acquisition
-        by_predictor: dict[Predictor, Acquisition] = {
-            "gps": "yield",
-            "gps-paper": "paper",
-            "mopps": "thompson",
-            "uniform": "uniform",
-        }
-        return by_predictor[self.predictor]
-
-    def reprobe_share_under(self, acquisition: Acquisition) -> float:
-        """Chance needs no floor, and Thompson sampling is left as published unless a share is set."""
-        if self.reprobe_share is not None:
-            return self.reprobe_share
-        return REPROBE_SHARE if acquisition in ("yield", "paper") else 0.0
-
 
 def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
     """Raises SharesConflict."""
-    for group in least.keys() & most.keys():
+    for group in sorted(least.keys() & most.keys()):  # every process names the same one
         if least[group] > most[group]:
             raise SharesConflict(
                 f"group {group!r} is to get at least {least[group]:g} of a batch (groups) and at most {most[group]:g} "

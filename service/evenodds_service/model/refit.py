@@ -14,9 +14,9 @@ from scipy import sparse
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.prediction import PAPER
+from evenodds_service.domain.learning.predictors import PAPER, PREDICTORS
 from evenodds_service.domain.prompts import FittedPrior
-from evenodds_service.domain.settings import ModelSize, Predictor
+from evenodds_service.domain.settings import ModelSize, PredictorName
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent
@@ -37,7 +37,7 @@ class Material:
 
     Attributes:
         embedder: Under which name the pool's vectors are stored; empty without vectors.
-        predictor: Which predictor the run answers with: `gps-paper` has a model of its own, all others share one.
+        predictor: Which predictor the run answers with: the published one has a model of its own, all others share one.
         group_size: G, attempts per prompt in training.
         basis: Under which x_N_d was projected.
         x_N_d: Inputs of the pool's N prompts.
@@ -49,7 +49,7 @@ class Material:
     """
 
     embedder: str
-    predictor: Predictor
+    predictor: PredictorName
     group_size: int
     basis: Basis
     x_N_d: FloatArray
@@ -65,7 +65,7 @@ def fit_shared_model(material: Material, *, device: torch.device) -> SharedModel
 
     A prior of an observed prompt never contains the prompt's own outcomes: those come in as its evidence.
     """
-    if material.predictor == "gps-paper":
+    if PREDICTORS[material.predictor].is_published:
         return _fit_published(material, device)
     priors: dict[str, FittedPrior] = {}
     weights: dict[str, Weights] = {}

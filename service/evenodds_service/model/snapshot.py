@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.prediction import PAPER
+from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.matched_prior import matched_concentration
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.errors import SnapshotUnusable, TorchMissing

@@ -35,12 +35,19 @@ class Beliefs:
 
 
 def beliefs_about(
-    featurizer: Featurizer, run: Run, live: LiveRun, items: Sequence[PromptLike], *, names: Sequence[str]
+    featurizer: Featurizer,
+    run: Run,
+    live: LiveRun,
+    items: Sequence[PromptLike],
+    *,
+    names: Sequence[str],
+    step: int | None = None,
 ) -> Beliefs:
     """The beliefs in the present state of `live`.
 
     Args:
         names: Where each item stands in the request, for error messages.
+        step: Which own evidence has aged to, the head step without it.
 
     Raises:
         UnknownPrompts: some have no text and are not in the pool.
@@ -63,7 +70,8 @@ def beliefs_about(
     predictor = run.settings.predictor
     with live.lock:
         if inside:
-            a[inside], b[inside] = live.beliefs(predictor, rows)
+            steps = None if step is None else np.full(len(rows), step)
+            a[inside], b[inside] = live.beliefs(predictor, rows, steps_n=steps)
             seen[inside] = live.state.attempts_N[rows]
         if block is not None:
             a[outside], b[outside] = live.new_beliefs(predictor, [items[i].text for i in outside], block)

@@ -1,8 +1,8 @@
-"""The desk of the hot path: requests for a budget that wait together are answered together, from memory.
+"""Budgets of single requests, on the hot path: those that come together are answered together, from memory.
 
 Runs on the event loop. The database is read, and anything slow computed, in threads beside it; the loop itself answers
-from a view that is at most `staleness` old. More requests than the desk holds are turned away at once, and one that has
-waited for its deadline is not worked on.
+from what is at most `staleness` behind the log. More requests than may wait are turned away at once, and one that has
+waited for its deadline is not worked on. Knows nothing of the wire.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
 
-from evenodds.schemas import BudgetReply, BudgetRequest
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_probability
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
+from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
-from evenodds_service.errors import DeadlinePassed, DeskFull, PolicyUnknown, UnknownPrompts
-from evenodds_service.runtime.beliefs import UNKNOWN_HINT, Beliefs, beliefs_about
-from evenodds_service.runtime.featurizer import Featurizer
+from evenodds_service.errors import DeadlinePassed, PolicyUnknown, UnknownPrompts
+from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
+from evenodds_service.runtime.coalescer import Coalescer
+from evenodds_service.runtime.featurizer import Featurizer, PromptLike
 from evenodds_service.runtime.live_run import LiveRun
-from evenodds_service.runtime.live_runs import View, Views
+from evenodds_service.runtime.live_runs import FoldedRun, LiveRuns
 from evenodds_service.storage.store import Run
 
 DEFAULT_POLICY = "default"
@@ -35,109 +36,135 @@ _THREADS = 4
 _LIGHT_CHARACTERS = 20_000
 _KEPT_TRAFFIC = 256
 
+T = TypeVar("T")
 
-class Desk:
-    """Answers `POST /budget`.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Budget:
+    """What one request deserves, by a policy, and what that was decided on.
+
+    Attributes:
+        price: Of one attempt, in probability: attempts that gain less are not made, >= 0.
+        attempts: So many, besides those that failed already.
+        success_rate, std: Mean and standard deviation of the belief about the prompt.
+        solve_probability: That one of the attempts succeeds, in [0, 1].
+        seen: Attempts observed of the prompt.
+        age_seconds: Since the log was read.
+    """
+
+    policy: BudgetPolicy
+    price: float
+    attempts: int
+    success_rate: float
+    std: float
+    solve_probability: float
+    seen: int
+    model_version: int
+    log_position: int
+    age_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    prompt: PromptLike
+    policy: str
+    failures: int
+    asked_at: float
+    has_left: bool = False
+
+
+class Budgets:
+    """Decides the budget of each request.
 
     Args:
-        staleness_seconds: Age up to which a view may answer; 0 reads the log for every batch of requests.
+        staleness_seconds: So far behind the log an answer may be; 0 reads the log for every round of requests.
         deadline_seconds: After so long a request is given up, unless it names a shorter time.
         capacity: Requests that may wait at a time.
     """
 
     def __init__(
         self,
-        views: Views,
+        live_runs: LiveRuns,
         featurizer: Featurizer,
         *,
         staleness_seconds: float,
         deadline_seconds: float,
         capacity: int,
     ) -> None:
-        self._views, self._featurizer = views, featurizer
+        self._live_runs, self._featurizer = live_runs, featurizer
         self._staleness, self._deadline, self._capacity = staleness_seconds, deadline_seconds, capacity
-        self._n_waiting = 0
-        self._waiting: dict[str, list[_Waiting]] = {}
-        self._refreshes: dict[str, asyncio.Task[View]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._coalescer: Coalescer[_Question, Budget] = Coalescer(
+            self._answers, refusal=self._refusal, most_at_once=capacity, one_at_a_time=False
+        )
+        self._refreshes: dict[str, asyncio.Task[FoldedRun]] = {}
         self._limiter: CapacityLimiter | None = None
         self._traffic: OrderedDict[tuple[int, BudgetPolicy], Traffic] = OrderedDict()
         self._traffic_lock = threading.Lock()
 
-    async def ask(self, request: BudgetRequest) -> BudgetReply:
+    async def ask(
+        self, run: str, prompt: PromptLike, *, policy: str, failures: int = 0, deadline_seconds: float | None = None
+    ) -> Budget:
         """The budget of one request.
 
+        Args:
+            policy: Name of a budget policy of the run.
+            failures: Attempts of this request that failed already; they are not observed yet.
+            deadline_seconds: Shortens that of the service.
+
         Raises:
-            DeskFull, DeadlinePassed: the service is too busy now.
+            Overloaded, DeadlinePassed: the service is too busy now.
             RunUnknown, PolicyUnknown, UnknownPrompts, EmbeddingRefused, StoreUnavailable: as elsewhere.
         """
-        if self._n_waiting >= self._capacity:
-            raise DeskFull(
-                f"{self._n_waiting} requests wait for a budget, the most that one process holds: go on without one, "
-                "or raise EVENODDS_BUDGET_QUEUE"
-            )
-        loop = asyncio.get_running_loop()
-        seconds = self._deadline
-        if request.deadline_ms is not None:
-            seconds = min(seconds, request.deadline_ms / 1_000)
-        waiting = _Waiting(request, loop.create_future(), self._views.now())
-        queue = self._waiting.setdefault(request.run, [])
-        queue.append(waiting)
-        if len(queue) == 1:
-            loop.call_soon(self._serve, request.run)
-        self._n_waiting += 1
+        seconds = self._deadline if deadline_seconds is None else min(self._deadline, deadline_seconds)
+        question = _Question(prompt, policy, failures, self._live_runs.now())
         try:
-            return await asyncio.wait_for(waiting.reply, seconds)
+            return await self._coalescer.ask(run, question, seconds=seconds)
         except asyncio.TimeoutError:
             raise DeadlinePassed(
                 f"no budget within {1_000 * seconds:g} ms: go on without one, or allow more (deadline_ms, "
                 "EVENODDS_BUDGET_DEADLINE_MS)"
             ) from None
         finally:
-            self._n_waiting -= 1
+            question.has_left = True
 
-    def _serve(self, name: str) -> None:
-        """Answer all that wait for this run: at once if the view is fresh and free, else beside the loop."""
-        queue = self._waiting.pop(name)
-        view = self._views.peek(name, self._staleness)
-        if view is None:
-            self._start(self._serve_refreshed(name, queue))
-            return
-        if self._views.age(view) > self._staleness / 2:
+    def _refusal(self, run: str, n_of_run: int, n_in_all: int) -> str | None:
+        if n_in_all < self._capacity:
+            return None
+        return (
+            f"{n_in_all} requests wait for a budget, the most that one process holds: go on without one, "
+            "or raise EVENODDS_BUDGET_QUEUE"
+        )
+
+    async def _answers(self, name: str, questions: Sequence[_Question]) -> Sequence[Budget | Exception]:
+        """Of one round: at once if the run in memory is fresh and free, else beside the loop."""
+        folded = self._live_runs.held(name, self._staleness)
+        if folded is None:
+            folded = await self._read(name, since=max(question.asked_at for question in questions) - self._staleness)
+            return await self._in_thread(lambda: self._budgets(folded, questions))
+        if self._live_runs.age(folded) > self._staleness / 2:
             self._refresh(name)  # ahead of time, so that nobody has to wait for it
-        if not _is_light(view.run, queue) or not view.live.lock.acquire(blocking=False):
-            self._start(self._serve_aside(view, queue))
-            return
+        if not _is_light(folded.run, questions) or not folded.live.lock.acquire(blocking=False):
+            return await self._in_thread(lambda: self._budgets(folded, questions))
         try:
-            self._reply(view, queue, self._answers(view, queue))
+            return self._budgets(folded, questions)
         finally:
-            view.live.lock.release()
+            folded.live.lock.release()
 
-    async def _serve_refreshed(self, name: str, queue: Sequence[_Waiting]) -> None:
-        oldest_read = max(waiting.asked_at for waiting in queue) - self._staleness
-        try:
-            view = await asyncio.shield(self._refresh(name))
-            while view.read_at < oldest_read:  # that look was under way before the question came
-                view = await asyncio.shield(self._refresh(name))
-        except Exception as error:  # whatever it is, it is the answer of all that wait
-            for waiting in queue:
-                waiting.refuse(error)
-            return
-        await self._serve_aside(view, queue)
+    async def _read(self, name: str, *, since: float) -> FoldedRun:
+        """The run as it was at `since` or later."""
+        folded = await asyncio.shield(self._refresh(name))
+        while folded.read_at < since:  # that look was under way before the question came
+            folded = await asyncio.shield(self._refresh(name))
+        return folded
 
-    async def _serve_aside(self, view: View, queue: Sequence[_Waiting]) -> None:
-        open_ = [waiting for waiting in queue if not waiting.reply.done()]
-        answers = await self._in_thread(self._answers, view, open_)
-        self._reply(view, open_, answers)
-
-    def _refresh(self, name: str) -> asyncio.Task[View]:
+    def _refresh(self, name: str) -> asyncio.Task[FoldedRun]:
         """The one task that reads this run anew."""
         task = self._refreshes.get(name)
         if task is None:
-            task = self._start(self._in_thread(self._views.at_head, name))
+            task = asyncio.get_running_loop().create_task(self._in_thread(lambda: self._live_runs.at_head(name)))
             self._refreshes[name] = task
 
-            def done(finished: asyncio.Task[View]) -> None:
+            def done(finished: asyncio.Task[FoldedRun]) -> None:
                 self._refreshes.pop(name, None)
                 if not finished.cancelled():
                     finished.exception()  # who waits has it; ahead of time nobody does, and the next one tries again
@@ -145,50 +172,56 @@ class Desk:
             task.add_done_callback(done)
         return task
 
-    async def _in_thread(self, work: Any, *arguments: Any) -> Any:
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._limiter is None:
             self._limiter = CapacityLimiter(_THREADS)
-        return await to_thread.run_sync(work, *arguments, limiter=self._limiter)
+        return await to_thread.run_sync(work, limiter=self._limiter)
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)  # the loop itself keeps weak references only
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def _answers(self, view: View, queue: Sequence[_Waiting]) -> list[_Answer | Exception]:
-        """An answer or a refusal for each. One request that is at fault spoils no other."""
-        answers: dict[int, _Answer | Exception] = {}
-        sound: list[int] = []
-        for i, waiting in enumerate(queue):
-            fault = _fault(view, waiting.request)
-            if fault is None:
-                sound.append(i)
+    def _budgets(self, folded: FoldedRun, questions: Sequence[_Question]) -> list[Budget | Exception]:
+        """A budget or a refusal for each. One request that is at fault spoils no other."""
+        answers: dict[int, Budget | Exception] = {}
+        sound: list[tuple[int, BudgetPolicy]] = []
+        for i, question in enumerate(questions):
+            if question.has_left:
+                answers[i] = DeadlinePassed("nobody waits for this budget any more")
+                continue
+            try:
+                policy = budget_policy(folded.run, question.policy)
+                _check_prompt(folded, question.prompt)
+            except (PolicyUnknown, UnknownPrompts) as error:
+                answers[i] = error
             else:
-                answers[i] = fault
-        try:
-            answers |= zip(sound, self._decided(view, [queue[i].request for i in sound]), strict=True)
-        except Exception as error:  # of one of them, and rare: a vector that the run does not take, say
-            if len(sound) == 1:
-                answers[sound[0]] = error
-            else:
-                answers |= {i: self._answers(view, [queue[i]])[0] for i in sound}
-        return [answers[i] for i in range(len(queue))]
+                sound.append((i, policy))
 
-    def _decided(self, view: View, requests: Sequence[BudgetRequest]) -> Sequence[_Answer]:
-        if not requests:
-            return ()
-        policies = [budget_policy(view.run, request.policy) for request in requests]
-        prompts = [request.prompt for request in requests]
-        asked = beliefs_about(self._featurizer, view.run, view.live, prompts, names=["prompt"] * len(prompts))
-        failures = np.array([request.failures for request in requests])
+        def decided(some: Sequence[tuple[int, BudgetPolicy]]) -> dict[int, Budget | Exception]:
+            asked = [questions[i] for i, _ in some]
+            try:
+                found = self._decided(folded, asked, [policy for _, policy in some])
+                return {i: budget for (i, _), budget in zip(some, found, strict=True)}
+            except Exception as error:  # of one of them, and rare: a vector that the run does not take, say
+                if len(some) == 1:
+                    return {some[0][0]: error}
+                return {i: answer for one in some for i, answer in decided([one]).items()}
+
+        if sound:
+            answers |= decided(sound)
+        return [answers[i] for i in range(len(questions))]
+
+    def _decided(
+        self, folded: FoldedRun, questions: Sequence[_Question], policies: Sequence[BudgetPolicy]
+    ) -> Sequence[Budget]:
+        """The budget of each question by its policy. Price and attempts are computed once for each policy."""
+        prompts = [question.prompt for question in questions]
+        asked = beliefs_about(self._featurizer, folded.run, folded.live, prompts, names=["prompt"] * len(prompts))
+        failures = np.array([question.failures for question in questions])
         a, b = asked.a, asked.b + failures
-        answers: list[_Answer | None] = [None] * len(requests)
+        age = self._live_runs.age(folded)
+        budgets: dict[int, Budget] = {}
         for policy in dict.fromkeys(policies):
             rows = np.array([i for i, other in enumerate(policies) if other is policy or other == policy])
             fresh = rows[failures[rows] == 0]  # what goes on is no new traffic
             done = failures[rows]
-            traffic = self._traffic_of(view, policy) if policy.price is None else None
+            traffic = self._traffic_of(folded, policy) if policy.price is None else None
             with self._traffic_lock:
                 price = traffic.price(a[fresh], b[fresh]) if traffic is not None else policy.price or 0.0
                 attempts = attempts_at_price(
@@ -202,19 +235,21 @@ class Desk:
                 if traffic is not None:
                     traffic.grant(int((attempts > 0).sum()))
             mean, std = mean_and_std(a[rows], b[rows])
-            solved = solve_probability(a[rows], b[rows], attempts)
+            solved = np.maximum(solve_probability(a[rows], b[rows], attempts), 0.0)
             columns = (attempts.tolist(), mean.tolist(), std.tolist(), solved.tolist(), asked.seen[rows].tolist())
             for row, n, rate, deviation, chance, seen in zip(rows.tolist(), *columns, strict=True):
-                answers[row] = _Answer(policy, price, n, rate, deviation, chance, int(seen), asked)
-        return [answer for answer in answers if answer is not None]
+                budgets[row] = Budget(
+                    policy, price, n, rate, deviation, chance, int(seen), asked.model_version, asked.log_position, age
+                )
+        return [budgets[i] for i in range(len(questions))]
 
-    def _traffic_of(self, view: View, policy: BudgetPolicy) -> Traffic:
+    def _traffic_of(self, folded: FoldedRun, policy: BudgetPolicy) -> Traffic:
         """What was asked under this policy; begins with the prompts that the run observed last."""
-        key = (view.run.id, policy)
+        key = (folded.run.id, policy)
         fresh = None
         if key not in self._traffic:
-            # Takes the run's lock: never while the traffic's is held, which is waited for with the run's lock in hand.
-            fresh = Traffic(policy, *_observed(view.run, view.live))
+            # Takes the run's lock: never while the traffic's is held, which is waited for while the run's is held.
+            fresh = Traffic(policy, *_observed(folded.run, folded.live))
         with self._traffic_lock:
             traffic = self._traffic.get(key) or fresh or Traffic(policy, np.zeros(0), np.zeros(0))
             self._traffic[key] = traffic
@@ -222,14 +257,6 @@ class Desk:
             while len(self._traffic) > _KEPT_TRAFFIC:
                 self._traffic.popitem(last=False)
         return traffic
-
-    def _reply(self, view: View, queue: Sequence[_Waiting], answers: Sequence[_Answer | Exception]) -> None:
-        age_ms = 1_000 * self._views.age(view)
-        for waiting, answer in zip(queue, answers, strict=True):
-            if isinstance(answer, Exception):
-                waiting.refuse(answer)
-            elif not waiting.reply.done():
-                waiting.reply.set_result(answer.in_words(waiting.request, age_ms))
 
 
 def budget_policy(run: Run, name: str) -> BudgetPolicy:
@@ -250,60 +277,10 @@ def budget_policy(run: Run, name: str) -> BudgetPolicy:
     )
 
 
-def _fault(view: View, request: BudgetRequest) -> PolicyUnknown | UnknownPrompts | None:
-    """What is unknown about the request, if anything."""
-    try:
-        budget_policy(view.run, request.policy)
-    except PolicyUnknown as error:
-        return error
-    prompt = request.prompt
-    if prompt.text is None and prompt.prompt_id not in view.live.pool.index:
-        return UnknownPrompts(view.run.name, [prompt.prompt_id or ""], path="prompt", hint=UNKNOWN_HINT)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    request: BudgetRequest
-    reply: asyncio.Future[BudgetReply]
-    asked_at: float
-
-    def refuse(self, error: Exception) -> None:
-        if not self.reply.done():
-            self.reply.set_exception(error)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Answer:
-    policy: BudgetPolicy
-    price: float
-    attempts: int
-    success_rate: float
-    std: float
-    solve_probability: float
-    seen: int
-    asked: Beliefs
-
-    def in_words(self, request: BudgetRequest, age_ms: float) -> BudgetReply:
-        tier = self.policy.tier(self.success_rate)
-        return BudgetReply(
-            run=request.run,
-            policy=self.policy.name,
-            policy_version=self.policy.version,
-            mode=self.policy.mode,
-            attempts=self.attempts,
-            go_on=self.attempts > 0,
-            effort=tier.label,
-            max_tokens_scale=tier.max_tokens_scale,
-            success_rate=self.success_rate,
-            std=self.std,
-            solve_probability=max(0.0, self.solve_probability),
-            price=self.price,
-            attempts_seen=self.seen,
-            model_version=self.asked.model_version,
-            log_position=self.asked.log_position,
-            age_ms=age_ms,
-        )
+def _check_prompt(folded: FoldedRun, prompt: PromptLike) -> None:
+    """Raises UnknownPrompts where only the pool could tell what is asked about, and does not have it."""
+    if prompt.text is None and prompt.prompt_id not in folded.live.pool.index:
+        raise UnknownPrompts(folded.run.name, [prompt.prompt_id or ""], path="prompt", hint=UNKNOWN_HINT)
 
 
 def _observed(run: Run, live: LiveRun) -> tuple[FloatArray, FloatArray]:
@@ -313,8 +290,9 @@ def _observed(run: Run, live: LiveRun) -> tuple[FloatArray, FloatArray]:
         return live.beliefs(run.settings.predictor, rows) if len(rows) else (np.zeros(0), np.zeros(0))
 
 
-def _is_light(run: Run, queue: Sequence[_Waiting]) -> bool:
+def _is_light(run: Run, questions: Sequence[_Question]) -> bool:
     """Whether the event loop can answer itself within a few milliseconds."""
-    if run.settings.predictor == "gps-paper" or run.settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
+    settings = run.settings
+    if PREDICTORS[settings.predictor].is_published or settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
         return False
-    return sum(len(waiting.request.prompt.text or "") for waiting in queue) <= _LIGHT_CHARACTERS
+    return sum(len(question.prompt.text or "") for question in questions) <= _LIGHT_CHARACTERS

@@ -1,93 +1,112 @@
-"""Many small questions answered together.
+"""Many small questions answered together: a queue for each run, answered in rounds.
 
-Questions about one run that come while others are answered wait for the next round, which looks at the log's head once
-and passes over the arrays once for all of them. A round begins after its questions have come: each answer shows
-everything that was acknowledged before its question.
+A round begins after its questions have come, so that each answer may show everything that was acknowledged before its
+question. How fresh an answer is decides whoever answers; who waits longer than it wants to has left, and takes no
+room.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from typing import Generic, TypeVar
 
-from starlette.concurrency import run_in_threadpool
-
-from evenodds_service.errors import RoundsFull
+from evenodds_service.errors import Overloaded
 
 QuestionT = TypeVar("QuestionT")
 AnswerT = TypeVar("AnswerT")
 
-MOST_AT_ONCE = 64
-"""Questions in one round: later ones wait for a round of their own, so that the first need not wait for all."""
 
-MOST_WAITING = 1_000
-"""Questions about one run that wait for a round: those before them take seconds already where the database hangs."""
-
-
-class Rounds(Generic[QuestionT, AnswerT]):
+class Coalescer(Generic[QuestionT, AnswerT]):
     """The waiting questions of a process, by run. Belongs to one event loop.
 
     Args:
         answer: Answers all questions of a round about one run, in their order, each with an answer or the error that
-            it gets; what it raises, all get. Runs in a thread.
-        most_waiting: Questions about one run that may wait for a round, besides those in the present one.
+            it gets; what it raises, all get. It may answer on the event loop as far as that takes little time.
+        refusal: Why one more question about a run is too many, given the run and how many wait for an answer, of this
+            run and of all; None where there is room.
+        most_at_once: Questions in one round. Later ones wait for another, so that the first need not wait for all.
+        one_at_a_time: Whether the questions that come during a round of their run wait for its end. Otherwise a round
+            begins at the loop's next turn, whatever else is under way.
     """
 
     def __init__(
         self,
-        answer: Callable[[str, Sequence[QuestionT]], Sequence[AnswerT | Exception]],
+        answer: Callable[[str, Sequence[QuestionT]], Awaitable[Sequence[AnswerT | Exception]]],
         *,
-        most_waiting: int = MOST_WAITING,
+        refusal: Callable[[str, int, int], str | None],
+        most_at_once: int,
+        one_at_a_time: bool,
     ) -> None:
-        self._answer = answer
-        self._most_waiting = most_waiting
-        self._waiting: dict[str, list[tuple[QuestionT, asyncio.Future[AnswerT]]]] = {}
-        self._at_work: dict[str, asyncio.Task[None]] = {}
+        self._answer, self._refusal = answer, refusal
+        self._most_at_once, self._one_at_a_time = most_at_once, one_at_a_time
+        self._queues: dict[str, list[tuple[QuestionT, asyncio.Future[AnswerT]]]] = {}
+        self._n_waiting: Counter[str] = Counter()
+        self._n_waiting_in_all = 0
+        self._at_work: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def ask(self, run: str, question: QuestionT) -> AnswerT:
+    async def ask(self, run: str, question: QuestionT, *, seconds: float | None = None) -> AnswerT:
         """The answer of the next round.
 
+        Args:
+            seconds: How long to wait for it; None waits for as long as it takes.
+
         Raises:
-            RoundsFull: too many wait already.
+            Overloaded: too many wait already.
+            asyncio.TimeoutError: there was no answer in time.
         """
+        refusal = self._refusal(run, self._n_waiting[run], self._n_waiting_in_all)
+        if refusal is not None:
+            raise Overloaded(refusal)
         loop = asyncio.get_running_loop()
-        waiting = self._waiting.setdefault(run, [])
-        if len(waiting) >= self._most_waiting:
-            # Who has gone away in the meantime keeps nobody out.
-            waiting[:] = [(asked, future) for asked, future in waiting if not future.done()]
-        if len(waiting) >= self._most_waiting:
-            raise RoundsFull(
-                f"{len(waiting)} requests wait for a prediction of run {run!r}, the limit is {self._most_waiting}: "
-                "repeat the call later"
-            )
         future: asyncio.Future[AnswerT] = loop.create_future()
-        waiting.append((question, future))
-        if run not in self._at_work:
+        queue = self._queues.setdefault(run, [])
+        queue.append((question, future))
+        if len(queue) == 1 and run not in self._at_work:
             # In a context of its own: a round belongs to no single request.
-            self._at_work[run] = Context().run(loop.create_task, self._work(run))
-        return await future
+            task = Context().run(loop.create_task, self._work(run))
+            self._tasks.add(task)  # the loop itself keeps weak references only
+            task.add_done_callback(self._tasks.discard)
+        self._n_waiting[run] += 1
+        self._n_waiting_in_all += 1
+        try:
+            return await asyncio.wait_for(future, seconds)
+        finally:
+            self._n_waiting_in_all -= 1
+            self._n_waiting[run] -= 1
+            if not self._n_waiting[run]:
+                del self._n_waiting[run]
 
     async def _work(self, run: str) -> None:
+        """Answer in rounds until nobody waits."""
+        if self._one_at_a_time:
+            self._at_work.add(run)
         try:
-            while waiting := self._waiting.pop(run, None):
-                now, later = waiting[:MOST_AT_ONCE], waiting[MOST_AT_ONCE:]
+            while queue := self._queues.pop(run, None):
+                queue = [(question, future) for question, future in queue if not future.done()]  # who has not left
+                now, later = queue[: self._most_at_once], queue[self._most_at_once :]
                 if later:
-                    self._waiting[run] = later
-                answers: Sequence[AnswerT | Exception]
-                try:
-                    answers = await run_in_threadpool(self._answer, run, [question for question, _ in now])
-                except Exception as error:
-                    answers = [error] * len(now)
-                for (_, future), answer in zip(now, answers, strict=True):
-                    if future.done():  # its request was given up
-                        continue
-                    if isinstance(answer, Exception):
-                        future.set_exception(answer)
-                    else:
-                        future.set_result(answer)
+                    self._queues[run] = later
+                if now:
+                    await self._round(run, now)
         finally:
-            del self._at_work[run]
-            for _, future in self._waiting.pop(run, ()):  # only where the loop is shutting down
+            self._at_work.discard(run)
+            for _, future in self._queues.pop(run, ()):  # only where the loop is shutting down
                 future.cancel()
+
+    async def _round(self, run: str, queue: Sequence[tuple[QuestionT, asyncio.Future[AnswerT]]]) -> None:
+        answers: Sequence[AnswerT | Exception]
+        try:
+            answers = await self._answer(run, [question for question, _ in queue])
+        except Exception as error:  # whatever it is, it is the answer of all that wait
+            answers = [error] * len(queue)
+        for (_, future), answer in zip(queue, answers, strict=True):
+            if future.done():  # its request has left
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)

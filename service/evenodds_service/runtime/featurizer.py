@@ -1,6 +1,6 @@
 """From wire prompts to features: which vectors a prompt needs, and where they come from.
 
-Embeds only what the store has not kept yet. Holds the opened embedders; knows the model room's names, no SQL, no HTTP.
+Embeds only what the store has not kept yet. Holds the opened embedders; knows the names of models, no SQL, no HTTP.
 """
 
 from __future__ import annotations

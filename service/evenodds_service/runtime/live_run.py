@@ -1,20 +1,18 @@
-"""The folded view of one run: what a process knows of it, brought up to the log's head before each answer.
+"""One run as a process knows it: its log folded, up to the log's head before each answer.
 
-Any replica that folds the same log holds the same view. Built from the store's blocks and entries; knows no HTTP.
+Any replica that folds the same log holds the same. Built from the store's blocks and entries; knows no HTTP.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import numpy as np
 
-from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.learning.checkpoint import (
     BLOCK_FORMAT,
     block_from_bytes,
@@ -22,31 +20,17 @@ from evenodds_service.domain.learning.checkpoint import (
     from_bytes,
     to_bytes,
 )
-from evenodds_service.domain.learning.features import Pool, directions
+from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold, unseen_share
 from evenodds_service.domain.learning.guardrails import Alarm, Fallback
-from evenodds_service.domain.learning.prediction import (
-    EachBlock,
-    _beliefs,
-    in_blocks,
-    new_paper_beliefs,
-    new_prompt_beliefs,
-)
+from evenodds_service.domain.learning.prediction import EachBlock
+from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.learning.state import State, copied
 from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
-from evenodds_service.domain.prompts import RawBlock
-from evenodds_service.domain.selection import batch, selection
-from evenodds_service.domain.selection.batch import Choice
-from evenodds_service.domain.selection.selection import Chosen, SelectArguments, _Allowed, _in_words, _members
-from evenodds_service.domain.settings import (
-    BUILTIN,
-    CALLER,
-    NO_EMBEDDER,
-    Predictor,
-    RunSettings,
-    check_shares,
-)
-from evenodds_service.errors import CheckpointUnusable, NotEnoughPrompts, RunUnknown, SnapshotUnusable, UnknownPrompts
+from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, select
+from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
+from evenodds_service.errors import CheckpointUnusable, RunUnknown, SnapshotUnusable, UnknownPrompts
 from evenodds_service.model.embedder import storage_name
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
@@ -181,179 +165,60 @@ class LiveRun:
         Raises:
             UnknownPrompts: some are not in the pool.
         """
-        index = self.pool.index
-        unknown = [i for i in prompt_ids if i not in index]
-        if unknown:
-            raise UnknownPrompts(run, unknown, path=path, hint=hint)
-        return np.fromiter((index[i] for i in prompt_ids), dtype=np.int64, count=len(prompt_ids))
+        with self.lock:
+            index = self.pool.index
+            unknown = [i for i in prompt_ids if i not in index]
+            if unknown:
+                raise UnknownPrompts(run, unknown, path=path, hint=hint)
+            return np.fromiter((index[i] for i in prompt_ids), dtype=np.int64, count=len(prompt_ids))
 
-    def beliefs(self, predictor: Predictor, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
-        """Beta parameters of the belief about these prompts, or about the whole pool, [n]."""
-        return _beliefs(self.state, self.pool, predictor, indices)
+    def beliefs(
+        self, predictor: PredictorName, indices: IntArray | None = None, *, steps_n: IntArray | None = None
+    ) -> tuple[FloatArray, FloatArray]:
+        """Beta parameters of the belief about these prompts, or about the whole pool, [n].
+
+        Args:
+            steps_n: The policy's step that each belief is for, as in `beliefs_of`; the head step without it.
+        """
+        return PREDICTORS[predictor].beliefs(self.state, self.pool, indices, steps_n=steps_n)
 
     def new_beliefs(
-        self, predictor: Predictor, texts: Sequence[str | None], block: RawBlock
+        self, predictor: PredictorName, texts: Sequence[str | None], block: RawBlock
     ) -> tuple[FloatArray, FloatArray]:
         """Beta parameters of the belief about prompts outside the pool, [n]."""
-        n = len(block.prompt_ids)
-        if predictor in ("mopps", "uniform"):
-            return np.ones(n), np.ones(n)
-        fitted = self.model.predict(texts, block) if self.model is not None else {}
-        if predictor == "gps-paper":
-            return new_paper_beliefs(n, fitted)
-        outside = Pool(surface_width=block.surface_N_S.shape[1], embedding_width=block.embedding_N_D.shape[1])
-        outside.append(block)
-        return new_prompt_beliefs(self.state, outside, fitted)
 
-    def fallback(self, predictor: Predictor) -> Fallback | None:
+        def fitted() -> Mapping[str, FittedPrior]:
+            return self.model.predict(texts, block) if self.model is not None else {}
+
+        return PREDICTORS[predictor].new_beliefs(self.state, block, fitted)
+
+    def fallback(self, predictor: PredictorName) -> Fallback | None:
         """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
-        return self.state.rails.fallback() if predictor == "gps" else None
+        return self.state.rails.fallback() if PREDICTORS[predictor].is_mixed else None
 
-    def alarms(self, predictor: Predictor, *, may_fall_back: bool) -> tuple[Alarm, ...]:
+    def alarms(self, predictor: PredictorName, *, may_fall_back: bool) -> tuple[Alarm, ...]:
         """What a person should look at in the present state."""
         return self.state.rails.alarms(
             self.pool.group_names,
             unseen_share=unseen_share(self.state),
-            is_mixed=predictor == "gps",
+            is_mixed=PREDICTORS[predictor].is_mixed,
             may_fall_back=may_fall_back,
         )
 
-    def choose(self, run: str, arguments: SelectArguments) -> Chosen:
+    def choose(self, settings: RunSettings, request: SelectionRequest) -> Chosen:
         """Choose a batch in the present state; observations are folded meanwhile. The caller holds `selecting`.
 
         Raises:
-            UnknownPrompts: among the candidates or exclusions.
             NotEnoughPrompts: fewer may be selected than were asked for.
-            SharesConflict: a group's least share is above its largest.
         """
-        check_shares(arguments.groups, arguments.groups_at_most)
         with self.lock, phase("copy"):
             state, pool = copied(self.state), self.pool.view(self.state.basis)
-            allowed = self._allowed(run, arguments)
-            may_fall_back = arguments.may_fall_back and arguments.acquisition != "uniform"
-            fallback = self.fallback(arguments.predictor) if may_fall_back else None
-        return self._chosen(state, pool, allowed, fallback, arguments)
-
-    def _allowed(self, run: str, arguments: SelectArguments) -> _Allowed:
-        state = self.state
-        waited_for, lost = selection.outstanding(
-            state.outstanding_step_N, step=max(arguments.step, state.head_step), lease_steps=arguments.lease_steps
-        )
-        selected, last_selected = state.selected_N, state.last_selected_N
-        if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
-            selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-        eligible = selection.eligible(
-            selected,
-            last_selected,
-            state.visits_N,
-            state.last_step_N,
-            step=arguments.step,
-            cooldown_steps=arguments.cooldown_steps or 0,
-            max_visits=arguments.max_visits,
-        )
-        last_seen = np.maximum(last_selected, state.last_step_N)
-        rest = 0
-        if arguments.cooldown_steps is None:
-            rest = selection.rest_steps(state.n_prompts, arguments.batch_size)
-        resting = selection.resting(last_seen, step=arguments.step, rest=rest)
-        if arguments.candidates is not None:
-            hint = "load it with POST /runs/{run}/prompts, or leave it out"
-            among = np.zeros(state.n_prompts, dtype=bool)
-            among[self.indices(run, arguments.candidates, path="candidates", hint=hint)] = True
-            eligible &= among
-        if arguments.exclude:
-            eligible[self.indices(run, arguments.exclude, path="exclude", hint="leave it out")] = False
-        return _Allowed(eligible, waited_for, resting, last_seen)
-
-    def _chosen(
-        self, state: State, pool: Pool, allowed: _Allowed, fallback: Fallback | None, arguments: SelectArguments
-    ) -> Chosen:
-        generator = np.random.default_rng([arguments.seed, arguments.step])
-        acquired = arguments.acquisition if fallback is None else "uniform"
         with phase("beliefs"):
-            a, b = _beliefs(state, pool, arguments.predictor, each_block=self._each_block)
+            a_N, b_N = PREDICTORS[settings.predictor].beliefs(state, pool, each_block=self._each_block)
         with phase("moments"):
-            informative, informative_std = np.empty(len(a)), np.empty(len(a))
-
-            def moments(block: slice) -> None:
-                informative[block], informative_std[block] = informative_moments(
-                    a[block], b[block], arguments.group_size
-                )
-
-            for _ in self._each_block(moments, in_blocks(len(a))):
-                pass
+            forecasts = Forecasts.of(a_N, b_N, settings.group_size, each_block=self._each_block)
         with phase("choice"):
-            scores = batch.scores(
-                a,
-                b,
-                informative,
-                informative_std,
-                acquisition=acquired,
-                target_rate=arguments.target_rate,
-                optimism=arguments.optimism,
-                generator=generator,
-            )
-            least = _members(arguments.groups, pool, state.n_prompts)
-
-            def directions_of(prompts: IntArray) -> FloatArray:
-                assert state.basis is not None  # a pool with a prompt to choose has one
-                return directions(pool.rows(state.basis, prompts))
-
-            def chosen_among(eligible: BoolArray, control_eligible: BoolArray) -> Choice:
-                return batch.choose(
-                    scores,
-                    informative,
-                    eligible,
-                    batch_size=arguments.batch_size,
-                    last_seen_N=allowed.last_seen_N,
-                    generator=generator,
-                    directions_of=directions_of if acquired in ("yield", "paper") else None,
-                    recent_batches=state.recent_batches,
-                    diversity=arguments.diversity,
-                    is_max_sum=acquired == "paper",
-                    groups=least,
-                    groups_at_most=_members(arguments.groups_at_most, pool, state.n_prompts),
-                    are_groups_strict=arguments.are_groups_strict,
-                    reprobe_share=arguments.reprobe_share if fallback is None else 0.0,
-                    control_share=arguments.control_share,
-                    control_eligible_N=control_eligible,
-                )
-
-            def without(held: BoolArray, since: IntArray, among: BoolArray) -> BoolArray:
-                return selection.held_back(among, held, since, scores, batch_size=arguments.batch_size, groups=least)
-
-            here = allowed.eligible
-            if not arguments.allow_outstanding:
-                here = without(allowed.waited_for, state.outstanding_step_N, here)
-            # Published acquisitions stay as published: only the yield score needs the rest.
-            rested = without(allowed.resting, allowed.last_seen_N, here) if acquired == "yield" else here
-            try:
-                try:
-                    choice = chosen_among(rested, here)
-                except NotEnoughPrompts:
-                    if rested is allowed.eligible:
-                        raise
-                    # The groups' limits leave too few: do not stop a trainer.
-                    choice = chosen_among(allowed.eligible, allowed.eligible)
-            except NotEnoughPrompts as error:
-                raise NotEnoughPrompts(
-                    asked=error.asked,
-                    eligible=error.eligible,
-                    group=error.group,
-                    advice=f" (pool {state.n_prompts}, cooldown_steps {arguments.cooldown_steps or 0}, max_visits "
-                    f"{arguments.max_visits or 'none'}{_in_words(arguments.groups_at_most)}): ask for fewer, load more "
-                    "prompts, or loosen what rules them out",
-                ) from None
-        return Chosen(
-            choice=replace(choice, n_outstanding=int(allowed.waited_for[choice.prompts].sum())),
-            a=a[choice.prompts],
-            b=b[choice.prompts],
-            prompt_ids=tuple(pool.prompt_ids[i] for i in choice.prompts),
-            groups=tuple(pool.groups[i] for i in choice.prompts),
-            fallback=fallback,
-            position=state.position,
-            model_version=state.model_version,
-        )
+            return select(state, pool, settings, request, forecasts)
 
 
 def _packing(embedder: str | None) -> str:

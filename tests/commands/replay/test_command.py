@@ -128,3 +128,38 @@ def test_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     assert status == 1
     assert f"{tmp_path}/nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_environment_is_replayed_if_none_is_named(
+    running: Service, sums_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EVENODDS_DATA", str(sums_folder))
+
+    status = main(["replay", "--url", running.base_url, "--predictors", "mopps", "--steps", "2", *SMALL])
+
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert "recorded: 60 prompts" in printed.out
+
+
+@pytest.mark.parametrize("data", [None, ""])
+def test_without_any_folder_the_two_ways_to_name_one_are_told(
+    data: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("EVENODDS_DATA", raising=False)
+    if data is not None:
+        monkeypatch.setenv("EVENODDS_DATA", data)
+
+    assert main(["replay"]) == 1
+    assert capsys.readouterr().err == (
+        "evenodds replay: name the folder of recorded success rates as FOLDER, or set EVENODDS_DATA to it\n"
+    )
+
+
+def test_a_faulty_setting_is_named_where_the_folder_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EVENODDS_PORT", "high")
+
+    assert main(["replay"]) == 1
+    assert capsys.readouterr().err.startswith("evenodds replay: EVENODDS_PORT: ")

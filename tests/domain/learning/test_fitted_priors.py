@@ -14,13 +14,11 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.mixture import FITTED, MATCHED, PRIORS, STACKED, STRENGTHS
 from evenodds_service.domain.learning.prediction import (
-    PAPER,
     beliefs_of,
-    new_paper_beliefs,
     new_prompt_beliefs,
-    paper_beliefs,
     shared_priors,
 )
+from evenodds_service.domain.learning.predictors import PAPER, GpsPaper
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior
@@ -295,7 +293,7 @@ def test_before_its_first_fit_the_published_model_says_nothing(pool: Pool, rates
     state = started(pool)
     observe(state, pool, rates, steps=2)
 
-    a, b = paper_beliefs(state, pool)
+    a, b = GpsPaper().beliefs(state, pool)
 
     assert (a == 1).all()
     assert (b == 1).all()
@@ -304,11 +302,11 @@ def test_before_its_first_fit_the_published_model_says_nothing(pool: Pool, rates
 def test_own_evidence_has_no_part_in_the_published_models_belief(pool: Pool, rates: FloatArray) -> None:
     state = started(pool)
     publish(state, pool, 1, {PAPER: prior(rates, 4.0)})
-    before = paper_beliefs(state, pool)
+    before = GpsPaper().beliefs(state, pool)
     observe(state, pool, 1 - rates, steps=5)
 
-    a, b = paper_beliefs(state, pool)
-    some_a, some_b = paper_beliefs(state, pool, np.array([7, 3]))
+    a, b = GpsPaper().beliefs(state, pool)
+    some_a, some_b = GpsPaper().beliefs(state, pool, np.array([7, 3]))
 
     np.testing.assert_allclose(a, 4 * rates, rtol=1e-6)
     np.testing.assert_allclose(b, 4 * (1 - rates), rtol=1e-6)
@@ -329,16 +327,18 @@ def test_prompts_that_the_published_model_has_not_seen_are_even_odds(pool: Pool,
     state = started(pool)
     publish(state, pool, 1, {PAPER: prior(rates[:10], 4.0)})
 
-    a, b = paper_beliefs(state, pool)
+    a, b = GpsPaper().beliefs(state, pool)
 
     np.testing.assert_array_equal(a[10:], b[10:])
     assert (a > 0).all()
     assert np.isfinite([a, b]).all()
 
 
-def test_a_rate_that_was_rounded_to_never_or_always_is_still_a_belief() -> None:
+def test_a_rate_that_was_rounded_to_never_or_always_is_still_a_belief(pool: Pool) -> None:
     """A snapshot keeps rates in half precision, in which .9999 is 1."""
-    a, b = new_paper_beliefs(3, {PAPER: prior(np.array([0.0, 1.0, 0.5]), 4.0)})
+    fitted = {PAPER: prior(np.array([0.0, 1.0, 0.5]), 4.0)}
+
+    a, b = GpsPaper().new_beliefs(started(pool), pool.raw(0, 3), lambda: fitted)
 
     assert (a > 0).all()
     assert (b > 0).all()

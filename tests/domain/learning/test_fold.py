@@ -20,11 +20,11 @@ from evenodds_service.domain.learning.mixture import AGEING, MEMORIES, PRIORS, M
 from evenodds_service.domain.learning.prediction import (
     BLOCK,
     beliefs_of,
-    mopps_beliefs,
     new_prompt_beliefs,
     running_mean,
     shared_priors,
 )
+from evenodds_service.domain.learning.predictors import Mopps
 from evenodds_service.domain.learning.state import State, copied
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 from evenodds_service.domain.prompts import RawBlock
@@ -334,11 +334,11 @@ def test_mopps_beliefs_are_one_plus_everything_that_was_counted(make_block: Make
     log.observe(0, [0, 1], [3, 0.5], [8, 1])
     log.observe(4, [0], [8], [8])
 
-    a, b = mopps_beliefs(log.state)
+    a, b = Mopps().beliefs(log.state, log.pool)
 
     assert a.tolist() == [12, 1.5, 1]
     assert b.tolist() == [6, 1.5, 1]
-    assert [x.tolist() for x in mopps_beliefs(log.state, np.array([2, 0]))] == [[1, 12], [1, 6]]
+    assert [x.tolist() for x in Mopps().beliefs(log.state, log.pool, np.array([2, 0]))] == [[1, 12], [1, 6]]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -402,7 +402,7 @@ def test_prompts_never_seen_are_ranked_by_what_their_texts_share_with_the_seen(
     world.visit(log, range(400), attempts=8)
 
     assert stats.spearmanr(log.means()[400:], world.rates[400:]).statistic > 0.7
-    mopps_a, mopps_b = mopps_beliefs(log.state)
+    mopps_a, mopps_b = Mopps().beliefs(log.state, log.pool)
     assert np.ptp(mopps_a[400:]) == np.ptp(mopps_b[400:]) == 0
 
 
@@ -415,7 +415,7 @@ def test_after_one_visit_a_prompt_the_belief_is_closer_to_the_truth_than_that_of
 
     world.visit(log, range(500), attempts=8)
 
-    a, b = mopps_beliefs(log.state)
+    a, b = Mopps().beliefs(log.state, log.pool)
     assert np.abs(log.means() - world.rates).mean() < 0.9 * np.abs(a / (a + b) - world.rates).mean()
     assert log.state.log_likelihood > log.state.mopps_log_likelihood
 
@@ -464,9 +464,54 @@ def test_a_policy_that_improves_is_followed(make_block: MakeBlock) -> None:
         k = rng.binomial(8, 0.1 if step < 15 else 0.9, size=100)
         log.observe(step, list(range(100)), k.tolist(), [8] * 100)
 
-    a, b = mopps_beliefs(log.state)
+    a, b = Mopps().beliefs(log.state, log.pool)
     assert (a / (a + b)).mean() == pytest.approx(0.5, abs=0.05)
     assert log.means().mean() > 0.8
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("solved", [True, False])
+def test_the_later_the_step_the_nearer_a_belief_is_to_the_shared_priors(
+    make_block: MakeBlock, seed: int, solved: bool
+) -> None:
+    world = World(make_block, seed, 80)
+    log = random_log(world, seed)
+    log.observe(20, [7], [8 if solved else 0], [8])
+    log.observe(30, [8], [4], [8])
+    unseen = copied(log.state)
+    unseen.successes_L_N[:, 7] = unseen.failures_L_N[:, 7] = 0
+    log.state.successes_L_N[:, 7] *= solved  # all of its outcomes are on one side of every prior
+    log.state.failures_L_N[:, 7] *= not solved
+
+    steps = np.arange(20, 400)
+    a, b = beliefs_of(log.state, log.pool, np.full(len(steps), 7), steps_n=steps)
+
+    a0, b0 = beliefs_of(unseen, log.pool, np.array([7]))
+    away = (a / (a + b) - a0 / (a0 + b0)) * (1 if solved else -1)
+    assert (np.diff(away) < 1e-9).all()
+    assert away[0] > away[10] + 1e-6
+    assert away[10] > away[100] + 1e-6
+    assert (away > -1e-9).all()
+
+
+def test_a_belief_without_a_step_is_that_of_the_head(make_block: MakeBlock) -> None:
+    log = random_log(World(make_block, 0, 80), 0)
+    rows = np.arange(80)
+
+    asked = beliefs_of(log.state, log.pool, rows, steps_n=np.full(80, log.state.head_step))
+
+    assert_equal(asked, beliefs_of(log.state, log.pool, rows))
+
+
+def test_at_a_step_before_its_newest_outcome_evidence_counts_in_full_and_not_more(make_block: MakeBlock) -> None:
+    log = Log(World(make_block, 0, 20).block)
+    log.observe(4, [1], [8], [8])
+    log.observe(9, [2], [4], [8])
+
+    a, b = beliefs_of(log.state, log.pool, np.ones(4, np.int64), steps_n=np.array([0, 4, 5, 9]))
+
+    means = a / (a + b)
+    assert means[0] == means[1] > means[2] > means[3]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -17,7 +17,8 @@ from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, Record
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.report.report import LiftReport, report
-from evenodds_service.domain.selection.batch import choose
+from evenodds_service.domain.selection.batch import Candidates, Shares, choose
+from evenodds_service.domain.selection.pickers import best
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
@@ -49,11 +50,11 @@ class Training:
         choice = choose(
             self.scores,
             self.chances,
-            eligible,
+            Candidates(eligible, eligible, np.full(self.n, -1)),
+            Shares(control=control_share),
             batch_size=batch_size,
-            last_seen_N=np.full(self.n, -1),
+            picker=best,
             generator=self.rng,
-            control_share=control_share,
         )
         prompts, control = choice.prompts, choice.control
         groups = np.zeros(len(prompts), dtype=np.int64)

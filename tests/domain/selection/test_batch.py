@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,8 +10,11 @@ from scipy import stats
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments, target_moments
-from evenodds_service.domain.selection.batch import Choice, choose, greedy_diverse, scores
-from evenodds_service.domain.selection.selection import eligible, rest_steps
+from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
+from evenodds_service.domain.selection.eligibility import eligible, rest_steps
+from evenodds_service.domain.selection.pickers import greedy_diverse
+from evenodds_service.domain.selection.scores import scores
+from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.domain.settings import Acquisition
 from evenodds_service.errors import NotEnoughPrompts
 
@@ -45,23 +47,20 @@ class Shop:
         self.control_eligible_N: BoolArray | None = None
 
     def choose(self, batch_size: int, *, seed: int = 0, diverse: bool = True, diversity: float = 0.1) -> Choice:
-        directions_of: Callable[[IntArray], FloatArray] | None = self.directions_N_D.__getitem__ if diverse else None
+        control_N = self.eligible_N if self.control_eligible_N is None else self.control_eligible_N
+        reprobe = self.reprobe_share
+        if reprobe is None:
+            reprobe = REPROBE_SHARE if diverse else 0.0
         return choose(
             self.scores_N,
             self.informative_N,
-            self.eligible_N,
+            Candidates(self.eligible_N, control_N, self.last_seen_N),
+            Shares(self.groups, self.groups_at_most, self.are_groups_strict, reprobe, self.control_share),
             batch_size=batch_size,
-            last_seen_N=self.last_seen_N,
+            picker=picker_of(
+                "yield" if diverse else "uniform", diversity, self.recent, self.directions_N_D.__getitem__
+            ),
             generator=np.random.default_rng(seed),
-            directions_of=directions_of,
-            recent_batches=self.recent if diverse else (),
-            diversity=diversity,
-            groups=self.groups,
-            groups_at_most=self.groups_at_most,
-            are_groups_strict=self.are_groups_strict,
-            reprobe_share=self.reprobe_share,
-            control_share=self.control_share,
-            control_eligible_N=self.control_eligible_N,
         )
 
 

@@ -13,7 +13,7 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
-from evenodds_service.domain.selection.selection import eligible, held_back, outstanding
+from evenodds_service.domain.selection.eligibility import eligible, held_back, outstanding
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
-from evenodds_service.errors import AccessRefused, StoreUnavailable
+from evenodds_service.api.problems import refusal
+from evenodds_service.errors import (
+    KeyInvalid,
+    KeyMissing,
+    RateLimited,
+    RunForbidden,
+    ScopeMissing,
+    ServiceError,
+    StoreUnavailable,
+)
 from evenodds_service.storage.store import ApiKey, Scope, Store
 
 if TYPE_CHECKING:
@@ -66,16 +75,13 @@ class KeyRing:
         """The key of this secret, if it may make such a call.
 
         Raises:
-            AccessRefused
+            AccessRefused: the key is missing or not valid, or may not make this call.
             StoreUnavailable: the keys were never read, and the database does not answer.
         """
         if not secret:
-            raise AccessRefused(
-                401,
-                "key_missing",
+            raise KeyMissing(
                 "this service asks for an API key: send `Authorization: Bearer eo_...` "
-                "(`evenodds keys create` makes one)",
-                WWW_Authenticate="Bearer",
+                "(`evenodds keys create` makes one)"
             )
         if self._clock() - self._read_at > KEYS_SECONDS:
             await run_in_threadpool(self._read)
@@ -84,17 +90,10 @@ class KeyRing:
             if hmac.compare_digest(given, stored):
                 found = key
         if found is None:
-            raise AccessRefused(
-                401,
-                "key_invalid",
-                "this API key is not valid here, or was revoked: ask for a new one",
-                WWW_Authenticate="Bearer",
-            )
+            raise KeyInvalid("this API key is not valid here, or was revoked: ask for a new one")
         needed = scope_of(method, path)
         if needed not in found.scopes:
-            raise AccessRefused(
-                403,
-                "scope_missing",
+            raise ScopeMissing(
                 f"{method} {path} needs the scope {needed!r}, key {found.name!r} has {', '.join(sorted(found.scopes))}",
             )
         self._count(found)
@@ -121,11 +120,8 @@ class KeyRing:
             if left < 1.0:
                 self._buckets[key.name] = (left, now)
                 wait = math.ceil((1.0 - left) * 60.0 / limit)
-                raise AccessRefused(
-                    429,
-                    "rate_limited",
-                    f"key {key.name!r} may make {limit} requests a minute: wait {wait} s",
-                    Retry_After=str(wait),
+                raise RateLimited(
+                    f"key {key.name!r} may make {limit} requests a minute: wait {wait} s", retry_after_seconds=wait
                 )
             self._buckets[key.name] = (left - 1.0, now)
 
@@ -140,10 +136,9 @@ def scope_of(method: str, path: str) -> Scope:
 class Access:
     """Lets nobody in without a key that may make the call. Sits inside what gives every request its id."""
 
-    def __init__(self, app: ASGIApp, ring: KeyRing, refused: Callable[[Request, AccessRefused], ASGIApp]) -> None:
+    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
         self._app = app
         self._ring = ring
-        self._refused = refused
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDERS):
@@ -151,8 +146,8 @@ class Access:
             return
         try:
             key = await self._ring.check(_secret_of(scope), scope["method"], scope["path"])
-        except AccessRefused as refusal:
-            await self._refused(Request(scope), refusal)(scope, receive, send)
+        except ServiceError as error:
+            await refusal(Request(scope), error)(scope, receive, send)
             return
         scope.setdefault("state", {})["api_key"] = key
         await self._app(scope, _limited(receive, key), send)
@@ -186,13 +181,13 @@ async def run_is_allowed(request: Request) -> None:
     What is about all runs (`/metrics`) is not for such a key.
 
     Raises:
-        AccessRefused
+        RunForbidden: the call names another run.
     """
     key = _api_key(request)
     if key is None or key.runs == "*":
         return
     if request.url.path == "/metrics":
-        raise AccessRefused(403, "run_forbidden", f"key {key.name!r} is bound to runs {key.runs!r}: metrics show all")
+        raise RunForbidden(f"key {key.name!r} is bound to runs {key.runs!r}: metrics show all")
     named = [request.path_params.get("run")]
     if request.method == "PUT" or (request.method == "POST" and named == [None]):
         try:
@@ -205,7 +200,7 @@ async def run_is_allowed(request: Request) -> None:
                 named.append(str(body.get("model")).partition(":")[0])
     for run in named:
         if isinstance(run, str) and not may_touch(key, run):
-            raise AccessRefused(403, "run_forbidden", f"key {key.name!r} is bound to runs {key.runs!r}, not to {run!r}")
+            raise RunForbidden(f"key {key.name!r} is bound to runs {key.runs!r}, not to {run!r}")
 
 
 def may_touch(key: ApiKey | None, run: str) -> bool:

@@ -14,15 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_MB = 64
-"""By default, in millions of bytes."""
-
 _GZIP = ("gzip", "x-gzip")
 _PIECE_BYTES = 256 * 1024
 
 
-class Bodies:
-    """Middleware that hands on request bodies unpacked, of at most `max_bytes`.
+class RequestBodyLimit:
+    """Middleware that passes request bodies on unpacked, of at most `max_bytes`.
 
     A fault is raised where the route reads: 413 for the limit, 415 for another encoding than gzip, 422 for bytes that
     are no gzip.

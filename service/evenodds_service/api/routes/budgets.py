@@ -24,7 +24,7 @@ from evenodds.schemas import (
     Problem,
     Tier,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
 from evenodds_service.domain.budgets import allocation
 from evenodds_service.domain.settings import BudgetPolicy, EffortTier
 from evenodds_service.runtime.beliefs import beliefs_about
@@ -36,16 +36,15 @@ _BUSY: dict[int | str, dict[str, Any]] = {503: {"model": Problem, "description":
 
 
 @router.post("/allocate", summary="Spend a budget of attempts on prompts")
-def allocate(body: AllocateRequest, hands: Hands) -> AllocateReply:
+def allocate(body: AllocateRequest, services: Dependencies) -> AllocateReply:
     """How many attempts each prompt should get, now; nothing is stored.
 
     The belief about a prompt contains its own observed outcomes: attempts that were made and reported before are not
     counted again. `worthwhile` says whether to allocate at all.
     """
-    run = hands.store.run(body.run)
-    live = hands.live_runs.at_head(run)
+    run, live, _ = services.live_runs.at_head(body.run)
     names = [f"prompts[{i}]" for i in range(len(body.prompts))]
-    asked = beliefs_about(hands.featurizer, run, live, body.prompts, names=names)
+    asked = beliefs_about(services.featurizer, run, live, body.prompts, names=names)
     costs_N = np.array([prompt.cost for prompt in body.prompts])
     minimum_N, maximum_N = (np.array(limit) for limit in body.limits())
     # What is more than the whole budget pays for need not be looked through.
@@ -93,24 +92,54 @@ def allocate(body: AllocateRequest, hands: Hands) -> AllocateReply:
 
 
 @router.post("/budget", summary="The budget of one request", response_model=BudgetReply, responses=_BUSY)
-async def budget(body: BudgetRequest, hands: Hands) -> Response:
+async def budget(body: BudgetRequest, services: Dependencies) -> Response:
     """How many attempts, and how much effort, one request deserves, by a budget policy of the run. Nothing is stored.
 
     Answers from memory: the view may be `EVENODDS_BUDGET_STALENESS_MS` behind the log, `log_position` and `age_ms` say
     how far. In sequential mode ask before each attempt, with the number of `failures` so far, and go on while `go_on`.
     Report what came of the attempts with POST /observe, under the served model's version as the step.
     """
-    reply = await hands.desk.ask(body)
+    reply = await budget_reply(body, services)
     return Response(reply.model_dump_json(), media_type="application/json")
 
 
+async def budget_reply(body: BudgetRequest, services: Services) -> BudgetReply:
+    """The budget in the words of the wire."""
+    budget = await services.budgets.ask(
+        body.run,
+        body.prompt,
+        policy=body.policy,
+        failures=body.failures,
+        deadline_seconds=None if body.deadline_ms is None else body.deadline_ms / 1_000,
+    )
+    tier = budget.policy.tier(budget.success_rate)
+    return BudgetReply(
+        run=body.run,
+        policy=budget.policy.name,
+        policy_version=budget.policy.version,
+        mode=budget.policy.mode,
+        attempts=budget.attempts,
+        go_on=budget.attempts > 0,
+        effort=tier.label,
+        max_tokens_scale=tier.max_tokens_scale,
+        success_rate=budget.success_rate,
+        std=budget.std,
+        solve_probability=budget.solve_probability,
+        price=budget.price,
+        attempts_seen=budget.seen,
+        model_version=budget.model_version,
+        log_position=budget.log_position,
+        age_ms=1_000 * budget.age_seconds,
+    )
+
+
 @router.put("/runs/{run}/budget_policies/{policy}", summary="Store a budget policy")
-def put_budget_policy(run: RunPath, policy: PolicyPath, body: PolicyUpdate, hands: Hands) -> PolicyState:
+def put_budget_policy(run: RunPath, policy: PolicyPath, body: PolicyUpdate, services: Dependencies) -> PolicyState:
     """Create the policy or replace it whole. A policy that changes gets the next version; the same one keeps its own.
 
     Other replicas use it after EVENODDS_BUDGET_STALENESS_MS at the latest.
     """
-    stored = hands.store.put_budget_policy(
+    stored = services.store.put_budget_policy(
         run,
         BudgetPolicy(
             name=policy,
@@ -122,14 +151,14 @@ def put_budget_policy(run: RunPath, policy: PolicyPath, body: PolicyUpdate, hand
             tiers=tuple(EffortTier(tier.label, tier.at_least, tier.max_tokens_scale) for tier in body.tiers),
         ),
     )
-    hands.views.forget(run)
+    services.live_runs.forget(run)
     return _policy_state(run, stored)
 
 
 @router.get("/runs/{run}/budget_policies", summary="Budget policies of a run")
-def list_budget_policies(run: RunPath, hands: Hands) -> PolicyList:
+def list_budget_policies(run: RunPath, services: Dependencies) -> PolicyList:
     """All of them, by name."""
-    policies = {policy.name: policy for policy in hands.store.run(run).settings.budget_policies}
+    policies = {policy.name: policy for policy in services.store.run(run).settings.budget_policies}
     policies.setdefault(DEFAULT_POLICY, BudgetPolicy())
     return PolicyList(policies=tuple(_policy_state(run, policies[name]) for name in sorted(policies)))
 

@@ -23,7 +23,8 @@ from evenodds.schemas import (
     ChatUsage,
     PromptRef,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Hands
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies
+from evenodds_service.api.routes.budgets import budget_reply
 from evenodds_service.api.wire import now
 from evenodds_service.errors import ChatRefused
 from evenodds_service.runtime.budgets import DEFAULT_POLICY
@@ -38,7 +39,7 @@ router = APIRouter(responses=PROBLEMS, tags=["budgets"])
 
 
 @router.post("/v1/chat/completions", summary="A tier label, as an OpenAI chat model answers it")
-async def chat_completions(body: ChatRequest, hands: Hands) -> ChatReply:
+async def chat_completions(body: ChatRequest, services: Dependencies) -> ChatReply:
     """The label of the tier that the newest user message falls into, by a budget policy of a run.
 
     `model` is the run's name, or `run:policy`. With a `response_format` the label comes as JSON: under the one property
@@ -46,7 +47,7 @@ async def chat_completions(body: ChatRequest, hands: Hands) -> ChatReply:
     """
     run, _, policy = body.model.partition(":")
     prompt = PromptRef(text=_text(body)[:MAX_TEXT])
-    budget = await hands.desk.ask(BudgetRequest(run=run, prompt=prompt, policy=policy or DEFAULT_POLICY))
+    budget = await budget_reply(BudgetRequest(run=run, prompt=prompt, policy=policy or DEFAULT_POLICY), services)
     return ChatReply(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(now().timestamp()),

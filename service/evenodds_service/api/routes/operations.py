@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from evenodds.schemas import Health
-from evenodds_service.api.dependencies import Hands
+from evenodds_service.api.dependencies import Dependencies
 from evenodds_service.errors import StoreError
 
 _READY_SECONDS = 5
@@ -25,10 +25,10 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", summary="Can the service answer?", responses={503: {"model": Health}})
-async def readyz(hands: Hands) -> JSONResponse:
+async def readyz(services: Dependencies) -> JSONResponse:
     """200 where the database answers and keeps what is written to it, else 503 with the reasons."""
     # In the event loop's own threads: the answer does not wait behind requests that wait for the database.
-    probe = asyncio.to_thread(hands.store.probe)
+    probe = asyncio.to_thread(services.store.probe)
     try:
         await asyncio.wait_for(probe, _READY_SECONDS)
     except StoreError as error:
@@ -45,14 +45,14 @@ def _unavailable(reason: str) -> JSONResponse:
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(hands: Hands) -> Response:
+async def metrics(services: Dependencies) -> Response:
     """Requests, latencies and the runs that this process serves, in the Prometheus text format.
 
     Where the database does not answer, without the runs.
     """
-    of_runs = asyncio.to_thread(generate_latest, hands.run_registry)
+    of_runs = asyncio.to_thread(generate_latest, services.run_registry)
     try:
         runs = await asyncio.wait_for(of_runs, _METRICS_SECONDS)
     except asyncio.TimeoutError:
         runs = b""
-    return Response(generate_latest(hands.registry) + runs, media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(services.registry) + runs, media_type=CONTENT_TYPE_LATEST)

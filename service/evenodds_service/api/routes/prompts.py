@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 
 from evenodds.schemas import PromptId, PromptIn, PromptInfo, PromptPage, PromptsAdded, PromptsIn, PromptState, Visit
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
 from evenodds_service.api.middleware.request_body import lift_limit
 from evenodds_service.api.wire import now, predictions
 from evenodds_service.domain.prompts import Prompt
@@ -71,7 +71,7 @@ def _prompts_schema() -> dict[str, Any]:
 async def add_prompts(
     run: RunPath,
     request: Request,
-    hands: Hands,
+    services: Dependencies,
     first_line: Annotated[
         int, Query(ge=1, le=2**53, description="of NDJSON: by which number errors call the first line")
     ] = 1,
@@ -82,11 +82,11 @@ async def add_prompts(
     of 2,000 lines, fewer where they are long: an error names its line and says which lines were stored; the same file
     may be sent again. Any body may be compressed (`Content-Encoding: gzip`).
     """
-    stored = await run_in_threadpool(hands.store.run, run)
+    stored = await run_in_threadpool(services.store.run, run)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _NDJSON:
         body = _parsed(PromptsIn.model_validate_json, await request.body(), ())
         names = [f"prompts[{i}]" for i in range(len(body.prompts))]
-        return await run_in_threadpool(_add_block, hands, stored, body.prompts, names)
+        return await run_in_threadpool(_add_block, services, stored, body.prompts, names)
     lift_limit(request)
     # Any error tells.
     request.state.done = "no line was stored" if first_line == 1 else f"no line from {first_line} on was stored"
@@ -98,7 +98,7 @@ async def add_prompts(
         line += len(lines)
         if contents:
             try:
-                last = await run_in_threadpool(_add_lines, hands, stored, contents)
+                last = await run_in_threadpool(_add_lines, services, stored, contents)
             except PromptConflict as error:
                 request.state.place = tuple(contents)[error.item]
                 raise
@@ -109,16 +109,16 @@ async def add_prompts(
     return last.model_copy(update={"added": added, "existing": existing})
 
 
-def _add_lines(hands: Services, run: Run, contents: Mapping[str, bytes]) -> PromptsAdded:
+def _add_lines(services: Services, run: Run, contents: Mapping[str, bytes]) -> PromptsAdded:
     """Lines by their names. Parsed in a thread: thousands at once would keep the event loop from other requests."""
     items = [_parsed(PromptIn.model_validate_json, content, (name,)) for name, content in contents.items()]
-    return _add_block(hands, run, items, tuple(contents))
+    return _add_block(services, run, items, tuple(contents))
 
 
-def _add_block(hands: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str]) -> PromptsAdded:
-    run = hands.store.run(run.name)
-    prepared = hands.featurizer.prepare(run, items, names=names)
-    result = hands.store.add_prompts(
+def _add_block(services: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str]) -> PromptsAdded:
+    run = services.store.run(run.name)
+    prepared = services.featurizer.prepare(run, items, names=names)
+    result = services.store.add_prompts(
         run.id,
         prepared.prompts,
         prepared.vectors,
@@ -158,7 +158,7 @@ async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes
 @router.get("/runs/{run}/prompts", summary="List the pool")
 def list_prompts(
     run: RunPath,
-    hands: Hands,
+    services: Dependencies,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     cursor: Annotated[int, Query(ge=0, le=2**31 - 1, description="from the page before")] = 0,
     search: Annotated[
@@ -166,8 +166,8 @@ def list_prompts(
     ] = None,
 ) -> PromptPage:
     """Prompts in the order in which they came, in pages; with `search`, those that have it in their id or text."""
-    stored = hands.store.run(run)
-    prompts = hands.store.prompts(stored.id, first=cursor, limit=limit + 1, containing=search)
+    stored = services.store.run(run)
+    prompts = services.store.prompts(stored.id, first=cursor, limit=limit + 1, containing=search)
     return PromptPage(
         prompts=tuple(PromptInfo(**_prompt_fields(prompt)) for prompt in prompts[:limit]),
         next_cursor=str(prompts[limit].index) if len(prompts) > limit else None,
@@ -175,18 +175,17 @@ def list_prompts(
 
 
 @router.get("/runs/{run}/prompts/{prompt_id:id}", summary="A prompt's belief and history")
-def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], hands: Hands) -> PromptState:
+def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies) -> PromptState:
     """One prompt with the present belief about it and its newest 100 observations."""
-    prompt = hands.store.prompt(hands.store.run(run).id, prompt_id)
-    stored = hands.store.run(run)  # read after the prompt, so that its log holds the prompt's entry
-    live = hands.live_runs.at_head(stored)
+    prompt = services.store.prompt(services.store.run(run).id, prompt_id)
+    stored, live, _ = services.live_runs.at_head(run)  # read after the prompt, so that its log holds the prompt's entry
     index = np.array([prompt.index])
     with live.lock:
         state, position, version = live.state, live.state.position, live.state.model_version
         a, b = live.beliefs(stored.settings.predictor, index)
         seen = state.attempts_N[index]
         visits, last_step = int(state.visits_N[prompt.index]), int(state.last_step_N[prompt.index])
-    history = hands.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
+    history = services.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
     return PromptState(
         **_prompt_fields(prompt),
         run=run,

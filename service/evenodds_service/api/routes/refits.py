@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
 from evenodds.schemas import RefitList, RefitRequest, RefitState
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
 from evenodds_service.api.wire import now
 from evenodds_service.storage.store import Refit
 
@@ -19,25 +19,25 @@ router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 
 @router.post("/runs/{run}/refit", summary="Fit the shared model anew")
-async def refit(run: RunPath, body: RefitRequest, hands: Hands) -> RefitState:
+async def refit(run: RunPath, body: RefitRequest, services: Dependencies) -> RefitState:
     """Ask for a refit; a run has at most one that is open, which is returned. A worker (`evenodds work`) does it.
 
     With `wait_seconds` the reply comes when the refit has ended, or as it stands when the time is up.
     """
-    stored = await run_in_threadpool(hands.store.run, run)
-    asked = await run_in_threadpool(lambda: hands.store.request_refit(stored.id, now=now()))
+    stored = await run_in_threadpool(services.store.run, run)
+    asked = await run_in_threadpool(lambda: services.store.request_refit(stored.id, now=now()))
     deadline = time.monotonic() + body.wait_seconds
     while asked.status in ("pending", "running") and time.monotonic() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
-        asked = await run_in_threadpool(hands.store.refit, asked.id)
+        asked = await run_in_threadpool(services.store.refit, asked.id)
     return refit_state(asked)
 
 
 @router.get("/runs/{run}/refits", summary="Refits of a run")
-def list_refits(run: RunPath, hands: Hands) -> RefitList:
+def list_refits(run: RunPath, services: Dependencies) -> RefitList:
     """The newest refits with what came of them."""
-    stored = hands.store.run(run)
-    return RefitList(refits=tuple(refit_state(refit) for refit in hands.store.refits(stored.id, limit=100)))
+    stored = services.store.run(run)
+    return RefitList(refits=tuple(refit_state(refit) for refit in services.store.refits(stored.id, limit=100)))
 
 
 def refit_state(refit: Refit) -> RefitState:

@@ -1,4 +1,4 @@
-"""The report of a run. Translates the wire into a look at the folded view, and back."""
+"""The report of a run. Translates the wire into a look at the folded run, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Query
 
 from evenodds.schemas import MAX_STEP, BeliefReport, BelievedPrompt, FallbackNotice, RunReport
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.report.report import report
@@ -23,7 +23,7 @@ _SHOWN_TEXT = 500
 @router.get("/runs/{run}/report", summary="How well a run is served")
 def get_report(
     run: RunPath,
-    hands: Hands,
+    services: Dependencies,
     since_step: Annotated[
         int, Query(ge=0, le=MAX_STEP, description="leave out windows of steps that end before this one")
     ] = 0,
@@ -32,8 +32,7 @@ def get_report(
 
     Read from sums that the log's fold keeps: the same at every replica, and as fast after a million observations.
     """
-    stored = hands.store.run(run)
-    live = hands.live_runs.at_head(stored)
+    stored, live, _ = services.live_runs.at_head(run)
     with live.lock:
         state = live.state
         found = report(state, live.pool, since_step=since_step)
@@ -54,12 +53,11 @@ def get_report(
 @router.get("/runs/{run}/beliefs", summary="Beliefs about the whole pool")
 def get_beliefs(
     run: RunPath,
-    hands: Hands,
+    services: Dependencies,
     shown: Annotated[int, Query(ge=0, le=100, description="how many of the hardest and of the easiest prompts")] = 8,
 ) -> BeliefReport:
     """How the believed success rates and informative probabilities are spread, and the hardest and easiest prompts."""
-    stored = hands.store.run(run)
-    live = hands.live_runs.at_head(stored)
+    stored, live, _ = services.live_runs.at_head(run)
     with live.lock:
         a, b = live.beliefs(stored.settings.predictor)
         seen = live.state.attempts_N.copy()
@@ -69,7 +67,7 @@ def get_beliefs(
     shown = min(shown, len(rates))
 
     def described(indices: IntArray) -> tuple[BelievedPrompt, ...]:
-        prompts = hands.store.prompts_at(stored.id, indices.tolist())
+        prompts = services.store.prompts_at(stored.id, indices.tolist())
         return tuple(
             BelievedPrompt(
                 prompt_id=prompt.prompt_id,

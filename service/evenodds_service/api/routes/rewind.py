@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from evenodds.schemas import RetractRequest, RewindRequest, Voided
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
 from evenodds_service.api.wire import now
 from evenodds_service.storage import values
 
@@ -13,31 +13,31 @@ router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 
 @router.post("/runs/{run}/rewind", summary="Forget what came after a step")
-def rewind(run: RunPath, body: RewindRequest, hands: Hands) -> Voided:
+def rewind(run: RunPath, body: RewindRequest, services: Dependencies) -> Voided:
     """Forget every observation and selection with a step above `step`: the trainer restarted from its checkpoint.
 
     The run stands as if none of it had happened; prompts stay in the pool. A step above may be selected and reported
     anew, under the same request ids too. Outcomes for a selection that was forgotten are refused (409).
     """
-    voided = hands.store.rewind(hands.store.run(run).id, step=body.step, now=now())
-    hands.views.forget(run)
+    voided = services.store.rewind(services.store.run(run).id, step=body.step, now=now())
+    services.live_runs.forget(run)
     return _reply(run, voided)
 
 
 @router.post("/runs/{run}/retract", summary="Drop observations")
-def retract(run: RunPath, body: RetractRequest, hands: Hands) -> Voided:
+def retract(run: RunPath, body: RetractRequest, services: Dependencies) -> Voided:
     """Drop the observations that fulfil every condition, because a verifier was down, say. Selections stay.
 
     The run stands as if they had never been reported. A report that was dropped whole may be sent again under its
     request id.
     """
-    stored = hands.store.run(run)
-    prompts = None
-    if body.prompt_ids is not None:
-        live = hands.live_runs.at_head(stored)
+    if body.prompt_ids is None:
+        stored, prompts = services.store.run(run), None
+    else:
+        stored, live, _ = services.live_runs.at_head(run)
         with live.lock:
             prompts = live.indices(run, body.prompt_ids, path="prompt_ids", hint="leave it out").tolist()
-    voided = hands.store.retract(
+    voided = services.store.retract(
         stored.id,
         from_step=body.from_step,
         to_step=body.to_step,
@@ -45,7 +45,7 @@ def retract(run: RunPath, body: RetractRequest, hands: Hands) -> Voided:
         request_id=body.request_id,
         now=now(),
     )
-    hands.views.forget(run)
+    services.live_runs.forget(run)
     return _reply(run, voided)
 
 

@@ -12,10 +12,12 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
 from evenodds.schemas import RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
-from evenodds_service.api.dependencies import PROBLEMS, Hands, RunPath, Services
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
+from evenodds_service.domain.learning.predictors import acquisition_of
+from evenodds_service.domain.selection.selection import reprobe_share_of
 from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
@@ -24,16 +26,16 @@ router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 
 @router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
-def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
+def put_run(run: RunPath, body: RunUpdate, services: Dependencies) -> JSONResponse:
     """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
 
     With `fork_of` the run must be new: it starts with the other's pool, settings and memory, as that run would stand
     after a rewind to `at_step`. The two share nothing afterwards. Repeating the call is safe.
     """
     try:
-        settings = hands.store.run(run).settings
+        settings = services.store.run(run).settings
     except RunUnknown:
-        settings = RunSettings() if body.fork_of is None else hands.store.run(body.fork_of).settings
+        settings = RunSettings() if body.fork_of is None else services.store.run(body.fork_of).settings
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
     sent: dict[str, Any] = {
         name: getattr(body, name) for name in body.model_fields_set - {"refit", "fork_of", "at_step"}
@@ -44,56 +46,55 @@ def put_run(run: RunPath, body: RunUpdate, hands: Hands) -> JSONResponse:
     changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
     settings = replace(settings, **changes)
     check_shares(settings.groups or {}, settings.groups_at_most or {})
-    hands.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
+    services.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
     created = False
     if body.fork_of is not None:
-        stored, created = hands.store.fork_run(run, settings, fork_of=body.fork_of, at_step=body.at_step, now=now())
+        _, created = services.store.fork_run(run, settings, fork_of=body.fork_of, at_step=body.at_step, now=now())
     if not created:
-        stored, created = hands.store.put_run(run, settings, now=now())
-    hands.views.forget(run)
-    return JSONResponse(_watched(hands, stored).model_dump(mode="json"), 201 if created else 200)
+        _, created = services.store.put_run(run, settings, now=now())
+    services.live_runs.forget(run)
+    return JSONResponse(_watched(services, run).model_dump(mode="json"), 201 if created else 200)
 
 
 @router.get("/runs", summary="List runs")
 def list_runs(
-    hands: Hands,
+    services: Dependencies,
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     cursor: Annotated[str | None, Query(pattern=RUN_PATTERN, description="from the page before")] = None,
 ) -> RunPage:
     """Runs by name, in pages. A key that is bound to certain runs sees those; a page may then be short."""
-    runs = hands.store.runs(after=cursor or "", limit=limit + 1)
+    runs = services.store.runs(after=cursor or "", limit=limit + 1)
     return RunPage(
-        runs=tuple(_run_state(hands.store, run) for run in runs[:limit] if may_touch(caller, run.name)),
+        runs=tuple(_run_state(services.store, run) for run in runs[:limit] if may_touch(caller, run.name)),
         next_cursor=runs[limit - 1].name if len(runs) > limit else None,
     )
 
 
 @router.get("/runs/{run}", summary="State of a run")
-def get_run(run: RunPath, hands: Hands) -> RunState:
+def get_run(run: RunPath, services: Dependencies) -> RunState:
     """Settings, pool size, head of the log, model version, and alarms: what a person should look at."""
-    return _watched(hands, hands.store.run(run))
+    return _watched(services, run)
 
 
 @router.delete("/runs/{run}", summary="Delete a run", status_code=204)
-def delete_run(run: RunPath, hands: Hands) -> Response:
+def delete_run(run: RunPath, services: Dependencies) -> Response:
     """Delete the run with its pool, history and selections. This cannot be undone."""
-    stored = hands.store.run(run)
-    hands.store.delete_run(run)
-    hands.live_runs.drop(stored.id)
-    hands.views.forget(run)
+    stored = services.store.run(run)
+    services.store.delete_run(run)
+    services.live_runs.drop(stored)
     return Response(status_code=204)
 
 
-def _watched(hands: Services, run: Run) -> RunState:
-    """The run with its alarms, which need its folded view."""
-    live = hands.live_runs.at_head(run)
+def _watched(services: Services, name: str) -> RunState:
+    """The run with its alarms, which are found in what its log folds to."""
+    run, live, _ = services.live_runs.at_head(name)
     with live.lock:
         found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
     alarms = tuple(
         Alarm(code=a.code, message=a.message, since_step=a.since_step, value=a.value, limit=a.limit) for a in found
     )
-    return _run_state(hands.store, run).model_copy(update={"alarms": alarms})
+    return _run_state(services.store, run).model_copy(update={"alarms": alarms})
 
 
 def _run_state(store: Store, run: Run) -> RunState:
@@ -105,7 +106,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         target_rate=settings.target_rate,
         embedder=settings.embedder or "builtin",
         embedder_prompt=settings.embedder_prompt,
-        acquisition=settings.effective_acquisition,
+        acquisition=acquisition_of(settings),
         optimism=settings.optimism,
         diversity=settings.diversity,
         cooldown_steps=settings.cooldown_steps,
@@ -117,7 +118,7 @@ def _run_state(store: Store, run: Run) -> RunState:
             every_observations=settings.refit_every_observations, every_seconds=settings.refit_every_seconds
         ),
         control_share=settings.control_share,
-        reprobe_share=settings.reprobe_share_under(settings.effective_acquisition),
+        reprobe_share=reprobe_share_of(settings),
         groups=dict(settings.groups) if settings.groups else None,
         groups_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
         fallback=settings.fallback,

@@ -1,6 +1,6 @@
 """The trainer's and gateway's endpoints: observe, predict, select_batch.
 
-Each translates the wire into values, calls the store and the live view, and translates back.
+Each translates the wire into values, calls the store and the live run, and translates back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from fastapi import APIRouter, BackgroundTasks
@@ -29,38 +30,46 @@ from evenodds.schemas import (
     SelectReply,
     SelectRequest,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Hands, Services
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, Services
 from evenodds_service.api.wire import content_hash, now, predictions
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
-from evenodds_service.domain.selection.selection import Chosen, SelectArguments
+from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
+from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import ChoiceOutdated, RunUnknown, StoreError, UnknownPrompts
-from evenodds_service.runtime.beliefs import beliefs_about
+from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
+from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import new_prompt
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import LiveRuns
-from evenodds_service.storage.store import Appended, NewSelection, Run, Store, Written
+from evenodds_service.storage.store import Appended, NewSelection, Run, Written
 from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 router = APIRouter(responses=PROBLEMS, tags=["loop"])
 
-_FEW = 256
-"""A request about so many prompts at most shares a round with others."""
+MOST_AT_ONCE = 64
+"""Small requests for predictions that are answered together."""
 
-_UNKNOWN_HINT = "send its text instead, or load it with POST /runs/{run}/prompts"
+MOST_WAITING = 1_000
+"""Those of one run that may wait: the first of them take seconds already where the database hangs."""
+
+_SMALL_PROMPTS = 256
+"""A request about so many prompts at most is small."""
 
 
 @router.post("/observe", summary="Report outcomes of attempts")
-def observe(body: ObserveRequest, hands: Hands, afterwards: BackgroundTasks) -> ObserveReply:
+def observe(body: ObserveRequest, services: Dependencies, afterwards: BackgroundTasks) -> ObserveReply:
     """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
 
     An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
     late, out of order, in several calls, and for prompts that the selection did not choose: each counts at its `step`.
     """
-    appended = _append(body, hands)
+    appended = _append(body, services)
     if appended.written is not None:
-        afterwards.add_task(_keep_up, hands.store, hands.live_runs, appended.written)
+        afterwards.add_task(_keep_up, services.live_runs, appended.written)
     return ObserveReply(
         run=body.run,
         log_position=appended.log_position,
@@ -70,43 +79,43 @@ def observe(body: ObserveRequest, hands: Hands, afterwards: BackgroundTasks) -> 
     )
 
 
-def _append(body: ObserveRequest, hands: Services) -> Appended:
+def _append(body: ObserveRequest, services: Services) -> Appended:
     """Append what is reported, with the prompts that are new.
 
-    A prompt keeps its index for ever, and a pool its embedder: a view of any age will do, if it knows both.
+    A prompt keeps its index for ever, and a pool its embedder: the run as it was at any time will do, if it knows both.
 
     Raises:
         UnknownPrompts: neither in the pool nor described by a text.
     """
     ids = [new_prompt(item).prompt_id for item in body.observations]
     described = {i for i, item in zip(ids, body.observations, strict=True) if item.text is not None}
-    view = hands.views.peek(body.run, math.inf)
-    if view is not None:
-        known = view.live.known(ids)
-        has_embedder = view.run.n_prompts > 0 and view.run.settings.embedder is not None
+    folded = services.live_runs.held(body.run, math.inf)
+    if folded is not None:
+        known = folded.live.known(ids)
+        has_embedder = folded.run.n_prompts > 0 and folded.run.settings.embedder is not None
         if all(i in known or (i in described and has_embedder) for i in ids):
             try:
-                return _append_known(body, hands, view.run, ids, known)
+                return _append_known(body, services, folded.run, ids, known)
             except RunUnknown:  # deleted since; there may be another one of its name
-                hands.views.forget(body.run)
-    view = hands.views.at_head(body.run)
-    known = view.live.known(ids)
+                services.live_runs.forget(body.run)
+    folded = services.live_runs.at_head(body.run)
+    known = folded.live.known(ids)
     unknown = [i for i in ids if i not in known and i not in described]
     if unknown:
         hint = "send its text along, or load it with POST /runs/{run}/prompts"
         raise UnknownPrompts(body.run, unknown, path="observations", hint=hint)
-    return _append_known(body, hands, view.run, ids, known)
+    return _append_known(body, services, folded.run, ids, known)
 
 
 def _append_known(
-    body: ObserveRequest, hands: Services, run: Run, ids: Sequence[str], known: Mapping[str, int]
+    body: ObserveRequest, services: Services, run: Run, ids: Sequence[str], known: Mapping[str, int]
 ) -> Appended:
     """Append observations of these prompts. `known` holds the indices of those that are in the pool."""
     # A prompt that comes with its text is new, or is checked against the text that the pool has.
     with_text = {f"observations[{i}]": item for i, item in enumerate(body.observations) if item.text is not None}
     new = None
     if with_text:
-        new = hands.featurizer.prepare(run, tuple(with_text.values()), names=tuple(with_text), known=known)
+        new = services.featurizer.prepare(run, tuple(with_text.values()), names=tuple(with_text), known=known)
     request_hash = None
     if body.request_id is not None:
         request_hash = content_hash(body.model_dump_json(exclude={"run", "request_id"}, exclude_none=True))
@@ -117,7 +126,7 @@ def _append_known(
         request_hash=request_hash,
         selection_id=body.selection_id,
     )
-    return hands.store.append_observations(run.id, outcomes, new=new, now=now())
+    return services.store.append_observations(run.id, outcomes, new=new, now=now())
 
 
 def _observed(item: Observation, prompt: int | str) -> NewObservation:
@@ -126,23 +135,22 @@ def _observed(item: Observation, prompt: int | str) -> NewObservation:
     return NewObservation.of_counts(prompt, item.successes or 0.0, item.attempts or 1)
 
 
-def _keep_up(store: Store, live_runs: LiveRuns, written: Written) -> None:
+def _keep_up(live_runs: LiveRuns, written: Written) -> None:
     """Fold in what was acknowledged while the trainer goes on, so that its next question finds it done."""
-    live = live_runs.view(written.run)
     try:
-        live.catch_up(store, written.run, written=written.entries)
+        live_runs.fold(written.run, written.entries)
     except StoreError as error:  # whoever asks next meets it, or does not
         logger.info("run %r: not folded ahead of time: %s", written.run.name, error)
 
 
 @router.post("/predict", summary="Predict success rates", response_model=PredictReply)
-async def predict(body: PredictRequest, hands: Hands) -> Response:
+async def predict(body: PredictRequest, services: Dependencies) -> Response:
     """The belief about prompts of the pool, or about new texts, in the order asked. Nothing is stored."""
-    is_exact = hands.predict_staleness_seconds == 0.0
-    if is_exact and len(body.prompts) <= _FEW and all(_is_reference(prompt) for prompt in body.prompts):
-        reply = await hands.predictions.ask(body.run, body)
+    is_exact = services.predict_staleness_seconds == 0.0
+    if is_exact and len(body.prompts) <= _SMALL_PROMPTS and all(_is_reference(prompt) for prompt in body.prompts):
+        reply = await services.predictions.ask(body.run, body)
     else:
-        reply = await run_in_threadpool(_predict, body, hands)
+        reply = await run_in_threadpool(_predict, body, services)
     return Response(reply, media_type="application/json")
 
 
@@ -151,31 +159,51 @@ def _is_reference(prompt: PromptRef) -> bool:
     return prompt.text is None and prompt.embedding is None
 
 
-def predict_known(
-    store: Store, live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictRequest]
-) -> list[str | Exception]:
+def prediction_coalescer(live_runs: LiveRuns) -> Coalescer[PredictRequest, str]:
+    """Answers small questions about the prompts of one pool together, a round of a run at a time.
+
+    A round looks at the log's head once, and passes over the arrays once for all of them.
+    """
+
+    async def answer(run: str, bodies: Sequence[PredictRequest]) -> list[str | Exception]:
+        return await run_in_threadpool(_predict_known, live_runs, run, bodies)
+
+    def refusal(run: str, n_of_run: int, n_in_all: int) -> str | None:
+        if n_of_run < MOST_WAITING:
+            return None
+        return (
+            f"{n_of_run} requests wait for a prediction of run {run!r}, the limit is {MOST_WAITING}: repeat the call "
+            "later"
+        )
+
+    return Coalescer(answer, refusal=refusal, most_at_once=MOST_AT_ONCE, one_at_a_time=True)
+
+
+def _predict_known(live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictRequest]) -> list[str | Exception]:
     """JSON replies to requests about prompts of one run's pool, or what is wrong with them, in their order."""
-    run = store.run(run_name)
-    live = live_runs.at_head(run)
+    run, live, _ = live_runs.at_head(run_name)
     answers: list[str | Exception] = [""] * len(bodies)
     parts: dict[int, slice] = {}
     ids: list[str] = []
     found: list[IntArray] = []
+    steps: list[IntArray] = []
     with live.lock:
         position, model_version = live.state.position, live.state.model_version
         for number, body in enumerate(bodies):
+            step = live.state.head_step if body.step is None else body.step
             asked = [prompt.prompt_id or "" for prompt in body.prompts]
             try:
-                found.append(live.indices(run_name, asked, path="prompts", hint=_UNKNOWN_HINT))
+                found.append(live.indices(run_name, asked, path="prompts", hint=UNKNOWN_HINT))
             except UnknownPrompts as error:
                 answers[number] = error
                 continue
             parts[number] = slice(len(ids), len(ids) + len(asked))
             ids += asked
+            steps.append(np.full(len(asked), step))
         if not ids:
             return answers
         indices = np.concatenate(found)
-        a, b = live.beliefs(run.settings.predictor, indices)
+        a, b = live.beliefs(run.settings.predictor, indices, steps_n=np.concatenate(steps))
         seen = live.state.attempts_N[indices]
     sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
     told = {size: predictions(ids, a, b, seen, size) for size in set(sizes.values())}
@@ -190,11 +218,10 @@ def predict_known(
     return answers
 
 
-def _predict(body: PredictRequest, hands: Services) -> str:
-    view = hands.views.recent(body.run, hands.predict_staleness_seconds)
-    run, live = view.run, view.live
+def _predict(body: PredictRequest, services: Services) -> str:
+    run, live, _ = services.live_runs.within(body.run, services.predict_staleness_seconds)
     names = [f"prompts[{i}]" for i in range(len(body.prompts))]
-    asked = beliefs_about(hands.featurizer, run, live, body.prompts, names=names)
+    asked = beliefs_about(services.featurizer, run, live, body.prompts, names=names, step=body.step)
     reply = PredictReply(
         run=body.run,
         model_version=asked.model_version,
@@ -205,7 +232,7 @@ def _predict(body: PredictRequest, hands: Services) -> str:
 
 
 @router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
-def select_batch(body: SelectRequest, hands: Hands) -> Response:
+def select_batch(body: SelectRequest, services: Dependencies) -> Response:
     """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409.
 
     Prompts that earlier selections chose and whose outcomes have not come within `lease_steps` are left out, unless
@@ -215,16 +242,16 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
     arguments_hash = content_hash(body.model_dump_json(exclude={"run"}))  # as a fork's: it has another name
     replayed, recorded = True, None
     while recorded is None:
-        run, recorded = hands.store.run_and_selection(body.run, body.step, arguments_hash=arguments_hash)
+        run, recorded = services.store.run_and_selection(body.run, body.step, arguments_hash=arguments_hash)
         if recorded is not None:
             break
-        with hands.live_runs.view(run).selecting:
-            live = hands.live_runs.at_head(run)  # at least; it holds what was chosen here while this one waited
-            chosen = live.choose(run.name, _arguments(body, run))
+        with services.live_runs.live(run.id).selecting:
+            live = services.live_runs.fold(run)  # at least; it holds what was chosen here while this one waited
+            chosen = live.choose(_overlaid(body, run.settings), _request(body, run, live))
             with phase("reply"):
                 reply = _select_reply(body, run, chosen)
             try:
-                recorded, written = hands.store.record_selection(
+                recorded, written = services.store.record_selection(
                     run.id, _new_selection(reply, chosen, run, body, arguments_hash), now=now()
                 )
             except ChoiceOutdated as error:  # by another process: once more, on what is now
@@ -232,43 +259,53 @@ def select_batch(body: SelectRequest, hands: Hands) -> Response:
                 continue
             replayed = written is None
             if written is not None:  # the next choice knows of this one
-                live.catch_up(hands.store, written.run, written=written.entries)
-    # The recorded reply is JSON already: of this run and of those that fork from it.
+                live.catch_up(services.store, written.run, written=written.entries)
+    # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. Reading it
+    # and writing it again would take milliseconds for a large batch.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
     return Response(head + recorded.reply[1:], media_type="application/json")
 
 
-def _arguments(body: SelectRequest, run: Run) -> SelectArguments:
-    """The request, and the run's settings where it is silent."""
-    settings = run.settings
+def _overlaid(body: SelectRequest, settings: RunSettings) -> RunSettings:
+    """The run's settings, and the request's where it speaks.
 
-    def setting(name: str) -> Any:
-        given = getattr(body, name)
-        return getattr(settings, name) if given is None else given
+    Raises:
+        SharesConflict: a group's least share is above its largest.
+    """
+    overlaid = replace(
+        settings,
+        acquisition=_given(body.acquisition, settings.acquisition),
+        group_size=_given(body.group_size, settings.group_size),
+        target_rate=_given(body.target_rate, settings.target_rate),
+        optimism=_given(body.optimism, settings.optimism),
+        diversity=_given(body.diversity, settings.diversity),
+        cooldown_steps=_given(body.cooldown_steps, settings.cooldown_steps),
+        max_visits=_given(body.max_visits, settings.max_visits),
+        groups=_given(body.groups, settings.groups),
+        groups_at_most=_given(body.groups_at_most, settings.groups_at_most),
+    )
+    check_shares(overlaid.groups or {}, overlaid.groups_at_most or {})
+    return overlaid
 
-    acquisition = body.acquisition or settings.effective_acquisition
-    return SelectArguments(
+
+def _given(asked: T | None, own: T) -> T:
+    return own if asked is None else asked
+
+
+def _request(body: SelectRequest, run: Run, live: LiveRun) -> SelectionRequest:
+    """Raises UnknownPrompts."""
+    candidates = None
+    if body.candidates is not None:
+        hint = "load it with POST /runs/{run}/prompts, or leave it out"
+        candidates = live.indices(run.name, body.candidates, path="candidates", hint=hint)
+    return SelectionRequest(
         step=body.step,
         batch_size=body.batch_size,
         seed=body.seed,
-        predictor=settings.predictor,
-        acquisition=acquisition,
-        group_size=setting("group_size"),
-        target_rate=setting("target_rate"),
-        optimism=setting("optimism"),
-        diversity=setting("diversity"),
-        cooldown_steps=setting("cooldown_steps"),
-        max_visits=setting("max_visits"),
-        lease_steps=settings.lease_steps,
+        candidates=candidates,
+        exclude=live.indices(run.name, body.exclude or (), path="exclude", hint="leave it out"),
         allow_outstanding=body.allow_outstanding,
-        candidates=body.candidates,
-        exclude=body.exclude or (),
-        groups=setting("groups") or {},
-        groups_at_most=setting("groups_at_most") or {},
         are_groups_strict=body.groups is not None,
-        reprobe_share=settings.reprobe_share_under(acquisition),
-        control_share=settings.control_share,
-        may_fall_back=settings.fallback,
     )
 
 

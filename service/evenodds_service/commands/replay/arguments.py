@@ -20,7 +20,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "step. Select: every predictor chooses its batches and observes their outcomes."
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="holds prompts.jsonl.gz and rates.csv.gz")
+    add(
+        "folder",
+        type=Path,
+        nargs="?",
+        metavar="FOLDER",
+        help="holds prompts.jsonl.gz and rates.csv.gz (default: EVENODDS_DATA)",
+    )
     add("--url", default="http://127.0.0.1:8000", help="the running service (default: %(default)s)")
     add(
         "--predictors",

@@ -12,14 +12,18 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from evenodds import Client, EvenOddsError
+from evenodds_service.commands.opening import explained
 from evenodds_service.commands.replay import tables
 from evenodds_service.commands.replay.driving import CONTENDERS, Contender, Plan, Stopwatch, rank, select
 from evenodds_service.commands.replay.recordings import RecordingError, read_recording
+from evenodds_service.settings import settings_from_environment
 
 _TIMEOUT_SECONDS = 300.0
 
@@ -86,7 +90,7 @@ def _plan(options: argparse.Namespace) -> Plan:
             f"--candidates {options.candidates}: fewer than --batch-size {options.batch_size}; "
             "ask for more candidates, or 0 for the whole pool"
         )
-    recording = read_recording(options.folder, models=options.models)
+    recording = read_recording(options.folder or _default_folder(), models=options.models)
     for name in ("observe_per_step", "batch_size"):
         if getattr(options, name) > recording.n_prompts:
             raise ReplayError(
@@ -104,6 +108,17 @@ def _plan(options: argparse.Namespace) -> Plan:
         group_size=options.group_size,
         repeats=not options.no_repeats,
     )
+
+
+def _default_folder() -> Path:
+    """That of the settings."""
+    try:
+        folder = settings_from_environment().data
+    except ValidationError as error:
+        raise ReplayError(explained(error)) from error
+    if not folder:
+        raise ReplayError("name the folder of recorded success rates as FOLDER, or set EVENODDS_DATA to it")
+    return Path(folder)
 
 
 def _flag(name: str) -> str:

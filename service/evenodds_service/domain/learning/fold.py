@@ -102,7 +102,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     x = pool.rows(state.basis, prompts) if state.basis is not None else None
     here = state.mixture.present()
     means_C_n, scales_C_n, stack_inputs = _priors_of(state, pool, prompts, x, here)
-    own, lost = _own(state, prompts)
+    own, lost = _own(state, prompts, state.head_step)
 
     def forecast_of(rows: IntArray) -> tuple[FloatArray, FloatArray]:
         believe = mixture.predict_rows if len(rows) <= mixture.FEW else mixture.predict

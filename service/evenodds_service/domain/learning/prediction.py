@@ -15,18 +15,12 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.mixture import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.prompts import FittedPrior
-from evenodds_service.domain.settings import Predictor
 
 BLOCK = 16_384
 """Prompts whose beliefs are computed together: their arrays stay in the processor's cache."""
 
-
 _FEW = 64
-
-
 _AGEING_L = np.asarray(AGEING)
-
-
 _AGED = np.flatnonzero(_AGEING_L < 1.0)
 
 
@@ -65,7 +59,7 @@ def shared_priors(
         return means_C_n, scales_C_n, None
     stack = state.stack if wanted[PRIORS.index(STACKED)] and _stackable(fitted) else None
     read = [name for name in FITTED if name in fitted and (wanted[PRIORS.index(name)] or stack is not None)]
-    priors = {name: _rows(fitted[name], slice(0, n) if rows is None else rows) for name in read}
+    priors = {name: rows_of(fitted[name], slice(0, n) if rows is None else rows) for name in read}
     newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
@@ -120,9 +114,20 @@ def in_blocks(n: int) -> list[slice]:
 
 
 def beliefs_of(
-    state: State, pool: Pool, indices: IntArray | None = None, *, each_block: EachBlock = map
+    state: State,
+    pool: Pool,
+    indices: IntArray | None = None,
+    *,
+    steps_n: IntArray | None = None,
+    each_block: EachBlock = map,
 ) -> tuple[FloatArray, FloatArray]:
-    """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n]."""
+    """Parameters (a, b) of the `gps` belief about these prompts, or about all, float64 [n].
+
+    Args:
+        steps_n: The policy's step that each belief is for, the head step without it: a prompt's own evidence has aged
+            by then. At a step before its newest outcome it counts in full: what came later is not taken out again, and
+            the shared priors are those of the head in any case.
+    """
     n = state.n_prompts if indices is None else len(indices)
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
@@ -132,7 +137,7 @@ def beliefs_of(
         rows = block if indices is None else indices[block]
         x = pool.rows(state.basis, rows) if state.basis is not None else None
         means_C_n, scales_C_n, _ = _priors_of(state, pool, rows, x, wanted)
-        own, lost = _own(state, rows)
+        own, lost = _own(state, rows, state.head_step if steps_n is None else steps_n[block])
         predict = mixture.predict if n > _FEW else mixture.predict_rows
         a_n[block], b_n[block] = predict(weights, means_C_n, own, lost, scales_C_n)
 
@@ -155,35 +160,6 @@ def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedP
     return mixture.predict(weights, means_C_n, none, none, scales_C_n)
 
 
-def mopps_beliefs(state: State, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
-    """Parameters of the MoPPS belief Beta(1 + S, 1 + F), nothing shared, nothing discounted (arXiv 2507.04632), [n]."""
-    rows = slice(0, state.n_prompts) if indices is None else indices
-    memory = MEMORIES.index(1.0)
-    return 1.0 + state.successes_L_N[memory, rows].astype(float), 1.0 + state.failures_L_N[memory, rows].astype(float)
-
-
-PAPER = "paper"
-"""Name of the published model's predictions among a snapshot's."""
-
-
-def paper_beliefs(state: State, pool: Pool, indices: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
-    """Parameters of the published model's belief, [n]; flat before its first fit. Own evidence has no part in it."""
-    rows = slice(0, state.n_prompts) if indices is None else indices
-    n = state.n_prompts if indices is None else len(indices)
-    prior = pool.fitted(state.model_version).get(PAPER)
-    return new_paper_beliefs(n, {PAPER: _rows(prior, rows)} if prior is not None else {})
-
-
-def new_paper_beliefs(n: int, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
-    """The same about n prompts whose predictions are given."""
-    if PAPER not in fitted:
-        return np.ones(n), np.ones(n)
-    prior = fitted[PAPER]
-    # A rate that was rounded to 0 or 1 would leave no Beta.
-    means_n = np.clip(np.nan_to_num(prior.means_N.astype(np.float64), nan=0.5), 1e-3, 1.0 - 1e-3)
-    return means_n * prior.concentrations_N, (1.0 - means_n) * prior.concentrations_N
-
-
 def _priors_of(
     state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
 ) -> tuple[FloatArray, FloatArray, FloatArray | None]:
@@ -196,7 +172,7 @@ def _mixed(state: State, pool: Pool) -> Mapping[str, FittedPrior]:
     return {name: prior for name, prior in pool.fitted(state.model_version).items() if name in FITTED}
 
 
-def _rows(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
+def rows_of(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
     """The prior of these prompts, NaN for those that are newer than it."""
     known = len(prior.means_N)
     indices = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
@@ -210,10 +186,10 @@ def _rows(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
     return FittedPrior(means_n, concentrations_n)
 
 
-def _own(state: State, rows: IntArray | slice) -> tuple[FloatArray, FloatArray]:
-    """Own evidence as it counts at the head step, float32 [L, n] each."""
+def _own(state: State, rows: IntArray | slice, step: int | IntArray) -> tuple[FloatArray, FloatArray]:
+    """Own evidence as it counts at this step, or at these [n], float32 [L, n] each."""
     own, lost = state.successes_L_N[:, rows].copy(), state.failures_L_N[:, rows].copy()
-    keep = _aged(state, np.maximum(state.head_step - state.last_step_N[rows], 0))[_AGED]
+    keep = _aged(state, np.maximum(step - state.last_step_N[rows], 0))[_AGED]
     own[_AGED] *= keep
     lost[_AGED] *= keep
     return own, lost
@@ -225,16 +201,3 @@ def _aged(state: State, steps_n: IntArray) -> FloatArray:
     keep_L_n = np.ones((len(AGEING), len(steps_n)), dtype=np.float32)
     keep_L_n[_AGED] = np.exp(np.log(_AGEING_L[_AGED, None]).astype(np.float32) * advances_n)
     return keep_L_n
-
-
-def _beliefs(
-    state: State, pool: Pool, predictor: Predictor, indices: IntArray | None = None, *, each_block: EachBlock = map
-) -> tuple[FloatArray, FloatArray]:
-    if predictor == "mopps":
-        return mopps_beliefs(state, indices)
-    if predictor == "gps-paper":
-        return paper_beliefs(state, pool, indices)
-    if predictor == "uniform":
-        n = state.n_prompts if indices is None else len(indices)
-        return np.ones(n), np.ones(n)
-    return beliefs_of(state, pool, indices, each_block=each_block)

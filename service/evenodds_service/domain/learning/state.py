@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -68,7 +69,8 @@ class State:
 def copied(state: State) -> State:
     """A state of one's own for reading at length, while the other is folded on.
 
-    What is learned (arrays, the mixture, the regressions) is copied, values that are not updated in place are shared.
+    What is learned (arrays, the mixture, the regressions) and the guardrails are copied. Values that are not updated in
+    place are shared, and so is the record, which nobody should read here.
     """
     values = {each.name: getattr(state, each.name) for each in fields(state)}
     return State(**{name: _copied(value) for name, value in values.items()})
@@ -77,7 +79,7 @@ def copied(state: State) -> State:
 def _copied(value: Any) -> Any:
     if isinstance(value, np.ndarray | OnlineLogistic):
         return value.copy()
-    return Mixture(value.log_weights.copy(), value.log_guard) if isinstance(value, Mixture) else value
+    return copy.deepcopy(value) if isinstance(value, Mixture | Rails) else value
 
 
 def _grow(state: State, n_prompts: int) -> None:

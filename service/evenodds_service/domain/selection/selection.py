@@ -1,126 +1,76 @@
 """The whole decision for a step: who may be chosen, who rests or is waited for, and the batch.
 
-Pure: a function of state, pool, settings and request.
+Pure: a function of state, pool, settings, request and beliefs.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.learning.features import Pool, directions
 from evenodds_service.domain.learning.guardrails import Fallback
-from evenodds_service.domain.selection.batch import Choice, _share
-from evenodds_service.domain.settings import Acquisition, Predictor
+from evenodds_service.domain.learning.prediction import EachBlock, in_blocks
+from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_of
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
+from evenodds_service.domain.selection.eligibility import eligible, held_back, outstanding, rest_steps, resting
+from evenodds_service.domain.selection.pickers import Likeness, MaxSum, MostUnlike, Picker, best
+from evenodds_service.domain.selection.scores import scores
+from evenodds_service.domain.settings import Acquisition, RunSettings
+from evenodds_service.errors import NotEnoughPrompts
 
-REST_SHARE = 0.05
-
-
-def eligible(
-    selected_N: IntArray,
-    last_selected_N: IntArray,
-    visits_N: IntArray,
-    last_step_N: IntArray,
-    *,
-    step: int,
-    cooldown_steps: int,
-    max_visits: int,
-) -> BoolArray:
-    """Prompts that are rested and below the visit cap, bool [N]. A visit is a selection or an observed step."""
-    allowed = ~resting(np.maximum(last_selected_N, last_step_N), step=step, rest=cooldown_steps)
-    if max_visits:
-        allowed &= np.maximum(selected_N, visits_N) < max_visits
-    return allowed
+REPROBE_SHARE = 0.05
 
 
-def resting(last_seen_N: IntArray, *, step: int, rest: int) -> BoolArray:
-    """Prompts that were seen at most `rest` steps ago, bool [N]; none where that is 0.
+@dataclass(frozen=True, slots=True, eq=False)
+class SelectionRequest:
+    """What a choice depends on besides the state and the settings.
 
-    Steps may come out of order: a prompt rests on both sides of the step that it was chosen for.
+    Attributes:
+        seed: Of all chance in it, together with the step.
+        candidates: Rows of the pool to choose among, int64; None for all.
+        exclude: Rows to leave out, int64.
+        allow_outstanding: Whether prompts may be chosen again whose outcomes have not come yet.
+        are_groups_strict: Whether a group with too few prompts for its least share is an error.
     """
-    return np.asarray((rest > 0) & (last_seen_N >= 0) & (np.abs(step - last_seen_N) <= rest))
-
-
-def outstanding(outstanding_step_N: IntArray, *, step: int, lease_steps: int) -> tuple[BoolArray, BoolArray]:
-    """Which prompts are waited for, and which were lost: chosen, and no outcome within the lease; bool [N] each.
-
-    Args:
-        outstanding_step_N: The step for which a prompt was chosen without an outcome yet, -1 for none.
-        step: The newest known.
-        lease_steps: A prompt chosen for step t is waited for while step < t + lease_steps. 0: none is waited for, and
-            none is lost.
-    """
-    chosen = (outstanding_step_N >= 0) & (lease_steps > 0)
-    waited_for = chosen & (step - outstanding_step_N < lease_steps)
-    return waited_for, chosen & ~waited_for
-
-
-def rest_steps(n_prompts: int, batch_size: int) -> int:
-    """For how many steps a chosen prompt rests unless a cooldown is set: a twentieth of an epoch.
-
-    So at most a twentieth of the pool rests at a time. Chosen in a training (examples/grpo_from_scratch), not on
-    recorded rates: those do not answer to the choice, and reward to roll out the same prompts again and again.
-    """
-    return math.floor(REST_SHARE * n_prompts / batch_size + 1e-9)
-
-
-def held_back(
-    eligible_N: BoolArray,
-    held_N: BoolArray,
-    since_N: IntArray,
-    scores_N: FloatArray,
-    *,
-    batch_size: int,
-    groups: Mapping[str, tuple[float, BoolArray]],
-) -> BoolArray:
-    """The eligible prompts without those held back, bool [N]. A trainer is not stopped by it: as many as are missing
-    for the batch, or for a group's share of it, come back, those held back the longest first.
-
-    Args:
-        held_N: Who is waited for, or rests.
-        since_N: The step since when.
-        scores_N: Of those held back since the same step, the best come back first.
-        groups: As in `choose`.
-    """
-    allowed_N = eligible_N & ~held_N
-    wanted = [(_share(share, batch_size), eligible_N & members_N) for share, members_N in groups.values()]
-    for n, among_N in (*wanted, (batch_size, eligible_N)):
-        missing = n - int((allowed_N & among_N).sum())
-        if missing > 0:
-            back = np.flatnonzero(among_N & ~allowed_N)
-            allowed_N[back[np.lexsort((-scores_N[back], since_N[back]))[:missing]]] = True
-    return allowed_N
-
-
-@dataclass(frozen=True, slots=True)
-class SelectArguments:
-    """Everything that a choice depends on besides the state."""
 
     step: int
     batch_size: int
-    seed: int
-    predictor: Predictor
-    acquisition: Acquisition
-    group_size: int
-    target_rate: float | None
-    optimism: float
-    diversity: float
-    cooldown_steps: int | None
-    max_visits: int
-    lease_steps: int
-    allow_outstanding: bool
-    candidates: Sequence[str] | None
-    exclude: Sequence[str]
-    groups: Mapping[str, float]
-    groups_at_most: Mapping[str, float]
-    are_groups_strict: bool
-    reprobe_share: float
-    control_share: float
-    may_fall_back: bool
+    seed: int = 0
+    candidates: IntArray | None = None
+    exclude: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    allow_outstanding: bool = False
+    are_groups_strict: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forecasts:
+    """Beliefs Beta(a, b) about the pool's prompts, and mean and standard deviation of the chance that a group of
+    attempts is informative under them; [N] each.
+    """
+
+    a_N: FloatArray
+    b_N: FloatArray
+    informative_N: FloatArray
+    informative_std_N: FloatArray
+
+    @staticmethod
+    def of(a_N: FloatArray, b_N: FloatArray, group_size: int, *, each_block: EachBlock = map) -> Forecasts:
+        """What these beliefs say of groups of `group_size` attempts."""
+        informative_N, informative_std_N = np.empty(len(a_N)), np.empty(len(a_N))
+
+        def compute(block: slice) -> None:
+            informative_N[block], informative_std_N[block] = informative_moments(a_N[block], b_N[block], group_size)
+
+        for _ in each_block(compute, in_blocks(len(a_N))):
+            pass
+        return Forecasts(a_N, b_N, informative_N, informative_std_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,28 +94,178 @@ class Chosen:
     model_version: int
 
 
-@dataclass(frozen=True, slots=True)
+def picker_of(
+    acquisition: Acquisition,
+    diversity: float,
+    recent_batches: Sequence[IntArray],
+    directions_of: Callable[[IntArray], FloatArray],
+) -> Picker:
+    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own."""
+    if acquisition == "yield":
+        return MostUnlike(Likeness.to(recent_batches, directions_of), tolerance=diversity)
+    if acquisition == "paper":
+        return MaxSum(Likeness.to(recent_batches, directions_of), weight=diversity)
+    return best  # chance, and Thompson sampling as published, heed nothing but the score
+
+
+def rest_of(acquisition: Acquisition, settings: RunSettings, *, n_prompts: int, batch_size: int) -> int:
+    """The rest rule: for how many steps a chosen prompt rests while there are enough others.
+
+    Published acquisitions stay as published: only the yield score needs the rest. A cooldown takes its place.
+    """
+    if acquisition != "yield" or settings.cooldown_steps is not None:
+        return 0
+    return rest_steps(n_prompts, batch_size)
+
+
+def reprobe_share_of(settings: RunSettings) -> float:
+    """As set. Else chance needs no floor for the least recently seen, and Thompson sampling is left as published."""
+    if settings.reprobe_share is not None:
+        return settings.reprobe_share
+    return REPROBE_SHARE if acquisition_of(settings) in ("yield", "paper") else 0.0
+
+
+def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRequest, forecasts: Forecasts) -> Chosen:
+    """Choose a batch.
+
+    Args:
+        settings: The run's, overlaid by what was asked for.
+        forecasts: About all prompts of the state.
+
+    Raises:
+        NotEnoughPrompts: fewer may be selected than were asked for.
+    """
+    acquisition, fallback = _acquisition(state, settings)
+    generator = np.random.default_rng([request.seed, request.step])
+    scores_N = scores(
+        forecasts.a_N,
+        forecasts.b_N,
+        forecasts.informative_N,
+        forecasts.informative_std_N,
+        acquisition=acquisition,
+        target_rate=settings.target_rate,
+        optimism=settings.optimism,
+        generator=generator,
+    )
+    shares = Shares(
+        least=_members(settings.groups, pool, state.n_prompts),
+        most=_members(settings.groups_at_most, pool, state.n_prompts),
+        is_least_strict=request.are_groups_strict,
+        reprobe=reprobe_share_of(settings) if fallback is None else 0.0,
+        control=settings.control_share,
+    )
+    allowed = _allowed(state, settings, request)
+    among = partial(
+        choose,
+        scores_N,
+        forecasts.informative_N,
+        shares=shares,
+        batch_size=request.batch_size,
+        picker=picker_of(acquisition, settings.diversity, state.recent_batches, partial(_directions, state, pool)),
+        generator=generator,
+    )
+    rest = rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=request.batch_size)
+    try:
+        choice = among(_preferred(allowed, state, request, rest=rest, scores_N=scores_N, shares=shares))
+    except NotEnoughPrompts:  # the groups' limits leave too few: do not stop a trainer
+        try:
+            choice = among(Candidates(allowed.eligible_N, allowed.eligible_N, allowed.last_seen_N))
+        except NotEnoughPrompts as error:
+            raise _advised(error, state.n_prompts, settings) from None
+    prompts = choice.prompts
+    return Chosen(
+        choice=replace(choice, n_outstanding=int(allowed.waited_for_N[prompts].sum())),
+        a=forecasts.a_N[prompts],
+        b=forecasts.b_N[prompts],
+        prompt_ids=tuple(pool.prompt_ids[i] for i in prompts),
+        groups=tuple(pool.groups[i] for i in prompts),
+        fallback=fallback,
+        position=state.position,
+        model_version=state.model_version,
+    )
+
+
+def _acquisition(state: State, settings: RunSettings) -> tuple[Acquisition, Fallback | None]:
+    """By which to choose now: chance where the mixture has misled, and why."""
+    acquisition = acquisition_of(settings)
+    if acquisition == "uniform" or not settings.fallback or not PREDICTORS[settings.predictor].is_mixed:
+        return acquisition, None
+    fallback = state.rails.fallback()
+    return acquisition if fallback is None else "uniform", fallback
+
+
+def _members(shares: Mapping[str, float] | None, pool: Pool, n: int) -> dict[str, tuple[float, BoolArray]]:
+    return {group: (share, pool.members(group, n)) for group, share in (shares or {}).items()}
+
+
+def _directions(state: State, pool: Pool, prompts: IntArray) -> FloatArray:
+    assert state.basis is not None  # a pool with a prompt to choose has one
+    return directions(pool.rows(state.basis, prompts))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Allowed:
-    """Who may be chosen: bool [N] each, and int64 [N].
+    """Who may be chosen if need be, bool [N] each, and int64 [N].
 
     Attributes:
-        eligible: Rested if a cooldown is set, below the visit cap, among the candidates.
-        waited_for: Chosen before, and the outcome has not come.
-        resting: Chosen a short while ago, where no cooldown is set.
+        eligible_N: Rested if a cooldown is set, below the visit cap, among the candidates.
+        waited_for_N: Chosen before, and the outcome has not come.
         last_seen_N: Step of the last selection or observation that counts, -1 for never.
     """
 
-    eligible: BoolArray
-    waited_for: BoolArray
-    resting: BoolArray
+    eligible_N: BoolArray
+    waited_for_N: BoolArray
     last_seen_N: IntArray
 
 
-def _members(shares: Mapping[str, float], pool: Pool, n_prompts: int) -> dict[str, tuple[float, BoolArray]]:
-    return {group: (share, pool.members(group, n_prompts)) for group, share in shares.items()}
+def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> _Allowed:
+    waited_for, lost = outstanding(
+        state.outstanding_step_N, step=max(request.step, state.head_step), lease_steps=settings.lease_steps
+    )
+    selected, last_selected = state.selected_N, state.last_selected_N
+    if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
+        selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
+    may = eligible(
+        selected,
+        last_selected,
+        state.visits_N,
+        state.last_step_N,
+        step=request.step,
+        cooldown_steps=settings.cooldown_steps or 0,
+        max_visits=settings.max_visits,
+    )
+    if request.candidates is not None:
+        among = np.zeros(state.n_prompts, dtype=bool)
+        among[request.candidates] = True
+        may &= among
+    may[request.exclude] = False
+    return _Allowed(may, waited_for, np.maximum(last_selected, state.last_step_N))
 
 
-def _in_words(groups_at_most: Mapping[str, float]) -> str:
-    shares = ", ".join(f"{group!r}: {share:g}" for group, share in list(groups_at_most.items())[:5])
-    more = ", ..." if len(groups_at_most) > 5 else ""
-    return f", groups_at_most {{{shares}{more}}}" if groups_at_most else ""
+def _preferred(
+    allowed: _Allowed, state: State, request: SelectionRequest, *, rest: int, scores_N: FloatArray, shares: Shares
+) -> Candidates:
+    """Without those that are waited for, and without those that rest, while there are enough others."""
+
+    def without(held_N: BoolArray, since_N: IntArray, among_N: BoolArray) -> BoolArray:
+        return held_back(among_N, held_N, since_N, scores_N, batch_size=request.batch_size, groups=shares.least)
+
+    here_N = allowed.eligible_N
+    if not request.allow_outstanding:
+        here_N = without(allowed.waited_for_N, state.outstanding_step_N, here_N)
+    resting_N = resting(allowed.last_seen_N, step=request.step, rest=rest)
+    return Candidates(without(resting_N, allowed.last_seen_N, here_N), here_N, allowed.last_seen_N)
+
+
+def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> NotEnoughPrompts:
+    """The same error with what rules prompts out, and what to do."""
+    shares = [f"{group!r}: {share:g}" for group, share in (settings.groups_at_most or {}).items()]
+    more = ", ..." if len(shares) > 5 else ""
+    most = f", groups_at_most {{{', '.join(shares[:5])}{more}}}" if shares else ""
+    return NotEnoughPrompts(
+        asked=error.asked,
+        eligible=error.eligible,
+        group=error.group,
+        advice=f" (pool {n_prompts}, cooldown_steps {settings.cooldown_steps or 0}, max_visits "
+        f"{settings.max_visits or 'none'}{most}): ask for fewer, load more prompts, or loosen what rules them out",
+    )

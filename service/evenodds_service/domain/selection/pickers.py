@@ -1,0 +1,193 @@
+"""Rules by which n prompts are picked from those that may be: the best, the most unlike of the good, or max-sum.
+
+A picker sees scores and features. It knows neither what a score means nor anything of shares, groups and rests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+
+SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
+_ROUNDS = 64
+_FEW = 8
+_SAMPLE, _SAMPLE_MARGIN = 8_192, 32
+
+
+class Picker(Protocol):
+    """Picks n prompts, n at least 1 and at most as many as there are among those given.
+
+    Args:
+        scores_N: Higher is better.
+        ties_N: Drawn uniformly from [0, 1): what is equally good is ordered by it.
+        among_N: Who may be picked.
+
+    Returns:
+        int64 [n], in the order of choice.
+    """
+
+    def __call__(self, scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Likeness:
+    """How alike prompts are, to each other and to the previous batches.
+
+    Attributes:
+        directions_of: Unit feature vectors [n, D] of n prompts.
+        anchor_D: Mean vector of the previous batches: 1 - x'anchor is the mean cosine distance of x to them. None
+            before the first.
+    """
+
+    directions_of: Callable[[IntArray], FloatArray]
+    anchor_D: FloatArray | None
+
+    @staticmethod
+    def to(recent_batches: Sequence[IntArray], directions_of: Callable[[IntArray], FloatArray]) -> Likeness:
+        """The likeness anchored in these batches."""
+        if not len(recent_batches):
+            return Likeness(directions_of, None)
+        return Likeness(directions_of, directions_of(np.concatenate(recent_batches)).mean(axis=0))
+
+
+def best(scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:
+    """The n best by score alone, or all if they are fewer, best first; a picker, also for n = 0."""
+    # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
+    perturbed = scores_N + 1e-9 * ties_N
+    perturbed[~among_N] = -np.inf
+    candidates = at_least_best(perturbed, n)
+    if len(candidates) > n:
+        candidates = candidates[np.argpartition(-perturbed[candidates], n - 1)[:n]] if n else candidates[:0]
+    return candidates[np.lexsort((ties_N[candidates], -scores_N[candidates]))]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MostUnlike:
+    """The most unlike of the good: all whose score is at most `tolerance` below the best one's are equally good.
+
+    A policy that is trained on the batch learns more from unlike prompts that are nearly as good than from the best if
+    these are all alike. Where fewer are that good than are wanted the score alone decides: they are unlike anyway.
+    """
+
+    likeness: Likeness
+    tolerance: float
+
+    def __call__(self, scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:
+        shortlist = _good_enough(scores_N, ties_N, among_N, n, tolerance=self.tolerance)
+        directions_S_D = self.likeness.directions_of(shortlist)
+        worth_S = np.zeros(len(shortlist))
+        return shortlist[greedy_diverse(worth_S, directions_S_D, n, anchor_D=self.likeness.anchor_D, weight=1.0)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaxSum:
+    """The greatest sum of score and unlikeness, as published (GPS Eq. 12-14), over a shortlist of the best scores.
+
+    Attributes:
+        weight: Of unlikeness, as in `greedy_diverse`.
+    """
+
+    likeness: Likeness
+    weight: float
+
+    def __call__(self, scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:
+        shortlist = best(scores_N, ties_N, among_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
+        directions_S_D = self.likeness.directions_of(shortlist)
+        worth_S, anchor_D = scores_N[shortlist], self.likeness.anchor_D
+        return shortlist[greedy_diverse(worth_S, directions_S_D, n, anchor_D=anchor_D, weight=self.weight)]
+
+
+def _good_enough(scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int, *, tolerance: float) -> IntArray:
+    """Those whose score is at most `tolerance` below the best, in random order; at least the n best.
+
+    Of more than a shortlist takes, some by chance: they are as good as each other.
+    """
+    first = best(scores_N, ties_N, among_N, n)
+    if len(first) < n:
+        return first
+    good_N = among_N & (scores_N >= min(scores_N[first[-1]], scores_N[first[0]] - tolerance))
+    return best(ties_N, ties_N, good_N, max(SHORTLIST_FACTOR * n, SHORTLIST_LEAST))
+
+
+def at_least_best(values_N: FloatArray, n: int) -> IntArray:
+    """Indices of the n greatest values and of some more, in ascending order; never of -inf.
+
+    Sorting a few is cheaper than partitioning all: what is clearly too small by a sample is left out first.
+    """
+    stride = len(values_N) // _SAMPLE
+    if stride > 1:
+        sample = values_N[::stride]
+        rank = 2 * n // stride + _SAMPLE_MARGIN
+        if rank < len(sample):
+            threshold = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+            candidates = np.flatnonzero(values_N >= threshold) if threshold > -np.inf else np.zeros(0, np.int64)
+            if len(candidates) >= n:
+                return candidates
+    return np.flatnonzero(values_N > -np.inf)
+
+
+def greedy_diverse(
+    scores_S: FloatArray,
+    directions_S_D: FloatArray,
+    n: int,
+    *,
+    anchor_D: FloatArray | None = None,
+    weight: float = 0.1,
+) -> IntArray:
+    """Greedy max-sum of score and history-anchored diversity (GPS Eq. 12-14; algorithm section 4).
+
+    The marginal gain of a prompt is its score + its mean cosine distance to the chosen + half the mean distance to the
+    previous batches, each scaled so that its spread over the shortlist is `weight` times the scores' spread.
+    Distances to the chosen are brought up to date every n / 64 picks.
+
+    Args:
+        scores_S: [S], best first.
+        directions_S_D: Unit vectors.
+        n: How many to choose, at most S.
+        anchor_D: Mean of the previous batches' unit vectors, or None.
+        weight: At least 0.
+
+    Returns:
+        int64 [n] positions in the shortlist, in the order of choice.
+    """
+    unit = weight * max(float(scores_S.std()), 1e-3)
+    gain = scores_S.astype(np.float64)
+    if anchor_D is not None:
+        gain = gain + 0.5 * unit * _standardised(1.0 - directions_S_D @ anchor_D)
+    per_round = max(1, n // _ROUNDS)
+    order: list[int] = []
+    chosen_sum = np.zeros(directions_S_D.shape[1], dtype=directions_S_D.dtype)
+    while len(order) < n:
+        current = gain.copy()
+        if order:
+            current += unit * _standardised(1.0 - directions_S_D @ chosen_sum / len(order))
+        picks = _greatest(current, min(per_round if order else 1, n - len(order)))
+        order.extend(picks)
+        gain[picks] = -np.inf
+        chosen_sum = chosen_sum + directions_S_D[picks].sum(axis=0)
+    return np.asarray(order, dtype=np.int64)
+
+
+def _greatest(values_S: FloatArray, k: int) -> list[int]:
+    """Positions of the k greatest values, greatest first. Overwrites values."""
+    if k > _FEW:
+        partition = np.argpartition(-values_S, k - 1)[:k]
+        return [int(i) for i in partition[np.argsort(-values_S[partition], kind="stable")]]
+    picks = []
+    for _ in range(k):
+        picks.append(int(np.argmax(values_S)))
+        values_S[picks[-1]] = -np.inf
+    return picks
+
+
+def _standardised(distances_S: FloatArray) -> FloatArray:
+    """Distances in units of their spread; zeros where they do not differ beyond rounding."""
+    centred = distances_S - distances_S.mean()
+    spread = math.sqrt(float(centred @ centred) / len(centred))
+    return np.asarray(centred / spread if spread > 1e-6 else np.zeros_like(centred))

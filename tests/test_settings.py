@@ -1,0 +1,23 @@
+"""Settings are plain values; only the commands ask the environment for them."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from evenodds_service.settings import Settings, settings_from_environment
+
+
+def test_the_environment_counts_where_it_is_asked_for_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVENODDS_LIVE_RUNS", "7")
+    monkeypatch.setenv("EVENODDS_EMBEDDERS", "one, two")
+
+    assert Settings().live_runs == 32
+    assert Settings(max_body_mb=3).allowed_embedders() == ()
+    assert settings_from_environment().live_runs == 7
+    assert settings_from_environment().allowed_embedders() == ("one", "two")
+
+
+def test_what_is_no_setting_is_refused() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Settings(live_run=1)  # type: ignore[call-arg]  # the fault that is tested
