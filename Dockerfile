@@ -4,7 +4,7 @@
 # `python benchmarks/image.py` runs these steps without a container engine.
 FROM python:3.11-slim AS build-api
 WORKDIR /build
-COPY pyproject.toml README.md constraints.txt ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY client client
 COPY service service
 COPY migrations migrations

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all test-kernels test-loaded check audit bench bench-quality demo openapi migration
+.PHONY: setup serve test test-all test-kernels test-loaded check audit bench bench-quality demo wheel openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,9 @@ bench-quality: $(STAMP)  ## EVENODDS_DATA names the folder of recorded success r
 demo: export OMP_NUM_THREADS = 1
 demo: $(STAMP)  ## train a small model by GRPO, its batches chosen by each predictor; SEEDS="0 1" names the seeds
 	$(BIN)/python -m examples.grpo_from_scratch.run $(if $(SEEDS),--seeds $(SEEDS))
+
+wheel: $(STAMP)  ## build wheel and sdist into dist/, and try both in fresh environments of Python 3.10 and 3.11; asks the internet
+	PYTHON=$(BIN)/python .ci/wheel
 
 openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
 	$(BIN)/python -m evenodds_service openapi > openapi.json

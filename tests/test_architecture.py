@@ -63,7 +63,7 @@ def test_every_step_of_a_journey_is_a_function_that_an_earlier_one_calls(journey
 
 
 def test_the_tree_names_what_there_is() -> None:
-    tree = PAGE.partition("```\n")[2].partition("```")[0]
+    tree = PAGE.partition("```text\n")[2].partition("```")[0]
     folders: list[str] = []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2

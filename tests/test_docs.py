@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-LINKED = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", *PAGES]
+LINKED = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *PAGES,
+]
 ALL = "\n".join(page.read_text() for page in PAGES)
 ADDRESS = "http://127.0.0.1:8000"
 OPERATIONS = json.loads((ROOT / "openapi.json").read_text())["paths"]

@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except ModuleNotFoundError as error:
-        return fault(f"{error.name} is not installed: pip install 'evenodds[service]'")
+        return fault(
+            f"{error.name} is not installed: pip install 'evenodds[service]', or in a checkout pip install '.[service]'"
+        )
     except KeyboardInterrupt:
         return 130
 

@@ -26,7 +26,7 @@
         ├── DatabaseUrlUnusable     database_url         the URL names no database that we can use
         ├── StoreUnavailable        store_unavailable    the database did not answer: the call may be repeated
         ├── SchemaMismatch          schema_mismatch      the database has another schema than this release
-        ├── MigrationFailed         migration_failed     a migration was given up, and has changed nothing
+        ├── MigrationFailed         migration_failed     a migration was given up, and nothing is half done
         ├── NaiveDatetime           naive_datetime       a datetime without a time zone (in `storage.tables`)
         ├── RunUnknown              run_unknown          there is no such run
         ├── RunExists               run_exists           a fork must be a new run
@@ -234,7 +234,7 @@ class SchemaMismatch(StoreError):
 
 
 class MigrationFailed(StoreError):
-    """The schema is the old one, or (where the connection broke at the very end) the new one."""
+    """A migration was given up. The schema is the old one, or (where the connection broke at the end) the new one."""
 
     code = "migration_failed"
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
 def metadata(wheel: Path) -> email.message.Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
@@ -68,6 +77,34 @@ def test_the_wheel_holds_client_service_and_migrations_and_nothing_else(wheel: P
     assert "evenodds_service/migrations/env.py" in names
     assert any(name.startswith("evenodds_service/migrations/versions/") for name in names)
     assert not [name for name in names if "tests" in name.split("/") or name.endswith(".pyc")]
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_from_and_builds_the_same_wheel(
+    sdist: Path, wheel: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "built", cwd=unpacked)
+
+    files = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert {name.split("/")[0] for name in names} == {"client", "service", "migrations", *files}
+    assert "migrations/env.py" in names
+    assert any(name.startswith("migrations/versions/") for name in names)
+    (built,) = (tmp_path / "built").glob("*.whl")
+    with zipfile.ZipFile(built) as one, zipfile.ZipFile(wheel) as other:
+        assert set(one.namelist()) == set(other.namelist())
+
+
+def test_the_license_comes_along_and_is_named(wheel: Path, metadata: email.message.Message) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
+        text = archive.read(name).decode()
+
+    assert (metadata["License-Expression"], metadata.get_all("License-File")) == ("Apache-2.0", ["LICENSE"])
+    assert "Apache License" in text
+    assert "Copyright 2026 The Even Odds authors" in text
 
 
 def test_the_base_install_asks_for_httpx_and_pydantic_only(metadata: email.message.Message) -> None:
@@ -89,6 +126,14 @@ def test_the_client_installs_from_the_wheel_and_imports_without_the_rest(wheel: 
     version = wheel.name.split("-")[1]
     assert run(python, "-c", find, *sorted(HEAVY), cwd=tmp_path) == "[]\n"
     assert run(python, "-W", "error", "-c", say, cwd=tmp_path) == f"{version} Client\n"
+    command = python.parent / "evenodds"
+    assert run(command, "--help", cwd=tmp_path).startswith("usage: evenodds")
+    refused = subprocess.run([command, "serve"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "evenodds: uvicorn is not installed: pip install 'evenodds[service]', "
+        "or in a checkout pip install '.[service]'\n",
+    )
 
 
 def test_importing_the_client_loads_nothing_heavy() -> None:
