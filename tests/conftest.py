@@ -10,6 +10,7 @@ import itertools
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def start_service() -> Iterator[Callable[..., Service]]:
     """Starts services over a database of the test's own and migrates it; all are stopped after the test.
 
-    Options: `pool_size` and `timeout_seconds` of the database, `asks_for_keys`, and fields of `Settings`.
+    Options: `pool_size` and `timeout_seconds` of the database, `asks_for_keys` and `clock` of `create_app`, and fields
+    of `Settings`.
     """
     with ExitStack() as stack:
         yield lambda database_url, **options: stack.enter_context(_serving(database_url, **options))
@@ -124,6 +126,7 @@ def _serving(
     pool_size: int = 10,
     timeout_seconds: float = PATIENCE_SECONDS,
     asks_for_keys: bool = False,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Iterator[Service]:
     engine = open_engine(database_url, pool_size=pool_size, timeout_seconds=timeout_seconds)
@@ -134,7 +137,8 @@ def _serving(
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    app = create_app(store, Settings(**{"budget_deadline_ms": 60_000, **settings}), asks_for_keys=asks_for_keys)
+    chosen = Settings(**{"budget_deadline_ms": 60_000, **settings})
+    app = create_app(store, chosen, asks_for_keys=asks_for_keys, clock=clock)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -102,14 +102,14 @@ class Replay:
 
     def answers(self) -> Iterator[tuple[str, str]]:
         """Every selection, forecasts after every tenth step, and the state at the end."""
-        a_product = np.random.default_rng(0).standard_normal((300, 257)).astype(np.float32)
-        yield "a plain product", _hash(a_product.T @ a_product)
+        x = np.random.default_rng(0).standard_normal((300, 257)).astype(np.float32)
+        yield "a plain product", hashed(x.T @ x)
         for entry in self.log.entries:
             if isinstance(entry, SelectEntry):
                 chosen = self.choose(entry.step)
                 choice = chosen.choice
-                bits = (choice.prompts, choice.informative_probabilities, np.array(choice.pad_to or -1))
-                yield f"selection {entry.step}", _hash(*bits, choice.control, chosen.a, chosen.b)
+                yield f"selection {entry.step}", hashed(choice.prompts, choice.control, chosen.a, chosen.b)
+                yield f"its forecast {entry.step}", hashed(choice.informative_probabilities, choice.pad_to or -1)
             self.fold(entry)
             if isinstance(entry, ObserveEntry) and entry.step % 10 == 0:
                 yield from self._forecasts(entry.step)
@@ -117,9 +117,9 @@ class Replay:
 
     def _forecasts(self, step: int) -> Iterator[tuple[str, str]]:
         pool = self.live.beliefs("gps")
-        yield f"forecasts {step}", _hash(*pool, *informative_moments(*pool, GROUP_SIZE))
+        yield f"forecasts {step}", hashed(*pool, *informative_moments(*pool, GROUP_SIZE))
         among = self.live.new_beliefs("gps", _NEW, block(_NEW, 0, len(_NEW)))
-        yield f"forecasts of new texts {step}", _hash(*among)
+        yield f"forecasts of new texts {step}", hashed(*among)
         some = np.random.default_rng(step).integers(0, self.live.state.n_prompts, 3)
         alone = [np.concatenate(self.live.beliefs("gps", rows)) for rows in some[:, None]]
         first = self.live.new_beliefs("gps", _NEW[:1], block(_NEW, 0, 1))
@@ -128,7 +128,8 @@ class Replay:
         yield f"alone as in company {step}", str(is_alike)
 
 
-def _hash(*arrays: Any) -> str:
+def hashed(*arrays: Any) -> str:
+    """Of the bits of these arrays."""
     return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 

@@ -90,7 +90,7 @@ def test_a_prompt_keeps_what_it_came_with(caller: Caller) -> None:
     caller.load([prompt])
 
     (stored,) = caller.client.prompts(caller.run)
-    assert stored.model_dump() == prompt
+    assert stored.model_dump() == {**prompt, "group": "arithmetic"}
     state = caller.client.prompt(caller.run, "a")
     assert state.model_dump(include=set(prompt)) == prompt
     assert (state.visits, state.last_step, state.history) == (0, None, ())

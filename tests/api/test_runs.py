@@ -164,7 +164,7 @@ def test_shares_that_conflict_with_what_stands_are_refused(caller: Caller) -> No
     assert (problem.status, problem.code) == (409, "shares_conflict")
     assert problem.detail == (
         "category 'math' is to get at least 0.5 of a batch (categories) and at most 0.25 (categories_at_most): lower "
-        "raise the other"
+        "the one or raise the other"
     )
 
 

@@ -80,7 +80,7 @@ def test_a_least_share_above_the_runs_largest_is_a_conflict(caller: Caller, pool
     assert (problem.status, problem.code) == (409, "shares_conflict")
     assert problem.detail == (
         "category 'hard' is to get at least 0.5 of a batch (categories) and at most 0.25 (categories_at_most): lower "
-        "raise the other"
+        "the one or raise the other"
     )
 
 

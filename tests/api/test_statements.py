@@ -66,7 +66,7 @@ class Trainer:
 
 @pytest.fixture
 def trainer(database_url: str) -> Iterator[Trainer]:
-    """With eight prompts in the pool, and a step done."""
+    """With eight prompts in the pool, and a step done: the process has read the run with its prompts."""
     engine = open_engine(database_url)
     upgrade(engine)
     trainer = Trainer(engine)
@@ -74,7 +74,7 @@ def trainer(database_url: str) -> Iterator[Trainer]:
     prompts = [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(8)]
     trainer.http.post("/runs/math/prompts", json={"prompts": prompts}).raise_for_status()
     trainer.cost("/select_batch", step=0, batch_size=2)
-    trainer.cost("/observe", step=0, request_id="0", observations=[seen("p0")])
+    trainer.cost("/observe", step=0, request_id="0", observations=[seen("p0"), seen("first", text="Who is first?")])
     yield trainer
     engine.dispose()
 

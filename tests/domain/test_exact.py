@@ -61,7 +61,7 @@ def test_a_gram_matrix_is_the_same_in_any_order_and_symmetric(seed: int, n: int,
 def test_columns_multiply_whole_numbers_without_rounding(seed: int, k: int, m: int) -> None:
     rng = np.random.default_rng(seed)
     x = np.rint(rng.uniform(-(2**20), 2**20, size=(5, k)))
-    columns = exact.Columns(matrix(rng, k, m), x_bits=20)
+    columns = exact.Columns.of(matrix(rng, k, m), x_bits=20)
 
     found = columns.times(x)
 

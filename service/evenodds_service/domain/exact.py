@@ -14,6 +14,7 @@ same arrays, and along the last axis of rows; `in_order` where few prompts and m
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -82,21 +83,26 @@ def gram(x_n_k: FloatArray, *, is_rough: bool = False) -> FloatArray:
     return np.asarray(whole * (unit * unit.T))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Columns:
     """A matrix y [k, m] that many x are multiplied with, where single precision is enough: one product, not three.
 
-    Args:
-        y_k_m: Finite.
-        x_bits: How many bits the whole numbers in x may have; y gets the rest.
+    Attributes:
+        whole_k_m: y in whole numbers of each column's unit.
+        unit_m: These units, powers of two.
     """
 
-    def __init__(self, y_k_m: FloatArray, *, x_bits: int) -> None:
-        spare = MANTISSA - x_bits - _sum_bits(len(y_k_m))
-        self.whole_k_m, unit = whole_numbers(y_k_m, spare, axis=0)
-        self.unit_m: FloatArray = unit[0]
+    whole_k_m: FloatArray
+    unit_m: FloatArray
+
+    @staticmethod
+    def of(y_k_m: FloatArray, *, x_bits: int) -> Columns:
+        """The columns of a finite matrix, for whole numbers x of at most 2^x_bits; y gets the bits that are left."""
+        whole, unit = whole_numbers(y_k_m, MANTISSA - x_bits - _sum_bits(len(y_k_m)), axis=0)
+        return Columns(whole, unit[0])
 
     def times(self, x_n_k: FloatArray) -> FloatArray:
-        """x y in units of `unit_m`, float64 [n, m], for whole numbers x of at most 2^x_bits: without any rounding."""
+        """x y in units of `unit_m`, float64 [n, m], for whole numbers x: without any rounding."""
         return np.asarray(x_n_k @ self.whole_k_m)
 
 

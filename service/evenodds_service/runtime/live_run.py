@@ -30,7 +30,7 @@ from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, select
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
-from evenodds_service.errors import CheckpointUnusable, RunUnknown, SnapshotUnusable, UnknownPrompts
+from evenodds_service.errors import CheckpointUnusable, RunUnknown, SnapshotUnusable, StoreError, UnknownPrompts
 from evenodds_service.model.embedder import storage_name
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
@@ -45,12 +45,26 @@ PACKED = 8_192
 _BLOCK = 10_000
 
 
-class LiveRun:
-    """State, pool and shared model of one run, and the lock that serialises access to them.
+CHECKPOINT_EVERY = 500
+"""Log entries between two checkpoints that a process saves which only folds: about a second of folding at the next
+start."""
 
-    `void_position` is that of the newest rewind or retract that the state knows of. Whoever chooses a batch and
-    records it holds `selecting` meanwhile, so that the next one knows what is outstanding; and the arrays of many
-    choices at once over a large pool would not fit.
+
+class LiveRun:
+    """State, pool and shared model of one run.
+
+    Who locks: Whoever reads or folds holds `lock`; nobody holds it while a batch is chosen or a checkpoint is packed,
+    since a copy of the state serves as well. Whoever chooses a batch and records it holds `selecting` meanwhile, so
+    that the next one knows what is outstanding, and because the arrays of many choices at once over a large pool would
+    not fit. `selecting` is taken before `lock`, and the database's locks are taken after both.
+
+    What may be stale: The state is that of the log at `state.position` and says nothing of what came later: an answer
+    that has to be exact begins with `catch_up` to a run that was read after the question. What never changes serves at
+    any age: a prompt's index, and its features. `void_position` is that of the newest rewind or retract that the state
+    knows of: a run that shows a newer one makes it fold again.
+
+    What it costs: Nothing here writes to the log. Whoever appended hands the entries over instead of reading them back.
+    A checkpoint is only a way to start sooner: it may be missing, old or refused, and the answers stay the same.
 
     Args:
         each_block: Spreads the computation of a choice over threads, as an executor's map does.
@@ -66,6 +80,8 @@ class LiveRun:
         self.model: SharedModel | None = None
         self.void_position = 0
         self._is_started = False
+        self._saved_position = 0  # of the newest checkpoint that this process knows of
+        self._is_saving = threading.Lock()
 
     def catch_up(self, store: Store, run: Run, *, written: Sequence[Entry] = ()) -> None:
         """Fold the log's tail up to the position that `run` shows; the first time, from the newest checkpoint on.
@@ -101,9 +117,11 @@ class LiveRun:
         self.state, self.model = State(), None
         self.pool.reserve(run.n_prompts)
         checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
+        self._saved_position = 0
         if checkpoint is not None:
             try:
                 self.state = from_bytes(checkpoint[1])
+                self._saved_position = checkpoint[0]
             except CheckpointUnusable as error:
                 logger.warning("run %r: %s; folding its log from the beginning", run.name, error)
             self._extend_pool(store, self.state.n_prompts, embedder)
@@ -120,13 +138,40 @@ class LiveRun:
         """
         features = _packing(vector_name(run.settings))
         with self.lock:
-            position, state, n = self.state.position, to_bytes(self.state), self.state.n_prompts
+            state = copied(self.state)
+        position, n = state.position, state.n_prompts
         for first in range(store.packed_until(self.run_id, features=features), n - PACKED + 1, PACKED):
             last = first + PACKED
             with self.lock:
-                content = block_to_bytes(self.pool.raw(first, last))
-            store.save_packed_block(self.run_id, content, first=first, last=last, features=features)
-        store.save_checkpoint(self.run_id, position=position, state=state, now=now)
+                block = self.pool.raw(first, last)
+            store.save_packed_block(self.run_id, block_to_bytes(block), first=first, last=last, features=features)
+        store.save_checkpoint(self.run_id, position=position, state=to_bytes(state), now=now)
+        self._saved_position = position
+
+    def save_behind(self, store: Store, run: Run, *, now: datetime) -> None:
+        """Save in a thread of its own where much was folded since the newest checkpoint. Returns at once.
+
+        Best effort: what fails is logged and tried again with the entries that follow.
+        """
+        if self.state.position - self._saved_position < CHECKPOINT_EVERY or not self._is_saving.acquire(blocking=False):
+            return
+        threading.Thread(target=self._save_if_due, args=(store, run, now), name="checkpoint", daemon=True).start()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a thread is at it."""
+        return self._is_saving.locked()
+
+    def _save_if_due(self, store: Store, run: Run, now: datetime) -> None:
+        try:
+            # A worker or another service may have saved one meanwhile.
+            self._saved_position = max(self._saved_position, store.newest_checkpoint_position(self.run_id))
+            if self.state.position - self._saved_position >= CHECKPOINT_EVERY:
+                self.save(store, run, now=now)
+        except StoreError as error:
+            logger.warning("run %r: no checkpoint saved: %s", run.name, error)
+        finally:
+            self._is_saving.release()
 
     def _extend_pool(self, store: Store, n_prompts: int, embedder: str | None) -> None:
         while n_prompts - self.pool.n >= PACKED:

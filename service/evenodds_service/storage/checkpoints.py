@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 
 from evenodds_service.storage.runs import keep_run, lock_run
 from evenodds_service.storage.tables import checkpoints
@@ -46,6 +46,12 @@ class CheckpointMethods(Transactions):
         except _Outdated:
             return False
         return True
+
+    def newest_checkpoint_position(self, run_id: int) -> int:
+        """Log position of the newest checkpoint; 0 where there is none."""
+        statement = select(func.max(checkpoints.c.position)).where(checkpoints.c.run_id == run_id)
+        with self._reading() as connection:
+            return connection.execute(statement).scalar() or 0
 
     def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
         """Log position and state of the newest checkpoint, of those up to `at_most` if it is given."""

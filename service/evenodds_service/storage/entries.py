@@ -172,8 +172,8 @@ def _select_entry(row: RowMapping, body: Mapping[str, Any], prompts: IntArray) -
 
 def voided_rows(stored: str | None, *, as_of: int | None = None) -> list[int]:
     """Which observations of an entry were voided alone, up to log position `as_of`."""
-    voids = json.loads(stored) if stored is not None else []
-    return [row for position, rows in voids if _counts_by(position, as_of) for row in rows]
+    marked = json.loads(stored) if stored is not None else []
+    return [row for position, rows in marked if _counts_by(position, as_of) for row in rows]
 
 
 def _counts_by(voided_at: int | None, as_of: int | None) -> bool:

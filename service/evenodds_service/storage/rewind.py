@@ -24,7 +24,7 @@ from evenodds_service.storage.values import Run, Voided
 _PAGE = 1_000
 
 
-class VoidMethods(Transactions):
+class RewindMethods(Transactions):
     def rewind(self, run_id: int, *, step: int, now: datetime) -> Voided:
         """Void every observation and selection with a step above `step`. Without any, nothing is written.
 
@@ -78,7 +78,7 @@ class VoidMethods(Transactions):
 
 
 def rewind_run(connection: Connection, run: Run, *, step: int, now: datetime) -> Voided:
-    """See `VoidMethods.rewind`. The caller holds the run's lock."""
+    """See `RewindMethods.rewind`. The caller holds the run's lock."""
     position = run.log_position + 1
     is_later = and_(log.c.run_id == run.id, log.c.voided_at.is_(None), log.c.step > step)
     found = _mark_entries(connection, is_later, position)
@@ -129,13 +129,13 @@ def _mark_rows(
                 continue
             total += len(hit)
             is_whole = len(hit) == row.n_observations
-            voids = [*json.loads(row.voided_rows or "[]"), [position, hit]]
+            marked = [*json.loads(row.voided_rows or "[]"), [position, hit]]
             marks.append(
                 {
                     "of_run": row.run_id,
                     "at": row.position,
                     "whole": position if is_whole else None,
-                    "rows": row.voided_rows if is_whole else compact_json(voids),
+                    "rows": row.voided_rows if is_whole else compact_json(marked),
                     "left": row.n_observations if is_whole else row.n_observations - len(hit),
                 }
             )

@@ -1,15 +1,7 @@
-"""What it remembers: runs, pools, the log, selections, refits, snapshots and checkpoints.
-
-Every method is one transaction: frozen values in, frozen values out; no session leaves this room. A method
-that writes takes the write lock first: SQLite's as the transaction begins, so that a read lock never has to
-be upgraded; on PostgreSQL the row of the run, so that log positions are gapless and a reader which has seen
-position p has seen everything up to p. `now` is an argument: the store has no clock.
-
-How long a method waits for a slow database is its engine's matter (engine.py, `Patience`). What grows with the pool or
-the log (loads, forks, rewinds, retractions, deletions) may work for minutes, but waits for others no longer than any.
+"""What the service remembers: runs, pools, the log, selections, refits, snapshots and checkpoints.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py, voids.py, forks.py.
+keys.py, rewind.py, forks.py.
 """
 
 from __future__ import annotations
@@ -20,7 +12,7 @@ from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
-from evenodds_service.storage.rewind import VoidMethods
+from evenodds_service.storage.rewind import RewindMethods
 from evenodds_service.storage.runs import RunMethods
 from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
@@ -64,13 +56,38 @@ class Store(
     SelectionMethods,
     RefitMethods,
     CheckpointMethods,
-    VoidMethods,
+    RewindMethods,
     ForkMethods,
     KeyMethods,
 ):
     """The store of one database, safe to share between threads.
 
-    Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the
-    call may then be repeated. Errors that a caller can handle stand with each method, all of them in
-    `errors.py`.
+    One method, one transaction: Frozen values go in and come out, and no session leaves this room. Either all that a
+    method writes is there afterwards, or nothing. `now` is an argument: the store has no clock.
+
+    Who locks: A transaction that writes starts by writing or by taking the lock to write. On SQLite that is the
+    database's only write lock, taken as the transaction begins, so that no read lock ever has to be upgraded. On
+    PostgreSQL it is the row of the run; whoever needs more rows takes the run's first, so that nobody deadlocks.
+    Features, models and choices are computed before: no transaction is open meanwhile.
+
+    The log: Positions are given under that lock and have no gaps. Whoever has seen position p has seen everything up to
+    p, on every replica. An append is acknowledged after its commit, and what was acknowledged is in the next read of
+    anybody. Entries never change; a rewind or retract marks what it voids with its own position, so that the log can be
+    read as it stood at any position.
+
+    Repetition: What names itself (a report by its request id, a batch by its step, a prompt by its id) is written once.
+    The look for an earlier one and the write are under the same lock. A repetition writes nothing, takes no position,
+    and is answered as the first time.
+
+    What may be stale: A value that a method returned is true of its moment. A caller may act on an old one where that
+    cannot mislead: a prompt keeps its index for ever, a run its id, and a pool its embedder. Whatever else a decision
+    rests on is looked at again under the lock (`chosen_at` of a batch, the claim of a refit), and refused if it is
+    outdated.
+
+    How long: A method waits for a slow database as its engine says (engine.py, `Patience`). What grows with the pool
+    or the log (loads, forks, rewinds, retractions, deletions) may work for minutes, but waits for others no longer than
+    any.
+
+    Failures: Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the
+    call may then be repeated. Errors that a caller can handle stand with each method, all of them in `errors.py`.
     """

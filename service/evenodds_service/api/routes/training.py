@@ -43,7 +43,7 @@ from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import new_prompt
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import LiveRuns
-from evenodds_service.storage.store import Appended, NewSelection, Run, Written
+from evenodds_service.storage.store import Appended, NewSelection, Run, Store, Written
 from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def observe(body: ObserveRequest, services: Dependencies, afterwards: Background
     """
     appended = _append(body, services)
     if appended.written is not None:
-        afterwards.add_task(_keep_up, services.live_runs, appended.written)
+        afterwards.add_task(_keep_up, services.store, services.live_runs, appended.written)
     return ObserveReply(
         run=body.run,
         log_position=appended.log_position,
@@ -132,12 +132,14 @@ def _observed(item: Observation, prompt: int | str) -> NewObservation:
     return NewObservation.of_counts(prompt, item.successes or 0.0, item.attempts or 1)
 
 
-def _keep_up(live_runs: LiveRuns, written: Written) -> None:
+def _keep_up(store: Store, live_runs: LiveRuns, written: Written) -> None:
     """Fold in what was acknowledged while the trainer goes on, so that its next question finds it done."""
     try:
-        live_runs.fold(written.run, written.entries)
+        live = live_runs.fold(written.run, written.entries)
     except StoreError as error:  # whoever asks next meets it, or does not
         logger.info("run %r: not folded ahead of time: %s", written.run.name, error)
+    else:
+        live.save_behind(store, written.run, now=now())
 
 
 @router.post("/predict", summary="Predict success rates", response_model=PredictReply)

@@ -228,7 +228,7 @@ class Basis:
     _components: exact.Columns = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_components", exact.Columns(self.components_D_P, x_bits=_EMBEDDING_BITS))
+        object.__setattr__(self, "_components", exact.Columns.of(self.components_D_P, x_bits=_EMBEDDING_BITS))
 
     @property
     def n_surface(self) -> int:

@@ -123,7 +123,7 @@ class OnlineLogistic:
 
     def log_odds(self, x_N_d: FloatArray) -> FloatArray:
         """Log-odds of success at the most likely weights, [N]. In single precision; alike in any company."""
-        weights = exact.Columns(self.weights[:, None], x_bits=FEATURE_BITS)
+        weights = exact.Columns.of(self.weights[:, None], x_bits=FEATURE_BITS)
         log_odds = np.empty(len(x_N_d), dtype=np.float32)
         for rows in _blocks(len(x_N_d)):
             log_odds[rows] = weights.times(_in_steps(x_N_d[rows]))[:, 0] * (weights.unit_m[0] * FEATURE_STEP)
@@ -149,7 +149,7 @@ class OnlineLogistic:
         products = self._products
         if products is None:
             factors = np.concatenate((exact.inverse_factor(self.precision).T, self.weights[:, None]), axis=1)
-            products = self._products = exact.Columns(factors, x_bits=FEATURE_BITS)
+            products = self._products = exact.Columns.of(factors, x_bits=FEATURE_BITS)
         rates = np.empty(len(x_N_d), dtype=np.float32)
         units = products.unit_m * FEATURE_STEP
         for rows in _blocks(len(x_N_d)):

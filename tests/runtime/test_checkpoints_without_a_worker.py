@@ -1,0 +1,114 @@
+"""A service without a worker saves checkpoints too: who starts again does not fold the whole log."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from sqlalchemy import Engine, text
+from tests.commands.test_command_line import serve
+from tests.waiting import until
+
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.prompts import NewPrompt
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime.live_run import CHECKPOINT_EVERY, LiveRun
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.store import Run, Store
+
+if TYPE_CHECKING:
+    from tests.commands.test_command_line import Server
+
+__all__ = ["serve"]  # a fixture
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = open_engine(database_url)
+    upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+def grown(store: Store, n: int) -> Run:
+    """The run `math` with three prompts and a log of n entries."""
+    run, is_new = store.put_run("math", RunSettings(embedder="none"), now=NOW)
+    if is_new:
+        store.add_prompts(run.id, [NewPrompt(name) for name in "abc"], embedder="none", now=NOW)
+    for step in range(store.run("math").log_position, n):
+        store.append_observations(run.id, Outcomes(step, [NewObservation.of_counts(step % 3, step % 5, 8)]), now=NOW)
+    return store.run("math")
+
+
+def test_a_killed_service_starts_again_from_its_own_checkpoint(
+    database_url: str, engine: Engine, serve: Callable[..., Server]
+) -> None:
+    store = Store(engine)
+    run = grown(store, CHECKPOINT_EVERY)
+    observation = {"prompt_id": "a", "successes": 3, "attempts": 8}
+    report = {"run": "math", "step": CHECKPOINT_EVERY, "observations": [observation]}
+    question = {"run": "math", "prompts": [{"prompt_id": name} for name in "abc"]}
+    server = serve(EVENODDS_DATABASE_URL=database_url)
+    with httpx.Client(base_url=server.base_url, timeout=60) as http:
+        http.post("/observe", json=report).raise_for_status()
+        told = http.post("/predict", json=question).raise_for_status().json()
+    until(lambda: store.newest_checkpoint_position(run.id) > CHECKPOINT_EVERY, "a checkpoint")
+
+    server.end(signal.SIGKILL)
+    with engine.begin() as connection:  # whoever reads what was folded fails
+        connection.execute(text("UPDATE log SET body = 'gone' WHERE kind = 'observe'"))
+    again = serve(EVENODDS_DATABASE_URL=database_url)
+
+    with httpx.Client(base_url=again.base_url, timeout=60) as http:
+        assert http.post("/predict", json=question).raise_for_status().json() == told
+
+
+def test_a_checkpoint_is_saved_when_enough_was_folded_and_none_by_another(engine: Engine) -> None:
+    store = Store(engine)
+    run = grown(store, CHECKPOINT_EVERY - 1)
+    live = LiveRun(run.id)
+
+    def keep_up(run: Run) -> int:
+        """Position of the newest checkpoint afterwards."""
+        live.catch_up(store, run)
+        live.save_behind(store, run, now=NOW)
+        until(lambda: not live.is_saving, "the end of the saving")
+        return store.newest_checkpoint_position(run.id)
+
+    assert keep_up(run) == 0
+    assert keep_up(grown(store, CHECKPOINT_EVERY)) == CHECKPOINT_EVERY
+    assert keep_up(grown(store, 2 * CHECKPOINT_EVERY - 1)) == CHECKPOINT_EVERY
+    store.save_checkpoint(run.id, position=2 * CHECKPOINT_EVERY - 2, state=b"of another", now=NOW)
+    assert keep_up(grown(store, 2 * CHECKPOINT_EVERY)) == 2 * CHECKPOINT_EVERY - 2
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_tried_again(
+    database_url: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = grown(Store(engine), CHECKPOINT_EVERY)
+    impatient = open_engine(database_url, timeout_seconds=0.5)
+    store, live = Store(impatient), LiveRun(run.id)
+    live.catch_up(store, run)
+
+    with engine.begin() as connection:  # nobody else writes
+        connection.execute(text("UPDATE runs SET name = name"))
+        connection.execute(text("DELETE FROM checkpoints"))
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("LOCK TABLE checkpoints IN EXCLUSIVE MODE"))
+        live.save_behind(store, run, now=NOW)
+        until(lambda: not live.is_saving, "the end of the saving")
+    failed = store.newest_checkpoint_position(run.id), caplog.text
+    live.save_behind(store, run, now=NOW)
+    until(lambda: not live.is_saving, "the end of the saving")
+
+    assert failed[0] == 0
+    assert "run 'math': no checkpoint saved" in failed[1]
+    assert store.newest_checkpoint_position(run.id) == CHECKPOINT_EVERY
+    impatient.dispose()
