@@ -28,6 +28,9 @@ AFTER_STEP = 20
 """The least difference to uniform is looked for after this step: before it, arms have hardly parted."""
 
 
+FEW_SEEDS = 2
+
+
 class Run(Protocol):
     """What is read of a `trainings.Run`."""
 
@@ -265,7 +268,7 @@ def _signed(value: object) -> str:
 def picture(by_regime: Mapping[str, Runs], titles: Mapping[str, str], arms: Sequence[str], path: Path) -> None:
     """Gain in accuracy against steps and groups rolled out, a column for each regime.
 
-    The band of an arm is the 95% interval of its paired difference to uniform.
+    The band of an arm is the 95% interval of its paired difference to uniform; of two seeds it would hide all others.
     """
     mpl.use("Agg")
     figure, axes = pyplot.subplots(
@@ -281,16 +284,17 @@ def picture(by_regime: Mapping[str, Runs], titles: Mapping[str, str], arms: Sequ
             n = min(len(gain), theirs.accuracy.shape[1])
             bounds = [paired(column_) for column_ in (ours.accuracy[:, :n] - theirs.accuracy[:, :n]).T]
             reach = np.array([0.0 if math.isnan(each.high) else each.high - each.value for each in bounds])
-            colour = f"C{number % 10}"
+            colour = mpl.colormaps["tab20"]((2 * number + number // 10) % 20)  # strong ones first, then the light
             for axis, x in ((axes[0, column], ours.steps), (axes[1, column], ours.spent["groups"].mean(axis=0))):
-                axis.plot(x, gain, color=colour, label=f"{arm} ({len(seeds)})", linewidth=2 if arm == BASELINE else 1.2)
-                if arm != BASELINE:
+                axis.plot(x, gain, color=colour, label=arm, linewidth=2 if arm == BASELINE else 1.2)
+                if arm != BASELINE and len(seeds) > FEW_SEEDS:
                     axis.fill_between(x[:n], gain[:n] - reach, gain[:n] + reach, color=colour, alpha=0.12, linewidth=0)
         axes[0, column].set(title=f"{regime}: {titles[regime]}", xlabel="steps", ylabel="gain in held-out accuracy")
         axes[1, column].set(xlabel="groups rolled out", ylabel="gain in held-out accuracy")
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
-        axes[0, column].legend(fontsize=7)
+    named = {str(line.get_label()): line for axis in axes[0] for line in axis.lines}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
