@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, ConfigurationError, Forbidden, PromptSelector, Unauthorized
+from evenodds.schemas import Problem
+from evenodds_service.api.app import create_app
 from evenodds_service.api.middleware.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
+from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
-from evenodds_service.storage.store import Scope, Store
+from evenodds_service.storage.store import ApiKey, Scope, Store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -306,3 +310,20 @@ def test_keys_are_kept_through_an_outage_of_the_database(tmp_path: Path) -> None
     now[0] = 60.0
 
     assert asyncio.run(ring.check(secret, "GET", "/runs")).name == "kept"
+
+
+def test_a_database_that_is_away_before_the_keys_were_ever_read_is_told_as_everywhere(tmp_path: Path) -> None:
+    class Away(Store):
+        def api_keys(self) -> tuple[ApiKey, ...]:
+            raise StoreUnavailable("the database is away")
+
+    engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
+    app = create_app(Away(engine), asks_for_keys=True)
+
+    with TestClient(app, base_url="http://service", raise_server_exceptions=False) as http:
+        reply = http.get("/runs", headers={"Authorization": "Bearer eo_any"})
+
+    engine.dispose()
+    problem = Problem.model_validate_json(reply.content)
+    assert (reply.status_code, problem.code, problem.detail) == (503, "store_unavailable", "the database is away")
+    assert reply.headers["retry-after"] == "1"
