@@ -19,7 +19,7 @@ from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model.history import History
-from evenodds_service.model.ngrams import ngram_matrix
+from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
 from evenodds_service.model.refit import Material, fit_shared_model, gather
 from evenodds_service.model.snapshot import FORMAT, SharedModel
 from evenodds_service.model.surface import surface_features
@@ -262,6 +262,19 @@ def test_a_snapshot_of_another_format_is_refused(model: SharedModel) -> None:
     message = f"^the snapshot has format {FORMAT + 1}, this release reads {FORMAT}: refit the run$"
     with pytest.raises(SnapshotUnusable, match=message):
         SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
+
+
+def test_a_snapshot_of_other_columns_is_refused_with_both_names(model: SharedModel) -> None:
+    arrays = load(model.to_bytes())
+    header = json.loads(arrays["header"].tobytes()) | {"ngrams": "ngrams/0"}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+
+    with pytest.raises(SnapshotUnusable) as caught:
+        SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
+
+    assert str(caught.value) == (
+        f"the snapshot was fitted on columns 'ngrams/0', this release has {NGRAMS!r}: refit the run"
+    )
 
 
 def test_priors_cross_in_half_precision() -> None:

@@ -58,6 +58,7 @@ class SharedModel:
         header = {
             "format": FORMAT,
             "embedder": self.embedder,
+            "ngrams": ngrams.NGRAMS,
             "group_size": self.group_size,
             "report": dict(self.report),
             "basis": basis,
@@ -79,7 +80,8 @@ class SharedModel:
             embedder: Under which name the vectors are stored that it is to be used with.
 
         Raises:
-            SnapshotUnusable: no snapshot, one of another format, or one that was fitted on another embedder.
+            SnapshotUnusable: no snapshot, one of another format, or one that was fitted on another embedder or on other
+                columns of n-grams.
         """
         try:
             arrays = load(content)
@@ -93,6 +95,11 @@ class SharedModel:
             raise SnapshotUnusable(
                 f"the snapshot was fitted on embedder {header['embedder']!r}, the run's vectors come from "
                 f"{embedder!r}: refit the run"
+            )
+        columns = header.get("ngrams", "ngrams/1")  # snapshots that do not say were fitted on the first ones
+        if columns != ngrams.NGRAMS:
+            raise SnapshotUnusable(
+                f"the snapshot was fitted on columns {columns!r}, this release has {ngrams.NGRAMS!r}: refit the run"
             )
         parts: dict[str, dict[str, Weights]] = {}
         for path, array in arrays.items():
