@@ -209,9 +209,8 @@ def exp(x: FloatArray | float) -> FloatArray:
     x = np.asarray(x)
     if x.dtype != np.float32:
         x = x.astype(np.float64)
-    _, fraction, one, magic, most = _LAYOUT[x.dtype]
+    integers, fraction, one, magic, most = _LAYOUT[x.dtype]
     kind = x.dtype.type
-    integers = _LAYOUT[x.dtype][0]
     limited = np.clip(x, kind(-most), kind(most))
     shifted = limited * kind(_PER_LN2) + kind(magic)
     times = shifted - kind(magic)

@@ -82,9 +82,9 @@ class Mixture:
 
     def weights(self) -> FloatArray:
         """Effective weights [C, S, L] with the guard's share in MoPPS's corner; they sum to 1."""
-        *weights_K, odds_against = exact.exp(np.append(self.log_weights, min(-self.log_guard, 700.0)))
-        guard = 1.0 / (1.0 + float(odds_against))
-        weights = np.reshape(weights_K, self.log_weights.shape) * (1.0 - guard)
+        powers = exact.exp(np.append(self.log_weights, min(-self.log_guard, 700.0)))
+        guard = 1.0 / (1.0 + float(powers[-1]))
+        weights = np.asarray(powers[:-1].reshape(self.log_weights.shape) * (1.0 - guard))
         weights[_MOPPS] += guard
         return weights
 
