@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.waiting import until
 
 from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import WRITES, open_engine, translated_faults
@@ -33,28 +32,6 @@ CREATE FUNCTION stall_schema() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGI
     WHILE NOT pg_try_advisory_xact_lock({_KEY}) LOOP PERFORM pg_sleep(0.01); END LOOP;
 END $$
 """
-
-
-@contextmanager
-def in_background(work: Callable[[], object]) -> Iterator[None]:
-    """The body runs while `work` does; leaving waits for its end and passes on what it raised."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join(timeout=PATIENCE_SECONDS)
-    assert not thread.is_alive()
-    if raised:
-        raise raised[0]
 
 
 @contextmanager

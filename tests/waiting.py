@@ -6,8 +6,10 @@ The limits are for a machine with far more to do than this test: on an idle one 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,3 +43,25 @@ async def until_awaited(condition: Callable[[], T], what: str, *, seconds: float
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}; the last answer is {answer!r}"
         await asyncio.sleep(_PAUSE_SECONDS)
     return answer
+
+
+@contextmanager
+def in_background(work: Callable[[], object]) -> Iterator[None]:
+    """The body runs while `work` does; leaving waits for its end and passes on what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(timeout=PATIENCE_SECONDS)
+    assert not thread.is_alive()
+    if raised:
+        raise raised[0]

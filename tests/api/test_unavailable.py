@@ -15,8 +15,8 @@ import psycopg
 import pytest
 from benchmarks.bad_weather import RUNS, Writers, count, postgresql, prepare
 from sqlalchemy import Engine, text
-from tests.slow_database import REQUEST_SECONDS, in_background
-from tests.waiting import PATIENCE_SECONDS, until, until_awaited
+from tests.slow_database import REQUEST_SECONDS
+from tests.waiting import PATIENCE_SECONDS, in_background, until, until_awaited
 
 from evenodds import Client, Problem
 from evenodds_service.errors import MigrationFailed

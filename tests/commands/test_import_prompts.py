@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import text
-from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, stalls
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.slow_database import REQUEST_SECONDS, outlast_a_request, stalls
+from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds import Client
 from evenodds_service.__main__ import main

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, inspect, text
-from tests.slow_database import in_background, outlast_a_request, request_engine, stalls
-from tests.waiting import PATIENCE_SECONDS
+from tests.slow_database import outlast_a_request, request_engine, stalls
+from tests.waiting import PATIENCE_SECONDS, in_background
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import MigrationFailed

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from tests.slow_database import REQUEST_SECONDS, in_background, outlast_a_request, request_engine, stalls
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.slow_database import REQUEST_SECONDS, outlast_a_request, request_engine, stalls
+from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import StoreUnavailable

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds_service.domain.prompts import Prompt
 from evenodds_service.errors import StoreUnavailable
@@ -20,26 +20,6 @@ from evenodds_service.storage.store import Store
 if TYPE_CHECKING:
     from tests.conftest import Service
     from tests.worker.conftest import Bench
-
-
-@contextmanager
-def in_background(work: Callable[[], object]) -> Iterator[None]:
-    """The body runs while `work` does; leaving waits for its end and passes on what it raised."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield
-    thread.join(PATIENCE_SECONDS)
-    assert not thread.is_alive()
-    if raised:
-        raise raised[0]
 
 
 def model_bytes(bench: Bench, name: str, version: int) -> SharedModel:
