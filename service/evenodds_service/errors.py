@@ -6,7 +6,9 @@
     │   ├── KeyInvalid           key_invalid           the key is unknown here, or was revoked
     │   ├── ScopeMissing         scope_missing         the key may not make calls of this kind
     │   ├── RunForbidden         run_forbidden         the key is bound to other runs
-    │   └── RateLimited          rate_limited          the key has made its requests of this minute
+    │   ├── RateLimited          rate_limited          the key has made its requests of this minute
+    │   ├── HostRefused          host_refused          the request names another host than this service
+    │   └── OriginRefused        origin_refused        a web page of another site may change nothing
     ├── Overloaded               overloaded            too many requests wait: the call may be repeated
     ├── DeadlinePassed           deadline_passed       the answer would come too late
     ├── ChatRefused              malformed             a chat request that this model cannot answer
@@ -106,6 +108,18 @@ class RateLimited(AccessRefused):
     def __init__(self, message: str, *, retry_after_seconds: int) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class HostRefused(AccessRefused):
+    """The request names another host than this service."""
+
+    code = "host_refused"
+
+
+class OriginRefused(AccessRefused):
+    """A web page of another site may change nothing."""
+
+    code = "origin_refused"
 
 
 class Overloaded(ServiceError):

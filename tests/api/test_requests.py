@@ -71,7 +71,7 @@ def test_no_body_makes_the_service_fail(caller: Caller, method: str, path: str, 
 
 
 @without_the_database
-@pytest.mark.parametrize(("method", "path"), WITH_BODY)
+@pytest.mark.parametrize(("method", "path"), [*WITH_BODY, ("POST", "/runs/{run}/prompts")])
 @pytest.mark.parametrize(("media_type", "shown"), [("text/plain", "text/plain"), (None, "none")])
 def test_json_under_another_name_is_refused(
     caller: Caller, method: str, path: str, media_type: str | None, shown: str
@@ -80,7 +80,7 @@ def test_json_under_another_name_is_refused(
 
     problem = caller.refused(method, path.format(run=caller.run), content=b"{}", headers=headers)
 
-    assert (problem.status, problem.code) == (422, "malformed")
+    assert (problem.status, problem.code) == (415, "media_type")
     assert problem.detail == f"body: send it with Content-Type: application/json, got {shown}"
 
 

@@ -43,6 +43,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         (404, "Unknown run or prompt"),
         (409, "Conflict"),
         (413, "Larger than a request may be"),
+        (415, "A body that does not say that it is JSON, or is packed by another way than gzip"),
         (422, "Malformed request"),
         (503, "Cannot answer now: repeat after Retry-After"),
     )
