@@ -18,6 +18,7 @@
     ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
     ├── EmbedderNotAllowed       embedder_not_allowed  a model that the operator has not listed
     ├── BudgetTooSmall           budget_too_small      the budget does not pay for the least attempts
+    ├── NothingToFit             nothing_to_fit        a run without prompts cannot be fitted
     ├── CheckpointUnusable       checkpoint_unusable   bytes that are no checkpoint of this release
     ├── ModelError               model_error           a model cannot be opened or used
     │   ├── EmbedderUnavailable  embedder_unavailable  the embedding model cannot be opened
@@ -184,6 +185,12 @@ class BudgetTooSmall(ServiceError):
     """The budget does not pay for the least attempts that were asked for."""
 
     code = "budget_too_small"
+
+
+class NothingToFit(ServiceError):
+    """A run without prompts cannot be fitted."""
+
+    code = "nothing_to_fit"
 
 
 class CheckpointUnusable(ServiceError):

@@ -185,6 +185,8 @@ def _allowed(request: Request) -> list[str]:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
+    # uvicorn tells too, outside of what knows the request's id; `logs` leaves that out.
+    logger.error("failed to answer", exc_info=error, extra={"request_id": request.scope["request_id"]})
     return problem(
         request,
         500,

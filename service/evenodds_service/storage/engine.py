@@ -100,6 +100,7 @@ def open_engine(
     options: dict[str, Any] = {
         "pool_size": pool_size,
         "max_overflow": 0,
+        "hide_parameters": True,  # errors are logged, and parameters hold texts of prompts
         "pool_timeout": min(timeout_seconds, POOL_WAIT_SECONDS),
         "execution_options": {PATIENCE: patience},
     }
