@@ -18,7 +18,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 import httpx
-import numpy as np
 import uvicorn
 from sqlalchemy import text as sql
 from tests.waiting import PATIENCE_SECONDS
@@ -26,6 +25,8 @@ from tests.waiting import PATIENCE_SECONDS
 from evenodds_service.api.app import create_app
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.logs import configure_logging
+from evenodds_service.model.refit import Material
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
@@ -44,6 +45,10 @@ class Quoting:
 
     def embed(self, texts: Any) -> Any:
         raise ValueError(f"no vector of {texts[0]!r} with {CANARY_KEY}\ninput was: {texts[0]}")
+
+
+def quoting_fit(_: Material) -> SharedModel:
+    raise ValueError(f"no fit of {CANARY_TEXT!r}")
 
 
 async def broken(database_url: str) -> list[str]:
@@ -85,9 +90,7 @@ async def broken(database_url: str) -> list[str]:
         store.put_run("embedded", RunSettings(), now=datetime.now(timezone.utc))
         await fails("runtime", "/runs/embedded/prompts", {"prompts": [PROMPT]})
 
-        fit = Worker(
-            store, name="w", clock=lambda: datetime.now(timezone.utc), fit=lambda m: np.full(2, CANARY_TEXT) + 1
-        )
+        fit = Worker(store, name="w", clock=lambda: datetime.now(timezone.utc), fit=quoting_fit)
         store.request_refit(store.run("fitted").id, now=datetime.now(timezone.utc))
         assert fit.work_once()
         assert CANARY_TEXT not in str(store.refits(store.run("fitted").id))

@@ -37,7 +37,7 @@ def _explain(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mut
     return event
 
 
-def _strike_out(_logger: Any, _method: str, line: str) -> str:
+def _strike_out(_logger: Any, _method: str, line: Any) -> str:
     return without_secrets(line)
 
 

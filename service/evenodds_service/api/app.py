@@ -15,7 +15,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from evenodds.version import __version__
 from evenodds_service.api import problems
-from evenodds_service.api.dependencies import Services
+from evenodds_service.api.dependencies import Services, parameters_are_storable
 from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.middleware.browsers import ANY_HOST, Browsers, is_loopback
 from evenodds_service.api.middleware.load_shedding import LoadShedding
@@ -98,8 +98,9 @@ def create_app(
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
+    dependencies = [Depends(bearer), Depends(parameters_are_storable), Depends(run_is_allowed)]
     for module in modules:
-        app.include_router(module.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
+        app.include_router(module.router, dependencies=dependencies)
     app.include_router(page)
     app.state.routes = tuple(route for module in modules for route in module.router.routes)
     problems.install(app)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 
 from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
+from evenodds.schemas.fields import storable
 from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import Featurizer
@@ -33,6 +35,21 @@ class Services:
 async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
+
+
+async def parameters_are_storable(request: Request) -> None:
+    """Hold every string of the path and the query to what bodies are held to: SQL and files can keep it.
+
+    Raises:
+        RequestValidationError: one holds a NUL character or half of a surrogate pair.
+    """
+    name = ""
+    try:
+        for name, value in (*request.path_params.items(), *request.query_params.multi_items()):
+            storable(name)
+            storable(str(value))
+    except ValueError as error:
+        raise RequestValidationError([{"type": "value_error", "loc": (name,), "msg": str(error)}]) from error
 
 
 Dependencies = Annotated[Services, Depends(_services)]
