@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import closing
 from random import Random
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -20,8 +21,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import httpx
 
 from evenodds.calls import Calls
+from evenodds.deadlines import bound_reads
 from evenodds.errors import ConfigurationError, TimedOut, TransportError, Unreachable
-from evenodds.protocol import Exchange, Failed, Received, Send, Wait
+from evenodds.protocol import MAX_REPLY_BYTES, Exchange, Failed, Received, Send, Wait
 from evenodds.schemas import PromptInfo, RunState
 from evenodds.version import __version__
 
@@ -76,6 +78,8 @@ class Client:
         base_url: Where the service is: http or https, a path prefix if it has one.
         timeout_seconds: Longest silence in one attempt: to connect, and to wait for the next bytes. Above 0. What
             a call waits for on purpose (`wait_seconds`) comes on top.
+        total_seconds: Longest that one attempt may take in all, however steadily its bytes come. Above 0; what a call
+            waits for on purpose comes on top here too.
         api_key: Sent with every request, where the service asks for one; the variable EVENODDS_API_KEY by default.
         retries: Repeats after the first attempt, at least 0.
         transport: Carries the requests; a connection pool by default.
@@ -91,6 +95,7 @@ class Client:
         base_url: str = "http://127.0.0.1:8000",
         *,
         timeout_seconds: float = 10.0,
+        total_seconds: float = 60.0,
         api_key: str | None = None,
         retries: int = 3,
         transport: httpx.BaseTransport | None = None,
@@ -99,12 +104,14 @@ class Client:
     ) -> None:
         self._calls = _checked_calls(retries, random)
         self._sleep = sleep
+        self._total_seconds = _checked_seconds("total_seconds", total_seconds)
         self._http = httpx.Client(
             base_url=_checked_url(base_url),
             timeout=_checked_timeout(timeout_seconds),
             headers=_headers(api_key),
             transport=transport,
         )
+        self._deadline = bound_reads(self._http)
 
     put_run = _blocking(Calls.put_run)
     run = _blocking(Calls.run)
@@ -181,9 +188,21 @@ class Client:
 
     def _send(self, send: Send) -> Received | Failed:
         request = _request(self._http, send)
+        total = self._total_seconds + send.silence_seconds
+        self._deadline.begin(total)
         try:
-            return _received(self._http.send(request))
+            response = self._http.send(request, stream=True)
+            with closing(response):
+                pieces = _Pieces(response)
+                for piece in response.iter_bytes():
+                    if pieces.add(piece):
+                        break
+                    if self._deadline.has_passed():
+                        return _too_slow(request, total)
+                return pieces.received()
         except httpx.RequestError as error:
+            if self._deadline.has_passed():
+                return _too_slow(request, total)
             return _failed(error, request, self._http.timeout)
 
 
@@ -201,6 +220,7 @@ class AsyncClient:
         base_url: str = "http://127.0.0.1:8000",
         *,
         timeout_seconds: float = 10.0,
+        total_seconds: float = 60.0,
         api_key: str | None = None,
         retries: int = 3,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -209,6 +229,7 @@ class AsyncClient:
     ) -> None:
         self._calls = _checked_calls(retries, random)
         self._sleep = sleep
+        self._total_seconds = _checked_seconds("total_seconds", total_seconds)
         self._http = httpx.AsyncClient(
             base_url=_checked_url(base_url),
             timeout=_checked_timeout(timeout_seconds),
@@ -293,10 +314,43 @@ class AsyncClient:
 
     async def _send(self, send: Send) -> Received | Failed:
         request = _request(self._http, send)
+        total = self._total_seconds + send.silence_seconds
         try:
-            return _received(await self._http.send(request))
+            return await asyncio.wait_for(self._exchanged(request), total)
+        except asyncio.TimeoutError:
+            return _too_slow(request, total)
         except httpx.RequestError as error:
             return _failed(error, request, self._http.timeout)
+
+    async def _exchanged(self, request: httpx.Request) -> Received:
+        response = await self._http.send(request, stream=True)
+        try:
+            pieces = _Pieces(response)
+            async for piece in response.aiter_bytes():
+                if pieces.add(piece):
+                    break
+            return pieces.received()
+        finally:
+            await response.aclose()
+
+
+class _Pieces:
+    """What has come of a reply, up to its limit."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+        self._pieces: list[bytes] = []
+        self._n_bytes = 0
+
+    def add(self, piece: bytes) -> bool:
+        """Keep it. Whether this is more than a reply may have."""
+        self._pieces.append(piece)
+        self._n_bytes += len(piece)
+        return self._n_bytes > MAX_REPLY_BYTES
+
+    def received(self) -> Received:
+        is_cut = self._n_bytes > MAX_REPLY_BYTES
+        return Received(self._response.status_code, self._response.headers, b"".join(self._pieces), is_cut)
 
 
 def _checked_url(base_url: str) -> httpx.URL:
@@ -326,9 +380,13 @@ def _headers(api_key: str | None) -> dict[str, str]:
 
 
 def _checked_timeout(timeout_seconds: float) -> httpx.Timeout:
-    if not (math.isfinite(timeout_seconds) and timeout_seconds > 0):
-        raise ConfigurationError(f"timeout_seconds {timeout_seconds!r} must be finite and above 0")
-    return httpx.Timeout(timeout_seconds)
+    return httpx.Timeout(_checked_seconds("timeout_seconds", timeout_seconds))
+
+
+def _checked_seconds(name: str, seconds: float) -> float:
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigurationError(f"{name} {seconds!r} must be finite and above 0")
+    return seconds
 
 
 def _checked_calls(retries: int, random: Random | None) -> Calls:
@@ -358,8 +416,10 @@ def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Reques
     )
 
 
-def _received(response: httpx.Response) -> Received:
-    return Received(response.status_code, response.headers, response.content)
+def _too_slow(request: httpx.Request, total_seconds: float) -> Failed:
+    where = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}"
+    reason = f"{where}: the whole reply did not come within total_seconds, {total_seconds:g}"
+    return Failed(TimedOut, reason, may_have_arrived=True)
 
 
 def _failed(error: httpx.RequestError, request: httpx.Request, timeout: httpx.Timeout) -> Failed:

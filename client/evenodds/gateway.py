@@ -18,16 +18,27 @@ from types import TracebackType
 from uuid import uuid4
 
 import httpx
+from pydantic import TypeAdapter
 
 from evenodds.client import AsyncClient
-from evenodds.errors import ConfigurationError, EvenOddsError, InvalidRequest, ProblemError, ServerError
+from evenodds.errors import (
+    ConfigurationError,
+    EvenOddsError,
+    InvalidRequest,
+    ProblemError,
+    RateLimited,
+    ServerError,
+    TooLarge,
+)
 from evenodds.schemas import MAX_ITEMS, BudgetReply, Observation, PromptRef
+from evenodds.schemas.fields import Step
 
 logger = logging.getLogger(__name__)
 
 FAULTS_TO_OPEN = 5
 FIRST_DELIVERY_WAIT, MAX_DELIVERY_WAIT = 0.25, 30.0
 _REPORTS_AT_ONCE = 1_000
+_STEP: TypeAdapter[int] = TypeAdapter(Step)
 
 
 @dataclass(slots=True)
@@ -141,12 +152,16 @@ class GatewayBudget:
                 than the model. Without rewards nothing is kept.
             step: Version of the served model: a number that never falls.
         """
-        if not rewards or self._is_closing:
+        if self._is_closing:
             return
-        described = {"text": prompt} if isinstance(prompt, str) else dict(prompt)
         try:
-            observation = Observation.model_validate({**described, "rewards": list(rewards)})
-        except ValueError as error:
+            given = [float(reward) for reward in rewards]
+            if not given:
+                return
+            described = {"text": prompt} if isinstance(prompt, str) else dict(prompt)
+            observation = Observation.model_validate({**described, "rewards": given})
+            step = _STEP.validate_python(step)
+        except (ValueError, TypeError) as error:
             self.counts.dropped += 1
             logger.warning("an outcome cannot be reported: %s", error)
             return
@@ -205,6 +220,10 @@ class GatewayBudget:
             logger.warning("budgets are answered again")
         self._faults, self._closed_until = 0, None
 
+    def _give_up(self, batch: Sequence[Observation], error: Exception) -> None:
+        self.counts.dropped += len(batch)
+        logger.warning("%d outcomes are refused and given up: %s", len(batch), error)
+
     async def _deliver(self) -> None:
         """Send what waits, oldest first, until nothing does. A batch keeps its id, so that it is counted once."""
         wait = FIRST_DELIVERY_WAIT
@@ -224,10 +243,20 @@ class GatewayBudget:
                 except asyncio.CancelledError:
                     self.counts.dropped += len(batch)
                     raise
-                except EvenOddsError as error:
-                    if isinstance(error, ProblemError) and not isinstance(error, ServerError) and error.status != 429:
-                        self.counts.dropped += len(batch)
-                        logger.warning("%d outcomes are refused and given up: %s", len(batch), error)
+                except TooLarge as error:
+                    if len(batch) == 1:
+                        self._give_up(batch, error)
+                        break
+                    for observation in reversed(batch[len(batch) // 2 :]):  # they come next, in a call of their own
+                        self._reports.appendleft((step, observation))
+                    batch, request_id = batch[: len(batch) // 2], uuid4().hex
+                    continue
+                except Exception as error:  # what is no fault of the way there would come back each time
+                    is_refused = isinstance(error, ProblemError) and not isinstance(error, ServerError)
+                    if not isinstance(error, EvenOddsError) or isinstance(error, InvalidRequest):
+                        is_refused = True
+                    if is_refused and not isinstance(error, RateLimited):
+                        self._give_up(batch, error)
                         break
                     logger.debug("%d outcomes wait: %s", len(batch), error)
                 await asyncio.sleep(wait)

@@ -39,6 +39,9 @@ MAX_RETRY_AFTER_SECONDS = 30.0
 """A longer Retry-After is cut to this, but that of a 429, which a repeat before its time would only meet again: such a
 call is given up at once."""
 
+MAX_REPLY_BYTES = 64 * 2**20
+"""Of one reply, unpacked. What the service answers is far smaller, but for pages of many long texts."""
+
 _PROBLEMS: dict[int, type[ProblemError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -79,11 +82,12 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A whole reply. The names of `headers` compare without case."""
+    """A reply, whole unless it `is_cut` at `MAX_REPLY_BYTES`. The names of `headers` compare without case."""
 
     status: int
     headers: Mapping[str, str]
     content: bytes
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,9 @@ class Protocol:
                     raise outcome.kind(send.method, send.path, outcome.reason, send.request_id, attempt)
                 reply_was_lost |= outcome.may_have_arrived
             else:
+                if outcome.is_cut:
+                    limit = f"it has more than {MAX_REPLY_BYTES:,} bytes; ask for less at a time (`limit` of a page)"
+                    raise _not_understood(send, outcome, limit)
                 if outcome.status not in RETRIED_STATUSES or outcome.status in final or attempt > self._retries:
                     if not (200 <= outcome.status < 300 or outcome.status >= 400):
                         reason = f"redirected to {outcome.headers.get('location', 'nowhere')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections import Counter
@@ -15,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from evenodds.client import Client
 from evenodds.errors import ConfigurationError, InvalidRequest
-from evenodds.schemas import OLDER_NAMES, Observation, PromptIn, RunName, RunUpdate, Step
+from evenodds.schemas import MAX_ITEMS, OLDER_NAMES, Observation, PromptIn, RunName, RunUpdate, Step
+from evenodds.schemas.fields import Key
 from evenodds.training.outbox import Delivery
 from evenodds.validation import fault_lines, kept_to, warn_of_older_names
 
@@ -23,6 +25,11 @@ Outcomes: TypeAlias = Mapping[str, Iterable[float]] | Iterable[Observation | Map
 
 _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _STEP: TypeAdapter[int] = TypeAdapter(Step)
+_KEY: TypeAdapter[str] = TypeAdapter(Key)
+_DELIVERY = TypeAdapter(Delivery)
+
+MAX_CALL_BYTES = 8_000_000
+"""Most bytes of observations in one call, well below what a service takes unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,8 @@ def checked_state(state: Mapping[str, Any], run: str, expected: int) -> tuple[in
         if state["run"] != run:
             raise ConfigurationError(f"state: is of run {state['run']!r}, this selector's is {run!r}")
         step = None if state["step"] is None else checked_step("load_state_dict", state["step"])
-        return step, [Delivery(**delivery) for delivery in state["undelivered"]]
-    except (KeyError, TypeError, InvalidRequest) as error:
+        return step, [_DELIVERY.validate_python(delivery) for delivery in state["undelivered"]]
+    except (KeyError, TypeError, InvalidRequest, ValidationError) as error:
         raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
 
 
@@ -139,6 +146,28 @@ def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> tuple[lis
             else:
                 sound.append(observation.model_dump(exclude_none=True, exclude_unset=True))
     return sound, faults
+
+
+def checked_selection_id(selection_id: object) -> str | None:
+    """None for what the service would refuse, and with it every outcome."""
+    try:
+        return _KEY.validate_python(selection_id, strict=True)
+    except ValidationError:
+        return None
+
+
+def bodies(observations: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """JSON lists of the observations, each with no more items and bytes than one call should carry."""
+    items: list[str] = []
+    n_bytes = 0
+    for item in map(json.dumps, observations):  # ASCII: as many bytes as characters
+        if items and (len(items) == MAX_ITEMS or n_bytes + len(item) > MAX_CALL_BYTES):
+            yield f"[{', '.join(items)}]"
+            items, n_bytes = [], 0
+        items.append(item)
+        n_bytes += len(item) + 2
+    if items:
+        yield f"[{', '.join(items)}]"
 
 
 def _listed(outcomes: Outcomes) -> Iterable[Observation | Mapping[str, object]]:

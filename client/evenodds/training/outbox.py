@@ -21,6 +21,7 @@ T = TypeVar("T")
 BUSY_SECONDS = 5.0
 """How long a statement waits for other processes."""
 
+_NO_STEP = -1
 _COLUMNS = "position, kind, step, request_id, selection_id, body"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS deliveries (
@@ -103,10 +104,15 @@ class Outbox:
         """The service has confirmed it."""
         self._do(lambda database: database.execute("DELETE FROM deliveries WHERE position = ?", (delivery.position,)))
 
-    def refuse(self, delivery: Delivery, reason: str) -> None:
-        """Set it aside, so that what follows is not held up. It stays in the file, with the reason."""
-        update = "UPDATE deliveries SET refusal = ? WHERE position = ?"
-        self._do(lambda database: database.execute(update, (reason, delivery.position)))
+    def refuse(self, delivery: Delivery, reason: str, *, body: str | None = None) -> None:
+        """Set it aside, so that what follows is not held up. It stays in the file, with the reason.
+
+        Args:
+            body: The part that was refused, where the rest was delivered.
+        """
+        reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote what SQLite cannot store
+        update = "UPDATE deliveries SET refusal = ?, body = coalesce(?, body) WHERE position = ?"
+        self._do(lambda database: database.execute(update, (reason, body, delivery.position)))
 
     def forget_after(self, step: int) -> None:
         """Remove the observations of later steps, and the rewinds to them."""
@@ -184,7 +190,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
 
 
 def _connect(path: Path | None, *, timeout: float) -> sqlite3.Connection:
-    return sqlite3.connect(":memory:" if path is None else path, timeout=timeout, check_same_thread=False)
+    database = sqlite3.connect(":memory:" if path is None else path, timeout=timeout, check_same_thread=False)
+    # A row that holds no UTF-8 has to be read to be set aside: what is in it is refused then, as no valid Unicode.
+    database.text_factory = lambda stored: stored.decode("utf-8", "surrogateescape")
+    return database
 
 
 @contextmanager
@@ -198,12 +207,12 @@ def _broken_files_named(path: Path | None) -> Iterator[None]:
 
 
 def _delivery(row: tuple[object, ...]) -> Delivery:
+    """A row as it is, whatever a broken disk or another release has made of it: sending finds what is wrong."""
     position, kind, step, request_id, selection_id, body = row[:6]
-    assert isinstance(position, int)
-    assert isinstance(step, int)
+    assert isinstance(position, int)  # the primary key: SQLite holds nothing else there
     return Delivery(
         "rewind" if kind == "rewind" else "observe",
-        step,
+        step if isinstance(step, int) else _NO_STEP,
         str(request_id),
         None if selection_id is None else str(selection_id),
         str(body),

@@ -7,7 +7,6 @@ or else a uniform one. It knows no training framework; those are met in `evenodd
 from __future__ import annotations
 
 import atexit
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -18,15 +17,17 @@ from typing import Any, SupportsIndex
 from uuid import uuid4
 
 from evenodds.errors import ConfigurationError, InvalidRequest
-from evenodds.schemas import MAX_ITEMS, PromptIn, SelectRequest
+from evenodds.schemas import PromptIn, SelectRequest
 from evenodds.training.batch import Arm, Batch
 from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import (
     Outcomes,
     Setup,
     as_index,
+    bodies,
     checked_observations,
     checked_prompts,
+    checked_selection_id,
     checked_settings,
     checked_state,
     checked_step,
@@ -225,13 +226,12 @@ class PromptSelector:
             return
         self._observed_step = max(at, self._observed_step or 0)
         if self._keeps:
-            chosen = selection_id or here.selections.get(at)
-            here.sender.put(
-                [
-                    Delivery("observe", at, uuid4().hex, chosen, json.dumps(sound[first : first + MAX_ITEMS]))
-                    for first in range(0, len(sound), MAX_ITEMS)
-                ]
-            )
+            chosen = here.selections.get(at) if selection_id is None else checked_selection_id(selection_id)
+            if selection_id is not None and chosen is None:
+                here.status.say_once(
+                    "selection", f"selection_id {selection_id!r:.80} is none: outcomes are reported without it"
+                )
+            here.sender.put([Delivery("observe", at, uuid4().hex, chosen, body) for body in bodies(sound)])
 
     def state_dict(self, *, step: SupportsIndex | None = None) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint: plain JSON, small while the service is up.

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from evenodds.client import Client
-from evenodds.errors import NotFound, ProblemError
+from evenodds.errors import InvalidRequest, NotFound, ProblemError, TooLarge
 from evenodds.training.background import SerialThread, in_thread
 from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import Setup
@@ -155,7 +156,7 @@ class OutboxSender:
     def _tried(self, outbox: Outbox, work: Callable[[Outbox], None]) -> bool:
         try:
             work(outbox)
-        except (sqlite3.Error, OutboxBroken) as error:
+        except (sqlite3.Error, OutboxBroken, ValueError, OverflowError) as error:  # also what SQLite cannot store
             self._disk_failed(error)
             return False
         return True
@@ -180,7 +181,7 @@ class OutboxSender:
             self._status.say_once(
                 "late", f"the outbox in {self._setup.folder} takes more than {self._setup.deadline_seconds:g} s"
             )
-        except (sqlite3.Error, OutboxBroken) as error:
+        except Exception as error:  # nothing of this may end a training
             self._disk_failed(error)
         return None
 
@@ -241,59 +242,111 @@ class OutboxSender:
                 continue
             if delivery is None:
                 continue
-            n_observations = len(json.loads(delivery.body))
             try:
-                self._deliver(delivery)
-            except ProblemError as error:
-                if not _is_for_good(error):
+                observations = _observations(delivery)
+                too_large = self._deliver(delivery, observations)
+            except (ProblemError, *_NEVER_SENT) as error:
+                if isinstance(error, ProblemError) and not _is_for_good(error):
                     raise
-                self._status.count(refused=n_observations)
-                outbox.refuse(delivery, str(error))
-                self._status.say_once(
-                    "refused",
-                    f"the service refused the {delivery.kind} call of step {delivery.step}, as perhaps others: "
-                    f"{error}; the outbox keeps them, and they are tried again at the next start",
-                )
+                self._set_aside(outbox, delivery, error)
             else:
-                self._status.count(delivered=n_observations)
-                self._remove(outbox, delivery)
-                if delivery.kind == "observe":
+                delivered = len(observations) - len(too_large.observations)
+                self._status.count(delivered=delivered)
+                if too_large.error is not None:
+                    self._set_aside(outbox, delivery, too_large.error, too_large.observations)
+                else:
+                    self._remove(outbox, delivery)
+                if delivery.kind == "observe" and delivered:
                     self._on_delivered(delivery.step)
             return True
         return False
+
+    def _set_aside(
+        self, outbox: Outbox, delivery: Delivery, error: Exception, part: Sequence[Any] | None = None
+    ) -> None:
+        """What can never be delivered, all or a part of it, must not hold up what follows."""
+        who = "the service refused" if isinstance(error, ProblemError) else "nobody can be sent"
+        reason = str(error) or type(error).__name__
+        try:
+            n = len(_observations(delivery) if part is None else part)
+        except (ValueError, RecursionError):
+            n = 1  # at least; it cannot be read
+        self._status.count(refused=n)
+        outbox.refuse(delivery, reason, body=None if part is None else json.dumps(part))
+        self._status.say_once(
+            "refused",
+            f"{who} the {delivery.kind} call of step {delivery.step}, as perhaps others: {reason}; the outbox keeps "
+            "them, and they are tried again at the next start",
+        )
 
     def _remove(self, outbox: Outbox, delivery: Delivery) -> None:
         """If the disk does not let it go, it is sent again, and the service counts it once."""
         self._tried(outbox, lambda outbox: outbox.remove(delivery))
 
-    def _deliver(self, delivery: Delivery) -> None:
+    def _deliver(self, delivery: Delivery, observations: list[Any]) -> _TooLarge:
         try:
-            self._call(delivery)
+            return self._call(delivery, observations)
         except NotFound as error:
             if error.code == "selection_unknown":  # a rewind took it: the outcomes count all the same
-                self._call(replace(delivery, selection_id=None))
-            elif error.code == "run_unknown" and delivery.kind == "rewind":
-                return  # nothing to forget
-            elif error.code in ("run_unknown", "prompt_unknown") and self._setup.prompts is not None:
+                return self._call(replace(delivery, selection_id=None), observations)
+            if error.code == "run_unknown" and delivery.kind == "rewind":
+                return _TooLarge()  # nothing to forget
+            if error.code in ("run_unknown", "prompt_unknown") and self._setup.prompts is not None:
                 self._load_pool()
-                self._call(replace(delivery, selection_id=None))
-            else:
-                raise
+                return self._call(replace(delivery, selection_id=None), observations)
+            raise
 
-    def _call(self, delivery: Delivery) -> None:
+    def _call(self, delivery: Delivery, observations: list[Any]) -> _TooLarge:
+        """Send it, in halves where it is more than one call may carry. Returns what is so even alone."""
         assert self._client is not None
         if delivery.kind == "rewind":
             self._client.rewind(self._setup.run, delivery.step)
-            return
-        reply = self._client.observe(
-            self._setup.run,
-            delivery.step,
-            json.loads(delivery.body),
-            request_id=delivery.request_id,
-            selection_id=delivery.selection_id,
-        )
+            return _TooLarge()
+        try:
+            reply = self._client.observe(
+                self._setup.run,
+                delivery.step,
+                observations,
+                request_id=delivery.request_id,
+                selection_id=delivery.selection_id,
+            )
+        except TooLarge as error:
+            if len(observations) == 1:
+                return _TooLarge(observations, error)
+            middle = len(observations) // 2
+            # Ids of their own, always the same: what was counted before this process died is not counted again.
+            first = self._call(_part(delivery, 0), observations[:middle])
+            second = self._call(_part(delivery, 1), observations[middle:])
+            return _TooLarge([*first.observations, *second.observations], first.error or second.error)
         if reply.run != self._setup.run:
             raise NotAnswered(f"it confirmed observations of run {reply.run!r} instead")
+        return _TooLarge()
+
+
+@dataclass(frozen=True, slots=True)
+class _TooLarge:
+    """Observations that no call may carry, each on its own, and how the service said so."""
+
+    observations: Sequence[Any] = ()
+    error: TooLarge | None = None
+
+
+_NEVER_SENT = (InvalidRequest, ValueError, TypeError, LookupError, RecursionError)
+"""What a delivery that is none raises before it is sent: cut short by a broken disk, say, or of another release."""
+
+
+def _observations(delivery: Delivery) -> list[Any]:
+    """Raises ValueError where the body is no list of them."""
+    observations = json.loads(delivery.body)
+    if not isinstance(observations, list):
+        raise ValueError(f"the body of request {delivery.request_id!r} is no list of observations")
+    return observations
+
+
+def _part(delivery: Delivery, half: int) -> Delivery:
+    """One half of a delivery, under an id that it alone has, at most 256 characters long."""
+    digest = sha256(f"{delivery.request_id}/{half}".encode("utf-8", "backslashreplace")).hexdigest()
+    return replace(delivery, request_id=digest)
 
 
 def _is_for_good(error: ProblemError) -> bool:

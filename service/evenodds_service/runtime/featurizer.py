@@ -169,7 +169,8 @@ class Featurizer:
             surface = surface_features(list(fresh.values()))
             width = embedder.width if embedder is not None else 0
             vectors = embedder.embed(list(fresh.values())) if embedder is not None else np.zeros((len(fresh), width))
-            found |= {key: (surface[i], vectors[i]) for i, key in enumerate(fresh)}
+            # Copies: a view of one row would keep the arrays of its whole request for as long as it is cached.
+            found |= {key: (surface[i].copy(), vectors[i].copy()) for i, key in enumerate(fresh)}
             with self._lock:
                 self._rows.update((key, found[key]) for key in fresh)
                 while len(self._rows) > CACHED_TEXTS:
