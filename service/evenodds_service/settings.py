@@ -36,6 +36,9 @@ class Settings(BaseModel):
     max_body_mb: int = Field(
         default=64, ge=1, le=2_000, description="most millions of bytes of a request's body after decompression"
     )
+    max_bodies_mb: int = Field(
+        default=256, ge=1, le=100_000, description="most millions of bytes of the bodies of all requests at a time"
+    )
     live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
     predict_staleness_ms: float = Field(
         default=0.0, ge=0, le=60_000, description="how far behind the log /predict may answer; 0 is exact"

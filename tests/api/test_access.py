@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
+from base64 import urlsafe_b64decode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -181,6 +183,60 @@ def test_a_key_that_is_bound_to_runs_may_name_no_other(guarded: Guarded) -> None
     assert guarded.store.run("code-1").n_prompts == 0
 
 
+def test_a_bound_key_learns_of_no_other_run_by_paging(guarded: Guarded) -> None:
+    everybody, bound, stranger = (
+        guarded.key("everybody"),
+        guarded.key("bound", runs="math-*"),
+        guarded.key("x", runs="x*"),
+    )
+    names = ["alpha", "beta", "math-1", "math-2", "math-3", "middle", "zeta"]
+    for name in names:
+        guarded.call(everybody, "PUT", f"/runs/{name}", json={"embedder": "none"})
+
+    def pages(secret: str, limit: int) -> tuple[list[list[str]], str]:
+        found, said, cursor = [], "", None
+        while True:
+            asked = {"limit": str(limit), **({"cursor": cursor} if cursor else {})}
+            reply = guarded.call(secret, "GET", "/runs", params=asked)
+            found.append([run["run"] for run in reply.json()["runs"]])
+            said += reply.text + str(urlsafe_b64decode((reply.json()["next_cursor"] or "") + "=="))
+            cursor = reply.json()["next_cursor"]
+            if cursor is None:
+                return found, said
+
+    for limit in (1, 2, 3, 100):
+        found, said = pages(bound, limit)
+        assert [name for page in found for name in page] == ["math-1", "math-2", "math-3"]
+        assert all(len(page) == limit for page in found[:-1])
+        assert found[-1]
+        assert not [name for name in ("alpha", "beta", "middle", "zeta") if name in said]
+    assert pages(stranger, 1)[0] == [[]]
+    assert [name for page in pages(everybody, 2)[0] for name in page] == names
+
+
+def test_a_cursor_is_good_for_its_listing_and_its_key(guarded: Guarded) -> None:
+    first, second = guarded.key("first"), guarded.key("second")
+    for name in ("a", "b", "c"):
+        guarded.call(first, "PUT", f"/runs/{name}", json={"embedder": "none"})
+        guarded.call(first, "POST", f"/runs/{name}/prompts", json={"prompts": [{"prompt_id": i} for i in "xyz"]})
+    of_runs = guarded.call(first, "GET", "/runs?limit=1").json()["next_cursor"]
+    of_a = guarded.call(first, "GET", "/runs/a/prompts?limit=1").json()["next_cursor"]
+
+    def status(secret: str, path: str, cursor: str) -> int:
+        return guarded.call(secret, "GET", path, params={"cursor": cursor}).status_code
+
+    assert (status(first, "/runs", of_runs), status(first, "/runs/a/prompts", of_a)) == (200, 200)
+    assert {
+        status(second, "/runs", of_runs),
+        status(first, "/runs/b/prompts", of_a),
+        status(first, "/runs/a/prompts", of_runs),
+        status(first, "/runs", "b"),
+        status(first, "/runs", of_runs[:-2] + "AA"),
+        status(first, "/runs", "\u00e9\x00"),
+        status(first, "/runs/a/prompts", "1"),
+    } == {422}
+
+
 @pytest.mark.parametrize("content", [b"{bad", b"\xff", b"[" * 100_000, b""])
 def test_what_cannot_be_read_is_refused_under_a_bound_key_too(guard: Callable[..., Guarded], content: bytes) -> None:
     guarded = guard()
@@ -224,7 +280,17 @@ def test_a_key_may_only_send_so_much(guarded: Guarded) -> None:
         headers={"Content-Type": "application/x-ndjson"},
     )
 
+    packed = guarded.call(
+        secret,
+        "POST",
+        "/runs/math/prompts",
+        content=gzip.compress(b'{"text": "b"}\n' * 10_000),
+        headers={"Content-Type": "application/x-ndjson", "Content-Encoding": "gzip"},
+    )
+
     assert small.status_code == 200
+    assert refusal(packed)[:2] == (413, "too_large")
+    assert "when unpacked" in refusal(packed)[2]
     assert refusal(large)[:2] == refusal(lines)[:2] == (413, "too_large")
     assert "key 'small' may send bodies of up to 200 bytes" in refusal(large)[2]
     assert guarded.store.run("math").n_prompts == 1

@@ -243,13 +243,17 @@ def test_the_client_loads_pools_larger_than_one_call(caller: Caller) -> None:
     assert (reply.added, reply.pool_size, reply.log_position) == (10_005, 10_005, 2)
 
 
+NO_CURSOR = "cursor: this is no next_cursor of this listing for this caller: leave it out to begin anew"
+
+
 def test_pages_follow_each_other_without_gap_or_repetition(caller: Caller) -> None:
     names = [f"p{i}" for i in range(7)]
     caller.load_texts(*names)
     pages = []
-    cursor: str | None = "0"
+    cursor: str | None = ""
     while cursor is not None:
-        page = caller.ok("GET", f"{prompts_path(caller)}?limit=3&cursor={cursor}")
+        after = f"&cursor={cursor}" if cursor else ""
+        page = caller.ok("GET", f"{prompts_path(caller)}?limit=3{after}")
         pages.append([prompt["prompt_id"] for prompt in page["prompts"]])
         cursor = page["next_cursor"]
 
@@ -260,16 +264,15 @@ def test_a_full_last_page_has_no_next(caller: Caller) -> None:
     caller.load_texts("a", "b")
 
     assert caller.ok("GET", f"{prompts_path(caller)}?limit=2")["next_cursor"] is None
-    assert caller.ok("GET", f"{prompts_path(caller)}?cursor=2")["prompts"] == []
 
 
 @without_the_database
 @pytest.mark.parametrize(
     ("query", "detail"),
     [
-        ("cursor=x", "cursor: Input should be a valid integer, unable to parse string as an integer, got 'x'"),
-        ("cursor=-1", "cursor: Input should be greater than or equal to 0, got '-1'"),
-        ("cursor=99999999999", "cursor: Input should be less than or equal to 2147483647, got '99999999999'"),
+        ("cursor=x", NO_CURSOR),
+        ("cursor=-1", NO_CURSOR),
+        ("cursor=99999999999", NO_CURSOR),
         ("limit=0", "limit: Input should be greater than or equal to 1, got '0'"),
         ("limit=1001", "limit: Input should be less than or equal to 1000, got '1001'"),
     ],

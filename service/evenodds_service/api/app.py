@@ -105,7 +105,11 @@ def create_app(
     app.state.routes = tuple(route for module in modules for route in module.router.routes)
     problems.install(app)
     # The last one that is added meets a request first.
-    app.add_middleware(RequestBodyLimit, max_bytes=settings.max_body_mb * 1_000_000)
+    app.add_middleware(
+        RequestBodyLimit,
+        max_bytes=settings.max_body_mb * 1_000_000,
+        max_bytes_together=settings.max_bodies_mb * 1_000_000,
+    )
     app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
     app.add_middleware(LoadShedding)
     if asks_for_keys:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 
 from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
 from evenodds.schemas.fields import storable
+from evenodds_service.api.cursors import MOST_CHARACTERS
 from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import Featurizer
@@ -53,6 +54,7 @@ async def parameters_are_storable(request: Request) -> None:
 
 
 Dependencies = Annotated[Services, Depends(_services)]
+CursorQuery = Annotated[str | None, Query(max_length=MOST_CHARACTERS, description="next_cursor of the page before")]
 RunPath = Annotated[str, Path(pattern=RUN_PATTERN, description="name of the run")]
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}

@@ -63,10 +63,12 @@ STATUS_OF: Mapping[str, int] = {
 HTTP_CODES: Mapping[int, str] = {
     404: "route_unknown",
     405: "method_not_allowed",
+    408: "too_slow",
     413: "too_large",
     415: "media_type",
     422: "malformed",
     500: "internal_error",
+    503: "overloaded",
 }
 """The codes of what goes wrong before a route is reached, or in a way that nobody foresaw."""
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from evenodds_service.api.problems import refusal
@@ -32,7 +32,7 @@ from evenodds_service.errors import (
 from evenodds_service.storage.store import ApiKey, Scope, Store
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Send
+    from starlette.types import ASGIApp, Receive, Send
     from starlette.types import Scope as AsgiScope
 
 PREFIX = "eo_"
@@ -150,24 +150,7 @@ class Access:
             await refusal(Request(scope), error)(scope, receive, send)
             return
         scope.setdefault("state", {})["api_key"] = key
-        await self._app(scope, _limited(receive, key), send)
-
-
-def _limited(receive: Receive, key: ApiKey) -> Receive:
-    """The same messages, until the body is longer than the key allows."""
-    limit, received = key.max_body_bytes, 0
-    if limit is None:
-        return receive
-
-    async def counted() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise HTTPException(413, f"key {key.name!r} may send bodies of up to {limit:,} bytes: send less at a time")
-        return message
-
-    return counted
+        await self._app(scope, receive, send)
 
 
 def _secret_of(scope: AsgiScope) -> str | None:

@@ -13,8 +13,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 
 from evenodds.schemas import PromptId, PromptIn, PromptInfo, PromptPage, PromptsAdded, PromptsIn, PromptState, Visit
-from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
-from evenodds_service.api.middleware.request_body import lift_limit
+from evenodds_service.api.cursors import cursor_at, place_of
+from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
+from evenodds_service.api.middleware.access import Caller
+from evenodds_service.api.middleware.request_body import forget, lift_limit
 from evenodds_service.api.wire import now, predictions
 from evenodds_service.domain.prompts import Prompt
 from evenodds_service.errors import PromptConflict
@@ -104,6 +106,7 @@ async def add_prompts(
                 raise
             added, existing = added + last.added, existing + last.existing
         request.state.done = f"lines {first_line} to {line} were stored"
+        forget(request)
     if last is None:
         raise RequestValidationError([_fault(("body",), "send at least one prompt, one JSON object a line")])
     return last.model_copy(update={"added": added, "existing": existing})
@@ -137,13 +140,16 @@ def _add_block(services: Services, run: Run, items: Sequence[PromptIn], names: S
 
 async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
     """Lines of a body in blocks of 2,000, or fewer where they are long, without holding the body."""
-    rest = b""
+    rest = bytearray()
     lines: list[bytes] = []
     n_bytes = 0
     async for chunk in stream:
-        *complete, rest = (rest + chunk).split(b"\n")
+        rest += chunk
+        complete: list[bytearray] = []
+        if b"\n" in chunk:  # else a long line would be copied with every piece of it
+            *complete, rest = rest.split(b"\n")
         for content in complete:
-            lines.append(content.strip())
+            lines.append(bytes(content.strip()))
             n_bytes += len(content)
             if len(lines) == _NDJSON_BLOCK or n_bytes >= _MAX_BLOCK_BYTES:
                 yield lines
@@ -151,7 +157,7 @@ async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes
         if len(rest) > _MAX_LINE_BYTES:
             message = f"a line is longer than {_MAX_LINE_BYTES:,} bytes: put each prompt on a line of its own"
             raise RequestValidationError([_fault((), message)])
-    lines.append(rest.strip())
+    lines.append(bytes(rest.strip()))
     yield lines
 
 
@@ -159,18 +165,22 @@ async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes
 def list_prompts(
     run: RunPath,
     services: Dependencies,
+    caller: Caller,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
-    cursor: Annotated[int, Query(ge=0, le=2**31 - 1, description="from the page before")] = 0,
+    cursor: CursorQuery = None,
     search: Annotated[
         str | None, Query(min_length=1, max_length=200, description="a part of the id or text, in any case")
     ] = None,
 ) -> PromptPage:
     """Prompts in the order in which they came, in pages; with `search`, those that have it in their id or text."""
     stored = services.store.run(run)
-    prompts = services.store.prompts(stored.id, first=cursor, limit=limit + 1, containing=search)
+    listing = f"prompts of run {stored.id}"
+    first = int(place_of(cursor, listing=listing, caller=caller) or 0)
+    prompts = services.store.prompts(stored.id, first=first, limit=limit + 1, containing=search)
+    following = prompts[limit].index if len(prompts) > limit else None
     return PromptPage(
         prompts=tuple(PromptInfo(**_prompt_fields(prompt)) for prompt in prompts[:limit]),
-        next_cursor=str(prompts[limit].index) if len(prompts) > limit else None,
+        next_cursor=None if following is None else cursor_at(str(following), listing=listing, caller=caller),
     )
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from evenodds.schemas import OLDER_NAMES, RUN_PATTERN, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
-from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
+from evenodds.schemas import OLDER_NAMES, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
+from evenodds_service.api.cursors import cursor_at, place_of
+from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
@@ -23,6 +24,9 @@ from evenodds_service.errors import RunUnknown
 from evenodds_service.storage.store import Run, Store
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
+
+_LOOKED_AT = 1_000
+"""Runs that one look at the database brings for a bound key, whose own may stand far apart."""
 
 _STORED_AS = {"categories": "groups", "categories_at_most": "groups_at_most"}
 """Settings that the wire has another word for than the store."""
@@ -65,13 +69,24 @@ def list_runs(
     services: Dependencies,
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
-    cursor: Annotated[str | None, Query(pattern=RUN_PATTERN, description="from the page before")] = None,
+    cursor: CursorQuery = None,
 ) -> RunPage:
-    """Runs by name, in pages. A key that is bound to certain runs sees those; a page may then be short."""
-    runs = services.store.runs(after=cursor or "", limit=limit + 1)
+    """Runs by name, in pages. A key that is bound to certain runs sees those, and learns of no others."""
+    after = place_of(cursor, listing="runs", caller=caller) or ""
+    at_once = limit + 1 if caller is None or caller.runs == "*" else _LOOKED_AT
+    seen: list[Run] = []
+    while len(seen) <= limit:
+        runs = services.store.runs(after=after, limit=at_once)
+        seen += [run for run in runs if may_touch(caller, run.name)]
+        if len(runs) < at_once:
+            break
+        after = runs[-1].name
+    next_cursor = None
+    if len(seen) > limit:
+        next_cursor = cursor_at(seen[limit - 1].name, listing="runs", caller=caller)
     return RunPage(
-        runs=tuple(_run_state(services.store, run) for run in runs[:limit] if may_touch(caller, run.name)),
-        next_cursor=runs[limit - 1].name if len(runs) > limit else None,
+        runs=tuple(_run_state(services.store, run) for run in seen[:limit]),
+        next_cursor=next_cursor,
     )
 
 
