@@ -216,7 +216,7 @@ class Served:
             block = _block(world, some)
             outside.append(block)
             fitted = self._model.predict([world.texts[i] for i in some], block)
-            parts.append(new_prompt_beliefs(self._state, outside, fitted))
+            parts.append(new_prompt_beliefs(self._state, outside, fitted)[:2])
         return np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])
 
     def _refit(self) -> None:

@@ -118,11 +118,11 @@ class Replay:
     def _forecasts(self, step: int) -> Iterator[tuple[str, str]]:
         pool = self.live.beliefs("gps")
         yield f"forecasts {step}", hashed(*pool, *informative_moments(*pool, GROUP_SIZE))
-        among = self.live.new_beliefs("gps", _NEW, block(_NEW, 0, len(_NEW)))
+        among = self.live.new_beliefs("gps", _NEW, block(_NEW, 0, len(_NEW)))[:2]
         yield f"forecasts of new texts {step}", hashed(*among)
         some = np.random.default_rng(step).integers(0, self.live.state.n_prompts, 3)
         alone = [np.concatenate(self.live.beliefs("gps", rows)) for rows in some[:, None]]
-        first = self.live.new_beliefs("gps", _NEW[:1], block(_NEW, 0, 1))
+        first = self.live.new_beliefs("gps", _NEW[:1], block(_NEW, 0, 1))[:2]
         is_alike = all((np.array(pool)[:, i] == told).all() for i, told in zip(some, alone, strict=True))
         is_alike &= bool((np.array(first)[:, 0] == np.array(among)[:, 0]).all())
         yield f"alone as in company {step}", str(is_alike)

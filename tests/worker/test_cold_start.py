@@ -57,7 +57,7 @@ def beliefs(live: LiveRun) -> list[FloatArray]:
     block = live.pool.raw(0, 5)
     texts = [f"Compute {i}" for i in range(5)]
     known = [array for predictor in PREDICTORS for array in live.beliefs(predictor)]
-    return [*known, *(array for predictor in PREDICTORS for array in live.new_beliefs(predictor, texts, block))]
+    return [*known, *(array for predictor in PREDICTORS for array in live.new_beliefs(predictor, texts, block)[:2])]
 
 
 def assert_same(one: LiveRun, other: LiveRun) -> None:

@@ -7,13 +7,9 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from scipy.special import betaincinv
-
 from evenodds.schemas import ObserveRequest, Prediction, SelectReply, SelectRequest
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.distributions import informative_moments, mean_and_std
-
-_INTERVAL = (0.05, 0.95)
 
 
 def now() -> datetime:
@@ -45,13 +41,28 @@ def _hash(content: str) -> str:
 
 
 def predictions(
-    ids: Sequence[str], a: FloatArray, b: FloatArray, seen: FloatArray, group_size: int
+    ids: Sequence[str],
+    a: FloatArray,
+    b: FloatArray,
+    seen: FloatArray,
+    group_size: int,
+    intervals: tuple[FloatArray, FloatArray],
 ) -> tuple[Prediction, ...]:
-    """Beliefs in the words of the wire. `seen` holds the attempts observed; all arrays are [n]."""
+    """Beliefs in the words of the wire. `seen` holds the attempts observed; all arrays are [n].
+
+    Args:
+        intervals: From `credible_intervals`.
+    """
     mean, std = mean_and_std(a, b)
     informative, _ = informative_moments(a, b, group_size)
-    low, high = (betaincinv(a, b, tail) for tail in _INTERVAL)
-    columns = (mean.tolist(), std.tolist(), low.tolist(), high.tolist(), informative.tolist(), seen.tolist())
+    columns = (
+        mean.tolist(),
+        std.tolist(),
+        intervals[0].tolist(),
+        intervals[1].tolist(),
+        informative.tolist(),
+        seen.tolist(),
+    )
     return tuple(
         Prediction(
             prompt_id=prompt_id,

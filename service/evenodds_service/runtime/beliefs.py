@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.learning.mixture import Experts
 from evenodds_service.errors import UnknownPrompts
 from evenodds_service.runtime.featurizer import Featurizer, PromptLike, new_prompt
 from evenodds_service.runtime.live_run import LiveRun
@@ -21,6 +22,7 @@ class Beliefs:
     """Beliefs Beta(a, b) about n prompts in the order asked, and the state that they come from.
 
     Attributes:
+        experts: Whose mixture each belief sums up.
         seen: Attempts observed of each, [n].
         n_observations: Observations of the whole run.
     """
@@ -28,6 +30,7 @@ class Beliefs:
     ids: tuple[str, ...]
     a: FloatArray
     b: FloatArray
+    experts: Experts
     seen: FloatArray
     log_position: int
     model_version: int
@@ -67,12 +70,34 @@ def beliefs_about(
     rows = np.array([index for index in known if index is not None], dtype=np.int64)
     n = len(ids)
     a, b, seen = np.ones(n), np.ones(n), np.zeros(n)
+    parts: list[tuple[list[int], Experts]] = []
     predictor = run.settings.predictor
     with live.lock:
         if inside:
             steps = None if step is None else np.full(len(rows), step)
-            a[inside], b[inside] = live.beliefs(predictor, rows, steps_n=steps)
+            a[inside], b[inside], experts = live.mixed_beliefs(predictor, rows, steps_n=steps)
+            parts.append((inside, experts))
             seen[inside] = live.state.attempts_N[rows]
         if block is not None:
-            a[outside], b[outside] = live.new_beliefs(predictor, [items[i].text for i in outside], block)
-        return Beliefs(ids, a, b, seen, live.state.position, live.state.model_version, live.state.n_observations)
+            texts = [items[i].text for i in outside]
+            a[outside], b[outside], experts = live.new_beliefs(predictor, texts, block)
+            parts.append((outside, experts))
+        return Beliefs(
+            ids,
+            a,
+            b,
+            _together(parts, n),
+            seen,
+            live.state.position,
+            live.state.model_version,
+            live.state.n_observations,
+        )
+
+
+def _together(parts: Sequence[tuple[Sequence[int], Experts]], n: int) -> Experts:
+    """The experts of n prompts, from those of some at a time: the state, and so their weights, are the same."""
+    weights_K = parts[0][1].weights_K
+    a_K_n, b_K_n = np.empty((len(weights_K), n)), np.empty((len(weights_K), n))
+    for places, experts in parts:
+        a_K_n[:, places], b_K_n[:, places] = experts.a_K_n, experts.b_K_n
+    return Experts(weights_K, a_K_n, b_K_n)

@@ -24,7 +24,7 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold, unseen_share
 from evenodds_service.domain.learning.guardrails import Alarm, Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
-from evenodds_service.domain.learning.predictors import PREDICTORS
+from evenodds_service.domain.learning.predictors import PREDICTORS, MixedBeliefs
 from evenodds_service.domain.learning.state import State, copied
 from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
@@ -227,10 +227,14 @@ class LiveRun:
         """
         return PREDICTORS[predictor].beliefs(self.state, self.pool, indices, steps_n=steps_n)
 
-    def new_beliefs(
-        self, predictor: PredictorName, texts: Sequence[str | None], block: RawBlock
-    ) -> tuple[FloatArray, FloatArray]:
-        """Beta parameters of the belief about prompts outside the pool, [n]."""
+    def mixed_beliefs(
+        self, predictor: PredictorName, indices: IntArray, *, steps_n: IntArray | None = None
+    ) -> MixedBeliefs:
+        """As `beliefs`, with the experts whose mixture they sum up."""
+        return PREDICTORS[predictor].mixed_beliefs(self.state, self.pool, indices, steps_n=steps_n)
+
+    def new_beliefs(self, predictor: PredictorName, texts: Sequence[str | None], block: RawBlock) -> MixedBeliefs:
+        """The same about prompts outside the pool, [n]."""
 
         def fitted() -> Mapping[str, FittedPrior]:
             return self.model.predict(texts, block) if self.model is not None else {}

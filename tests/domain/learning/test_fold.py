@@ -361,7 +361,7 @@ def test_prompts_outside_the_pool_are_believed_like_unseen_ones_inside(make_bloc
     outside = Pool(surface_width=4, embedding_width=12)
     outside.append(make_block(50, surface=world.block.surface_N_S[150:], embedding=world.block.embedding_N_D[150:]))
 
-    a, b = new_prompt_beliefs(log.state, outside, {})
+    a, b, _ = new_prompt_beliefs(log.state, outside, {})
 
     inside_a, inside_b = beliefs_of(log.state, log.pool, np.arange(150, 200))
     assert a == pytest.approx(inside_a, rel=1e-4)

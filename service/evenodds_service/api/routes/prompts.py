@@ -15,6 +15,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from evenodds.schemas import PromptId, PromptIn, PromptInfo, PromptPage, PromptsAdded, PromptsIn, PromptState, Visit
 from evenodds_service.api.cursors import cursor_at, place_of
 from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
+from evenodds_service.api.intervals import credible_intervals
 from evenodds_service.api.middleware.access import Caller
 from evenodds_service.api.middleware.request_body import forget, lift_limit
 from evenodds_service.api.wire import now, predictions
@@ -192,7 +193,7 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
     index = np.array([prompt.index])
     with live.lock:
         state, position, version = live.state, live.state.position, live.state.model_version
-        a, b = live.beliefs(stored.settings.predictor, index)
+        a, b, experts = live.mixed_beliefs(stored.settings.predictor, index)
         seen = state.attempts_N[index]
         visits, last_step = int(state.visits_N[prompt.index]), int(state.last_step_N[prompt.index])
     history = services.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
@@ -201,7 +202,7 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
         run=run,
         model_version=version,
         log_position=position,
-        belief=predictions([prompt_id], a, b, seen, stored.settings.group_size)[0],
+        belief=predictions([prompt_id], a, b, seen, stored.settings.group_size, credible_intervals(experts, a, b))[0],
         visits=visits,
         last_step=last_step if last_step >= 0 else None,
         history=tuple(

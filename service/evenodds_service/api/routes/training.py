@@ -31,6 +31,7 @@ from evenodds.schemas import (
     SelectRequest,
 )
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, Services
+from evenodds_service.api.intervals import credible_intervals
 from evenodds_service.api.wire import now, observed_hash, predictions, recorded_reply, selected_hash
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
@@ -202,10 +203,11 @@ def _predict_known(live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictR
         if not ids:
             return answers
         indices = np.concatenate(found)
-        a, b = live.beliefs(run.settings.predictor, indices, steps_n=np.concatenate(steps))
+        a, b, experts = live.mixed_beliefs(run.settings.predictor, indices, steps_n=np.concatenate(steps))
         seen = live.state.attempts_N[indices]
     sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
-    told = {size: predictions(ids, a, b, seen, size) for size in set(sizes.values())}
+    intervals = credible_intervals(experts, a, b)
+    told = {size: predictions(ids, a, b, seen, size, intervals) for size in set(sizes.values())}
     for number, part in parts.items():
         reply = PredictReply(
             run=run.name,
@@ -225,7 +227,14 @@ def _predict(body: PredictRequest, services: Services) -> str:
         run=body.run,
         model_version=asked.model_version,
         log_position=asked.log_position,
-        predictions=predictions(asked.ids, asked.a, asked.b, asked.seen, body.group_size or run.settings.group_size),
+        predictions=predictions(
+            asked.ids,
+            asked.a,
+            asked.b,
+            asked.seen,
+            body.group_size or run.settings.group_size,
+            credible_intervals(asked.experts, asked.a, asked.b),
+        ),
     )
     return reply.model_dump_json()
 

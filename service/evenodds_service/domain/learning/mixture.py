@@ -184,6 +184,46 @@ def predict(
     return beta_from_moments(mean, second - first * first)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """What the experts with weight believe, one by one: the mixture itself, of which `predict` gives a summary.
+
+    Attributes:
+        weights_K: They sum to 1; the same for all prompts.
+        a_K_n, b_K_n: Parameters of each expert's Beta.
+    """
+
+    weights_K: FloatArray
+    a_K_n: FloatArray
+    b_K_n: FloatArray
+
+    @staticmethod
+    def alone(a_n: FloatArray, b_n: FloatArray) -> Experts:
+        """One expert."""
+        return Experts(np.ones(1), a_n[None], b_n[None])
+
+
+def experts(
+    weights: FloatArray,
+    means_C_n: FloatArray,
+    successes_L_n: FloatArray,
+    failures_L_n: FloatArray,
+    scales_C_n: FloatArray | None = None,
+) -> Experts:
+    """The beliefs that `predict` averages, with its arguments, in the order of the weights."""
+    means_C_n = np.clip(means_C_n, *_PRIOR_RANGE).astype(np.float64)
+    own, lost = successes_L_n.astype(np.float64), failures_L_n.astype(np.float64)
+    kept = np.argwhere(weights > 0.0)
+    a_K_n, b_K_n = np.empty((len(kept), own.shape[1])), np.empty((len(kept), own.shape[1]))
+    for k, (c, s, memory) in enumerate(kept):
+        strength: FloatArray | float = STRENGTHS[s]
+        if scales_C_n is not None and PRIORS[c] in SHAPED:
+            strength = strength * scales_C_n[c].astype(np.float64)
+        a_K_n[k] = means_C_n[c] * strength + own[memory]
+        b_K_n[k] = (1.0 - means_C_n[c]) * strength + lost[memory]
+    return Experts(weights[weights > 0.0], a_K_n, b_K_n)
+
+
 _Blocks = Sequence[tuple[list[int], "FloatArray | None"]]
 """Priors with a scale in common, [n]; None: 1."""
 

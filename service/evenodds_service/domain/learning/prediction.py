@@ -13,7 +13,7 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.mixture import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED
+from evenodds_service.domain.learning.mixture import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Experts
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.prompts import FittedPrior
 
@@ -136,18 +136,38 @@ def beliefs_of(
 
     def compute(block: slice) -> None:
         rows = block if indices is None else indices[block]
-        x = pool.rows(state.basis, rows) if state.basis is not None else None
-        means_C_n, scales_C_n, _ = _priors_of(state, pool, rows, x, wanted)
-        own, lost = _own(state, rows, state.head_step if steps_n is None else steps_n[block])
-        a_n[block], b_n[block] = mixture.predict(weights, means_C_n, own, lost, scales_C_n)
+        inputs = _inputs(state, pool, rows, state.head_step if steps_n is None else steps_n[block], wanted)
+        a_n[block], b_n[block] = mixture.predict(weights, *inputs)
 
     for _ in each_block(compute, in_blocks(n)):
         pass
     return a_n, b_n
 
 
-def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
-    """Parameters (a, b) of the `gps` belief about prompts outside the pool, given as a pool of their own, [n].
+def mixed_beliefs_of(
+    state: State, pool: Pool, indices: IntArray, *, steps_n: IntArray | None = None
+) -> tuple[FloatArray, FloatArray, Experts]:
+    """As `beliefs_of`, with the experts whose mixture (a, b) sum up."""
+    weights = state.mixture.kept()
+    inputs = _inputs(
+        state, pool, indices, state.head_step if steps_n is None else steps_n, np.asarray(weights.any(axis=(1, 2)))
+    )
+    return *mixture.predict(weights, *inputs), mixture.experts(weights, *inputs)
+
+
+def _inputs(
+    state: State, pool: Pool, rows: IntArray | slice, steps: int | IntArray, wanted: BoolArray
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | None]:
+    """What `mixture.predict` asks for about these prompts of the pool."""
+    x = pool.rows(state.basis, rows) if state.basis is not None else None
+    means_C_n, scales_C_n, _ = _priors_of(state, pool, rows, x, wanted)
+    return (means_C_n, *_own(state, rows, steps), scales_C_n)
+
+
+def new_prompt_beliefs(
+    state: State, outside: Pool, fitted: Mapping[str, FittedPrior]
+) -> tuple[FloatArray, FloatArray, Experts]:
+    """The `gps` belief about prompts outside the pool, given as a pool of their own, as `mixed_beliefs_of`.
 
     Args:
         fitted: What the state's snapshot says about them.
@@ -157,7 +177,8 @@ def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedP
     wanted = np.asarray(weights.any(axis=(1, 2)))
     means_C_n, scales_C_n, _ = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)
     none = np.zeros((len(MEMORIES), outside.n), dtype=np.float32)
-    return mixture.predict(weights, means_C_n, none, none, scales_C_n)
+    inputs = (means_C_n, none, none, scales_C_n)
+    return *mixture.predict(weights, *inputs), mixture.experts(weights, *inputs)
 
 
 def _priors_of(

@@ -13,8 +13,14 @@ import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.mixture import MEMORIES
-from evenodds_service.domain.learning.prediction import EachBlock, beliefs_of, new_prompt_beliefs, rows_of
+from evenodds_service.domain.learning.mixture import MEMORIES, Experts
+from evenodds_service.domain.learning.prediction import (
+    EachBlock,
+    beliefs_of,
+    mixed_beliefs_of,
+    new_prompt_beliefs,
+    rows_of,
+)
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.settings import Acquisition, PredictorName, RunSettings
@@ -25,6 +31,9 @@ PAPER = "paper"
 Beliefs: TypeAlias = tuple[FloatArray, FloatArray]
 """Parameters a and b of Beta distributions of success rates, float64 [n] each."""
 
+
+MixedBeliefs: TypeAlias = tuple[FloatArray, FloatArray, Experts]
+"""Beliefs, and the mixture that they sum up."""
 
 Fitted: TypeAlias = Callable[[], Mapping[str, FittedPrior]]
 
@@ -58,13 +67,21 @@ class Predictor(Protocol):
             steps_n: The policy's step that each belief is for, as in `beliefs_of`; ignored where nothing ages.
         """
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
+    def mixed_beliefs(
+        self, state: State, pool: Pool, indices: IntArray, *, steps_n: IntArray | None = None
+    ) -> MixedBeliefs:
+        """As `beliefs`, with the experts behind them: one, where nothing is mixed."""
+        a, b = self.beliefs(state, pool, indices, steps_n=steps_n)
+        return a, b, Experts.alone(a, b)
+
+    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
         """About the prompts of a block, which the pool does not hold: flat, unless something is shared with them.
 
         Args:
             fitted: What the state's snapshot says about them; called only where it is read.
         """
-        return _flat(len(block.prompt_ids))
+        a, b = _flat(len(block.prompt_ids))
+        return a, b, Experts.alone(a, b)
 
 
 class Gps(Predictor):
@@ -84,7 +101,12 @@ class Gps(Predictor):
     ) -> Beliefs:
         return beliefs_of(state, pool, indices, steps_n=steps_n, each_block=each_block)
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
+    def mixed_beliefs(
+        self, state: State, pool: Pool, indices: IntArray, *, steps_n: IntArray | None = None
+    ) -> MixedBeliefs:
+        return mixed_beliefs_of(state, pool, indices, steps_n=steps_n)
+
+    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
         outside = Pool(surface_width=block.surface_N_S.shape[1], embedding_width=block.embedding_N_D.shape[1])
         outside.append(block)
         return new_prompt_beliefs(state, outside, fitted())
@@ -101,9 +123,10 @@ class GpsPaper(Predictor):
         rows = slice(0, state.n_prompts) if indices is None else indices
         return _flat(_count(state, indices)) if prior is None else self._of(rows_of(prior, rows))
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
+    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
         prior = fitted().get(PAPER)
-        return _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
+        a, b = _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
+        return a, b, Experts.alone(a, b)
 
     @staticmethod
     def _of(prior: FittedPrior) -> Beliefs:
