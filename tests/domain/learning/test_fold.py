@@ -692,12 +692,12 @@ def test_outcomes_outside_of_selections_are_held_against_the_belief_just_before(
         rates += (k / 4).tolist()
         log.observe(step, prompts.tolist(), k.tolist(), [4.0] * 30)
 
-    sums = log.state.record.rate_bins.sum(axis=(0, 1))
+    sums = log.state.tallies.rate_bins.sum(axis=(0, 1))
 
     errors = (np.array(forecasts) - rates) ** 2
     # Not to the last digit: with a new step older ones are forgotten a little before its outcomes come.
     assert sums == pytest.approx((180, sum(forecasts), sum(rates), errors.sum()), rel=3e-3)
-    assert log.state.record.ranks.sum() == 180
+    assert log.state.tallies.ranks.sum() == 180
 
 
 def test_outcomes_of_a_selection_are_held_against_what_it_forecast(make_block: MakeBlock) -> None:
@@ -707,7 +707,7 @@ def test_outcomes_of_a_selection_are_held_against_what_it_forecast(make_block: M
 
     log.observe(0, [0, 1], [8, 8], [8, 8])
 
-    assert log.state.record.rate_bins[0, [2, 7], 1].tolist() == [0.25, 0.75]
+    assert log.state.tallies.rate_bins[0, [2, 7], 1].tolist() == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(("second", "informative"), [(8.0, 0), (0.0, 1)])
@@ -716,7 +716,7 @@ def test_rows_of_one_prompt_are_one_group_of_attempts(make_block: MakeBlock, sec
 
     log.observe(0, [2, 2], [8.0, second], [8.0, 8.0])
 
-    assert log.state.record.informative_bins[0, :, [0, 2]].sum(axis=1).tolist() == [1, informative]
+    assert log.state.tallies.informative_bins[0, :, [0, 2]].sum(axis=1).tolist() == [1, informative]
 
 
 def test_the_share_of_the_pool_that_nobody_tried(make_block: MakeBlock) -> None:
@@ -736,13 +736,13 @@ def test_the_skill_of_a_window_is_what_the_guard_gained(make_block: MakeBlock) -
 
     world.visit(log, range(200), attempts=8, batch=50)
 
-    assert log.state.record.skill.sum(axis=0) == pytest.approx((before - log.state.mixture.log_guard, 200))
-    assert log.state.rails.skill() == pytest.approx((before - log.state.mixture.log_guard, 200))
+    assert log.state.tallies.skill.sum(axis=0) == pytest.approx((before - log.state.mixture.log_guard, 200))
+    assert log.state.guardrails.skill() == pytest.approx((before - log.state.mixture.log_guard, 200))
 
 
 def chosen_on(state: State) -> bytes:
-    """What a choice reads: all but the sums of the report and the rails."""
-    return to_bytes(replace(state, record=State().record, rails=State().rails))
+    """What a choice reads: all but the sums of the report and the guardrails."""
+    return to_bytes(replace(state, tallies=State().tallies, guardrails=State().guardrails))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -55,7 +55,7 @@ class Fallback:
 
 
 @dataclass(slots=True)
-class Rails:
+class Guardrails:
     """Counters over the log.
 
     Attributes:
@@ -85,7 +85,7 @@ class Rails:
     silence: IntArray = field(default_factory=lambda: np.zeros((0, len(_NEVER)), np.int64))
 
     def select(self, step: int, fresh_B: BoolArray, groups_B: IntArray) -> None:
-        """Watch a selection. Arguments as in `Record.select`."""
+        """Watch a selection. Arguments as in `Tallies.select`."""
         self.quiet_since = step if self.quiet_selections == 0 else self.quiet_since
         self.quiet_selections += 1
         self.choices = np.concatenate((self.choices[1:], [[len(fresh_B), int(fresh_B.sum()), step]]))

@@ -37,7 +37,7 @@ GROUP_COLUMNS = (
 
 
 @dataclass(slots=True)
-class Record:
+class Tallies:
     """Sums over the log. Axis W: windows of `width` steps from `first_step` on (-1: no step yet).
 
     An *observation* here is one prompt's attempts under one selection, however many calls report them; outside of
