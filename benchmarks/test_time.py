@@ -53,7 +53,7 @@ from evenodds_service.domain.prompts import RawBlock, text_key
 from evenodds_service.domain.settings import BudgetMode, BudgetPolicy
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
-from evenodds_service.model.refit import Material, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE_NAMES
 
@@ -223,7 +223,7 @@ class Served:
         """What the worker does: fit on the outcomes so far and let the snapshot enter the log."""
         state = self._state
         assert state.basis is not None  # the pool is not empty
-        material = Material(
+        data = TrainingData(
             embedder=BUILTIN_NAME,
             predictor="gps",
             group_size=LABEL_ATTEMPTS,
@@ -233,7 +233,7 @@ class Served:
             ngrams=sparse.vstack([world.ngrams[rows] for world, rows in self._reports], format="csr"),
             history=gather(self._history),
         )
-        self._model = fit_shared_model(material, device=torch.device("cpu"))
+        self._model = fit_shared_model(data, device=torch.device("cpu"))
         version = state.model_version + 1
         self._pool.attach(version, self._model.priors)
         fold(state, SnapshotEntry(state.position + 1, version), self._pool)
