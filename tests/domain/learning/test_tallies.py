@@ -315,22 +315,6 @@ def test_groups_beyond_the_limit_share_one_row() -> None:
     assert tallies.groups[[0, MAX_GROUPS - 1, MAX_GROUPS], 0].tolist() == [1, 1, 2]
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.integers(8, 400))
-def test_the_rank_correlation_of_a_table_is_that_of_its_rows(seed: int, n: int) -> None:
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, 6, size=n), rng.integers(0, 4, size=n)
-    counts = np.zeros((6, 4))
-    np.add.at(counts, (x, y), 1)
-
-    found = rank_correlation(counts)
-
-    if len(set(x.tolist())) == 1 or len(set(y.tolist())) == 1:
-        assert found is None
-    else:
-        assert found == pytest.approx(stats.spearmanr(x, y).statistic)
-
-
 def test_there_is_no_rank_correlation_of_seven() -> None:
     assert rank_correlation(np.eye(7)) is None
     assert rank_correlation(np.eye(8)) == pytest.approx(1)

@@ -25,6 +25,7 @@ from evenodds_service.domain.learning.tallies import (
     N_WINDOWS,
     Tallies,
 )
+from evenodds_service.domain.ranks import spearman_of_table
 from evenodds_service.domain.report.intervals import Proportion, difference, ratio
 
 LEAST_RANKED = 8
@@ -225,17 +226,8 @@ def report(state: State, pool: Pool, *, since_step: int = 0) -> Report:
 
 
 def rank_correlation(counts: FloatArray) -> float | None:
-    """Spearman's correlation of two ordered variables from their table of counts, ties at their mean rank.
-
-    None with fewer than eight observations, or where one of the variables does not vary.
-    """
-    n = float(counts.sum())
-    rows, columns = counts.sum(axis=1), counts.sum(axis=0)
-    if n < LEAST_RANKED:
-        return None
-    x, y = (np.cumsum(sums) - (sums - 1.0) / 2.0 - (n + 1.0) / 2.0 for sums in (rows, columns))
-    spread = float((rows * x * x).sum()) * float((columns * y * y).sum())
-    return float((x[:, None] * counts * y).sum()) / math.sqrt(spread) if spread > 0.0 else None
+    """As `spearman_of_table`; None with fewer than eight observations too."""
+    return spearman_of_table(counts) if counts.sum() >= LEAST_RANKED else None
 
 
 def _first_step(tallies: Tallies, w: int) -> int:
