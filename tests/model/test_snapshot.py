@@ -181,7 +181,7 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
 
     model = fitted(replace(given, history=gather([given.history, later]), warm_start=models["gps-paper"]))
 
-    assert model.report["paper.last_step"] == 3
+    assert model.last_step == model.report["paper.last_step"] == 3
     np.testing.assert_array_equal(model.weights["paper context"]["successes_C"], later.successes[N // 2 :])
     moved = [
         not np.array_equal(array, models["gps-paper"].weights[PAPER][k]) for k, array in model.weights[PAPER].items()
@@ -262,6 +262,15 @@ def test_a_snapshot_of_another_format_is_refused(model: SharedModel) -> None:
     message = f"^the snapshot has format {FORMAT + 1}, this release reads {FORMAT}: refit the run$"
     with pytest.raises(SnapshotUnusable, match=message):
         SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
+
+
+def test_a_published_model_that_has_its_newest_step_among_its_figures_knows_it(models: dict[str, SharedModel]) -> None:
+    arrays = load(models["gps-paper"].to_bytes())
+    header = json.loads(arrays["header"].tobytes())
+    assert header.pop("last_step") == 1
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+
+    assert SharedModel.from_bytes(save(arrays), embedder=EMBEDDER).last_step == 1
 
 
 def test_a_snapshot_of_other_columns_is_refused_with_both_names(model: SharedModel) -> None:

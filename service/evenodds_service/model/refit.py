@@ -113,7 +113,7 @@ def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
     warm = before.weights.get(PAPER) if before is not None else None
     if warm is not None and size_of(warm) != size:
         warm = None  # the setting was changed: a model of the other size starts anew, on the whole history
-    last_step = int(before.report.get("paper.last_step", -1)) if before is not None and warm is not None else -1
+    last_step = before.last_step if before is not None and warm is not None else -1
     batches = data.history.batches()
     fresh = [batch for batch in batches if int(batch.steps[0]) > last_step]
     earlier = [batch for batch in batches if int(batch.steps[0]) <= last_step]
@@ -129,7 +129,8 @@ def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
     newest = batches[-1] if batches else None
     pool = data.embeddings_N_D
     means_N = predict_paper(fitted.weights, newest, pool, pool, seed=_SEED, device=device)
-    report = {"paper.last_step": float(newest.steps[0]) if newest is not None else -1.0}
+    newest_step = int(newest.steps[0]) if newest is not None else -1
+    report = {"paper.last_step": float(newest_step)}
     if fitted.elbo_per_attempt:
         report["paper.elbo_per_attempt"] = fitted.elbo_per_attempt[-1]
     concentrations_N = np.full(len(means_N), PAPER_CONCENTRATION, dtype=np.float32)
@@ -140,6 +141,7 @@ def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
         priors={PAPER: FittedPrior(means_N, concentrations_N)},
         weights={PAPER: dict(fitted.weights), PAPER_CONTEXT: _context(newest, pool)},
         report=report,
+        last_step=newest_step,
     )
 
 
