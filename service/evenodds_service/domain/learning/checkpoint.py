@@ -29,31 +29,8 @@ from evenodds_service.errors import CheckpointUnusable
 
 FORMAT = 6
 BLOCK_FORMAT = 1
-_SCALARS = (
-    "position",
-    "n_prompts",
-    "head_step",
-    "n_observations",
-    "model_version",
-    "running_successes",
-    "running_counts",
-    "gap_steps",
-    "n_gaps",
-    "advance_steps",
-    "n_advances",
-    "log_likelihood",
-    "mopps_log_likelihood",
-)
-_ARRAYS = (
-    "successes_L_N",
-    "failures_L_N",
-    "attempts_N",
-    "visits_N",
-    "last_step_N",
-    "selected_N",
-    "last_selected_N",
-    "outstanding_step_N",
-)
+_SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", "float"))
+_ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))
 _BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding", "stack")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")

@@ -119,12 +119,10 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
     log_guard = state.mixture.log_guard
-    ours, mopps = state.mixture.update(likelihoods)
+    state.mixture.update(likelihoods)
     skill = log_guard - state.mixture.log_guard  # of the mixture without its guard
     state.tallies.compare(entry.step, skill, len(prompts))
     state.guardrails.compare(entry.step, skill, len(prompts))
-    state.log_likelihood += ours
-    state.mopps_log_likelihood += mopps
 
     before = _MEMORIES_L[_SHORTEST] * (own[_SHORTEST] + lost[_SHORTEST])
     arrived = _arrive(state, entry.selection_step, prompts)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.learning.features import Basis, ScalarT
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
+from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.guardrails import Guardrails
 from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, STACKED, Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
@@ -31,7 +31,6 @@ class State:
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
         advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
-        log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
         tallies, guardrails: What the report is made of, and what alarms and the fallback are read from.
     """
 
@@ -60,8 +59,6 @@ class State:
     advance_steps: float = 1.0
     n_advances: int = 0
     recent_batches: tuple[IntArray, ...] = ()
-    log_likelihood: float = 0.0
-    mopps_log_likelihood: float = 0.0
     tallies: Tallies = field(default_factory=Tallies)
     guardrails: Guardrails = field(default_factory=Guardrails)
 
