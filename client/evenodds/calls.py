@@ -227,7 +227,7 @@ class Calls(Protocol):
         query = {"shown": str(shown)}
         return (yield from self.call("GET", f"{_run_path('beliefs', run)}/beliefs", BeliefReport, query=query))
 
-    def rewind(self, run: str, step: int) -> Exchange[Voided]:
+    def rewind(self, run: str, step: int, *, incarnation: str | None = None) -> Exchange[Voided]:
         """Forget everything observed or selected with a step above `step`: the trainer restarted from its checkpoint.
 
         Afterwards the run stands as if none of it had happened: a step above may be selected and reported anew, under
@@ -235,7 +235,10 @@ class Calls(Protocol):
         is forgotten already is not counted again.
 
         Args:
-            step: The step of the checkpoint.
+            step: The step of the checkpoint; -1 forgets every step.
+            incarnation: Name of the restarted trainer, at most 64 letters, digits, `_` and `-`. Observations whose
+                request id begins with it and a dot are kept: they are the restarted trainer's own, which another of
+                its processes reported before this call.
 
         Raises:
             NotFound: There is no such run.

@@ -54,7 +54,8 @@ class PromptSelector:
 
     Several processes: give each its `rank`, and a `broadcast` in which all take part. Then rank 0 asks, and all get
     its batch. Without `broadcast` each asks for itself: the service answers all alike, but where it fails some of
-    them, batches differ. Each process observes its own outcomes. Processes of one machine may share the outbox.
+    them, batches differ, and a resumed training may lose outcomes. Each process observes its own outcomes. Processes
+    of one machine may share the outbox.
 
     Threads may share a selector. A process that was forked or unpickled from this one starts threads and connections
     of its own at its first call; an unpickled selector has no `broadcast`.
@@ -97,8 +98,6 @@ class PromptSelector:
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed {seed!r} must be in [0, 2**63)")
-        if rank < 0:
-            raise ConfigurationError(f"rank {rank!r} must be at least 0")
         self._prompt_ids, whole = checked_prompts(prompts)
         self._known = frozenset(self._prompt_ids)
         folder = DEFAULT_OUTBOX if outbox is None and base_url is not None else outbox
@@ -112,14 +111,17 @@ class PromptSelector:
             prefetches=prefetch,
         )
         self._seed = seed
-        self._rank = rank
+        self._rank = _checked_rank(rank)
         self._broadcast = broadcast
         self._observed_step: int | None = None
+        self._incarnation: str | None = None
         self._is_closed = False
         self._made_in = os.getpid()
         self._running: Running | None = None
-        if base_url is not None:
-            self._here()  # delivers what an earlier process left, and loads the pool
+        if base_url is not None and rank == 0:
+            # Delivers what an earlier process left, and loads the pool. Other ranks begin at their first call: what
+            # they have left may have to be forgotten first, and rank 0 does not wait for them.
+            self._here()
 
     @property
     def run(self) -> str:
@@ -162,6 +164,7 @@ class PromptSelector:
             batch = self._choose(request, here)
         else:
             batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+            self._incarnation = batch.incarnation
         here.remember(batch)
         return batch
 
@@ -228,7 +231,7 @@ class PromptSelector:
             chosen = selection_id or here.selections.get(at)
             here.sender.put(
                 [
-                    Delivery("observe", at, uuid4().hex, chosen, json.dumps(sound[first : first + MAX_ITEMS]))
+                    Delivery("observe", at, self._request_id(), chosen, json.dumps(sound[first : first + MAX_ITEMS]))
                     for first in range(0, len(sound), MAX_ITEMS)
                 ]
             )
@@ -256,19 +259,58 @@ class PromptSelector:
         """Go back to a checkpoint: what was observed after its step is forgotten, here and by the service.
 
         The service is told in the background, before anything else is; until it has confirmed, batches are uniform.
-        Every rank calls this before it selects or observes; rank 0 tells the service.
+        Every rank calls this before it selects or observes; rank 0 tells the service. What any rank reports after its
+        next `select` is kept, also where it arrives before the service was told.
 
         Raises:
             ConfigurationError: The state is none of this run's, or the selector is closed.
         """
         step, undelivered = checked_state(state, self._setup.run, STATE_FORMAT)
-        here = self._here()
+        self._here()
         self._seed = state["seed"]
         self._observed_step = step
+        self._go_back(step, undelivered)
+
+    def rewind_to(self, step: SupportsIndex) -> None:
+        """Go back to a checkpoint that holds no state: what was observed after this step is forgotten.
+
+        As `load_state_dict` otherwise. -1 forgets every step.
+
+        Raises:
+            InvalidRequest: The step is not an integer in [-1, 2**62].
+            ConfigurationError: The selector is closed.
+        """
+        at = -1 if as_index(step) == -1 else checked_step("rewind_to", step)
+        self._observed_step = at if at >= 0 else None
+        self._go_back(at, [])
+
+    def _go_back(self, step: int | None, undelivered: list[Delivery]) -> None:
+        here = self._here()
+        self._incarnation = uuid4().hex if self._rank == 0 else None
+        if self._rank > 0 and self._broadcast is None:
+            here.status.say_once(
+                "no broadcast",
+                f"rank {self._rank} has no broadcast, so that what it reports before rank 0 has gone back is lost, and "
+                "batches may differ between ranks: give all ranks evenodds.integrations.torch.ranks()",
+            )
         here.forget()
         if step is not None and self._keeps:
-            rewind = [*undelivered, Delivery("rewind", step, uuid4().hex)] if self._rank == 0 else []
+            rewind = [*undelivered, Delivery("rewind", step, self._request_id())] if self._rank == 0 else []
             here.sender.forget_after(step, rewind)
+
+    def use_ranks(self, rank: int, broadcast: Callable[[Batch | None], Batch]) -> None:
+        """Be one of several ranks from now on: for adapters that learn of the other ranks only later.
+
+        Raises:
+            ConfigurationError: The rank is below 0.
+        """
+        self._rank = _checked_rank(rank)
+        self._broadcast = broadcast
+
+    @property
+    def has_broadcast(self) -> bool:
+        """Whether rank 0 chooses for all ranks."""
+        return self._broadcast is not None
 
     def counts(self) -> Counts:
         """What this selector has done so far in this process."""
@@ -356,12 +398,15 @@ class PromptSelector:
             here.status.failed("choosing", error)
             return None
         here.status.succeeded("choosing")
-        return Batch(request.step, ids, tuple(arms), reply)
+        return Batch(request.step, ids, tuple(arms), reply, self._incarnation)
 
     def _uniform(self, request: SelectRequest) -> Batch:
         chosen = Random(f"{self._seed} {request.step}").sample(self._eligible(request), request.batch_size)
         arms: list[Arm] = ["uniform"] * len(chosen)
-        return Batch(request.step, tuple(chosen), tuple(arms))
+        return Batch(request.step, tuple(chosen), tuple(arms), incarnation=self._incarnation)
+
+    def _request_id(self) -> str:
+        return uuid4().hex if self._incarnation is None else f"{self._incarnation}.{uuid4().hex}"
 
     def _request(self, call: str, given: Mapping[str, Any]) -> SelectRequest:
         numbers = {name: as_index(given[name]) for name in ("step", "batch_size")}
@@ -386,6 +431,12 @@ class PromptSelector:
         left_out = frozenset(request.exclude or ())
         among = self._prompt_ids if request.candidates is None else dict.fromkeys(request.candidates)
         return [prompt_id for prompt_id in among if prompt_id not in left_out]
+
+
+def _checked_rank(rank: int) -> int:
+    if rank < 0:
+        raise ConfigurationError(f"rank {rank!r} must be at least 0")
+    return rank
 
 
 _INHERITED: list[Running] = []

@@ -283,7 +283,8 @@ class OutboxSender:
     def _call(self, delivery: Delivery) -> None:
         assert self._client is not None
         if delivery.kind == "rewind":
-            self._client.rewind(self._setup.run, delivery.step)
+            incarnation, _, rest = delivery.request_id.partition(".")
+            self._client.rewind(self._setup.run, delivery.step, incarnation=incarnation if rest else None)
             return
         reply = self._client.observe(
             self._setup.run,
