@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,30 @@ def test_a_config_that_would_undo_the_choice_is_refused(tmp_path: Path, change: 
 def test_rows_are_needed_for_all_prompts(tmp_path: Path) -> None:
     with PromptSelector(None, "r", ["a", "b"]) as selector, pytest.raises(ConfigurationError, match="have none: 'b'"):
         GRPOSelection(selector, config(tmp_path)).dataset([{"prompt_id": "a", "prompt": "A"}])
+
+
+def test_rewards_of_another_range_are_mapped_and_those_outside_of_it_raise(tmp_path: Path) -> None:
+    class State:
+        global_step = 3
+
+    def columns(prompt_ids: list[str]) -> dict[str, Any]:
+        return {"prompt_id": prompt_ids, "trainer_state": State}
+
+    with PromptSelector(None, "r", ["a", "b"], outbox=tmp_path) as selector:
+        selection = GRPOSelection(selector, config(tmp_path))
+        reward = selection.observed(lambda rewards, **_: rewards, reward_range=(-1, 1))
+        unmapped = selection.observed(lambda rewards, **_: rewards)
+
+        reward(rewards=[1.0, -1.0, None, float("nan")], **columns(["a", "a", "b", "b"]))
+
+        (delivery,) = selector.state_dict()["undelivered"]
+        assert json.loads(delivery["body"]) == [{"prompt_id": "a", "rewards": [1.0, 0.0]}]
+        with pytest.raises(
+            ConfigurationError, match=r"observed: the reward -1 of prompt 'b' is outside of reward_range"
+        ):
+            unmapped(rewards=[1.0, -1.0], **columns(["a", "b"]))
+        with pytest.raises(ConfigurationError, match=r"observed: reward_range \[1, 0\] must rise"):
+            selection.observed(lambda rewards, **_: rewards, reward_range=[1, 0])
 
 
 @pytest.mark.slow

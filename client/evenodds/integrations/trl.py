@@ -12,13 +12,14 @@ import functools
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evenodds.errors import ConfigurationError
+from evenodds.integrations.connection import RewardRange
 from evenodds.integrations.torch import ranks
 from evenodds.training.selector import PromptSelector
 
@@ -94,23 +95,35 @@ class GRPOSelection:
             yield self._first_step + step, n * self._n_prompts
             generation += n
 
-    def observed(self, reward_function: RewardFunction, *, success: Callable[[float], float] = float) -> RewardFunction:
+    def observed(
+        self,
+        reward_function: RewardFunction,
+        *,
+        reward_range: Sequence[float] = (0.0, 1.0),
+        success: Callable[[float], float | None] = float,
+    ) -> RewardFunction:
         """The reward function, whose rewards are reported too.
 
         Wrap the one that says whether an attempt succeeded. Rows without the id column, or of prompts outside the
         pool, are not reported; leave the column out of an evaluation set.
 
         Args:
-            reward_function: As `GRPOTrainer` calls it, asynchronous or not. A reward of None is no attempt.
-            success: Maps a reward to [0, 1].
+            reward_function: As `GRPOTrainer` calls it, asynchronous or not. A reward of None or NaN is no attempt.
+            reward_range: The rewards that stand for failure and success: (-1, 1), say.
+            success: Maps a reward to one in `reward_range`, or to None: no attempt.
+
+        Raises:
+            ConfigurationError: `reward_range` does not rise. While training: a reward is outside of it.
         """
         known = frozenset(self._selector.prompt_ids)
+        scale = RewardRange.of(reward_range, where="observed")
 
         def report(rewards: Iterable[float | None], columns: Mapping[str, Any]) -> None:
-            outcomes: dict[str, list[float]] = defaultdict(list)
+            outcomes: dict[str, list[float | None]] = defaultdict(list)
             for prompt_id, reward in zip(columns.get(self._id_column, ()), rewards, strict=False):
-                if reward is not None and str(prompt_id) in known:
-                    outcomes[str(prompt_id)].append(success(reward))
+                if str(prompt_id) in known:
+                    succeeded = None if reward is None else success(reward)
+                    outcomes[str(prompt_id)].append(scale.scaled(succeeded, str(prompt_id)))
             self._selector.observe(columns["trainer_state"].global_step, outcomes)
 
         if inspect.iscoroutinefunction(reward_function):

@@ -200,24 +200,25 @@ class PromptSelector:
         """Report outcomes of attempts. They are delivered in the background, each exactly once.
 
         When it returns they are on disk, unless the disk takes longer than the deadline; then they follow. What is no
-        observation (a reward outside [0, 1] or NaN, a prompt outside the pool without its text) is left out and
-        counted, and warned of once.
+        observation (a prompt outside the pool without its text) is left out and counted, and warned of once.
 
         Args:
             step: The policy version that made the attempts.
-            outcomes: Rewards in [0, 1] by prompt id, or observations as `Client.observe` takes them. Attempts that
-                failed for other reasons than the policy stay out.
+            outcomes: Rewards in [0, 1] by prompt id, or observations as `Client.observe` takes them. A reward of None
+                or NaN is no attempt: so may stand those that failed for other reasons than the policy.
             selection_id: The selection whose outcomes these are; by default that of this step's batch, if this
                 selector got one from the service.
 
         Raises:
-            InvalidRequest: The step is not an integer in [0, 2**62].
+            InvalidRequest: The step is not an integer in [0, 2**62], or a reward is no number or outside [0, 1]; then
+                nothing of the call is kept.
             ConfigurationError: The selector is closed.
         """
         at = checked_step("observe", step)
         here = self._here()
-        sound, faults = checked_observations(outcomes, self._known)
-        here.status.count(observed=len(sound), left_out=len(faults))
+        checked = checked_observations(outcomes, self._known)
+        sound, faults = checked.sound, checked.faults
+        here.status.count(observed=len(sound), left_out=len(faults), without_reward=checked.n_without_reward)
         if faults:
             here.status.say_once(
                 "left out",

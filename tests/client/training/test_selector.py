@@ -233,16 +233,56 @@ def test_what_is_no_observation_is_left_out_and_said_once(
 ) -> None:
     selector = make()
 
-    outcomes: Any = {"p0": [1, 0], "p1": [2.5], "p2": [float("nan")], "p3": [], "p4": ["one"], "who": [1]}
-    selector.observe(1, outcomes)
-    selector.observe(2, {"p5": [-1]})
+    selector.observe(1, {"p0": [1, 0], "who": [1]})
+    selector.observe(2, [{"prompt_id": "p1", "successes": 3, "attempts": 2}])
 
     assert selector.flush()
     assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
-    assert (selector.counts().observed, selector.counts().left_out) == (1, 6)
+    assert (selector.counts().observed, selector.counts().left_out) == (1, 2)
     (warning,) = warnings(caplog)
-    assert "5 of 6 outcomes of step 1 are no observations" in warning
-    assert "outcomes[1].rewards[0]: Input should be less than or equal to 1, got 2.5" in warning
+    assert "1 of 2 outcomes of step 1 are no observations" in warning
+    assert "outcomes[1].prompt_id: 'who' is not among this selector's prompts" in warning
+
+
+def test_an_attempt_without_a_reward_is_left_out_and_no_other(service: Service, make: Make) -> None:
+    selector = make()
+
+    selector.observe(1, {"p0": [1, None, 0, float("nan")], "p1": [None], "p2": []})
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
+    assert (selector.counts().observed, selector.counts().left_out, selector.counts().without_reward) == (1, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (-1, r"outcomes\[1\].rewards: the reward -1 of prompt 'p1' is outside \[0, 1\]: map rewards"),
+        (1.4, "reward_range, and TRL's by success="),
+        (float("inf"), r"the reward inf of prompt 'p1' is outside \[0, 1\]"),
+        ("one", r"outcomes\[1\].rewards: the reward 'one' is no number, of prompt 'p1'"),
+    ],
+)
+def test_a_reward_that_is_none_raises_and_nothing_of_the_step_is_kept(
+    service: Service, make: Make, reward: Any, message: str
+) -> None:
+    selector = make()
+    assert selector.wait_until_ready()
+
+    with pytest.raises(InvalidRequest, match=message):
+        selector.observe(1, {"p0": [1, 0], "p1": [1, reward]})
+
+    assert selector.flush()
+    assert history(service.client, selector) == []
+
+
+def test_a_reward_that_misses_its_end_by_rounding_counts_as_the_end(service: Service, make: Make) -> None:
+    selector = make()
+
+    selector.observe(1, {"p0": [1 + 1e-9, -1e-9]})
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
 
 
 def test_what_the_service_refuses_holds_nothing_up_and_is_tried_at_the_next_start(
