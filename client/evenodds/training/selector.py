@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 from uuid import uuid4
 
 from evenodds.errors import ConfigurationError, InvalidRequest
@@ -38,6 +38,7 @@ from evenodds.validation import request_of
 
 DEFAULT_OUTBOX = Path(".evenodds")
 STATE_FORMAT = 1
+Existing: TypeAlias = Literal["refuse", "auto", "resume"]
 
 
 class PromptSelector:
@@ -75,6 +76,10 @@ class PromptSelector:
         rank: Of this process, at least 0.
         broadcast: Called once by every rank in each `select`, with the batch on rank 0 and None on the others:
             returns that batch on all. See `evenodds.integrations.torch`.
+        existing: What to do where this training begins at a step that the run has gone through already: a second
+            training under the name, or one that goes on without the state of its checkpoint. `refuse` raises. `auto`
+            forgets what came from that step on, and says what it forgot. `resume` goes on with all that the run has:
+            steps that have a batch get it again, and their outcomes count once more.
 
     As many arguments as a training script decides on: they are the interface.
 
@@ -95,6 +100,7 @@ class PromptSelector:
         prefetch: bool = False,
         rank: int = 0,
         broadcast: Callable[[Batch | None], Batch] | None = None,
+        existing: Existing = "refuse",
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed {seed!r} must be in [0, 2**63)")
@@ -113,8 +119,13 @@ class PromptSelector:
         self._seed = seed
         self._rank = _checked_rank(rank)
         self._broadcast = broadcast
+        if existing not in get_args(Existing):
+            raise ConfigurationError(f"existing {existing!r} must be one of {', '.join(get_args(Existing))}")
+        self._existing: Existing = existing
+        self._first_step: int | None = None
+        self._begins_anew = rank == 0
         self._observed_step: int | None = None
-        self._incarnation: str | None = None
+        self._incarnation: str | None = None if existing != "auto" else uuid4().hex
         self._is_closed = False
         self._made_in = os.getpid()
         self._running: Running | None = None
@@ -156,7 +167,7 @@ class PromptSelector:
 
         Raises:
             InvalidRequest: The arguments can never be served.
-            ConfigurationError: The selector is closed.
+            ConfigurationError: The selector is closed; or the run has gone through this step already, see `existing`.
         """
         request = self._request("select", locals())
         here = self._here()
@@ -287,6 +298,7 @@ class PromptSelector:
 
     def _go_back(self, step: int | None, undelivered: list[Delivery]) -> None:
         here = self._here()
+        self._begins_anew = False
         self._incarnation = uuid4().hex if self._rank == 0 else None
         if self._rank > 0 and self._broadcast is None:
             here.status.say_once(
@@ -322,9 +334,10 @@ class PromptSelector:
         return self._here().sender.refusals()
 
     def wait_until_ready(self, timeout_seconds: float = 60.0) -> bool:
-        """Wait for the run to be created and its pool loaded, where that is this selector's work. Whether it is done.
+        """Wait for the run to be created and its pool loaded, where that is this selector's work. Whether it is there.
 
-        Without it, the first batches are uniform until the pool is loaded.
+        True says that the service has all prompts of this selector. Without it, the first batches are uniform until
+        the pool is loaded.
         """
         here = self._here()
         return here.requests is not None and here.sender.wait_until_ready(timeout_seconds)
@@ -365,7 +378,12 @@ class PromptSelector:
         if self._running is None or self._running.pid != os.getpid():
             if self._running is not None:
                 _INHERITED.append(self._running)
-            self._running = Running(self._setup, loads_pool=self._rank == 0 and os.getpid() == self._made_in)
+            self._running = Running(
+                self._setup,
+                prompt_ids=self._prompt_ids,
+                loads_pool=self._rank == 0 and os.getpid() == self._made_in,
+                prepared=self._prepared,
+            )
             atexit.register(self.close)
         return self._running
 
@@ -389,7 +407,13 @@ class PromptSelector:
             arms: list[Arm] = [prompt.arm for prompt in reply.prompts]
             unknown = [prompt_id for prompt_id in ids if prompt_id not in self._known]
             if unknown:
-                raise NotAnswered(f"it chose {len(unknown)} prompts that this trainer lacks: {unknown[0]!r} ...")
+                here.sender.look_again()
+                raise NotAnswered(
+                    f"it chose {len(unknown)} prompts that this trainer lacks: {unknown[0]!r} ..., which are left out "
+                    "from now on"
+                )
+        except ConfigurationError:
+            raise
         except FutureTimeout:
             here.status.failed(
                 "choosing", f"no batch for step {request.step} within {self._setup.deadline_seconds:g} s"
@@ -400,6 +424,36 @@ class PromptSelector:
             return None
         here.status.succeeded("choosing")
         return Batch(request.step, ids, tuple(arms), reply, self._incarnation)
+
+    def _prepared(self, request: SelectRequest) -> SelectRequest:
+        """The request as it is sent, of what the trainer can attempt. In a thread of its own.
+
+        Raises:
+            ConfigurationError: The run has gone through the first step already.
+        """
+        here = self._here()
+        pool = here.sender.pool
+        if pool is None:
+            return request
+        first, head = self._first_step, pool.head_step
+        if self._begins_anew and self._rank == 0 and os.getpid() == self._made_in and first is not None:
+            self._begins_anew = False
+            if head is not None and first <= head and self._existing != "resume":
+                if self._existing == "refuse":
+                    self._begins_anew = True
+                    raise ConfigurationError(
+                        f"run {self._setup.run!r} has gone through steps up to {head} already, and this training "
+                        f"begins at step {first}. To go on from a checkpoint, load the selector's state. Else choose: "
+                        f"existing='auto' forgets what came from step {first} on, existing='resume' goes on with all "
+                        "that the run has, another run name begins from nothing"
+                    )
+                here.status.say_once(
+                    "existing",
+                    f"it has gone through steps up to {head} already, and this training begins at step {first}: what "
+                    f"came from step {first} on is forgotten (existing='auto')",
+                )
+                here.sender.put([Delivery("rewind", first - 1, self._request_id())])
+        return pool.narrowed(request)
 
     def _uniform(self, request: SelectRequest) -> Batch:
         chosen = Random(f"{self._seed} {request.step}").sample(self._eligible(request), request.batch_size)
@@ -424,6 +478,8 @@ class PromptSelector:
             raise InvalidRequest(
                 call, [f"batch_size: {request.batch_size} prompts asked for, {n_eligible} to choose from"]
             )
+        if self._first_step is None:
+            self._first_step = request.step
         return request
 
     def _eligible(self, request: SelectRequest) -> Sequence[str]:
