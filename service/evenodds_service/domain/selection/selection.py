@@ -206,7 +206,7 @@ def _acquisition(state: State, settings: RunSettings) -> tuple[Acquisition, Fall
     acquisition = acquisition_of(settings)
     if acquisition == "uniform" or not settings.fallback or not PREDICTORS[settings.predictor].is_mixed:
         return acquisition, None
-    fallback = state.rails.fallback()
+    fallback = state.guardrails.fallback()
     return acquisition if fallback is None else "uniform", fallback
 
 
