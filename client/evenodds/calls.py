@@ -123,11 +123,11 @@ class Calls(Protocol):
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
             diversity: How far below the best score a prompt counts as equally good, in [0, 1]; of these the most
                 unlike are chosen.
-            cooldown_steps: Steps that a chosen prompt rests; by default a twentieth of an epoch, while there are enough
-                others.
+            cooldown_steps: Steps that a chosen prompt rests; by default 25, at most .4 of an epoch, while there are
+                enough others.
             lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
                 comes; 8 by default, 0 waits for none.
-            max_visits: A prompt is chosen at most so often; 0 sets no limit.
+            max_visits: A prompt is chosen at most so often while there are enough others; 0 sets no limit.
             keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
             model_size: Of the networks of `gps-paper`: `small` or `published`.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.

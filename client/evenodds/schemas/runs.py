@@ -79,7 +79,8 @@ class RunUpdate(HasOlderNames, Request):
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
         description="a prompt rests for this many steps after it was chosen, come what may. By default it rests for "
-        "a twentieth of an epoch (pool / (20 batch_size) steps) under yield, while there are enough others; 0: never",
+        "25 steps, at most 0.4 of an epoch (pool / batch_size steps), under yield, while there are enough others; "
+        "0: never",
     )
     lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
@@ -87,7 +88,8 @@ class RunUpdate(HasOlderNames, Request):
         "8 by default, 0 waits for none",
     )
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
-        default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
+        default=None,
+        description="a prompt is chosen at most so often while there are enough others; 0, the default, sets no limit",
     )
     keep_text: bool | None = Field(
         default=None,
