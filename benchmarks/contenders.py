@@ -31,7 +31,7 @@ from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.paper_fit import fit_paper, predict_paper
 from evenodds_service.model.paper_network import SMALL, NetworkSize
-from evenodds_service.model.refit import Material, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
 
 PAPER_DIVERSITY = 0.1
 """Lambda of the paper's acquisition (Eq. 13). Not published; ours."""
@@ -106,7 +106,9 @@ class Gps:
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         if parts.rest:
             held = resting(last_seen, step=step, rest=rest_steps(state.n_prompts, batch_size))
-            allowed = held_back(allowed, held, last_seen, scores, batch_size=batch_size, groups={})
+            allowed = held_back(
+                allowed, held, last_seen, scores_N=scores, batch_size=batch_size, groups={}, all_alike=True
+            )
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))
         choice = choose(
@@ -129,7 +131,7 @@ class Gps:
         """What the worker does: fit the shared model on the history and let its snapshot enter the log."""
         state = self._state
         assert state.basis is not None  # the pool is not empty
-        material = Material(
+        data = TrainingData(
             embedder=BUILTIN_NAME,
             predictor="gps",
             group_size=self._group_size,
@@ -139,7 +141,7 @@ class Gps:
             ngrams=self._world.ngrams,
             history=gather(self._history),
         )
-        priors = fit_shared_model(material, device=self._device).priors
+        priors = fit_shared_model(data, device=self._device).priors
         priors = {name: prior for name, prior in priors.items() if name in self._parts.priors}
         if not priors:
             return

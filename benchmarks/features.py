@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenodds_service.domain.prompts import text_key
+from evenodds_service.domain.ranks import spearman
 from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.surface import surface_features
@@ -175,16 +176,6 @@ def fit_predict(features: Floats, rates: Floats, known: Indices, unseen: Indices
             best_error, best = error, shrunk
     predicted: Floats = x_unseen @ (eigenvectors @ best)
     return predicted
-
-
-def spearman(a: Floats, b: Floats) -> float:
-    return float(np.corrcoef(mean_ranks(a), mean_ranks(b))[0, 1])
-
-
-def mean_ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 if __name__ == "__main__":

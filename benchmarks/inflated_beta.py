@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.distributions import beta_binomial_log_likelihood, informative_moments
-from evenodds_service.domain.matched_prior import _MEAN_RANGE, informative_probability, matched_concentration
+from evenodds_service.domain.distributions import (
+    beta_binomial_log_likelihood,
+    informative_moments,
+    informative_probability,
+)
+from evenodds_service.domain.matched_prior import _MEAN_RANGE, matched_concentration
 
 SLAB_CONCENTRATION = 1.0
 

@@ -14,8 +14,9 @@ import numpy as np
 from benchmarks.rivals import Method
 
 from evenodds_service.commands.replay.driving import LEAST_NEVER_SEEN, Plan
-from evenodds_service.commands.replay.scoring import mean_absolute_error, mean_of_known, sampling_error, spearman
+from evenodds_service.commands.replay.scoring import mean_absolute_error, mean_of_known, sampling_error
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.ranks import spearman
 
 Figures = dict[str, float]
 Stages = Sequence[tuple[str, int, int]]

@@ -39,7 +39,7 @@ from benchmarks.kills import kill_workers, serving
 from evenodds import PromptIn
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.model.refit import Material, fit_shared_model
+from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.storage.engine import open_engine
@@ -113,7 +113,7 @@ def refit_once(url: str, device: str) -> dict[str, float]:
             store,
             name=f"measured-{os.getpid()}",
             clock=lambda: datetime.now(timezone.utc),
-            fit=lambda material: _fit(material, device),
+            fit=lambda data: _fit(data, device),
         )
     run = store.run(RUN)
     asked = store.request_refit(run.id, now=datetime.now(timezone.utc))
@@ -134,8 +134,8 @@ def refit_once(url: str, device: str) -> dict[str, float]:
     }
 
 
-def _fit(material: Material, device: str) -> SharedModel:
-    model = fit_shared_model(material, device=torch.device(device))
+def _fit(data: TrainingData, device: str) -> SharedModel:
+    model = fit_shared_model(data, device=torch.device(device))
     if device == "cuda":
         torch.cuda.synchronize()
     return model

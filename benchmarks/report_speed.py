@@ -24,9 +24,9 @@ from benchmarks.latency import POOL_SIZE, read_pool, service
 from evenodds_service.domain.arrays import BoolArray
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
-from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.learning.guardrails import Guardrails
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.learning.tallies import Record
+from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.log_entries import NewObservation, ObserveEntry, Outcomes
 from evenodds_service.domain.prompts import NewPrompt, text_key
 from evenodds_service.domain.report.report import report
@@ -120,7 +120,7 @@ def inside_the_fold(store: Store, run: Run) -> None:
     started = time.perf_counter()
     report(live.state, live.pool)
     print(f"report in process: {1_000 * (time.perf_counter() - started):.1f} ms")
-    kept, plain = State(), State(record=_Silent(), rails=_SilentRails())
+    kept, plain = State(), State(tallies=_Silent(), guardrails=_SilentGuardrails())
     whole = live.pool.raw(0, live.pool.n)
     other = Pool(surface_width=whole.surface_N_S.shape[1], embedding_width=0)  # a pool projects for one state at a time
     other.append(whole)
@@ -136,7 +136,7 @@ def inside_the_fold(store: Store, run: Run) -> None:
     print(f"without the sums {np.median(costs['without']):.2f} ms")
 
 
-class _Silent(Record):
+class _Silent(Tallies):
     """Keeps nothing."""
 
     def select(self, *_: Any) -> None: ...
@@ -150,7 +150,7 @@ class _Silent(Record):
     def look(self, *_: Any) -> None: ...
 
 
-class _SilentRails(Rails):
+class _SilentGuardrails(Guardrails):
     """Watches nothing."""
 
     def select(self, *_: Any) -> None: ...

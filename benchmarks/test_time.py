@@ -32,7 +32,6 @@ import torch
 from benchmarks.worlds import LARGE, MATH, World, open_world
 from matplotlib import pyplot
 from scipy import sparse
-from scipy.stats import rankdata
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.budgets.allocation import (
@@ -50,10 +49,11 @@ from evenodds_service.domain.learning.prediction import new_prompt_beliefs
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.ranks import spearman
 from evenodds_service.domain.settings import BudgetMode, BudgetPolicy
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
-from evenodds_service.model.refit import Material, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE_NAMES
 
@@ -169,7 +169,7 @@ def measure(
         "sequential oracle": sequential(test, (test.rates_T * 1e6 + 1e-6, (1 - test.rates_T) * 1e6 + 1e-6)),
     }
     histories = {"same": same, "shifted": shifted, "adapted": adapted}
-    rank = {name: _spearman(_mean(beliefs), test.rates_T) for name, beliefs in histories.items()}
+    rank = {name: spearman(_mean(beliefs), test.rates_T) for name, beliefs in histories.items()}
     priced = {}
     modes: tuple[BudgetMode, ...] = ("parallel", "sequential")
     for mode in modes:
@@ -223,7 +223,7 @@ class Served:
         """What the worker does: fit on the outcomes so far and let the snapshot enter the log."""
         state = self._state
         assert state.basis is not None  # the pool is not empty
-        material = Material(
+        data = TrainingData(
             embedder=BUILTIN_NAME,
             predictor="gps",
             group_size=LABEL_ATTEMPTS,
@@ -233,7 +233,7 @@ class Served:
             ngrams=sparse.vstack([world.ngrams[rows] for world, rows in self._reports], format="csr"),
             history=gather(self._history),
         )
-        self._model = fit_shared_model(material, device=torch.device("cpu"))
+        self._model = fit_shared_model(data, device=torch.device("cpu"))
         version = state.model_version + 1
         self._pool.attach(version, self._model.priors)
         fold(state, SnapshotEntry(state.position + 1, version), self._pool)
@@ -377,10 +377,6 @@ def _on_grid(coverage: Curve) -> Curve:
 
 def _mean(beliefs: Beliefs) -> FloatArray:
     return np.asarray(beliefs[0] / (beliefs[0] + beliefs[1]))
-
-
-def _spearman(x: FloatArray, y: FloatArray) -> float:
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def _table(corner: str, cells: dict[str, dict[str, list[float]]], *, percent: bool = False) -> str:

@@ -44,6 +44,7 @@ from scipy import sparse
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.matched_prior import matched_concentration
 from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.ranks import spearman
 from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import FittedNgrams, fit, ngram_matrix
@@ -268,16 +269,6 @@ def first_visits(data: Data, score: str, seed: int) -> Floats:
         seen[batch] = True
         shares.append(float(chance[batch].mean()))
     return np.array(shares)
-
-
-def spearman(a: Floats, b: Floats) -> float:
-    return float(np.corrcoef(mean_ranks(a), mean_ranks(b))[0, 1])
-
-
-def mean_ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def _title(data: Data) -> str:

@@ -19,7 +19,7 @@ from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectE
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
-from evenodds_service.model.refit import Material, fit_shared_model
+from evenodds_service.model.refit import TrainingData, fit_shared_model
 
 N_STEPS, GROWN_AT, REFITTED_AT = 200, 40, (60, 140)
 
@@ -66,7 +66,7 @@ def refit(log: Log, replay: Replay) -> bytes:
         attempts=np.concatenate([report.attempts for report in reports]),
         informative=np.concatenate([report.informative for report in reports]),
     )
-    material = Material(
+    data = TrainingData(
         embedder=BUILTIN_NAME,
         predictor="gps",
         group_size=GROUP_SIZE,
@@ -76,7 +76,7 @@ def refit(log: Log, replay: Replay) -> bytes:
         ngrams=ngram_matrix(log.texts[: pool.n]),
         history=history,
     )
-    return fit_shared_model(material, device=torch.device("cpu")).to_bytes()
+    return fit_shared_model(data, device=torch.device("cpu")).to_bytes()
 
 
 @pytest.fixture(scope="module")

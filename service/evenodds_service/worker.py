@@ -21,7 +21,7 @@ from evenodds_service.domain.log_entries import ObserveEntry
 from evenodds_service.errors import NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
-from evenodds_service.model.refit import Material, gather
+from evenodds_service.model.refit import TrainingData, gather
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
@@ -34,8 +34,8 @@ RETRY_SECONDS = 30
 _PAGE = 1_000
 _KEPT_RUNS = 4
 
-Fit = Callable[[Material], SharedModel]
-"""What a worker does with the material; the device is chosen by whoever builds the worker."""
+Fit = Callable[[TrainingData], SharedModel]
+"""What a worker does with the training data; the device is chosen by whoever builds the worker."""
 
 
 class Worker:
@@ -65,7 +65,7 @@ class Worker:
         self._fit = fit
         self._lease = lease
         self._poll_seconds = poll_seconds
-        self._views: OrderedDict[int, _View] = OrderedDict()
+        self._kept: OrderedDict[int, _KeptRun] = OrderedDict()
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a fit that has begun is finished and published first."""
@@ -124,14 +124,14 @@ class Worker:
     def _work(self, refit: Refit) -> None:
         started = time.monotonic()
         run = self._store.run_with_id(refit.run_id)
-        view = self._views.setdefault(run.id, _View(run.id))
-        self._views.move_to_end(run.id)
-        while len(self._views) > _KEPT_RUNS:
-            self._views.popitem(last=False)
-        material = view.material(self._store, run)
-        fitted = _Fitted(view.live.state.position, view.live.state.n_observations)
+        kept = self._kept.setdefault(run.id, _KeptRun(run.id))
+        self._kept.move_to_end(run.id)
+        while len(self._kept) > _KEPT_RUNS:
+            self._kept.popitem(last=False)
+        data = kept.training_data(self._store, run)
+        fitted = _Fitted(kept.live.state.position, kept.live.state.n_observations)
         loaded = time.monotonic()
-        model = self._fit(material)
+        model = self._fit(data)
         seconds = {"seconds_loading": loaded - started, "seconds_fitting": time.monotonic() - loaded}
         published = NewSnapshot(
             embedder=model.embedder,
@@ -142,8 +142,8 @@ class Worker:
         snapshot = self._store.publish_refit(refit, published, now=self._clock())
         logger.info("%s: run %r has snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
         run = self._store.run_with_id(refit.run_id)
-        view.live.catch_up(self._store, run)
-        view.live.save(self._store, run, now=self._clock())
+        kept.live.catch_up(self._store, run)
+        kept.live.save(self._store, run, now=self._clock())
 
     @contextmanager
     def _heartbeat(self, refit: Refit) -> Iterator[None]:
@@ -213,8 +213,8 @@ class _Fitted:
     n_observations: int
 
 
-class _View:
-    """What a worker keeps of a run between refits: the folded view, the history, and the texts' n-grams."""
+class _KeptRun:
+    """What a worker keeps of a run between refits: its live run, the history, and the texts' n-grams."""
 
     def __init__(self, run_id: int) -> None:
         self.live = LiveRun(run_id)
@@ -223,8 +223,8 @@ class _View:
         self._void_position = 0
         self._ngrams = sparse.csr_matrix((0, 0))
 
-    def material(self, store: Store, run: Run) -> Material:
-        """Everything up to the log position of the live view, which is at least the one that `run` shows.
+    def training_data(self, store: Store, run: Run) -> TrainingData:
+        """Everything up to the log position of the live run, which is at least the one that `run` shows.
 
         Raises:
             NothingToFit: the run has no prompts.
@@ -244,7 +244,7 @@ class _View:
             self._observations += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
             self._read_to = entries[-1].position
         self._read_texts(store, run)
-        return Material(
+        return TrainingData(
             embedder=vector_name(run.settings) or "",
             predictor=run.settings.predictor,
             group_size=run.settings.group_size,

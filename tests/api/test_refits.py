@@ -13,7 +13,7 @@ import pytest
 from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client, NotFound
-from evenodds_service.model.refit import Material
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
@@ -34,11 +34,11 @@ PENDING = {
 }
 
 
-def nothing_learned(material: Material) -> SharedModel:
-    return SharedModel(material.embedder, material.group_size, material.basis, {}, {}, {"loss": 0.5})
+def nothing_learned(data: TrainingData) -> SharedModel:
+    return SharedModel(data.embedder, data.group_size, data.basis, {}, {}, {"loss": 0.5})
 
 
-def broken(material: Material) -> SharedModel:
+def broken(data: TrainingData) -> SharedModel:
     raise ArithmeticError("no good")
 
 

@@ -20,7 +20,7 @@ from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
-from evenodds_service.model.refit import Material, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
 from evenodds_service.model.snapshot import FORMAT, SharedModel
 from evenodds_service.model.surface import surface_features
 
@@ -44,7 +44,7 @@ def block_of(texts: list[str | None]) -> RawBlock:
     )
 
 
-def material(predictor: PredictorName = "gps", *, n_observed: int = N, group_size: int = G) -> Material:
+def training_data(predictor: PredictorName = "gps", *, n_observed: int = N, group_size: int = G) -> TrainingData:
     """Prove is mostly not solved and Compute mostly is, in two steps."""
     block = block_of(list(TEXTS))
     basis = Basis.of(block)
@@ -57,7 +57,7 @@ def material(predictor: PredictorName = "gps", *, n_observed: int = N, group_siz
         attempts=np.full(n_observed, float(G)),
         informative=(successes > 0) & (successes < G),
     )
-    return Material(
+    return TrainingData(
         embedder=EMBEDDER,
         predictor=predictor,
         group_size=group_size,
@@ -69,14 +69,14 @@ def material(predictor: PredictorName = "gps", *, n_observed: int = N, group_siz
     )
 
 
-def fitted(material: Material) -> SharedModel:
-    return fit_shared_model(material, device=torch.device("cpu"))
+def fitted(data: TrainingData) -> SharedModel:
+    return fit_shared_model(data, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, SharedModel]:
     """By predictor."""
-    return {"gps": fitted(material("gps")), "gps-paper": fitted(material("gps-paper"))}
+    return {"gps": fitted(training_data("gps")), "gps-paper": fitted(training_data("gps-paper"))}
 
 
 @pytest.fixture(scope="module", params=["gps", "gps-paper"])
@@ -135,7 +135,7 @@ def test_without_torch_only_the_published_model_cannot_speak_of_other_prompts(
 
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
 def test_a_fit_is_deterministic(models: dict[str, SharedModel], predictor: PredictorName) -> None:
-    assert fitted(material(predictor)).to_bytes() == models[predictor].to_bytes()
+    assert fitted(training_data(predictor)).to_bytes() == models[predictor].to_bytes()
 
 
 def test_a_model_knows_what_tells_hard_from_easy(models: dict[str, SharedModel]) -> None:
@@ -148,7 +148,7 @@ def test_a_model_knows_what_tells_hard_from_easy(models: dict[str, SharedModel])
 
 
 def test_with_too_little_to_learn_from_a_model_has_no_priors() -> None:
-    model = fitted(material(n_observed=20))
+    model = fitted(training_data(n_observed=20))
 
     assert dict(model.priors) == {}
     assert model.predict(NEW, block_of(list(NEW))) == {}
@@ -156,7 +156,7 @@ def test_with_too_little_to_learn_from_a_model_has_no_priors() -> None:
 
 
 def test_single_attempts_are_enough_to_learn_from() -> None:
-    given = material()
+    given = training_data()
     single = replace(
         given,
         group_size=1,
@@ -176,12 +176,12 @@ def test_single_attempts_are_enough_to_learn_from() -> None:
 
 
 def test_the_published_model_goes_on_from_the_one_before(models: dict[str, SharedModel]) -> None:
-    given = material("gps-paper")
+    given = training_data("gps-paper")
     later = replace(given.history, steps=given.history.steps + 2)
 
     model = fitted(replace(given, history=gather([given.history, later]), warm_start=models["gps-paper"]))
 
-    assert model.report["paper.last_step"] == 3
+    assert model.last_step == model.report["paper.last_step"] == 3
     np.testing.assert_array_equal(model.weights["paper context"]["successes_C"], later.successes[N // 2 :])
     moved = [
         not np.array_equal(array, models["gps-paper"].weights[PAPER][k]) for k, array in model.weights[PAPER].items()
@@ -190,7 +190,7 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
 
 
 def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(models: dict[str, SharedModel]) -> None:
-    given = replace(material("gps-paper"), model_size="published")
+    given = replace(training_data("gps-paper"), model_size="published")
 
     after_small = fitted(replace(given, warm_start=models["gps-paper"]))
 
@@ -264,6 +264,15 @@ def test_a_snapshot_of_another_format_is_refused(model: SharedModel) -> None:
         SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
 
 
+def test_a_published_model_that_has_its_newest_step_among_its_figures_knows_it(models: dict[str, SharedModel]) -> None:
+    arrays = load(models["gps-paper"].to_bytes())
+    header = json.loads(arrays["header"].tobytes())
+    assert header.pop("last_step") == 1
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+
+    assert SharedModel.from_bytes(save(arrays), embedder=EMBEDDER).last_step == 1
+
+
 def test_a_snapshot_of_other_columns_is_refused_with_both_names(model: SharedModel) -> None:
     arrays = load(model.to_bytes())
     header = json.loads(arrays["header"].tobytes()) | {"ngrams": "ngrams/0"}
@@ -280,7 +289,7 @@ def test_a_snapshot_of_other_columns_is_refused_with_both_names(model: SharedMod
 def test_priors_cross_in_half_precision() -> None:
     means = np.array([0.0001, 0.25, 0.9999], dtype=np.float32)
     prior = FittedPrior(means, np.array([0.05, 2.0, 64.0], dtype=np.float32))
-    model = replace(fitted(material(n_observed=0)), priors={"ngrams": prior})
+    model = replace(fitted(training_data(n_observed=0)), priors={"ngrams": prior})
 
     back = SharedModel.from_bytes(model.to_bytes(), embedder=EMBEDDER).priors["ngrams"]
 

@@ -21,7 +21,7 @@ from evenodds import PromptIn
 from evenodds_service.domain.log_entries import NewObservation, Outcomes, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.model.refit import Material, fit_shared_model
+from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.storage.engine import WRITES, open_engine
@@ -40,20 +40,20 @@ def text_of(i: int) -> str:
     return f"{'Prove' if i % 2 else 'Compute'} something about the number {i}."
 
 
-def real_fit(material: Material) -> SharedModel:
-    return fit_shared_model(material, device=torch.device("cpu"))
+def real_fit(data: TrainingData) -> SharedModel:
+    return fit_shared_model(data, device=torch.device("cpu"))
 
 
 def constant(rate: float) -> Fit:
     """A fit that finds the same rate for every prompt of the pool, and knows nothing of others."""
 
-    def fit(material: Material) -> SharedModel:
-        n = len(material.x_N_d)
+    def fit(data: TrainingData) -> SharedModel:
+        n = len(data.x_N_d)
         prior = FittedPrior(np.full(n, rate, np.float32), np.full(n, 4.0, np.float32))
         return SharedModel(
-            embedder=material.embedder,
-            group_size=material.group_size,
-            basis=material.basis,
+            embedder=data.embedder,
+            group_size=data.group_size,
+            basis=data.basis,
             priors={"ngrams": prior},
             weights={},
             report={"rate": rate},
@@ -63,7 +63,7 @@ def constant(rate: float) -> Fit:
 
 
 def failing(message: str) -> Fit:
-    def fit(material: Material) -> SharedModel:
+    def fit(data: TrainingData) -> SharedModel:
         raise ArithmeticError(message)
 
     return fit
@@ -89,10 +89,10 @@ class Stalled:
         self.began, self.go_on = threading.Event(), threading.Event()
         self._then = then
 
-    def __call__(self, material: Material) -> SharedModel:
+    def __call__(self, data: TrainingData) -> SharedModel:
         self.began.set()
         assert self.go_on.wait(PATIENCE_SECONDS)
-        return self._then(material)
+        return self._then(data)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
-from evenodds_service.model.refit import Material
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import Voided
@@ -79,11 +79,11 @@ def test_a_worker_whose_run_is_rewound_meanwhile_fits_again_on_what_is_left(benc
     bench.learned("math")
     steps: list[list[int]] = []
 
-    def fit(material: Material) -> SharedModel:
-        steps.append(sorted(set(material.history.steps.tolist())))
+    def fit(data: TrainingData) -> SharedModel:
+        steps.append(sorted(set(data.history.steps.tolist())))
         if len(steps) == 1:
             rewind(bench, "math", 1)
-        return bench.constant(0.25)(material)
+        return bench.constant(0.25)(data)
 
     worker = bench.worker(fit)
 
@@ -97,14 +97,14 @@ def test_a_worker_whose_run_is_rewound_meanwhile_fits_again_on_what_is_left(benc
 
 
 def test_a_worker_fits_what_never_having_seen_it_would_give(bench: Bench) -> None:
-    """The same material, bit for bit, as of a run in which what was voided never happened."""
-    materials: dict[str, Material] = {}
+    """The same training data, bit for bit, as of a run in which what was voided never happened."""
+    seen: dict[str, TrainingData] = {}
     for name in ("voided", "never"):
         bench.learned(name, n_observed=96)
 
-        def fit(material: Material, name: str = name) -> SharedModel:
-            materials[name] = material
-            return bench.constant(0.25)(material)
+        def fit(data: TrainingData, name: str = name) -> SharedModel:
+            seen[name] = data
+            return bench.constant(0.25)(data)
 
         worker = bench.worker(fit)
         refitted(bench, name, worker)
@@ -118,7 +118,7 @@ def test_a_worker_fits_what_never_having_seen_it_would_give(bench: Bench) -> Non
         bench.observe(name, 4, range(100, 130))
         refitted(bench, name, worker)
 
-    voided, never = materials["voided"], materials["never"]
+    voided, never = seen["voided"], seen["never"]
     for column in ("prompts", "steps", "successes", "attempts", "informative"):
         np.testing.assert_array_equal(getattr(voided.history, column), getattr(never.history, column))
     np.testing.assert_array_equal(voided.x_N_d, never.x_N_d)

@@ -17,7 +17,7 @@ from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import StoreUnavailable
-from evenodds_service.model.refit import Material
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.engine import WORKER_PATIENCE, open_engine
 from evenodds_service.storage.store import Store
@@ -49,9 +49,9 @@ def test_a_worker_publishes_when_a_lock_is_given_back_that_a_request_did_not_wai
     bench.learned("math")
     locks = ExitStack()
 
-    def fit(material: Material) -> SharedModel:
+    def fit(data: TrainingData) -> SharedModel:
         locks.enter_context(bench.without_writes())
-        return bench.constant(0.5)(material)
+        return bench.constant(0.5)(data)
 
     stalled = bench.stalled(fit)
     stalled.go_on.set()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from evenodds_service.model.refit import Material
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import PAPER_CONCENTRATION, SharedModel
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ def test_a_snapshot_of_another_embedder_is_logged_and_the_answers_are_as_without
     bench.learned("math")
     before = client.predict("math", [*KNOWN, *NEW])
 
-    def fit(material: Material) -> SharedModel:
-        return replace(bench.real(material), embedder="another-model")
+    def fit(data: TrainingData) -> SharedModel:
+        return replace(bench.real(data), embedder="another-model")
 
     bench.worker(fit).work_once()
     replies = [c.predict("math", [*KNOWN, *NEW]) for c in (client, start_service(bench.database_url).client)]
@@ -168,8 +168,8 @@ def test_after_an_unusable_snapshot_the_next_one_is_used(bench: Bench, start_ser
     client = start_service(bench.database_url).client
     bench.learned("math")
 
-    def fit(material: Material) -> SharedModel:
-        return replace(bench.real(material), embedder="another-model")
+    def fit(data: TrainingData) -> SharedModel:
+        return replace(bench.real(data), embedder="another-model")
 
     bench.worker(fit).work_once()
     before = client.predict("math", NEW)

@@ -13,7 +13,7 @@ from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds_service.domain.prompts import Prompt
 from evenodds_service.errors import StoreUnavailable
-from evenodds_service.model.refit import Material
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.store import Store
 
@@ -56,11 +56,11 @@ def test_the_report_says_what_was_fitted_and_how_long_each_part_took(bench: Benc
 
 
 def test_the_material_is_the_whole_run_also_what_came_since_the_last_refit(bench: Bench) -> None:
-    seen: list[Material] = []
+    seen: list[TrainingData] = []
 
-    def fit(material: Material) -> SharedModel:
-        seen.append(material)
-        return bench.constant(0.25)(material)
+    def fit(data: TrainingData) -> SharedModel:
+        seen.append(data)
+        return bench.constant(0.25)(data)
 
     worker = bench.worker(fit)
     bench.learned("math")
@@ -80,11 +80,11 @@ def test_the_material_is_the_whole_run_also_what_came_since_the_last_refit(bench
 
 
 def test_a_worker_that_starts_anew_fits_the_same_material(bench: Bench) -> None:
-    seen: list[Material] = []
+    seen: list[TrainingData] = []
 
-    def fit(material: Material) -> SharedModel:
-        seen.append(material)
-        return bench.constant(0.25)(material)
+    def fit(data: TrainingData) -> SharedModel:
+        seen.append(data)
+        return bench.constant(0.25)(data)
 
     one = bench.worker(fit, name="one")
     bench.learned("math")
@@ -186,8 +186,8 @@ def test_one_bad_run_does_not_keep_the_others_from_their_fit(bench: Bench) -> No
     bench.learned("bad", group_size=3)
     bench.learned("good")
 
-    def fit(material: Material) -> SharedModel:
-        return (bench.failing("bad data") if material.group_size == 3 else bench.constant(0.5))(material)
+    def fit(data: TrainingData) -> SharedModel:
+        return (bench.failing("bad data") if data.group_size == 3 else bench.constant(0.5))(data)
 
     worker = bench.worker(fit)
     worked = [worker.work_once() for _ in range(3)]
@@ -222,11 +222,11 @@ def test_a_run_deleted_during_its_fit_is_no_trouble(bench: Bench) -> None:
     bench.learned("math")
     bench.learned("other")
 
-    def fit(material: Material) -> SharedModel:
+    def fit(data: TrainingData) -> SharedModel:
         if bench.store.runs(after="", limit=10)[0].name == "math":
             bench.store.delete_run("math")
             bench.load("math", 3)  # another run of the same name
-        return bench.constant(0.5)(material)
+        return bench.constant(0.5)(data)
 
     worker = bench.worker(fit)
     worked = [worker.work_once() for _ in range(3)]
@@ -258,9 +258,9 @@ def test_a_run_deleted_while_it_is_read_is_no_trouble(bench: Bench) -> None:
 def test_without_the_database_nothing_is_published_and_the_lease_runs_out(bench: Bench) -> None:
     bench.learned("math")
 
-    def fit(material: Material) -> SharedModel:
+    def fit(data: TrainingData) -> SharedModel:
         outage.enter_context(bench.without_writes())
-        return bench.constant(0.1)(material)
+        return bench.constant(0.1)(data)
 
     with bench.impatient_store() as store, ExitStack() as outage, pytest.raises(StoreUnavailable):
         bench.worker(fit, name="unlucky", store=store).work_once()

@@ -23,6 +23,7 @@ from evenodds.training.background import SerialThread, in_thread
 from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import Setup
 from evenodds.training.outbox import Delivery, Outbox, OutboxBroken
+from evenodds.training.pool import Pool, is_for_good, load_pool, look_at_pool
 from evenodds.training.status import Status
 
 T = TypeVar("T")
@@ -37,17 +38,28 @@ class OutboxSender:
     """The way from a trainer to the service. Offline it keeps everything and delivers nothing.
 
     Args:
-        loads_pool: Whether this process loads the pool at the start.
+        prompt_ids: The trainer's prompts.
+        loads_pool: Whether this process loads the pool at the start. Otherwise it only looks at it.
         on_delivered: Called in the sending thread with the step of each observe call that the service has confirmed.
     """
 
-    def __init__(self, setup: Setup, status: Status, *, loads_pool: bool, on_delivered: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        status: Status,
+        *,
+        prompt_ids: Sequence[str],
+        loads_pool: bool,
+        on_delivered: Callable[[int], None],
+    ) -> None:
         self._setup = setup
         self._status = status
+        self._prompt_ids = prompt_ids
+        self._loads_pool = loads_pool
         self._on_delivered = on_delivered
+        self.pool: Pool | None = None
         self._is_ready = threading.Event()
-        if not loads_pool or (setup.run_settings is None and setup.prompts is None):
-            self._is_ready.set()
+        self._is_outdated = False
         self._error: str | None = None
         self._stopped = threading.Event()
         self._woken = threading.Event()
@@ -103,8 +115,13 @@ class OutboxSender:
             wait("it has not been told yet that the training went back to a checkpoint")
 
     def wait_until_ready(self, seconds: float) -> bool:
-        """Wait for the run and its pool. Whether they are there, as far as this process knows."""
-        return self._is_ready.wait(seconds)
+        """Wait for the run and its pool. Whether all of the trainer's prompts are there."""
+        return self._is_ready.wait(seconds) and self.pool is not None and self.pool.n_missing == 0
+
+    def look_again(self) -> None:
+        """The pool is not what it was: find out what it has now, in the background."""
+        self._is_outdated = True
+        self._woken.set()
 
     def flush(self, seconds: float) -> bool:
         """Wait until nothing waits. Whether nothing does."""
@@ -203,6 +220,9 @@ class OutboxSender:
             try:
                 if not self._is_ready.is_set():
                     self._load_pool()
+                elif self._is_outdated:
+                    self._is_outdated = False
+                    self._look_at_pool()
                 has_sent = self._send_one()
             except Exception as error:  # whatever it is, the thread must live, and the next attempt may succeed
                 self._error = str(error) or type(error).__name__
@@ -222,15 +242,24 @@ class OutboxSender:
 
     def _load_pool(self) -> None:
         assert self._client is not None
+        if not self._loads_pool:
+            self._look_at_pool()
+            self._is_ready.set()
+            return
         try:
-            self._client.put_run(self._setup.run, **(self._setup.run_settings or {}))
-            if self._setup.prompts is not None:
-                self._client.add_prompts(self._setup.run, self._setup.prompts)
+            self.pool = load_pool(self._client, self._setup, self._prompt_ids, self._status)
         except ProblemError as error:
-            if not _is_for_good(error):
+            if not is_for_good(error):
                 raise
             self._status.say_once("pool", f"the service keeps the run or its pool as they are: {error}")
+            self._look_at_pool()
+            if self.pool is not None and self._setup.prompts is not None:
+                self.pool = replace(self.pool, n_missing=len(self._prompt_ids))  # it cannot be told how many
         self._is_ready.set()
+
+    def _look_at_pool(self) -> None:
+        assert self._client is not None
+        self.pool = look_at_pool(self._client, self._setup, self._prompt_ids, self._status)
 
     def _send_one(self) -> bool:
         """Whether there was something to send."""
@@ -246,7 +275,7 @@ class OutboxSender:
                 observations = _observations(delivery)
                 too_large = self._deliver(delivery, observations)
             except (ProblemError, *_NEVER_SENT) as error:
-                if isinstance(error, ProblemError) and not _is_for_good(error):
+                if isinstance(error, ProblemError) and not is_for_good(error):
                     raise
                 self._set_aside(outbox, delivery, error)
             else:
@@ -265,19 +294,25 @@ class OutboxSender:
         self, outbox: Outbox, delivery: Delivery, error: Exception, part: Sequence[Any] | None = None
     ) -> None:
         """What can never be delivered, all or a part of it, must not hold up what follows."""
-        who = "the service refused" if isinstance(error, ProblemError) else "nobody can be sent"
+        code = error.code if isinstance(error, ProblemError) else ""
         reason = str(error) or type(error).__name__
+        who = "the service refused" if code else "nobody can be sent"
+        refused = f"{who} the {delivery.kind} call of step {delivery.step}, as perhaps others: {reason}"
         try:
             n = len(_observations(delivery) if part is None else part)
         except (ValueError, RecursionError):
             n = 1  # at least; it cannot be read
         self._status.count(refused=n)
+        if code == "selection_voided":  # for good: the run has forgotten the policy that made them
+            self._remove(outbox, delivery)
+            self._status.say_once("voided", f"{refused}; they are dropped")
+            return
         outbox.refuse(delivery, reason, body=None if part is None else json.dumps(part))
-        self._status.say_once(
-            "refused",
-            f"{who} the {delivery.kind} call of step {delivery.step}, as perhaps others: {reason}; the outbox keeps "
-            "them, and they are tried again at the next start",
-        )
+        if code == "prompt_unknown":
+            then = "they are tried again at the next start, when the pool may have their prompts"
+        else:
+            then = "`refusals()` gives them; the next start tries them again, and is refused again if nothing changes"
+        self._status.say_once(f"refused {code}", f"{refused}; the outbox keeps them: {then}")
 
     def _remove(self, outbox: Outbox, delivery: Delivery) -> None:
         """If the disk does not let it go, it is sent again, and the service counts it once."""
@@ -300,7 +335,8 @@ class OutboxSender:
         """Send it, in halves where it is more than one call may carry. Returns what is so even alone."""
         assert self._client is not None
         if delivery.kind == "rewind":
-            self._client.rewind(self._setup.run, delivery.step)
+            incarnation, _, rest = delivery.request_id.partition(".")
+            self._client.rewind(self._setup.run, delivery.step, incarnation=incarnation if rest else None)
             return _TooLarge()
         try:
             reply = self._client.observe(
@@ -344,11 +380,7 @@ def _observations(delivery: Delivery) -> list[Any]:
 
 
 def _part(delivery: Delivery, half: int) -> Delivery:
-    """One half of a delivery, under an id that it alone has, at most 256 characters long."""
+    """One half of a delivery, under an id that it alone has; what the id says of the training stays."""
+    incarnation, dot, _ = delivery.request_id.rpartition(".")
     digest = sha256(f"{delivery.request_id}/{half}".encode("utf-8", "backslashreplace")).hexdigest()
-    return replace(delivery, request_id=digest)
-
-
-def _is_for_good(error: ProblemError) -> bool:
-    """Whether the service itself, and no proxy, has refused a call for what it holds."""
-    return error.code == "prompt_unknown" or (error.status in (409, 413, 422) and not error.code.startswith("http_"))
+    return replace(delivery, request_id=f"{incarnation}{dot}{digest}")

@@ -48,7 +48,7 @@ def work(options: argparse.Namespace) -> int:
         store,
         name=f"{socket.gethostname()}-{os.getpid()}",
         clock=lambda: datetime.now(timezone.utc),
-        fit=lambda material: fit_shared_model(material, device=device),
+        fit=lambda data: fit_shared_model(data, device=device),
         lease=timedelta(seconds=settings.worker_lease_seconds),
         poll_seconds=settings.worker_poll_seconds,
     )

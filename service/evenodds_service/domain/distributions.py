@@ -19,6 +19,7 @@ _MAX_PRODUCT = 64
 _MAX_FACTORS, _MAX_FACTOR = 32, 1e8
 _MAX_LOG10 = 300
 _BLOCK = 8_192
+_FACTORS = 32_768
 _HALF_LOG_TAU = 0.9189385332046727
 
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-2, 1e6
@@ -108,6 +109,30 @@ def rising_ratio(x: FloatArray, total: FloatArray, m: int) -> FloatArray:
     for j in range(m):
         ratio *= (x + j) / (total + j)
     return ratio
+
+
+def informative_probability(a: FloatArray, b: FloatArray, group_size: int | FloatArray) -> FloatArray:
+    """The mean that `informative_moments` gives, alone.
+
+    Args:
+        group_size: G, at least 1; or how many attempts each group has, at least 2, in the shape of a.
+    """
+    total = a + b
+    if not isinstance(group_size, int):
+        most = int(group_size.max(initial=1.0))
+        if not (group_size == most).all():
+            whole = log_rising(total, group_size)
+            silent = exact.exp(log_rising(a, group_size) - whole) + exact.exp(log_rising(b, group_size) - whole)
+            return np.maximum(1.0 - silent, 0.0)
+        group_size = most
+    if group_size == 1:
+        return np.asarray(2.0 * a * b / (total * (total + 1.0)))
+    if group_size > _MAX_PRODUCT or a.size * group_size > _FACTORS:
+        silent = rising_ratio(a, total, group_size) + rising_ratio(b, total, group_size)
+    else:  # for few, the number of array operations is what costs: all factors at once
+        j = np.arange(group_size).reshape(-1, *[1] * a.ndim)
+        silent = ((a + j) / (total + j)).prod(axis=0) + ((b + j) / (total + j)).prod(axis=0)
+    return np.maximum(1.0 - silent, 0.0)
 
 
 def informative_moments(a: FloatArray, b: FloatArray, group_size: int) -> tuple[FloatArray, FloatArray]:

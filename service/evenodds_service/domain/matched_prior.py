@@ -14,9 +14,7 @@ import numpy as np
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.distributions import (
-    rising_ratio,
-)
+from evenodds_service.domain.distributions import informative_probability
 
 MIN_MATCHED, MAX_MATCHED = 0.05, 64.0
 """Limits of the matched concentration, in pseudo-attempts: a text is never worth more than a few visits."""
@@ -26,20 +24,7 @@ MOST_SECTIONS = 64
 
 _HALVINGS = 24
 _CELLS = 4_096
-_FACTORS = 32_768
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
-
-
-def informative_probability(a: FloatArray, b: FloatArray, group_size: int) -> FloatArray:
-    """The mean that `informative_moments` gives, alone."""
-    s = a + b
-    if group_size == 1:
-        return np.asarray(2.0 * a * b / (s * (s + 1.0)))
-    if a.size * group_size > _FACTORS:
-        return np.asarray(1.0 - rising_ratio(a, s, group_size) - rising_ratio(b, s, group_size))
-    # For few, the number of array operations is what costs: all factors at once.
-    j = np.arange(group_size).reshape(-1, *[1] * a.ndim)
-    return np.asarray(1.0 - ((a + j) / (s + j)).prod(axis=0) - ((b + j) / (s + j)).prod(axis=0))
 
 
 def matched_concentration(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.matched_prior import informative_probability
+from evenodds_service.domain.distributions import informative_probability
 
 UNIT = 0.1
 """The order of g."""

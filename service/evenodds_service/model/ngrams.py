@@ -24,6 +24,7 @@ from scipy import sparse
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments, informative_moments
+from evenodds_service.domain.ranks import spearman
 
 NGRAMS = "ngrams/1"
 """The name of these columns. A change of what a column means is a new name, and old weights do not fit it."""
@@ -155,7 +156,7 @@ def fit(
     centre_H, spread_H = known_n_H.mean(axis=0), known_n_H.std(axis=0) + 1e-3
     inputs_N_K = _bend(heads_N_H, centre_H, spread_H)
     stack_K_2 = np.stack([_logistic(inputs_N_K[labelled], target, weight_n) for target in (rates, shown)], axis=1)
-    predicted_N_2 = _sigmoid(inputs_N_K @ stack_K_2)
+    predicted_N_2 = _rates(inputs_N_K @ stack_K_2)
 
     weights: dict[str, FloatArray] = {
         "rarity_F": rarity_F,
@@ -169,7 +170,7 @@ def fit(
     mean_n, informative_n = predicted_N_2[labelled, 0], predicted_N_2[labelled, 1]
     report = {
         "n_labels": float(len(labelled)),
-        "spearman": _spearman(mean_n, rates),
+        "spearman": spearman(mean_n, rates),
         "log_loss": _log_loss(mean_n, rates, weight_n),
         "base_log_loss": _log_loss(np.full_like(rates, np.average(rates, weights=weight_n)), rates, weight_n),
         "informative_log_loss": _log_loss(informative_n, shown, weight_n),
@@ -208,7 +209,7 @@ def predict(
     heads_n_H = exact.product(dense_n_d, weights["dense_d_H"] * _DENSE_SCALE) + weights["intercept_H"]
     heads_n_H += np.stack([np.bincount(row, terms_E_H[:, h], len(counts)) for h in range(len(HEADS))], axis=1)
     bent = _bend(heads_n_H, weights["centre_H"], weights["spread_H"])
-    predicted = _sigmoid(exact.product(bent, weights["stack_K_2"]))
+    predicted = _rates(exact.product(bent, weights["stack_K_2"]))
     return predicted[:, 0].astype(np.float32), predicted[:, 1].astype(np.float32)
 
 
@@ -410,28 +411,18 @@ def _logistic(inputs_n_K: FloatArray, target_n: FloatArray, weight_n: FloatArray
     penalty_K[0] = 1e-3
     coefficients_K = np.zeros(inputs_n_K.shape[1])
     for _ in range(_NEWTON_STEPS):
-        predicted = _sigmoid(inputs_n_K @ coefficients_K)
+        predicted = _rates(inputs_n_K @ coefficients_K)
         gradient = inputs_n_K.T @ (weight_n * (target_n - predicted)) - penalty_K * coefficients_K
         curvature = (inputs_n_K * (weight_n * predicted * (1.0 - predicted))[:, None]).T @ inputs_n_K
         coefficients_K += np.linalg.solve(curvature + np.diag(penalty_K), gradient)
     return coefficients_K
 
 
-def _sigmoid(x: FloatArray) -> FloatArray:
-    return exact.sigmoid(np.clip(x, -7.0, 7.0))
+def _rates(log_odds: FloatArray) -> FloatArray:
+    """Of log-odds, which count as +-7 at most."""
+    return exact.sigmoid(np.clip(log_odds, -7.0, 7.0))
 
 
 def _log_loss(predicted: FloatArray, target: FloatArray, weight: FloatArray) -> float:
     predicted = np.clip(predicted, 1e-3, 1.0 - 1e-3)
     return float(-np.average(target * np.log(predicted) + (1.0 - target) * np.log1p(-predicted), weights=weight))
-
-
-def _spearman(a: FloatArray, b: FloatArray) -> float:
-    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
-        return 0.0
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])

@@ -32,7 +32,7 @@ _SIZES: Mapping[ModelSize, NetworkSize] = {"small": SMALL, "published": PUBLISHE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Material:
+class TrainingData:
     """What a refit works on.
 
     Attributes:
@@ -60,66 +60,66 @@ class Material:
     warm_start: SharedModel | None = None
 
 
-def fit_shared_model(material: Material, *, device: torch.device) -> SharedModel:
+def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel:
     """Fit every prior that has enough to learn from.
 
     A prior of an observed prompt never contains the prompt's own outcomes: those come in as its evidence.
     """
-    if PREDICTORS[material.predictor].is_published:
-        return _fit_published(material, device)
+    if PREDICTORS[data.predictor].is_published:
+        return _fit_published(data, device)
     priors: dict[str, FittedPrior] = {}
     weights: dict[str, Weights] = {}
     report: dict[str, float] = {}
-    labels = _labels(material.history)
+    labels = _labels(data.history)
     if len(labels.prompts) >= ngrams.MIN_LABELS:
         sparse_fit = ngrams.fit(
-            material.ngrams,
-            material.x_N_d[:, 1:],
+            data.ngrams,
+            data.x_N_d[:, 1:],
             labelled=labels.prompts,
             successes=labels.successes,
             attempts=labels.attempts,
             informative_share=labels.informative_share,
-            group_size=material.group_size,
+            group_size=data.group_size,
             seed=_SEED,
         )
-        priors["ngrams"] = shaped(sparse_fit.mean_N, sparse_fit.informative_N, material.group_size)
+        priors["ngrams"] = shaped(sparse_fit.mean_N, sparse_fit.informative_N, data.group_size)
         weights["ngrams"] = sparse_fit.weights
         report |= {f"ngrams.{name}": float(value) for name, value in sparse_fit.report.items()}
         latent_fit = fit_latent(
-            material.history,
-            material.x_N_d,
-            n_surface=material.basis.n_surface,
-            group_size=material.group_size,
+            data.history,
+            data.x_N_d,
+            n_surface=data.basis.n_surface,
+            group_size=data.group_size,
             seed=_SEED,
             device=device,
         )
-        priors["latent"] = shaped(latent_fit.mean_N, latent_fit.informative_N, material.group_size)
+        priors["latent"] = shaped(latent_fit.mean_N, latent_fit.informative_N, data.group_size)
         weights["latent"] = dict(latent_fit.weights)
         report |= {f"latent.{name}": float(value) for name, value in latent_fit.report.items()}
     return SharedModel(
-        embedder=material.embedder,
-        group_size=material.group_size,
-        basis=material.basis,
+        embedder=data.embedder,
+        group_size=data.group_size,
+        basis=data.basis,
         priors=priors,
         weights=weights,
         report=report,
     )
 
 
-def _fit_published(material: Material, device: torch.device) -> SharedModel:
+def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
     """The published model: fitted on the batches since its last fit, predicting from the newest one."""
-    before = material.warm_start
-    size = _SIZES[material.model_size]
+    before = data.warm_start
+    size = _SIZES[data.model_size]
     warm = before.weights.get(PAPER) if before is not None else None
     if warm is not None and size_of(warm) != size:
         warm = None  # the setting was changed: a model of the other size starts anew, on the whole history
-    last_step = int(before.report.get("paper.last_step", -1)) if before is not None and warm is not None else -1
-    batches = material.history.batches()
+    last_step = before.last_step if before is not None and warm is not None else -1
+    batches = data.history.batches()
     fresh = [batch for batch in batches if int(batch.steps[0]) > last_step]
     earlier = [batch for batch in batches if int(batch.steps[0]) <= last_step]
     fitted = fit_paper(
         fresh,
-        material.embeddings_N_D,
+        data.embeddings_N_D,
         seed=_SEED,
         device=device,
         size=size,
@@ -127,19 +127,21 @@ def _fit_published(material: Material, device: torch.device) -> SharedModel:
         warm_start=warm,
     )
     newest = batches[-1] if batches else None
-    pool = material.embeddings_N_D
+    pool = data.embeddings_N_D
     means_N = predict_paper(fitted.weights, newest, pool, pool, seed=_SEED, device=device)
-    report = {"paper.last_step": float(newest.steps[0]) if newest is not None else -1.0}
+    newest_step = int(newest.steps[0]) if newest is not None else -1
+    report = {"paper.last_step": float(newest_step)}
     if fitted.elbo_per_attempt:
         report["paper.elbo_per_attempt"] = fitted.elbo_per_attempt[-1]
     concentrations_N = np.full(len(means_N), PAPER_CONCENTRATION, dtype=np.float32)
     return SharedModel(
-        embedder=material.embedder,
-        group_size=material.group_size,
-        basis=material.basis,
+        embedder=data.embedder,
+        group_size=data.group_size,
+        basis=data.basis,
         priors={PAPER: FittedPrior(means_N, concentrations_N)},
         weights={PAPER: dict(fitted.weights), PAPER_CONTEXT: _context(newest, pool)},
         report=report,
+        last_step=newest_step,
     )
 
 

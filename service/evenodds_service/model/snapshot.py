@@ -43,6 +43,7 @@ class SharedModel:
         priors: What each prior says about the pool's prompts, by name.
         weights: What each prior says about other prompts, by name.
         report: Figures of the fit, by name.
+        last_step: Newest step that the published model was fitted on, where the next fit goes on; -1 without.
     """
 
     embedder: str
@@ -51,6 +52,7 @@ class SharedModel:
     priors: Mapping[str, FittedPrior]
     weights: Mapping[str, Weights]
     report: Mapping[str, float]
+    last_step: int = -1
 
     def to_bytes(self) -> bytes:
         """The model as safetensors."""
@@ -61,6 +63,7 @@ class SharedModel:
             "ngrams": ngrams.NGRAMS,
             "group_size": self.group_size,
             "report": dict(self.report),
+            "last_step": self.last_step,
             "basis": basis,
         }
         arrays: dict[str, NDArray[np.generic]] = {_HEADER: np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
@@ -116,6 +119,8 @@ class SharedModel:
             },
             weights=parts.get("weights", {}),
             report=header["report"],
+            # Snapshots that do not say it in a field of its own have it among the figures.
+            last_step=header.get("last_step", int(header["report"].get("paper.last_step", -1))),
         )
 
     def predict(self, texts: Sequence[str | None], block: RawBlock) -> dict[str, FittedPrior]:

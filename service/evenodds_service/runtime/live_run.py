@@ -243,11 +243,11 @@ class LiveRun:
 
     def fallback(self, predictor: PredictorName) -> Fallback | None:
         """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
-        return self.state.rails.fallback() if PREDICTORS[predictor].is_mixed else None
+        return self.state.guardrails.fallback() if PREDICTORS[predictor].is_mixed else None
 
     def alarms(self, predictor: PredictorName, *, may_fall_back: bool) -> tuple[Alarm, ...]:
         """What a person should look at in the present state."""
-        return self.state.rails.alarms(
+        return self.state.guardrails.alarms(
             self.pool.group_names,
             unseen_share=unseen_share(self.state),
             is_mixed=PREDICTORS[predictor].is_mixed,

@@ -91,6 +91,19 @@ def test_folding_on_does_not_reach_into_the_bytes(pool: Pool, entries: list[Entr
     assert to_bytes(from_bytes(content)) == content
 
 
+def test_what_is_stored_keeps_the_names_of_its_format(pool: Pool, entries: list[Entry]) -> None:
+    """Names in the code may change; a checkpoint that was stored before has to open all the same."""
+    with np.load(io.BytesIO(to_bytes(folded(entries, pool)))) as stored:
+        header, names = json.loads(bytes(stored["header"])), {*stored}
+
+    assert FORMAT == 6
+    assert {"position", "head_step", "running_counts", "log_guard", "n_recent", "basis", "record", "rails"} <= {*header}
+    assert {"first_step", "width", "n_selections", "open_ids"} == {*header["record"]}
+    assert {"skill_step", "n_calls", "fallback_since"} < {*header["rails"]}
+    assert {"successes_L_N", "outstanding_step_N", "log_weights", "record.arms", "rails.silence"} < names
+    assert {"embedding_weights", "surface_precision", "surface_prior_precision", "recent_0"} < names
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 nor this", b"\x93NUMPY"])
 def test_other_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(CheckpointUnusable, match=f"^{len(content)} bytes are no checkpoint: "):

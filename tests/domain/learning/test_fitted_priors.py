@@ -242,7 +242,7 @@ def test_a_snapshot_that_knows_a_part_of_the_pool_leaves_no_nan(pool: Pool, rate
         assert (a > 0).all()
         assert (b > 0).all()
     assert np.isfinite(state.mixture.log_weights[state.mixture.present()]).all()
-    assert np.isfinite(state.log_likelihood)
+    assert np.isfinite(state.mixture.log_guard)
 
 
 def test_a_snapshot_without_priors_leaves_the_beliefs_as_they_are(pool: Pool, rates: FloatArray) -> None:

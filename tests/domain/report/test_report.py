@@ -14,7 +14,7 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import LOOKED_AT, fold
 from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.learning.tallies import MAX_GROUPS, Record
+from evenodds_service.domain.learning.tallies import MAX_GROUPS, Tallies
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.report.report import LiftReport, report
 from evenodds_service.domain.selection.batch import Candidates, Shares, choose
@@ -27,8 +27,8 @@ EMPTY = Pool(surface_width=0, embedding_width=0)
 GROUP_SIZE = 8
 
 
-def of(record: Record) -> LiftReport:
-    lift = report(State(record=record), EMPTY).lift
+def of(tallies: Tallies) -> LiftReport:
+    lift = report(State(tallies=tallies), EMPTY).lift
     assert lift is not None
     return lift
 
@@ -41,7 +41,7 @@ class Training:
         self.rates: FloatArray = self.rng.beta(0.5, 0.7, size=n)
         self.chances = 1 - self.rates**GROUP_SIZE - (1 - self.rates) ** GROUP_SIZE
         self.scores: FloatArray = self.chances + self.rng.normal(scale=0.5, size=n)
-        self.record, self.n = Record(), n
+        self.tallies, self.n = Tallies(), n
         self.policy_chances: list[float] = []
         self.uniform_chances: list[float] = []
 
@@ -58,11 +58,11 @@ class Training:
         )
         prompts, control = choice.prompts, choice.control
         groups = np.zeros(len(prompts), dtype=np.int64)
-        self.record.select(
+        self.tallies.select(
             SelectEntry(1, step, prompts, f"s{step}", control_share, control), np.ones(len(prompts), bool), groups
         )
         k = self.rng.binomial(GROUP_SIZE, self.rates[prompts]).astype(np.float64)
-        self.record.observe(
+        self.tallies.observe(
             step,
             f"s{step}",
             prompts,
@@ -87,7 +87,7 @@ def test_the_lift_is_unbiased_and_its_intervals_hold_the_truth_in_19_of_20(chang
             training.rates **= 0.8
             training.chances = 1 - training.rates**GROUP_SIZE - (1 - training.rates) ** GROUP_SIZE
             training.step(step, control_share=(0.4 if step < 4 else 0.1) if changes else 0.15)
-        lift = of(training.record)
+        lift = of(training.tallies)
         truth = np.mean(training.policy_chances) - np.mean(training.uniform_chances)
         saved = 1 - np.mean(training.uniform_chances) / np.mean(training.policy_chances)
         errors.append(lift.difference - truth)
@@ -105,21 +105,21 @@ def test_the_lift_is_unbiased_and_its_intervals_hold_the_truth_in_19_of_20(chang
 def test_selections_without_a_control_share_stay_out_of_the_lift() -> None:
     training = Training(0)
     training.step(0)
-    before = of(training.record)
+    before = of(training.tallies)
 
     training.step(1, control_share=0.0)
 
-    assert of(training.record) == before
+    assert of(training.tallies) == before
 
 
 def test_rollouts_saved_follow_from_the_shares() -> None:
-    record = Record()
-    record.lift[0] = (100, 80, 800, 20 * 4.0, 10 * 4.0, 20 * 16.0)  # 80% of 100 against 50% of 20, weight 4
-    record.n_selections = 1
-    record.window(0)
-    record.arms[0] = 1.0
+    tallies = Tallies()
+    tallies.lift[0] = (100, 80, 800, 20 * 4.0, 10 * 4.0, 20 * 16.0)  # 80% of 100 against 50% of 20, weight 4
+    tallies.n_selections = 1
+    tallies.window(0)
+    tallies.arms[0] = 1.0
 
-    lift = of(record)
+    lift = of(tallies)
 
     assert (lift.policy_share.value, lift.control_share.value, lift.difference) == pytest.approx((0.8, 0.5, 0.3))
     assert lift.control_share.observations == 20
@@ -131,13 +131,13 @@ def test_rollouts_saved_follow_from_the_shares() -> None:
 
 
 def test_a_control_arm_without_informative_groups_leaves_the_saving_open() -> None:
-    record = Record()
-    record.lift[0] = (100, 80, 800, 80.0, 0.0, 320.0)
-    record.n_selections = 1
-    record.window(0)
-    record.arms[0] = 1.0
+    tallies = Tallies()
+    tallies.lift[0] = (100, 80, 800, 80.0, 0.0, 320.0)
+    tallies.n_selections = 1
+    tallies.window(0)
+    tallies.arms[0] = 1.0
 
-    lift = of(record)
+    lift = of(tallies)
 
     assert lift.rollouts_saved_share == 1
     assert lift.rollouts_saved is None
@@ -167,13 +167,13 @@ def test_a_control_arm_without_informative_groups_leaves_the_saving_open() -> No
 def test_without_a_control_arm_the_report_says_why_there_is_no_lift(
     control_share: float | None, answered: bool, reason: str
 ) -> None:
-    record = Record()
+    tallies = Tallies()
     if control_share is not None:
         control = np.arange(4) >= 4 * (1 - control_share)
         entry = SelectEntry(1, 0, np.arange(4), "s", control_share, control)
-        record.select(entry, np.ones(4, dtype=bool), np.zeros(4, dtype=np.int64))
+        tallies.select(entry, np.ones(4, dtype=bool), np.zeros(4, dtype=np.int64))
     if answered:
-        record.observe(
+        tallies.observe(
             0,
             "s",
             np.array([0, 1]),
@@ -184,7 +184,7 @@ def test_without_a_control_arm_the_report_says_why_there_is_no_lift(
             lambda rows: (np.ones(len(rows)), np.ones(len(rows))),
         )
 
-    found = report(State(record=record), EMPTY)
+    found = report(State(tallies=tallies), EMPTY)
 
     assert (found.lift, found.lift_missing) == (None, reason)
 
@@ -279,12 +279,12 @@ def test_since_step_leaves_out_earlier_windows() -> None:
     for step in range(10):
         training.step(step)
 
-    late = report(State(record=training.record), EMPTY, since_step=7)
+    late = report(State(tallies=training.tallies), EMPTY, since_step=7)
 
     assert [window.first_step for window in late.windows] == [7, 8, 9]
     assert late.since_step == 7
     assert sum(arm.observed for arm in late.arms) == 3 * 40 == late.success_rate.count
-    assert report(State(record=training.record), EMPTY, since_step=10).since_step is None
+    assert report(State(tallies=training.tallies), EMPTY, since_step=10).since_step is None
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

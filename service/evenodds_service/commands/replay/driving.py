@@ -27,8 +27,8 @@ from evenodds_service.commands.replay.scoring import (
     rank_figures,
     sampling_error,
     select_figures,
-    spearman,
 )
+from evenodds_service.domain.ranks import spearman
 
 IntArray = NDArray[np.int64]
 

@@ -15,24 +15,6 @@ FloatArray = NDArray[np.float64]
 THIRDS = ("first", "middle", "last")
 
 
-def mean_ranks(values: ArrayLike) -> FloatArray:
-    """Ranks from 1 to n, [n]; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-    ranks: FloatArray = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
-
-
-def spearman(predicted: ArrayLike, actual: ArrayLike) -> float:
-    """Rank correlation in [-1, 1], mean ranks for ties.
-
-    Where one side is constant the correlation is undefined; it counts as 0: such a prediction ranks nothing.
-    """
-    x, y = mean_ranks(predicted), mean_ranks(actual)
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return min(1.0, max(-1.0, float(x @ y) / scale)) if scale > 0 else 0.0
-
-
 def mean_absolute_error(predicted: ArrayLike, actual: ArrayLike) -> float:
     """Mean of |predicted - actual|."""
     return float(np.mean(np.abs(np.asarray(predicted, dtype=float) - np.asarray(actual, dtype=float))))

@@ -23,8 +23,6 @@ from evenodds_service.errors import BudgetTooSmall
 Objective = Literal["solve", "signal"]
 Method = Literal["greedy", "bins"]
 
-MIN_SIGNAL_ATTEMPTS = 2
-"""A training group of fewer attempts carries no signal."""
 WORTHWHILE_LIFT = 0.02
 """A smaller relative gain over uniform spending is not worth it: the errors of real beliefs outweigh it."""
 NEVER = 1.0

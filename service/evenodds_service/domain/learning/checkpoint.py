@@ -19,45 +19,23 @@ from typing import Any
 import numpy as np
 
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.learning.guardrails import Guardrails
 from evenodds_service.domain.learning.mixture import Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.learning.tallies import Record
+from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.prompts import RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
 FORMAT = 6
 BLOCK_FORMAT = 1
-_SCALARS = (
-    "position",
-    "n_prompts",
-    "head_step",
-    "n_observations",
-    "model_version",
-    "running_successes",
-    "running_counts",
-    "gap_steps",
-    "n_gaps",
-    "advance_steps",
-    "n_advances",
-    "log_likelihood",
-    "mopps_log_likelihood",
-)
-_ARRAYS = (
-    "successes_L_N",
-    "failures_L_N",
-    "attempts_N",
-    "visits_N",
-    "last_step_N",
-    "selected_N",
-    "last_selected_N",
-    "outstanding_step_N",
-)
+_SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", "float"))
+_ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))
 _BASIS = "basis_"
 _REGRESSIONS = ("surface", "embedding", "stack")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
-_COUNTED: dict[str, Any] = {"record": Record, "rails": Rails}
+_COUNTED: dict[str, tuple[str, Any]] = {"tallies": ("record", Tallies), "guardrails": ("rails", Guardrails)}
+"""Fields that are stored value by value, under the names that they were first stored under."""
 _BLOCK_ARRAYS = ("prior_rates_N", "surface_N_S", "embedding_N_D")
 
 
@@ -75,10 +53,10 @@ def to_bytes(state: State) -> bytes:
         regression = getattr(state, which)
         if regression is not None:
             arrays |= {f"{which}_{name}": getattr(regression, name) for name in _REGRESSION_ARRAYS}
-    for which in _COUNTED:
-        values = {field.name: getattr(getattr(state, which), field.name) for field in fields(_COUNTED[which])}
-        arrays |= {f"{which}.{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
-        header[which] = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+    for which, (stored, kind) in _COUNTED.items():
+        values = {field.name: getattr(getattr(state, which), field.name) for field in fields(kind)}
+        arrays |= {f"{stored}.{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
+        header[stored] = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
     return _packed(header, arrays)
 
 
@@ -101,9 +79,9 @@ def from_bytes(content: bytes) -> State:
     for which in _REGRESSIONS:
         if f"{which}_weights" in arrays:
             setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))
-    for which, kind in _COUNTED.items():
-        sums = {name.removeprefix(f"{which}."): arrays[name] for name in arrays if name.startswith(f"{which}.")}
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in header[which].items()}
+    for which, (stored, kind) in _COUNTED.items():
+        sums = {name.removeprefix(f"{stored}."): arrays[name] for name in arrays if name.startswith(f"{stored}.")}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in header[stored].items()}
         setattr(state, which, kind(**sums, **values))
     return state
 

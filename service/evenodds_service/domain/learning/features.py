@@ -10,17 +10,15 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evenodds_service.domain import exact
-from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.regression import FEATURE_STEP
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
-
-ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64

@@ -23,7 +23,7 @@ RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 
 LOOKED_AT = 2_048
-"""Prompts, spread evenly over the pool, from whose beliefs the record keeps how those moved."""
+"""Prompts, spread evenly over the pool, from whose beliefs the tallies keep how those moved."""
 
 _MEMORIES_L = np.asarray(MEMORIES)
 _LOG_MEMORIES_L = exact.log(_MEMORIES_L)
@@ -68,8 +68,8 @@ def _known(state: State, prompts: IntArray) -> None:
 
 def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
     fresh_B, groups_B = ~_is_tried(state, entry.prompts), pool.group_codes(entry.prompts)
-    state.record.select(entry, fresh_B, groups_B)
-    state.rails.select(entry.step, fresh_B, groups_B)
+    state.tallies.select(entry, fresh_B, groups_B)
+    state.guardrails.select(entry.step, fresh_B, groups_B)
     outstanding = state.outstanding_step_N[entry.prompts]
     state.selected_N[entry.prompts] += outstanding < 0
     state.outstanding_step_N[entry.prompts] = np.maximum(outstanding, entry.step)
@@ -94,7 +94,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     np.add.at(counts, position, entry.attempts)
     informative = _is_informative(entry, position, len(prompts))
     if entry.step > state.head_step:
-        state.record.look(entry.step, lambda: _sampled_rates(state, pool))
+        state.tallies.look(entry.step, lambda: _sampled_rates(state, pool))
         if state.head_step >= 0:
             _forget(state)
             state.n_advances += 1
@@ -111,20 +111,18 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         return mixture.predict(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
 
     groups = pool.group_codes(prompts)
-    informative = state.record.observe(
+    informative = state.tallies.observe(
         entry.step, entry.selection_id, prompts, k, counts, informative, groups, forecast_of
     )
-    state.rails.observe(entry.step, counts, informative, groups)
+    state.guardrails.observe(entry.step, counts, informative, groups)
 
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
     log_guard = state.mixture.log_guard
-    ours, mopps = state.mixture.update(likelihoods)
+    state.mixture.update(likelihoods)
     skill = log_guard - state.mixture.log_guard  # of the mixture without its guard
-    state.record.compare(entry.step, skill, len(prompts))
-    state.rails.compare(entry.step, skill, len(prompts))
-    state.log_likelihood += ours
-    state.mopps_log_likelihood += mopps
+    state.tallies.compare(entry.step, skill, len(prompts))
+    state.guardrails.compare(entry.step, skill, len(prompts))
 
     before = _MEMORIES_L[_SHORTEST] * (own[_SHORTEST] + lost[_SHORTEST])
     arrived = _arrive(state, entry.selection_step, prompts)

@@ -14,7 +14,7 @@ import numpy as np
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.learning.tallies import MAX_GROUPS
+from evenodds_service.domain.learning.tallies import MAX_GROUPS, group_rows
 
 SKILL_BLOCKS, RECENT_BLOCKS = 8, 4
 BLOCK_OBSERVATIONS, FULL_BLOCK_OBSERVATIONS = 64, 4_096
@@ -55,7 +55,7 @@ class Fallback:
 
 
 @dataclass(slots=True)
-class Rails:
+class Guardrails:
     """Counters over the log.
 
     Attributes:
@@ -85,7 +85,7 @@ class Rails:
     silence: IntArray = field(default_factory=lambda: np.zeros((0, len(_NEVER)), np.int64))
 
     def select(self, step: int, fresh_B: BoolArray, groups_B: IntArray) -> None:
-        """Watch a selection. Arguments as in `Record.select`."""
+        """Watch a selection. Arguments as in `Tallies.select`."""
         self.quiet_since = step if self.quiet_selections == 0 else self.quiet_since
         self.quiet_selections += 1
         self.choices = np.concatenate((self.choices[1:], [[len(fresh_B), int(fresh_B.sum()), step]]))
@@ -221,9 +221,5 @@ class Rails:
         self.silence[fresh, SINCE], self.silence[fresh, SINCE_CALL] = step, call
 
     def _rows(self, groups_n: IntArray) -> IntArray:
-        """Rows of these group codes; later groups share the last one."""
-        rows = np.minimum(groups_n, MAX_GROUPS)
-        more = int(rows.max(initial=-1)) + 1 - len(self.silence)
-        if more > 0:
-            self.silence = np.concatenate((self.silence, np.tile(_NEVER, (more, 1))))
+        rows, self.silence = group_rows(groups_n, self.silence, fresh=_NEVER)
         return rows

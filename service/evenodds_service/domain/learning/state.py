@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.learning.features import Basis, ScalarT
-from evenodds_service.domain.learning.guardrails import Rails
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
+from evenodds_service.domain.learning.features import Basis
+from evenodds_service.domain.learning.guardrails import Guardrails
 from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, STACKED, Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
-from evenodds_service.domain.learning.tallies import Record
+from evenodds_service.domain.learning.tallies import Tallies
 
 
 @dataclass(slots=True)
@@ -31,8 +31,7 @@ class State:
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
         advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
-        log_likelihood, mopps_log_likelihood: Of all observations, before each was folded in.
-        record, rails: What the report is made of, and what alarms and the fallback are read from.
+        tallies, guardrails: What the report is made of, and what alarms and the fallback are read from.
     """
 
     position: int = 0
@@ -60,17 +59,15 @@ class State:
     advance_steps: float = 1.0
     n_advances: int = 0
     recent_batches: tuple[IntArray, ...] = ()
-    log_likelihood: float = 0.0
-    mopps_log_likelihood: float = 0.0
-    record: Record = field(default_factory=Record)
-    rails: Rails = field(default_factory=Rails)
+    tallies: Tallies = field(default_factory=Tallies)
+    guardrails: Guardrails = field(default_factory=Guardrails)
 
 
 def copied(state: State) -> State:
     """A state of one's own for reading at length, while the other is folded on.
 
     What is learned (arrays, the mixture, the regressions) and the guardrails are copied. Values that are not updated in
-    place are shared, and so is the record, which nobody should read here.
+    place are shared, and so are the tallies, which nobody should read here.
     """
     values = {each.name: getattr(state, each.name) for each in fields(state)}
     return State(**{name: _copied(value) for name, value in values.items()})
@@ -79,7 +76,7 @@ def copied(state: State) -> State:
 def _copied(value: Any) -> Any:
     if isinstance(value, np.ndarray | OnlineLogistic):
         return value.copy()
-    return copy.deepcopy(value) if isinstance(value, Mixture | Rails) else value
+    return copy.deepcopy(value) if isinstance(value, Mixture | Guardrails) else value
 
 
 def _grow(state: State, n_prompts: int) -> None:

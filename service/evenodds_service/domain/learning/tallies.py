@@ -7,15 +7,15 @@ counted in at most 32 windows, which double in width as the run grows. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from evenodds_service.domain import exact
-from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.distributions import log_rising, rising_ratio
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
+from evenodds_service.domain.distributions import informative_probability
 from evenodds_service.domain.log_entries import SelectEntry
 
 N_WINDOWS = 32
@@ -37,7 +37,7 @@ GROUP_COLUMNS = (
 
 
 @dataclass(slots=True)
-class Record:
+class Tallies:
     """Sums over the log. Axis W: windows of `width` steps from `first_step` on (-1: no step yet).
 
     An *observation* here is one prompt's attempts under one selection, however many calls report them; outside of
@@ -244,7 +244,7 @@ class Record:
         """Count how forecasts met outcomes. Returns who is scored, and the informative probabilities."""
         rate_forecast, rate = outcome.a / (outcome.a + outcome.b), outcome.k / outcome.counts
         is_scored = outcome.counts > 1
-        forecast = _informative_probability(outcome.a, outcome.b, outcome.counts)
+        forecast = informative_probability(outcome.a, outcome.b, outcome.counts)
         y = outcome.informative.astype(np.float64)
         _add_to_bins(self.rate_bins[w], rate_forecast, rate, sign)
         _add_to_bins(self.informative_bins[w], forecast[is_scored], y[is_scored], sign)
@@ -258,12 +258,17 @@ class Record:
         return is_scored, forecast
 
     def _group_rows(self, groups_n: IntArray) -> IntArray:
-        """Rows of these group codes; later groups share the last one."""
-        rows = np.minimum(groups_n, MAX_GROUPS)
-        needed = int(rows.max(initial=-1)) + 1
-        if needed > len(self.groups):
-            self.groups = np.pad(self.groups, ((0, needed - len(self.groups)), (0, 0)))
+        rows, self.groups = group_rows(groups_n, self.groups, fresh=(0.0,) * len(GROUP_COLUMNS))
         return rows
+
+
+def group_rows(
+    groups_n: IntArray, sums: NDArray[ScalarT], *, fresh: Sequence[float]
+) -> tuple[IntArray, NDArray[ScalarT]]:
+    """Rows of these group codes, [n], and the sums [G, ...] with room for them; later groups share the last row."""
+    rows = np.minimum(groups_n, MAX_GROUPS)
+    more = int(rows.max(initial=-1)) + 1 - len(sums)
+    return rows, np.concatenate((sums, np.tile(np.asarray(fresh, sums.dtype), (more, 1)))) if more > 0 else sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,19 +280,6 @@ class _Outcomes:
     k: FloatArray
     counts: FloatArray
     informative: BoolArray
-
-
-def _informative_probability(a: FloatArray, b: FloatArray, counts: FloatArray) -> FloatArray:
-    """Chance that so many attempts are not all equal, elementwise (V_G with G the attempts that were made)."""
-    if len(counts) == 0:
-        return np.zeros(0)
-    total, n = a + b, int(counts[0])
-    if (counts == n).all():
-        silent = rising_ratio(a, total, n) + rising_ratio(b, total, n)
-    else:
-        whole = log_rising(total, counts)
-        silent = exact.exp(log_rising(a, counts) - whole) + exact.exp(log_rising(b, counts) - whole)
-    return np.asarray(np.clip(1.0 - silent, 0.0, 1.0))
 
 
 def _add_to_bins(bins: FloatArray, forecast: FloatArray, outcome: FloatArray, sign: float) -> None:

@@ -23,8 +23,9 @@ from evenodds_service.domain.learning.tallies import (
     MAX_GROUPS,
     N_BINS,
     N_WINDOWS,
-    Record,
+    Tallies,
 )
+from evenodds_service.domain.ranks import spearman_of_table
 from evenodds_service.domain.report.intervals import Proportion, difference, ratio
 
 LEAST_RANKED = 8
@@ -199,22 +200,22 @@ def report(state: State, pool: Pool, *, since_step: int = 0) -> Report:
     Args:
         since_step: Leave out windows that end before this step; coverage and groups are of the whole run.
     """
-    record = state.record
-    used = [w for w in range(N_WINDOWS) if _last_step(record, w) >= since_step and _is_counted(record, w)]
-    ranks = record.ranks[used].sum(axis=0)
-    lift, missing = _lift(record.lift[used].sum(axis=0), has_selections=record.n_selections > 0)
+    tallies = state.tallies
+    used = [w for w in range(N_WINDOWS) if _last_step(tallies, w) >= since_step and _is_counted(tallies, w)]
+    ranks = tallies.ranks[used].sum(axis=0)
+    lift, missing = _lift(tallies.lift[used].sum(axis=0), has_selections=tallies.n_selections > 0)
     groups, others = _groups(state, pool)
-    nats, n = record.skill[used].sum(axis=0).tolist()
-    recent, n_recent = state.rails.skill()
+    nats, n = tallies.skill[used].sum(axis=0).tolist()
+    recent, n_recent = state.guardrails.skill()
     return Report(
-        since_step=_first_step(record, used[0]) if used else None,
-        window_steps=record.width,
-        selections=record.n_selections,
-        success_rate=_quality(record.rate_bins[used].sum(axis=0)),
-        informative=_quality(record.informative_bins[used].sum(axis=0)),
+        since_step=_first_step(tallies, used[0]) if used else None,
+        window_steps=tallies.width,
+        selections=tallies.n_selections,
+        success_rate=_quality(tallies.rate_bins[used].sum(axis=0)),
+        informative=_quality(tallies.informative_bins[used].sum(axis=0)),
         rank_correlation=rank_correlation(ranks),
-        windows=tuple(_window(record, w) for w in used),
-        arms=tuple(_arm(name, record.arms[used, arm].sum(axis=0)) for arm, name in enumerate(ARMS)),
+        windows=tuple(_window(tallies, w) for w in used),
+        arms=tuple(_arm(name, tallies.arms[used, arm].sum(axis=0)) for arm, name in enumerate(ARMS)),
         lift=lift,
         lift_missing=missing,
         coverage=_coverage(state),
@@ -225,29 +226,20 @@ def report(state: State, pool: Pool, *, since_step: int = 0) -> Report:
 
 
 def rank_correlation(counts: FloatArray) -> float | None:
-    """Spearman's correlation of two ordered variables from their table of counts, ties at their mean rank.
-
-    None with fewer than eight observations, or where one of the variables does not vary.
-    """
-    n = float(counts.sum())
-    rows, columns = counts.sum(axis=1), counts.sum(axis=0)
-    if n < LEAST_RANKED:
-        return None
-    x, y = (np.cumsum(sums) - (sums - 1.0) / 2.0 - (n + 1.0) / 2.0 for sums in (rows, columns))
-    spread = float((rows * x * x).sum()) * float((columns * y * y).sum())
-    return float((x[:, None] * counts * y).sum()) / math.sqrt(spread) if spread > 0.0 else None
+    """As `spearman_of_table`; None with fewer than eight observations too."""
+    return spearman_of_table(counts) if counts.sum() >= LEAST_RANKED else None
 
 
-def _first_step(record: Record, w: int) -> int:
-    return record.first_step + w * record.width
+def _first_step(tallies: Tallies, w: int) -> int:
+    return tallies.first_step + w * tallies.width
 
 
-def _last_step(record: Record, w: int) -> int:
-    return _first_step(record, w + 1) - 1
+def _last_step(tallies: Tallies, w: int) -> int:
+    return _first_step(tallies, w + 1) - 1
 
 
-def _is_counted(record: Record, w: int) -> bool:
-    return bool(record.arms[w].any() or record.rate_bins[w].any())
+def _is_counted(tallies: Tallies, w: int) -> bool:
+    return bool(tallies.arms[w].any() or tallies.rate_bins[w].any())
 
 
 def _mean(total: float, n: float) -> float | None:
@@ -278,16 +270,16 @@ def _quality(bins: FloatArray) -> ForecastQuality:
     )
 
 
-def _window(record: Record, w: int) -> WindowReport:
-    n, forecast, rate, _ = record.rate_bins[w].sum(axis=0).tolist()
-    scored, informative_forecast, informative, _ = record.informative_bins[w].sum(axis=0).tolist()
-    policy, control = (dict(zip(ARM_COLUMNS, sums, strict=True)) for sums in record.arms[w].tolist())
-    nats, compared = record.skill[w].tolist()
+def _window(tallies: Tallies, w: int) -> WindowReport:
+    n, forecast, rate, _ = tallies.rate_bins[w].sum(axis=0).tolist()
+    scored, informative_forecast, informative, _ = tallies.informative_bins[w].sum(axis=0).tolist()
+    policy, control = (dict(zip(ARM_COLUMNS, sums, strict=True)) for sums in tallies.arms[w].tolist())
+    nats, compared = tallies.skill[w].tolist()
     return WindowReport(
-        first_step=_first_step(record, w),
-        last_step=_last_step(record, w),
+        first_step=_first_step(tallies, w),
+        last_step=_last_step(tallies, w),
         observations=round(n),
-        rank_correlation=rank_correlation(record.ranks[w]),
+        rank_correlation=rank_correlation(tallies.ranks[w]),
         success_rate_forecast=_mean(forecast, n),
         success_rate=_mean(rate, n),
         informative_forecast=_mean(informative_forecast, scored),
@@ -297,7 +289,7 @@ def _window(record: Record, w: int) -> WindowReport:
         chosen=round(policy["selected"] + control["selected"]),
         fresh=round(policy["fresh"] + control["fresh"]),
         skill=_mean(nats, compared),
-        believed_counts=tuple(round(n) for n in record.believed[w].tolist()) if record.believed[w].any() else None,
+        believed_counts=tuple(round(n) for n in tallies.believed[w].tolist()) if tallies.believed[w].any() else None,
     )
 
 
@@ -378,7 +370,7 @@ def _groups(state: State, pool: Pool) -> tuple[tuple[GroupReport, ...], GroupRep
     sizes = np.bincount(codes)
     tried = np.bincount(codes, weights=(state.selected_N > 0) | (state.visits_N > 0))
     sums = np.zeros((len(sizes), len(GROUP_COLUMNS)))
-    sums[: len(state.record.groups)] = state.record.groups
+    sums[: len(state.tallies.groups)] = state.tallies.groups
     names: Sequence[str | None] = pool.group_names
     rows = [
         _group(names[row] if row < MAX_GROUPS else None, int(sizes[row]), int(tried[row]), sums[row])
