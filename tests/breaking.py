@@ -25,8 +25,6 @@ from tests.waiting import PATIENCE_SECONDS
 from evenodds_service.api.app import create_app
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.logs import configure_logging
-from  import Material
-from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
@@ -47,7 +45,7 @@ class Quoting:
         raise ValueError(f"no vector of {texts[0]!r} with {CANARY_KEY}\ninput was: {texts[0]}")
 
 
-def quoting_fit(_: Material) -> SharedModel:
+def quoting_fit(_: Any) -> Any:
     raise ValueError(f"no fit of {CANARY_TEXT!r}")
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_NOT_SETTINGS = frozenset({"EVENODDS_API_KEY", "EVENODDS_REPLICAS"})
+"""Of the client, and of docker-compose.yml."""
 
 
 class Settings(BaseModel):
@@ -92,6 +97,19 @@ def _names(listed: str | None) -> tuple[str, ...]:
 
 class _FromEnvironment(Settings, BaseSettings):
     model_config = SettingsConfigDict(env_prefix="EVENODDS_", frozen=True)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Sentences about variables that look like settings of the service and are none."""
+    known = [f"EVENODDS_{name.upper()}" for name in Settings.model_fields]
+    said = []
+    for name in sorted(environment):
+        if not name.startswith("EVENODDS_") or name in known or name in _NOT_SETTINGS:
+            continue
+        likely = get_close_matches(name, known, n=1, cutoff=0.8)
+        hint = f"did you mean {likely[0]}?" if likely else "it has no effect"
+        said.append(f"{name} is no setting of the service: {hint}")
+    return tuple(said)
 
 
 def settings_from_environment() -> Settings:

@@ -281,3 +281,21 @@ def test_what_no_database_can_store_is_refused_as_in_bodies(caller: Caller, quer
 
     assert (problem.status, problem.code) == (422, "malformed")
     assert problem.detail == f"{fault}: a NUL character (\\u0000) cannot be stored: remove it"
+
+
+@without_the_database
+@pytest.mark.parametrize(("path", "place"), [("/observe", "body"), ("/runs/{run}/prompts", "body")])
+def test_what_is_no_utf_8_is_called_so(caller: Caller, path: str, place: str) -> None:
+    problem = caller.refused("POST", path.format(run=caller.run), content=b'{"run": "\xff"}', headers=JSON)
+
+    assert problem.detail == f"{place}: it is no UTF-8 (byte 0xff at position 9): encode it as UTF-8"
+
+
+@without_the_database
+def test_a_line_that_is_no_utf_8_is_called_so(caller: Caller) -> None:
+    lines = b'{"prompt_id": "a"}\n{"prompt_id": "\xc3"}\n'
+    headers = {"content-type": "application/x-ndjson"}
+
+    problem = caller.refused("POST", f"/runs/{caller.run}/prompts", content=lines, headers=headers)
+
+    assert problem.detail.startswith("line 2: it is no UTF-8 (byte 0xc3 at position 15): encode it as UTF-8")

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from tests.waiting import PATIENCE_SECONDS
 
+from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.runtime.live_run import LiveRun
+from evenodds_service.runtime.live_runs import LiveRuns
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -113,3 +115,17 @@ def test_a_request_is_recognised_whatever_the_time(bench: Bench, start_service: 
 
     assert replayed == [False, True, True]
     assert start_service(bench.database_url).client.predict("math", ["p0"]).predictions[0].attempts_seen == 8
+
+
+def test_an_age_is_never_negative(bench: Bench) -> None:
+    """The clock of the worker was ahead of this process's."""
+    bench.learned("ahead")
+    assert bench.worker(bench.constant(0.5)).work_once()
+    live_runs = LiveRuns(bench.store, capacity=2)
+    live_runs.at_head("ahead")
+    metrics = RunMetrics(bench.store, live_runs, lambda: bench.clock() - timedelta(days=1))
+
+    samples = [sample for family in metrics.collect() for sample in family.samples]
+
+    (age,) = [sample.value for sample in samples if sample.name == "evenodds_run_refit_age_seconds"]
+    assert age == 0.0

@@ -159,6 +159,10 @@ def _in_words(request: Request, fault: Mapping[str, Any]) -> Mapping[str, Any]:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:  # what FastAPI makes of JSON that Python cannot hold: nested too deeply, say
+        cause = error.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            where = f"byte 0x{cause.object[cause.start]:02x} at position {cause.start}"
+            return problem(request, 422, "malformed", f"body: it is no UTF-8 ({where}): encode it as UTF-8")
         return problem(request, 422, "malformed", "body: this JSON is nested too deeply, or holds too long a number")
     details = {
         404: f"no route {request.method} {request.url.path}; see /docs for those that exist",

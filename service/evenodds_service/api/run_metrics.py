@@ -100,7 +100,7 @@ class RunMetrics(Collector):
         yield "evenodds_run_refit_failed", (), bool(refits) and refits[0].status == "failed"
         done = next((refit for refit in refits if refit.status == "done"), None)
         if done is not None and done.finished_at is not None:
-            yield "evenodds_run_refit_age_seconds", (), (self._now() - done.finished_at).total_seconds()
+            yield "evenodds_run_refit_age_seconds", (), max(0.0, (self._now() - done.finished_at).total_seconds())
             parts = [(done.report or {}).get(f"seconds_{part}") for part in ("loading", "fitting")]
             yield "evenodds_run_refit_seconds", (), sum(float(part) for part in parts if isinstance(part, (int, float)))
         yield "evenodds_run_coverage", (), found.coverage.tried_share

@@ -22,10 +22,11 @@ def migrate(_: argparse.Namespace) -> int:
     from evenodds_service.errors import StoreError
     from evenodds_service.settings import settings_from_environment
     from evenodds_service.storage import migration
-    from evenodds_service.storage.engine import open_engine
+    from evenodds_service.storage.engine import check_file, open_engine
 
     try:
         settings = settings_from_environment()
+        check_file(settings.database_url)
         engine = open_engine(settings.database_url, timeout_seconds=settings.database_timeout_seconds)
         before = migration.current_revision(engine)
         migration.upgrade(engine)

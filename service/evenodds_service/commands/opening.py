@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,13 +36,16 @@ def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
     from pydantic import ValidationError
 
     from evenodds_service.errors import StoreError
-    from evenodds_service.settings import settings_from_environment
+    from evenodds_service.settings import settings_from_environment, unknown_variables
     from evenodds_service.storage import migration
-    from evenodds_service.storage.engine import open_engine
+    from evenodds_service.storage.engine import check_file, open_engine
     from evenodds_service.storage.store import Store
 
+    for sentence in unknown_variables(os.environ):
+        print(f"evenodds: {sentence}", file=sys.stderr)
     try:
         settings = settings_from_environment()
+        check_file(settings.database_url)
         engine = open_engine(
             settings.database_url,
             pool_size=settings.pool_size,

@@ -39,6 +39,7 @@ def serve(options: argparse.Namespace) -> int:
         return fault(str(error))
     set_up_logging(settings)
     try:
+        _check_port(settings)
         asks_for_keys = _asks_for_keys(settings, store)
     except Refused as error:
         store.close()
@@ -70,6 +71,24 @@ def serve(options: argparse.Namespace) -> int:
             worker.terminate()
             worker.wait()
     return 0
+
+
+def _check_port(settings: Settings) -> None:
+    """Raises Refused where nobody can listen there: uvicorn would say so after it said that all has started."""
+    import socket
+
+    try:
+        places = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in places:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen(1)  # another listener may share a bound address, and no listening one
+    except OSError as error:
+        raise Refused(
+            f"EVENODDS_HOST {settings.host}, EVENODDS_PORT {settings.port}: cannot listen there ({error.strerror}): "
+            "end what does, or set another port"
+        ) from error
 
 
 def _asks_for_keys(settings: Settings, store: Store) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from evenodds_service.domain.arrays import FloatArray
@@ -89,14 +89,14 @@ class SharedModel:
         try:
             arrays = load(content)
             header = json.loads(arrays.pop(_HEADER).tobytes())
-            found = header["format"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SnapshotUnusable(f"{len(content)} bytes are no snapshot ({error}): refit the run") from error
+            found, fitted_on = header["format"], header["embedder"]
+        except Exception as error:  # bytes that were damaged may hold anything
+            raise SnapshotUnusable(f"{len(content)} bytes are no snapshot ({error!r:.200}): refit the run") from error
         if found != FORMAT:
             raise SnapshotUnusable(f"the snapshot has format {found}, this release reads {FORMAT}: refit the run")
-        if header["embedder"] != embedder:
+        if fitted_on != embedder:
             raise SnapshotUnusable(
-                f"the snapshot was fitted on embedder {header['embedder']!r}, the run's vectors come from "
+                f"the snapshot was fitted on embedder {fitted_on!r}, the run's vectors come from "
                 f"{embedder!r}: refit the run"
             )
         columns = header.get("ngrams", "ngrams/1")  # snapshots that do not say were fitted on the first ones
@@ -104,6 +104,13 @@ class SharedModel:
             raise SnapshotUnusable(
                 f"the snapshot was fitted on columns {columns!r}, this release has {ngrams.NGRAMS!r}: refit the run"
             )
+        try:
+            return SharedModel._of(header, arrays, embedder)
+        except Exception as error:  # bytes that were damaged may hold anything
+            raise SnapshotUnusable(f"{len(content)} bytes are no snapshot ({error!r:.200}): refit the run") from error
+
+    @staticmethod
+    def _of(header: Mapping[str, Any], arrays: Mapping[str, Any], embedder: str) -> SharedModel:
         parts: dict[str, dict[str, Weights]] = {}
         for path, array in arrays.items():
             room, *rest = path.split("/", 2)

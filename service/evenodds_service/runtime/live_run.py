@@ -30,7 +30,14 @@ from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, select
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
-from evenodds_service.errors import CheckpointUnusable, RunUnknown, SnapshotUnusable, StoreError, UnknownPrompts
+from evenodds_service.errors import (
+    CheckpointUnusable,
+    RunUnknown,
+    SnapshotUnknown,
+    SnapshotUnusable,
+    StoreError,
+    UnknownPrompts,
+)
 from evenodds_service.model.embedder import storage_name
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
@@ -120,8 +127,10 @@ class LiveRun:
         self._saved_position = 0
         if checkpoint is not None:
             try:
-                self.state = from_bytes(checkpoint[1])
-                self._saved_position = checkpoint[0]
+                state = from_bytes(checkpoint[1])
+                if state.position != checkpoint[0]:
+                    raise CheckpointUnusable(f"the checkpoint at {checkpoint[0]} holds the state at {state.position}")
+                self.state, self._saved_position = state, checkpoint[0]
             except CheckpointUnusable as error:
                 logger.warning("run %r: %s; folding its log from the beginning", run.name, error)
             self._extend_pool(store, self.state.n_prompts, embedder)
@@ -180,6 +189,8 @@ class LiveRun:
                 break
             try:
                 block = block_from_bytes(content)
+                if (block.first, len(block.prompt_ids)) != (self.pool.n, PACKED):
+                    raise CheckpointUnusable(f"the packed block of prompt {self.pool.n} holds others")
             except CheckpointUnusable as error:
                 logger.warning("run with id %d: %s; reading its prompts one by one", self.run_id, error)
                 break
@@ -193,7 +204,7 @@ class LiveRun:
         try:
             content = store.snapshot(self.run_id, version).weights
             self.model = SharedModel.from_bytes(content, embedder=embedder or "")
-        except SnapshotUnusable as error:
+        except (SnapshotUnusable, SnapshotUnknown) as error:
             logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
             self.model = None
         self.pool.attach(version, self.model.priors if self.model is not None else {})

@@ -13,17 +13,19 @@ slow database instead.
 from __future__ import annotations
 
 import math
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.abc import RV, PQGen
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -114,6 +116,45 @@ def open_engine(
     )
 
 
+def check_file(database_url: str) -> None:
+    """Look at the file of a SQLite database, where the driver would only say that it cannot be opened.
+
+    Raises:
+        DatabaseUrlUnusable: it cannot be made, written or read, is no SQLite database, or has lost its end.
+    """
+    try:
+        url = make_url(database_url)
+    except ArgumentError:
+        return  # `open_engine` says so
+    if url.drivername != "sqlite" or url.database in (None, "", ":memory:"):
+        return
+    file = Path(str(url.database))
+    where, other = f"the SQLite file {file}", "or name another file in EVENODDS_DATABASE_URL"
+    if not file.parent.is_dir():
+        raise DatabaseUrlUnusable(f"{where}: its folder does not exist: make it, {other}")
+    if file.is_dir():
+        raise DatabaseUrlUnusable(f"{where}: it is a folder: name a file in it in EVENODDS_DATABASE_URL")
+    for place in (file.parent, file) if file.exists() else (file.parent,):
+        if not os.access(place, os.R_OK | os.W_OK):
+            raise DatabaseUrlUnusable(
+                f"{where}: {place} cannot be written (its rights, or a file system that is read-only): let this user "
+                f"write there, {other}"
+            )
+    wal = file.with_name(file.name + "-wal")
+    if not file.exists() or file.stat().st_size == 0 or (wal.exists() and wal.stat().st_size > 0):
+        return
+    with file.open("rb") as opened:
+        header = opened.read(100)
+    size, page = file.stat().st_size, int.from_bytes(header[16:18], "big")
+    stated = (65_536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
+    if not header.startswith(b"SQLite format 3\0"):
+        raise DatabaseUrlUnusable(f"{where} is no SQLite database: restore it from a backup, {other}")
+    if len(header) < 100 or (header[24:28] == header[92:96] and size < stated):
+        raise DatabaseUrlUnusable(
+            f"{where} has {size:,} bytes and should have {stated:,}: its end is lost; restore it from a backup, {other}"
+        )
+
+
 @contextmanager
 def translated_faults() -> Iterator[None]:
     """Turns every failure to reach or use the database in time into StoreUnavailable."""
@@ -126,6 +167,11 @@ def translated_faults() -> Iterator[None]:
         # On PostgreSQL, an InternalError is a server that has become read-only, or a transaction that it has ended.
         reason = " ".join(str(error.orig).split())
         raise StoreUnavailable(f"the database did not do its part ({reason}): repeat the call later") from error
+    except DatabaseError as error:
+        if not isinstance(error.orig, sqlite3.DatabaseError) or type(error.orig) is not sqlite3.DatabaseError:
+            raise
+        reason = f"the SQLite file is damaged: {error.orig}"  # of no other fault is it the plain class
+        raise StoreUnavailable(f"the database did not do its part ({reason}): restore it from a backup") from error
 
 
 def _open_sqlite(url: URL, usual: Patience, options: dict[str, Any]) -> Engine:

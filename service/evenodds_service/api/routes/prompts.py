@@ -246,5 +246,11 @@ def _parsed(validate: Callable[[bytes], T], content: bytes, location: tuple[str,
     try:
         return validate(content)
     except ValidationError as error:
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as cause:
+            where = f"byte 0x{content[cause.start]:02x} at position {cause.start}"
+            message = f"it is no UTF-8 ({where}): encode it as UTF-8"
+            raise RequestValidationError([_fault(location or ("body",), message)]) from error
         faults = [{**fault, "loc": (*location, *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults) from error

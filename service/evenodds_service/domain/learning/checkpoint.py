@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -64,12 +63,23 @@ def from_bytes(content: bytes) -> State:
     """The state that `to_bytes` took.
 
     Raises:
-        CheckpointUnusable: no checkpoint, or one of another format.
+        CheckpointUnusable: no checkpoint, one of another format, or one whose parts do not fit together.
     """
     header, arrays = _unpacked(content)
     found = header.get("format")
     if found != FORMAT:
         raise CheckpointUnusable(f"the checkpoint has format {found}, this release reads {FORMAT}")
+    try:
+        state = _state_of(header, arrays)
+        n = state.n_prompts
+        if any(getattr(state, name).shape[-1] != n for name in _ARRAYS):
+            raise ValueError(f"its arrays are not of {n} prompts")
+    except Exception as error:  # bytes that were damaged may hold anything
+        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error!r:.200}") from error
+    return state
+
+
+def _state_of(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> State:
     state = State(**{name: header[name] for name in _SCALARS}, **{name: arrays[name] for name in _ARRAYS})
     state.mixture = Mixture(arrays["log_weights"], header["log_guard"])
     state.recent_batches = tuple(arrays[f"recent_{i}"] for i in range(header["n_recent"]))
@@ -110,6 +120,8 @@ def block_from_bytes(content: bytes) -> RawBlock:
     header, arrays = _unpacked(content)
     try:
         n, names = len(header["prompt_ids"]), header["group_names"]
+        if any(len(arrays[name]) != n for name in (*_BLOCK_ARRAYS, "group_codes")):
+            raise ValueError(f"its arrays are not of {n} prompts")
         return RawBlock(
             first=header["first"],
             prompt_ids=tuple(header["prompt_ids"]),
@@ -117,8 +129,8 @@ def block_from_bytes(content: bytes) -> RawBlock:
             numeric=tuple(header["numeric"] or (None,) * n),
             **{name: arrays[name] for name in _BLOCK_ARRAYS},
         )
-    except KeyError as error:
-        raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error} is missing") from error
+    except Exception as error:  # bytes that were damaged may hold anything
+        raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error!r:.200}") from error
 
 
 def _packed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:
@@ -131,6 +143,9 @@ def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = dict(stored)
-        return json.loads(bytes(arrays.pop("header"))), arrays
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error}") from error
+        header = json.loads(bytes(arrays.pop("header")))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+    except Exception as error:  # bytes that were damaged may hold anything
+        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error!r:.200}") from error
+    return header, arrays
