@@ -11,10 +11,14 @@ COPY migrations migrations
 RUN python -m venv --without-pip /opt/evenodds \
     && python -m pip --python /opt/evenodds/bin/python install --no-cache-dir --constraint constraints.txt '.[api,telemetry]'
 
+RUN python -m venv /opt/sbom && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom \
+    && /opt/sbom/bin/cyclonedx-py environment --output-file /opt/evenodds/sbom.cdx.json /opt/evenodds/bin/python
+
 FROM build-api AS build-worker
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m pip --python /opt/evenodds/bin/python install --no-cache-dir --constraint constraints.txt --index-url "$TORCH_INDEX" torch \
-    && python -m pip --python /opt/evenodds/bin/python install --no-cache-dir --constraint constraints.txt '.[service,telemetry]'
+    && python -m pip --python /opt/evenodds/bin/python install --no-cache-dir --constraint constraints.txt '.[service,telemetry]' \
+    && /opt/sbom/bin/cyclonedx-py environment --output-file /opt/evenodds/sbom.cdx.json /opt/evenodds/bin/python
 
 FROM python:3.11-slim AS runtime
 # By number, so that Kubernetes sees that it is not root. /data holds the SQLite file where no EVENODDS_DATABASE_URL is

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all test-kernels test-loaded check audit bench bench-quality demo wheel openapi migration
+.PHONY: setup serve test test-all test-kernels test-loaded check audit sbom bench bench-quality demo wheel openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,11 @@ audit:  ## known vulnerabilities of what constraints.txt pins; asks the internet
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet pip-audit
 	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+sbom: $(STAMP)  ## the installed packages as CycloneDX, sbom.cdx.json; asks the internet for the tool
+	$(PYTHON) -m venv $(VENV)-sbom
+	$(VENV)-sbom/bin/pip install --quiet cyclonedx-bom
+	$(VENV)-sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file sbom.cdx.json $(BIN)/python
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/latency.py

@@ -9,7 +9,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,7 +21,7 @@ from evenodds import Client, ConfigurationError, Forbidden, PromptSelector, Unau
 from evenodds.schemas import Problem
 from evenodds_service.api.app import create_app
 from evenodds_service.api.middleware.access import KEYS_SECONDS, KeyRing, hash_of, new_secret, scope_of
-from evenodds_service.errors import StoreUnavailable
+from evenodds_service.errors import KeyInvalid, StoreUnavailable
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import ApiKey, Scope, Store
@@ -394,3 +394,31 @@ def test_a_database_that_is_away_before_the_keys_were_ever_read_is_told_as_every
     problem = Problem.model_validate_json(reply.content)
     assert (reply.status_code, problem.code, problem.detail) == (503, "store_unavailable", "the database is away")
     assert reply.headers["retry-after"] == "1"
+
+
+def test_a_key_ends_on_its_day(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
+    upgrade(engine)
+    store = Store(engine)
+    today = [datetime(2026, 1, 2, tzinfo=timezone.utc)]
+    secret = new_secret()
+    store.create_key(
+        "short",
+        secret_hash=hash_of(secret),
+        scopes=frozenset({"read"}),
+        runs="*",
+        requests_per_minute=None,
+        max_body_bytes=None,
+        now=today[0],
+        expires_at=today[0] + timedelta(days=1),
+    )
+    ring = KeyRing(store, now=lambda: today[0])
+
+    async def used() -> ApiKey:
+        return await ring.check(secret, "GET", "/runs")
+
+    assert asyncio.run(used()).name == "short"
+    today[0] += timedelta(days=1)
+    with pytest.raises(KeyInvalid, match="key 'short' expired on 2026-01-03: ask for a new one"):
+        asyncio.run(used())
+    store.close()

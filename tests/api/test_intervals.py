@@ -7,7 +7,7 @@ import pytest
 from scipy.special import betainc
 
 from evenodds_service.api.intervals import TAILS, credible_intervals
-from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.mixture import (
     AGEING,
@@ -63,7 +63,7 @@ def world(n_attempts: int, n: int = 8_000) -> tuple[FloatArray, Told]:
     return rates_n, (*predict(*inputs), experts(*inputs))
 
 
-def shares(inside_n: FloatArray, rates_n: FloatArray) -> list[float]:
+def shares(inside_n: BoolArray, rates_n: FloatArray) -> list[float]:
     """Of those in each bin of rates that holds enough."""
     bins = np.digitize(rates_n, BINS[1:-1])
     return [float(inside_n[bins == i].mean()) for i in range(len(BINS) - 1) if (bins == i).sum() >= IN_A_BIN]

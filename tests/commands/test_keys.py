@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from tests.commands.test_command_line import evenodds, main_with, serve
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Store
 
 if TYPE_CHECKING:
     from tests.commands.test_command_line import Server
@@ -85,3 +88,66 @@ def test_a_limit_below_one_is_refused(main_with: Callable[..., int], capsys: pyt
         main_with("keys", "create", "none", "--requests-per-minute", "0")
 
     assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_key_gets_a_new_secret_while_the_old_one_works_on(
+    tmp_path: Path, serve: Callable[..., Server], main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def secret(*arguments: str) -> str:
+        assert main_with("keys", *arguments) == 0
+        return capsys.readouterr().out.strip()
+
+    first = secret("create", "trainer")
+    second = secret("rotate", "trainer")
+    server = serve(EVENODDS_ACCESS="keys")
+
+    def opens(key: str) -> bool:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{server.base_url}/runs", headers=headers, timeout=PATIENCE_SECONDS).status_code == 200
+
+    assert second.startswith("eo_")
+    assert (opens(first), opens(second)) == (True, True)
+    secret("rotate", "trainer", "--finish")
+    until(lambda: not opens(first), "the end of the older secret")
+    assert opens(second)
+    store = Store(open_engine(f"sqlite:///{tmp_path}/evenodds.db"))
+    assert store.api_keys()[0].last_used_at is not None
+    store.close()
+
+
+@pytest.mark.parametrize("pattern", ["[", "math-[ab]", "", "a b", "x" * 129, "!a"])
+def test_a_pattern_that_means_something_else_is_refused(
+    main_with: Callable[..., int], capsys: pytest.CaptureFixture[str], pattern: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main_with("keys", "create", "bound", "--runs", pattern)
+
+    assert "is no pattern of run names: use letters, digits" in capsys.readouterr().err
+
+
+def test_the_list_shows_limits_and_ends(main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    main_with("keys", "create", "small", "--requests-per-minute", "60", "--max-body-mb", "2", "--expires-days", "1")
+    main_with("keys", "create", "plain")
+    main_with("keys", "rotate", "plain")
+    capsys.readouterr()
+
+    assert main_with("keys", "list") == 0
+
+    head, plain, small = capsys.readouterr().out.splitlines()
+    tomorrow = datetime.now(timezone.utc) + timedelta(days=1)
+    assert head.split()[3:] == ["a", "minute", "body", "MB", "created", "last", "used", "expires", "state"]
+    assert small.split()[:5] == ["small", "read,write", "*", "60", "2"]
+    assert small.split()[-1] == f"{tomorrow:%Y-%m-%d}"
+    assert plain.endswith("two secrets")
+
+
+def test_a_key_that_was_revoked_gets_no_secret(
+    main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_with("keys", "create", "gone")
+    main_with("keys", "revoke", "gone")
+    capsys.readouterr()
+
+    assert main_with("keys", "rotate", "gone") == 1
+
+    assert capsys.readouterr().err.startswith("evenodds: there is no key 'gone' that works")

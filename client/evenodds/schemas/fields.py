@@ -16,7 +16,8 @@ MAX_ID = 256
 MAX_VECTOR = 8_192
 MAX_FEATURES = 64
 MAX_GROUP_SIZE = 1_024
-MAX_STEP = 2**62
+MAX_STEP = 2**53
+"""Any larger whole number is not exact in JSON as most programs read it."""
 MAX_ATTEMPTS = 1_024
 """Most attempts for one prompt."""
 MAX_ALLOCATION = 2_000_000

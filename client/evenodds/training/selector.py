@@ -222,7 +222,7 @@ class PromptSelector:
                 selector got one from the service.
 
         Raises:
-            InvalidRequest: The step is not an integer in [0, 2**62], or a reward is no number or outside [0, 1]; then
+            InvalidRequest: The step is not an integer in [0, 2**53], or a reward is no number or outside [0, 1]; then
                 nothing of the call is kept.
             ConfigurationError: The selector is closed.
         """
@@ -289,7 +289,7 @@ class PromptSelector:
         As `load_state_dict` otherwise. -1 forgets every step.
 
         Raises:
-            InvalidRequest: The step is not an integer in [-1, 2**62].
+            InvalidRequest: The step is not an integer in [-1, 2**53].
             ConfigurationError: The selector is closed.
         """
         at = -1 if as_index(step) == -1 else checked_step("rewind_to", step)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from evenodds_service.commands.opening import Refused, fault, opened
+
+if TYPE_CHECKING:
+    from evenodds_service.storage.store import ApiKey
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,13 +26,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "read and write)",
     )
     create.add_argument(
-        "--runs", default="*", metavar="PATTERN", help="run names it may touch, with * and ? (default: all)"
+        "--runs",
+        default="*",
+        type=pattern,
+        metavar="PATTERN",
+        help="run names it may touch, with * and ? (default: all)",
     )
+    create.add_argument("--expires-days", type=positive, metavar="N", help="works for so long only (default: for ever)")
     create.add_argument("--requests-per-minute", type=positive, metavar="N", help="in each process (default: no limit)")
     create.add_argument(
         "--max-body-mb", type=positive, metavar="N", help="of one request (default: the service's limit)"
     )
     create.set_defaults(command=create_key)
+    rotate = actions.add_parser("rotate", help="give a key a new secret; the present one works beside it")
+    rotate.add_argument("name")
+    rotate.add_argument("--finish", action="store_true", help="end the older secret: the newest alone works")
+    rotate.set_defaults(command=rotate_key)
     listing = actions.add_parser("list", help="show the keys, not their secrets")
     listing.set_defaults(command=list_keys)
     revoke = actions.add_parser("revoke", help="revoke a key for good; it works for 2 seconds more at most")
@@ -37,12 +50,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def create_key(options: argparse.Namespace) -> int:
-    from datetime import datetime, timezone
+    from datetime import datetime, timedelta, timezone
 
     from evenodds_service.api.middleware.access import hash_of, new_secret
     from evenodds_service.errors import StoreError
 
     secret = new_secret()
+    now = datetime.now(timezone.utc)
     megabytes = options.max_body_mb
     try:
         _, store = opened()
@@ -53,7 +67,8 @@ def create_key(options: argparse.Namespace) -> int:
             runs=options.runs,
             requests_per_minute=options.requests_per_minute,
             max_body_bytes=megabytes * 1_000_000 if megabytes is not None else None,
-            now=datetime.now(timezone.utc),
+            now=now,
+            expires_at=now + timedelta(days=options.expires_days) if options.expires_days else None,
         )
     except (Refused, StoreError) as error:
         return fault(str(error))
@@ -75,11 +90,61 @@ def list_keys(_: argparse.Namespace) -> int:
     except (Refused, StoreError) as error:
         return fault(str(error))
     store.close()
-    print(f"{'name':24} {'scopes':18} {'runs':24} {'created':12} revoked")
-    for key in keys:
-        revoked = f"{key.revoked_at:%Y-%m-%d}" if key.revoked_at is not None else ""
-        scopes = ",".join(sorted(key.scopes))
-        print(f"{key.name:24} {scopes:18} {key.runs:24} {key.created_at:%Y-%m-%d}   {revoked}".rstrip())
+    columns = ("name", "scopes", "runs", "a minute", "body MB", "created", "last used", "expires", "state")
+    rows = [columns, *(_row(key) for key in keys)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(key: ApiKey) -> tuple[str, ...]:
+    from datetime import datetime, timezone
+
+    def day(moment: datetime | None) -> str:
+        return f"{moment:%Y-%m-%d}" if moment is not None else "-"
+
+    state = "two secrets" if key.second_hash else ""
+    if key.expires_at is not None and key.expires_at <= datetime.now(timezone.utc):
+        state = "expired"
+    if key.revoked_at is not None:
+        state = f"revoked {day(key.revoked_at)}"
+    return (
+        key.name,
+        ",".join(sorted(key.scopes)),
+        key.runs,
+        str(key.requests_per_minute or "-"),
+        f"{key.max_body_bytes / 1_000_000:g}" if key.max_body_bytes else "-",
+        day(key.created_at),
+        f"{key.last_used_at:%Y-%m-%d %H:%M}" if key.last_used_at is not None else "-",
+        day(key.expires_at),
+        state,
+    )
+
+
+def rotate_key(options: argparse.Namespace) -> int:
+    from evenodds_service.api.middleware.access import hash_of, new_secret
+    from evenodds_service.errors import StoreError
+
+    secret = new_secret()
+    try:
+        _, store = opened()
+        if options.finish:
+            store.finish_rotation(options.name)
+        else:
+            store.rotate_key(options.name, secret_hash=hash_of(secret))
+    except (Refused, StoreError) as error:
+        return fault(str(error))
+    store.close()
+    if options.finish:
+        print(f"key {options.name!r}: its newest secret alone works now")
+        return 0
+    print(
+        f"key {options.name!r}: this secret is not shown again; the one before works until "
+        f"`evenodds keys rotate {options.name} --finish`",
+        file=sys.stderr,
+    )
+    print(secret)
     return 0
 
 
@@ -96,6 +161,15 @@ def revoke_key(options: argparse.Namespace) -> int:
     store.close()
     print(f"key {key.name!r} is revoked since {key.revoked_at:%Y-%m-%d %H:%M} UTC")
     return 0
+
+
+def pattern(text: str) -> str:
+    """Run names with * and ?. What else matters to patterns would match nothing, or more than it says."""
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9._*?-]{1,128}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pattern of run names: use letters, digits, . _ - and * ?")
+    return text
 
 
 def positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 from sqlalchemy import RowMapping, insert, select, update
@@ -23,6 +24,7 @@ class KeyMethods(Transactions):
         requests_per_minute: int | None,
         max_body_bytes: int | None,
         now: datetime,
+        expires_at: datetime | None = None,
     ) -> ApiKey:
         """Store a key. A revoked key keeps its name, so that a log line means one key for ever.
 
@@ -41,6 +43,7 @@ class KeyMethods(Transactions):
             "requests_per_minute": requests_per_minute,
             "max_body_bytes": max_body_bytes,
             "created_at": now,
+            "expires_at": expires_at,
         }
         with self._writing() as connection:
             taken = connection.execute(select(api_keys.c.created_at).where(api_keys.c.name == name)).scalar()
@@ -54,6 +57,33 @@ class KeyMethods(Transactions):
         with self._reading() as connection:
             rows = connection.execute(select(api_keys).order_by(api_keys.c.name)).mappings().all()
         return tuple(_key_of(row) for row in rows)
+
+    def rotate_key(self, name: str, *, secret_hash: str) -> ApiKey:
+        """Give the key another secret; the present one works on beside it, and one before that no longer.
+
+        Raises:
+            KeyUnknown: there is none of this name, or it was revoked.
+        """
+        changed = {"second_hash": api_keys.c.secret_hash, "secret_hash": secret_hash}
+        return self._changed(name, changed)
+
+    def finish_rotation(self, name: str) -> ApiKey:
+        """Let the newest secret alone open anything. Raises KeyUnknown as `rotate_key`."""
+        return self._changed(name, {"second_hash": None})
+
+    def note_key_uses(self, names: Collection[str], *, now: datetime) -> None:
+        """Keep when these keys were last used."""
+        with self._writing() as connection:
+            connection.execute(update(api_keys).where(api_keys.c.name.in_(names)).values(last_used_at=now))
+
+    def _changed(self, name: str, values: Mapping[str, object]) -> ApiKey:
+        standing = (api_keys.c.name == name, api_keys.c.revoked_at.is_(None))
+        with self._writing() as connection:
+            statement = update(api_keys).where(*standing).values(values).returning(api_keys)
+            row = connection.execute(statement).mappings().one_or_none()
+        if row is None:
+            raise KeyUnknown(f"there is no key {name!r} that works: `evenodds keys list` shows those that exist")
+        return _key_of(row)
 
     def revoke_key(self, name: str, *, now: datetime) -> ApiKey:
         """Revoke it for good; a key that was revoked before stays as it is. Raises KeyUnknown."""

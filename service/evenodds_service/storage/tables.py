@@ -244,12 +244,15 @@ api_keys = Table(
     metadata,
     Column("name", Text, nullable=False),
     Column("secret_hash", Text, nullable=False, unique=True),  # SHA-256, hexadecimal
+    Column("second_hash", Text, unique=True),  # of the secret before it, which works on until its rotation is finished
     Column("scopes", Text, nullable=False),  # joined by blanks
     Column("runs", Text, nullable=False),
     Column("requests_per_minute", Integer),
     Column("max_body_bytes", BigInteger),
     Column("created_at", UtcDateTime, nullable=False),
     Column("revoked_at", UtcDateTime),
+    Column("expires_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
     PrimaryKeyConstraint("name"),
     CheckConstraint("length(secret_hash) = 64", name="secret_hash"),
     CheckConstraint("requests_per_minute >= 1 AND max_body_bytes >= 1", name="limits"),

@@ -175,6 +175,9 @@ class ApiKey:
     Attributes:
         name: Unique, also among revoked keys.
         secret_hash: Hexadecimal SHA-256.
+        second_hash: The same of the secret before it, while that works on beside it.
+        expires_at: From when on it opens nothing; None is never.
+        last_used_at: To the minute; None where it was not used yet.
         runs: Pattern of the run names that it may touch, with `*` and `?`.
         requests_per_minute, max_body_bytes: Limits; None sets none.
     """
@@ -187,3 +190,6 @@ class ApiKey:
     max_body_bytes: int | None
     created_at: datetime
     revoked_at: datetime | None
+    second_hash: str | None = None
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None

@@ -51,7 +51,7 @@ POISON: dict[str, dict[str, object]] = {
     "no observations": {"body": "[]"},
     "a step that is none": {"step": "first"},
     "a negative step": {"kind": "rewind", "step": -3, "body": "[]"},
-    "a step beyond all": {"step": 2**62 + 1},
+    "a step beyond all": {"step": 2**53 + 1},
     "a text that is too long": {"body": json.dumps(LONG)},
 }
 

@@ -6,13 +6,16 @@ works for that much longer at most. Limits count in each process on its own.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,8 +38,13 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Send
     from starlette.types import Scope as AsgiScope
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "eo_"
 KEYS_SECONDS = 2.0
+USES_SECONDS = 60.0
+"""How exactly a key's last use is kept."""
+
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"})
 _OPEN_FOLDERS = ("/page/", "/docs-files/")
 """Say nothing of any run: they ask for no key."""
@@ -56,16 +64,27 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def now() -> datetime:
+    """The present time."""
+    return datetime.now(timezone.utc)
+
+
 class KeyRing:
     """The keys of the database, read anew every few seconds, and what each has used of its rate.
 
     Args:
         clock: Seconds that never go back.
+        now: The present time, aware, for keys that expire.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, store: Store, clock: Callable[[], float] = time.monotonic, now: Callable[[], datetime] = now
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._now = now
+        self._used: dict[str, float] = {}  # key -> when its use was kept
+        self._noting: set[asyncio.Future[None]] = set()
         self._lock = threading.Lock()
         self._keys: Mapping[str, ApiKey] = {}
         self._read_at = -math.inf
@@ -91,6 +110,14 @@ class KeyRing:
                 found = key
         if found is None:
             raise KeyInvalid("this API key is not valid here, or was revoked: ask for a new one")
+        if found.expires_at is not None and found.expires_at <= self._now():
+            raise KeyInvalid(f"key {found.name!r} expired on {found.expires_at:%Y-%m-%d}: ask for a new one")
+        if self._clock() - self._used.get(found.name, -math.inf) > USES_SECONDS:
+            self._used[found.name] = self._clock()
+            # Beside the request, which waits for no write.
+            noting = asyncio.ensure_future(run_in_threadpool(self._note_use, found.name))
+            self._noting.add(noting)
+            noting.add_done_callback(self._noting.discard)
         needed = scope_of(method, path)
         if needed not in found.scopes:
             raise ScopeMissing(
@@ -101,12 +128,19 @@ class KeyRing:
 
     def _read(self) -> None:
         try:
-            keys = {key.secret_hash: key for key in self._store.api_keys() if key.revoked_at is None}
+            standing = [key for key in self._store.api_keys() if key.revoked_at is None]
+            keys = {secret: key for key in standing for secret in (key.secret_hash, key.second_hash) if secret}
         except StoreUnavailable:
             if self._read_at == -math.inf:
                 raise
             return  # what was read before still holds
         self._keys, self._read_at = keys, self._clock()
+
+    def _note_use(self, name: str) -> None:
+        try:
+            self._store.note_key_uses([name], now=self._now())
+        except StoreUnavailable as error:
+            logger.info("last use of key %r not kept: %s", name, error)
 
     def _count(self, key: ApiKey) -> None:
         """A bucket that holds the requests of one minute and fills evenly."""

@@ -250,7 +250,7 @@ def _parsed(validate: Callable[[bytes], T], content: bytes, location: tuple[str,
             content.decode("utf-8")
         except UnicodeDecodeError as cause:
             where = f"byte 0x{content[cause.start]:02x} at position {cause.start}"
-            message = f"it is no UTF-8 ({where}): encode it as UTF-8"
-            raise RequestValidationError([_fault(location or ("body",), message)]) from error
+            message = ("" if location else "body: ") + f"it is no UTF-8 ({where}): encode it as UTF-8"
+            raise RequestValidationError([_fault(location, message)]) from error
         faults = [{**fault, "loc": (*location, *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults) from error
