@@ -9,6 +9,7 @@ ones would fill the memory and keep it.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import time
 import zlib
 
@@ -22,6 +23,7 @@ from evenodds_service.storage.store import ApiKey
 
 _GZIP = ("gzip", "x-gzip")
 _PIECE_BYTES = 256 * 1024
+_LARGE_BYTES = 16 * 2**20
 _LEAST_PIECE_BYTES = 16 * 1024
 """What comes in smaller pieces is put together first: each piece that a route keeps costs more than its bytes."""
 
@@ -79,6 +81,14 @@ class _Budget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.n_bytes = 0
+        self.trimming: asyncio.TimerHandle | None = None
+
+    def trim(self) -> None:
+        """Give memory back to the system, where the C library is one that does so on request."""
+        self.trimming = None
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class _Body:
@@ -113,6 +123,9 @@ class _Body:
     def forget(self) -> None:
         """Nothing of it is held any more."""
         self._budget.n_bytes -= self._n_held
+        if self._n_held >= _LARGE_BYTES and self._budget.trimming is None:
+            # When what held it is gone too. Else the C library would keep freed pieces for the next large body.
+            self._budget.trimming = asyncio.get_running_loop().call_later(1.0, self._budget.trim)
         self._n_held = 0
 
     def _count(self, n_bytes: int) -> None:
