@@ -18,6 +18,7 @@ from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
+from evenodds_service.model import paper_fit
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
 from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
@@ -189,7 +190,10 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
     assert any(moved)
 
 
-def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(models: dict[str, SharedModel]) -> None:
+def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(
+    models: dict[str, SharedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_fit, "UPDATES_PER_STEP", 1)  # an update of twenty million weights takes a second
     given = replace(training_data("gps-paper"), model_size="published")
 
     after_small = fitted(replace(given, warm_start=models["gps-paper"]))
