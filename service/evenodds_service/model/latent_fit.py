@@ -61,7 +61,7 @@ class FittedLatent:
     Attributes:
         mean_N, informative_N: float32 [N] in (0, 1): success rate, and probability that a group of the fit's size is
             informative, of every prompt of the pool. An observed prompt's own outcomes did not take part in either.
-        weights: For `predict_latent` on new prompts.
+        weights: For `LatentPrior`, which predicts new prompts.
         report: `observations`, `prompts`; and of the newest observations, predicted without their prompts' outcomes:
             `rate_correlation`, `log_loss` per attempt, `level_log_loss` of the policy's mean rate alone (what the text
             has to beat), and `informative_log_loss` per group.
