@@ -268,6 +268,20 @@ def test_a_snapshot_of_another_format_is_refused(model: SharedModel) -> None:
         SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
 
 
+def test_a_model_takes_over_an_equal_basis_and_what_that_projected(model: SharedModel) -> None:
+    block, own = block_of(list(TEXTS)), block_of(list(NEW))
+    equal, other = Basis.of(block), Basis.of(block_of(list(TEXTS[:-1])))
+
+    found = model.on(equal)
+
+    assert found.basis is equal
+    assert model.on(other) is model
+    told, alone = found.predict(NEW, own, equal.project(own)), model.predict(NEW, own)
+    for name, prior in alone.items():
+        assert np.array_equal(told[name].means_N, prior.means_N)
+        assert np.array_equal(told[name].concentrations_N, prior.concentrations_N)
+
+
 def test_a_published_model_that_has_its_newest_step_among_its_figures_knows_it(models: dict[str, SharedModel]) -> None:
     arrays = load(models["gps-paper"].to_bytes())
     header = json.loads(arrays["header"].tobytes())
