@@ -30,17 +30,17 @@ REVISIONS = sorted({path.name.partition(".")[0] for path in FOLDER.iterdir()})
 @pytest.mark.parametrize("checkpoints", ["kept", "gone"])
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_database_of_an_older_release_answers_as_it_did(
-    revision: str, checkpoints: str, database_url: str, start_service: Callable[[str], Service]
+    revision: str, checkpoints: str, new_database_url: str, start_service: Callable[[str], Service]
 ) -> None:
-    content, told = files(revision, "sqlite" if database_url.startswith("sqlite") else "postgresql")
-    restore(content.read_bytes(), database_url)
+    content, told = files(revision, "sqlite" if new_database_url.startswith("sqlite") else "postgresql")
+    restore(content.read_bytes(), new_database_url)
     if checkpoints == "gone":
-        engine = open_engine(database_url)
+        engine = open_engine(new_database_url)
         with engine.begin() as connection:
             assert connection.execute(text("DELETE FROM checkpoints")).rowcount > 1
         engine.dispose()
 
-    old, new = json.loads(told.read_text()), answers(start_service(database_url).http)
+    old, new = without_intervals(json.loads(told.read_text())), answers(start_service(new_database_url).http)
 
     moved: dict[str, Any] = {}
     if revision in MOVED:
@@ -50,6 +50,13 @@ def test_a_database_of_an_older_release_answers_as_it_did(
     assert len(old) > 20
     assert differences(old, new) == []
     assert differences(moved, new, tolerance=MOVED.get(revision, 0.0)) == []
+
+
+def without_intervals(told: Any) -> Any:
+    """Those of that release were of one Beta, and wrong near 0 and 1; they are the mixture's now."""
+    if isinstance(told, dict):
+        return {name: without_intervals(value) for name, value in told.items() if name != "interval"}
+    return [without_intervals(value) for value in told] if isinstance(told, list) else told
 
 
 def test_differences_are_found() -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, TypeAlias
 import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
-from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.features import Pool, as_kept
 from evenodds_service.domain.learning.mixture import MEMORIES, Experts
 from evenodds_service.domain.learning.prediction import (
     EachBlock,
@@ -35,7 +35,7 @@ Beliefs: TypeAlias = tuple[FloatArray, FloatArray]
 MixedBeliefs: TypeAlias = tuple[FloatArray, FloatArray, Experts]
 """Beliefs, and the mixture that they sum up."""
 
-Fitted: TypeAlias = Callable[[], Mapping[str, FittedPrior]]
+Fitted: TypeAlias = Callable[[FloatArray | None], Mapping[str, FittedPrior]]
 
 
 class Predictor(Protocol):
@@ -78,7 +78,8 @@ class Predictor(Protocol):
         """About the prompts of a block, which the pool does not hold: flat, unless something is shared with them.
 
         Args:
-            fitted: What the state's snapshot says about them; called only where it is read.
+            fitted: What the state's snapshot says about them; called only where it is read, with their projected
+                features under the state's basis where they are known.
         """
         a, b = _flat(len(block.prompt_ids))
         return a, b, Experts.alone(a, b)
@@ -107,9 +108,8 @@ class Gps(Predictor):
         return mixed_beliefs_of(state, pool, indices, steps_n=steps_n)
 
     def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
-        outside = Pool(surface_width=block.surface_N_S.shape[1], embedding_width=block.embedding_N_D.shape[1])
-        outside.append(block)
-        return new_prompt_beliefs(state, outside, fitted())
+        x_n_d = state.basis.project(as_kept(block)) if state.basis is not None else None
+        return new_prompt_beliefs(state, x_n_d, block.prior_rates_N, fitted(x_n_d))
 
 
 class GpsPaper(Predictor):
@@ -124,7 +124,7 @@ class GpsPaper(Predictor):
         return _flat(_count(state, indices)) if prior is None else self._of(rows_of(prior, rows))
 
     def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
-        prior = fitted().get(PAPER)
+        prior = fitted(None).get(PAPER)
         a, b = _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
         return a, b, Experts.alone(a, b)
 
