@@ -142,10 +142,18 @@ class NotEnoughPrompts(ServiceError):
 
     code = "not_enough_prompts"
 
-    def __init__(self, *, asked: int, eligible: int, group: str | None = None, advice: str = "") -> None:
-        self.asked, self.eligible, self.group = asked, eligible, group
-        what = "batch_size" if group is None else f"categories: the share of {group!r}"
-        super().__init__(f"{what} asks for {asked} prompts, {eligible} may be selected{advice}")
+    def __init__(
+        self, *, asked: int, eligible: int, group: str | None = None, advice: str = "", what: str = "batch_size"
+    ) -> None:
+        self.asked, self.eligible, self.group, self.what = asked, eligible, group, what
+        who = what if group is None else f"categories: the share of {group!r}"
+        super().__init__(f"{who} asks for {asked} prompts, {eligible} may be selected{advice}")
+
+
+class FillNeedsRest(ServiceError):
+    """A batch is to be filled where chosen prompts do not rest."""
+
+    code = "fill_needs_rest"
 
 
 class SharesConflict(ServiceError):

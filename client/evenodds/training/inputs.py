@@ -121,9 +121,9 @@ def checked_state(state: Mapping[str, Any], run: str, expected: int) -> tuple[in
         raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
 
 
-def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> tuple[list[dict[str, object]], list[str]]:
+def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Those that are observations of known prompts, or of new ones with a text, as JSON; and the others' faults."""
-    sound: list[dict[str, object]] = []
+    sound: list[dict[str, Any]] = []
     faults: list[str] = []
     for index, outcome in enumerate(_listed(outcomes)):
         where = f"outcomes[{index}]"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -31,6 +32,7 @@ from evenodds.training.inputs import (
     checked_state,
     checked_step,
 )
+from evenodds.training.kept import Group, informative_ids, kept
 from evenodds.training.outbox import Delivery
 from evenodds.training.running import Running
 from evenodds.training.status import Counts
@@ -38,6 +40,9 @@ from evenodds.validation import request_of
 
 DEFAULT_OUTBOX = Path(".evenodds")
 STATE_FORMAT = 1
+
+UNKNOWN_SHARE = 0.5
+"""Share of informative groups that a uniform batch is expected to have."""
 
 
 class PromptSelector:
@@ -156,26 +161,81 @@ class PromptSelector:
             InvalidRequest: The arguments can never be served.
             ConfigurationError: The selector is closed.
         """
-        request = self._request("select", locals())
-        here = self._here()
-        if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
-            batch = self._choose(request, here)
-        else:
-            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
-        here.remember(batch)
-        return batch
+        return self._selected(self._request("select", locals()))
 
-    def prefetch(
+    def select_informative(
         self,
         step: SupportsIndex,
-        batch_size: SupportsIndex,
+        informative_groups: SupportsIndex,
         *,
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         categories: Mapping[str, float] | None = None,
+        fill_factor: float | None = None,
+        max_prompts: SupportsIndex | None = None,
+        update_cost: float | None = None,
+    ) -> Batch:
+        """Choose as many prompts as it takes to find so many informative groups in one wave, within the deadline.
+
+        Roll all of them out, hand all outcomes to `informative`, and train on what it returns. `Batch.fill` says what
+        the service expects. A uniform batch has twice as many prompts as groups are wanted.
+
+        Args:
+            step: As in `select`; so are `candidates`, `exclude` and `categories`.
+            informative_groups: Groups whose attempts are not all rewarded alike, in [1, 10,000].
+            fill_factor: Expected informative groups over those asked for, in [0.1, 4]; 1 by default.
+            max_prompts: Prompts at most; 6 times `informative_groups` by default.
+            update_cost: Of a group, in units of the cost of its rollouts: the service then says whether filling pays.
+
+        Raises:
+            InvalidRequest: The arguments can never be served.
+            ConfigurationError: The selector is closed.
+        """
+        return self._selected(self._request("select_informative", locals()))
+
+    def informative(self, batch: Batch, outcomes: Outcomes, *, size: int | None = None) -> tuple[str, ...]:
+        """Report all outcomes of a batch, and return the prompts of it to train on, in the batch's order.
+
+        Those are the informative groups: attempts that were not all rewarded alike. The others teach a policy nothing,
+        but the service what is hard and easy.
+
+        Args:
+            batch: Of `select_informative` or `select`. Several processes: what counts is of the prompts whose outcomes
+                this one reports.
+            outcomes: As in `observe`.
+            size: Return exactly so many, where there are so many: of each category its part of the batch, as far as it
+                has informative groups; where all categories together have too few, silent groups of those that lack the
+                most come with them. Without it all informative groups.
+
+        Raises:
+            InvalidRequest: The size is below 1.
+            ConfigurationError: The selector is closed.
+        """
+        if size is not None and size < 1:
+            raise InvalidRequest("informative", [f"size: {size} must be at least 1"])
+        sound = self._report(batch.step, outcomes, batch.selection_id)
+        mixed, reported = informative_ids(sound), {each.get("prompt_id") for each in sound}
+        named = {} if batch.reply is None else {prompt.prompt_id: prompt.category for prompt in batch.reply.prompts}
+        groups = [Group(i, named.get(i), i in mixed) for i in batch.prompt_ids if i in reported]
+        return kept(groups, size)
+
+    def prefetch(
+        self,
+        step: SupportsIndex,
+        batch_size: SupportsIndex | None = None,
+        *,
+        informative_groups: SupportsIndex | None = None,
+        candidates: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        categories: Mapping[str, float] | None = None,
+        fill_factor: float | None = None,
+        max_prompts: SupportsIndex | None = None,
+        update_cost: float | None = None,
         groups: Mapping[str, float] | None = None,
     ) -> None:
         """Start to choose the prompts of a step, for `select` with the same arguments to find. Returns at once.
+
+        With `informative_groups` in place of `batch_size` it is `select_informative` that finds them.
 
         The choice knows nothing of what is observed after this call. Raises what `select` raises.
         """
@@ -211,27 +271,7 @@ class PromptSelector:
             InvalidRequest: The step is not an integer in [0, 2**62].
             ConfigurationError: The selector is closed.
         """
-        at = checked_step("observe", step)
-        here = self._here()
-        sound, faults = checked_observations(outcomes, self._known)
-        here.status.count(observed=len(sound), left_out=len(faults))
-        if faults:
-            here.status.say_once(
-                "left out",
-                f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are no observations and "
-                f"were left out, as perhaps later ones: {faults[0]}",
-            )
-        if not sound:
-            return
-        self._observed_step = max(at, self._observed_step or 0)
-        if self._keeps:
-            chosen = selection_id or here.selections.get(at)
-            here.sender.put(
-                [
-                    Delivery("observe", at, uuid4().hex, chosen, json.dumps(sound[first : first + MAX_ITEMS]))
-                    for first in range(0, len(sound), MAX_ITEMS)
-                ]
-            )
+        self._report(checked_step("observe", step), outcomes, selection_id)
 
     def state_dict(self, *, step: SupportsIndex | None = None) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint: plain JSON, small while the service is up.
@@ -326,6 +366,15 @@ class PromptSelector:
             atexit.register(self.close)
         return self._running
 
+    def _selected(self, request: SelectRequest) -> Batch:
+        here = self._here()
+        if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
+            batch = self._choose(request, here)
+        else:
+            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+        here.remember(batch)
+        return batch
+
     def _choose(self, request: SelectRequest, here: Running) -> Batch:
         key = request.model_dump_json()
         batch = here.batches.get(key)
@@ -359,12 +408,41 @@ class PromptSelector:
         return Batch(request.step, ids, tuple(arms), reply)
 
     def _uniform(self, request: SelectRequest) -> Batch:
-        chosen = Random(f"{self._seed} {request.step}").sample(self._eligible(request), request.batch_size)
+        eligible, n = self._eligible(request), request.batch_size
+        if n is None:
+            wanted = (request.informative_groups or 1) * (request.fill_factor or 1.0)
+            n = min(math.ceil(wanted / UNKNOWN_SHARE), request.most_prompts, len(eligible))
+        chosen = Random(f"{self._seed} {request.step}").sample(eligible, n)
         arms: list[Arm] = ["uniform"] * len(chosen)
         return Batch(request.step, tuple(chosen), tuple(arms))
 
+    def _report(self, at: int, outcomes: Outcomes, selection_id: str | None) -> list[dict[str, Any]]:
+        """Put them on their way. Returns those that are observations."""
+        here = self._here()
+        sound, faults = checked_observations(outcomes, self._known)
+        here.status.count(observed=len(sound), left_out=len(faults))
+        if faults:
+            here.status.say_once(
+                "left out",
+                f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are no observations and "
+                f"were left out, as perhaps later ones: {faults[0]}",
+            )
+        if not sound:
+            return sound
+        self._observed_step = max(at, self._observed_step or 0)
+        if self._keeps:
+            chosen = selection_id or here.selections.get(at)
+            here.sender.put(
+                [
+                    Delivery("observe", at, uuid4().hex, chosen, json.dumps(sound[first : first + MAX_ITEMS]))
+                    for first in range(0, len(sound), MAX_ITEMS)
+                ]
+            )
+        return sound
+
     def _request(self, call: str, given: Mapping[str, Any]) -> SelectRequest:
-        numbers = {name: as_index(given[name]) for name in ("step", "batch_size")}
+        names = ("step", "batch_size", "informative_groups", "max_prompts")
+        numbers = {name: as_index(given[name]) for name in names if given.get(name) is not None}
         fields = {**given, **numbers, "run": self._setup.run, "seed": self._seed}
         request = request_of(call, SelectRequest, fields, stacklevel=3)
         for name, ids in (("candidates", request.candidates), ("exclude", request.exclude)):
@@ -373,11 +451,10 @@ class PromptSelector:
                 raise InvalidRequest(
                     call, [f"{name}: {len(unknown)} are not among this selector's prompts: {unknown[0]!r} ..."]
                 )
-        n_eligible = len(self._eligible(request))
-        if n_eligible < request.batch_size:
-            raise InvalidRequest(
-                call, [f"batch_size: {request.batch_size} prompts asked for, {n_eligible} to choose from"]
-            )
+        n_eligible, least = len(self._eligible(request)), request.least_prompts
+        if n_eligible < least:
+            what = "informative_groups" if request.batch_size is None else "batch_size"
+            raise InvalidRequest(call, [f"{what}: {least} prompts asked for, {n_eligible} to choose from"])
         return request
 
     def _eligible(self, request: SelectRequest) -> Sequence[str]:
