@@ -227,7 +227,7 @@ class Calls(Protocol):
         query = {"shown": str(shown)}
         return (yield from self.call("GET", f"{_run_path('beliefs', run)}/beliefs", BeliefReport, query=query))
 
-    def rewind(self, run: str, step: int) -> Exchange[Voided]:
+    def rewind(self, run: str, step: int, *, incarnation: str | None = None) -> Exchange[Voided]:
         """Forget everything observed or selected with a step above `step`: the trainer restarted from its checkpoint.
 
         Afterwards the run stands as if none of it had happened: a step above may be selected and reported anew, under
@@ -235,7 +235,10 @@ class Calls(Protocol):
         is forgotten already is not counted again.
 
         Args:
-            step: The step of the checkpoint.
+            step: The step of the checkpoint; -1 forgets every step.
+            incarnation: Name of the restarted trainer, at most 64 letters, digits, `_` and `-`. Observations whose
+                request id begins with it and a dot are kept: they are the restarted trainer's own, which another of
+                its processes reported before this call.
 
         Raises:
             NotFound: There is no such run.
@@ -271,7 +274,9 @@ class Calls(Protocol):
         request = _request("retract", RetractRequest, locals())
         return (yield from self.call("POST", path, Voided, content=_json(request)))
 
-    def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
+    def add_prompts(
+        self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]], *, keep_existing: bool = False
+    ) -> Exchange[PromptsAdded]:
         """Add prompts to the pool, in as many requests as needed. Repeating it is safe.
 
         All prompts are checked and encoded in memory before the first request: one fault, and none is sent.
@@ -279,20 +284,27 @@ class Calls(Protocol):
 
         Args:
             prompts: Any number, at least 1: `PromptIn`, or mappings with its fields.
+            keep_existing: A prompt that the pool has with another content keeps that, and is named in `conflicts`
+                with what differs; the others are added.
 
         Returns:
-            `added` and `existing` summed over the requests; `pool_size` and `log_position` after the last.
+            `added`, `existing` and `conflicts` summed over the requests; `pool_size` and `log_position` after the last.
 
         Raises:
             NotFound: There is no such run.
             Conflict: A prompt id is in the pool with another text.
         """
         path = f"{_run_path('add_prompts', run)}/prompts"
+        query = {"keep_existing": "true"} if keep_existing else None
         total: PromptsAdded | None = None
         for content in _prompt_batches(prompts):
-            reply = yield from self.call("POST", path, PromptsAdded, content=content)
+            reply = yield from self.call("POST", path, PromptsAdded, query=query, content=content)
             if total is not None:
-                sums = {"added": total.added + reply.added, "existing": total.existing + reply.existing}
+                sums = {
+                    "added": total.added + reply.added,
+                    "existing": total.existing + reply.existing,
+                    "conflicts": total.conflicts | reply.conflicts,
+                }
                 reply = reply.model_copy(update=sums)
             total = reply
         if total is None:

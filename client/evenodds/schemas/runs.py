@@ -9,7 +9,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
+    INCARNATION_PATTERN,
     MAX_ITEMS,
+    MAX_STEP,
     Acquisition,
     CategoryShares,
     GroupSize,
@@ -225,7 +227,14 @@ class RunState(HasOlderNames, Reply):
 class RewindRequest(Request):
     model_config = example(step=11)
 
-    step: Step = Field(description="the step of the checkpoint that the trainer restarted from")
+    step: Annotated[int, Field(ge=-1, le=MAX_STEP)] = Field(
+        description="the step of the checkpoint that the trainer restarted from; -1 forgets every step"
+    )
+    incarnation: Annotated[str, Field(pattern=INCARNATION_PATTERN)] | None = Field(
+        default=None,
+        description="names the restarted trainer: observations whose request_id begins with it and a dot are its own, "
+        "reported before this call arrived, and are kept",
+    )
 
 
 class RetractRequest(Request):
