@@ -14,6 +14,7 @@
     ├── ChatRefused              malformed             a chat request that this model cannot answer
     ├── UnknownPrompts           prompt_unknown        prompt ids that are not in the pool
     ├── NotEnoughPrompts         not_enough_prompts    fewer prompts may be selected than were asked for
+    ├── FillNeedsRest            fill_needs_rest       a batch is to be filled where no prompt rests
     ├── SharesConflict           shares_conflict       a category's least share of a batch is above its largest
     ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
     ├── EmbedderNotAllowed       embedder_not_allowed  a model that the operator has not listed
