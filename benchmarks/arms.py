@@ -22,8 +22,9 @@ from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.log_entries import SelectEntry
-from evenodds_service.domain.selection.batch import Candidates, Shares, choose
+from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.fill import Calibration, Fill, filled
 from evenodds_service.domain.selection.pickers import Good, InProportion, Likeness, MostUnlike, Picker
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.history import History
@@ -37,8 +38,6 @@ TOLERANCE = 0.1
 
 SERVICE = "service"
 _EASY, _HARD = 0.95, 0.05
-_CALIBRATION_KEEP = 0.95
-_LEAST_SHARE, _FIRST_SHARE = 0.1, 0.5
 
 
 class Course(Protocol):
@@ -208,16 +207,11 @@ class Ruled(Gps):
         self._rule, self._epoch_steps = rule, course.world.n_prompts / course.batch_size
         self._fitted = 0
         self._kept: tuple[int, FloatArray, FloatArray, FloatArray] | None = None
-        # Of past selections, newer ones counting more: informative groups, and how many were forecast.
-        self._found, self._forecast, self._last_yield = 2.0, 2.0, math.nan
 
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
-        informative_N = self.predict().informative_N
         super().observe(step, prompts, successes, attempts)
-        informative = (successes > 0) & (successes < attempts)
-        self._found = _CALIBRATION_KEEP * self._found + float(informative.sum())
-        self._forecast = _CALIBRATION_KEEP * self._forecast + float(informative_N[prompts].sum())
         if self._rule.refit:
+            informative = (successes > 0) & (successes < attempts)
             steps = np.full(len(prompts), step, dtype=np.int64)
             self._history.append(History(prompts, steps, successes, attempts, informative))
             n = self._state.n_observations
@@ -235,23 +229,24 @@ class Ruled(Gps):
         allowed[candidates] = True
         _, informative, deviation = self._beliefs()
         scores = informative + rule.optimism * deviation
-        n = min(self._n_prompts(batch_size), len(candidates))
         last_seen = np.maximum(state.last_selected_N, state.last_step_N)
         rest = rest_steps(state.n_prompts, batch_size)
         if rule.rest >= 0:
             rest = min(rule.rest, math.floor(rule.cap * self._epoch_steps))
         held = resting(last_seen, step=step, rest=rest)
-        allowed = held_back(allowed, held, last_seen, scores_N=scores, batch_size=n, groups={}, all_alike=True)
-        prompts = choose(
-            scores,
-            informative,
-            Candidates(allowed, allowed, last_seen),
-            Shares(reprobe=REPROBE_SHARE),
-            batch_size=n,
-            picker=self._picker(),
-            generator=generator,
-        ).prompts
-        self._last_yield = float(informative[prompts].mean())
+        picker = self._picker()
+
+        def of_size(n: int) -> Choice:
+            rested = held_back(allowed, held, last_seen, scores_N=scores, batch_size=n, groups={}, all_alike=True)
+            among, shares = Candidates(rested, rested, last_seen), Shares(reprobe=REPROBE_SHARE)
+            return choose(scores, informative, among, shares, batch_size=n, picker=picker, generator=generator)
+
+        if rule.fill:
+            fill = Fill(round(rule.most * batch_size), rule.fill)
+            calibration = Calibration(state.found_informative, state.foreseen_informative)
+            prompts = filled(batch_size, fill, calibration, of_size, n_eligible=len(candidates)).prompts
+        else:
+            prompts = of_size(batch_size).prompts
         fold(state, SelectEntry(state.position + 1, step, prompts), self._pool)
         return prompts
 
@@ -262,15 +257,6 @@ class Ruled(Gps):
             a, b = beliefs_of(self._state, self._pool)
             self._kept = (version, a / (a + b), *informative_moments(a, b, self._group_size))
         return self._kept[1:]
-
-    def _n_prompts(self, batch_size: int) -> int:
-        """M = min(most B, ceil(fill B / s)), s the share of informative groups that the last selection lets expect."""
-        if not self._rule.fill:
-            return batch_size
-        share = _FIRST_SHARE
-        if not math.isnan(self._last_yield):
-            share = max(_LEAST_SHARE, self._last_yield * self._found / self._forecast)
-        return max(1, min(round(self._rule.most * batch_size), math.ceil(self._rule.fill * batch_size / share)))
 
     def _picker(self) -> Picker:
         draw, recent = self._rule.draw, self._state.recent_batches

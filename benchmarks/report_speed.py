@@ -21,12 +21,11 @@ import httpx
 import numpy as np
 from benchmarks.latency import POOL_SIZE, read_pool, service
 
-from evenodds_service.domain.arrays import BoolArray
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.guardrails import Guardrails
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.learning.tallies import Tallies
+from evenodds_service.domain.learning.tallies import Met, Tallies
 from evenodds_service.domain.log_entries import NewObservation, ObserveEntry, Outcomes
 from evenodds_service.domain.prompts import NewPrompt, text_key
 from evenodds_service.domain.report.report import report
@@ -141,9 +140,8 @@ class _Silent(Tallies):
 
     def select(self, *_: Any) -> None: ...
 
-    def observe(self, *arguments: Any) -> BoolArray:
-        informative: BoolArray = arguments[5]
-        return informative
+    def observe(self, *arguments: Any) -> Met:
+        return Met(arguments[5], 0.0, 0.0)
 
     def compare(self, *_: Any) -> None: ...
 

@@ -411,8 +411,12 @@ class Calls(Protocol):
         self,
         run: str,
         step: int,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
+        informative_groups: int | None = None,
+        fill_factor: float | None = None,
+        max_prompts: int | None = None,
+        update_cost: float | None = None,
         seed: int = 0,
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -436,6 +440,11 @@ class Calls(Protocol):
         Args:
             step: The policy version that will attempt the batch.
             batch_size: Prompts to choose, in [1, 10,000].
+            informative_groups: In place of `batch_size`: choose as many prompts as it takes to find so many informative
+                groups in one wave, in expectation.
+            fill_factor: Expected informative groups over those asked for, in [0.1, 4]; 1 by default.
+            max_prompts: Prompts at most, 6 times `informative_groups` by default.
+            update_cost: Of a group, in units of the cost of its rollouts: the reply says whether filling pays.
             seed: Seed of all chance in the choice, in [0, 2**63).
             candidates: Prompt ids to choose among; the whole pool by default.
             exclude: Prompt ids to leave out.
@@ -448,8 +457,8 @@ class Calls(Protocol):
 
         Raises:
             NotFound: There is no such run, candidate or category.
-            Conflict: The step has a batch already, by other arguments; too few prompts may be chosen; or a
-                category's least share is above its largest.
+            Conflict: The step has a batch already, by other arguments; too few prompts may be chosen; a category's
+                least share is above its largest; or informative groups are asked for where no prompt rests.
         """
         given = {**locals(), "allow_outstanding": allow_outstanding or None}
         request = _request("select_batch", SelectRequest, given)

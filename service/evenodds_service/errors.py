@@ -14,6 +14,7 @@
     ├── ChatRefused              malformed             a chat request that this model cannot answer
     ├── UnknownPrompts           prompt_unknown        prompt ids that are not in the pool
     ├── NotEnoughPrompts         not_enough_prompts    fewer prompts may be selected than were asked for
+    ├── FillNeedsRest            fill_needs_rest       a batch is to be filled where no prompt rests
     ├── SharesConflict           shares_conflict       a category's least share of a batch is above its largest
     ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
     ├── EmbedderNotAllowed       embedder_not_allowed  a model that the operator has not listed
@@ -157,10 +158,18 @@ class NotEnoughPrompts(ServiceError):
 
     code = "not_enough_prompts"
 
-    def __init__(self, *, asked: int, eligible: int, group: str | None = None, advice: str = "") -> None:
-        self.asked, self.eligible, self.group = asked, eligible, group
-        what = "batch_size" if group is None else f"categories: the share of {group!r}"
-        super().__init__(f"{what} asks for {asked} prompts, {eligible} may be selected{advice}")
+    def __init__(
+        self, *, asked: int, eligible: int, group: str | None = None, advice: str = "", what: str = "batch_size"
+    ) -> None:
+        self.asked, self.eligible, self.group, self.what = asked, eligible, group, what
+        who = what if group is None else f"categories: the share of {group!r}"
+        super().__init__(f"{who} asks for {asked} prompts, {eligible} may be selected{advice}")
+
+
+class FillNeedsRest(ServiceError):
+    """A batch is to be filled where chosen prompts do not rest."""
+
+    code = "fill_needs_rest"
 
 
 class SharesConflict(ServiceError):

@@ -42,7 +42,7 @@ class Proxy:
     def treat(self, handler: BaseHTTPRequestHandler) -> None:
         content = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         mode = self.mode
-        self.met[mode, handler.path.rsplit("/", 1)[-1]] += 1
+        self.met[mode, handler.path.partition("?")[0].rsplit("/", 1)[-1]] += 1
         if mode == "slow":
             self._released.wait(SLOW_SECONDS)
         if mode in ("fine", "slow", "lost reply"):

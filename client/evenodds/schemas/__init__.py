@@ -56,7 +56,9 @@ from evenodds.schemas.fields import (
     Vector,
 )
 from evenodds.schemas.loop import (
+    FILL_FIELDS,
     FallbackNotice,
+    FillForecast,
     Forecast,
     Observation,
     ObserveReply,
@@ -109,6 +111,7 @@ from evenodds.schemas.runs import (
 )
 
 __all__ = [
+    "FILL_FIELDS",
     "MAX_ALLOCATION",
     "MAX_ATTEMPTS",
     "MAX_FEATURES",
@@ -146,6 +149,7 @@ __all__ = [
     "Coverage",
     "FallbackNotice",
     "Features",
+    "FillForecast",
     "Finite",
     "Forecast",
     "ForecastQuality",

@@ -87,7 +87,27 @@ class SelectRequest(HasOlderNames, Request):
 
     run: RunName
     step: Step
-    batch_size: Annotated[int, Field(ge=1, le=MAX_ITEMS, examples=[256])]
+    batch_size: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = Field(
+        default=None, description="prompts to choose", examples=[256]
+    )
+    informative_groups: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = Field(
+        default=None,
+        description="instead of batch_size: choose as many prompts as it takes to find so many informative groups in "
+        "one wave, in expectation",
+    )
+    fill_factor: Annotated[float, Field(ge=0.1, le=4, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="with informative_groups: expected informative groups over those asked for; 1 by default",
+    )
+    max_prompts: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = Field(
+        default=None,
+        description="with informative_groups: prompts at most; six times as many as informative_groups by default",
+    )
+    update_cost: Annotated[float, Field(ge=0, le=1_000, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="with informative_groups: what an update on a group costs, in units of the cost of its rollouts; "
+        "the reply then says whether filling pays",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     candidates: Annotated[tuple[PromptId, ...], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
         default=None, description="choose among these only; the whole pool otherwise"
@@ -122,6 +142,41 @@ class SelectRequest(HasOlderNames, Request):
         check_shares(self.categories, self.categories_at_most)
         return self
 
+    @model_validator(mode="after")
+    def _has_one_size(self) -> SelectRequest:
+        wanted = self.informative_groups
+        if (self.batch_size is None) == (wanted is None):
+            raise ValueError("send either batch_size or informative_groups")
+        for name in FILL_FIELDS if wanted is None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} goes with informative_groups: leave it out, or send those instead of batch_size"
+                )
+        if wanted is not None and self.max_prompts is not None and self.max_prompts < wanted:
+            raise ValueError(
+                f"max_prompts {self.max_prompts} is less than informative_groups {wanted}: raise it, or ask for fewer"
+            )
+        return self
+
+    @property
+    def least_prompts(self) -> int:
+        """How many prompts the batch has at least: it has so many exactly, unless it is to be filled."""
+        return self.batch_size or 1
+
+    @property
+    def most_prompts(self) -> int:
+        """How many prompts the batch has at most."""
+        if self.informative_groups is None:
+            return self.batch_size or 0
+        return min(self.max_prompts or FILL_MOST * self.informative_groups, MAX_ITEMS)
+
+
+FILL_FIELDS = ("informative_groups", "fill_factor", "max_prompts", "update_cost")
+"""Of a request for a batch that is to be filled."""
+
+FILL_MOST = 6
+"""Prompts for each informative group at most, by default."""
+
 
 class SelectedPrompt(HasOlderNames, Reply):
     prompt_id: PromptId
@@ -139,9 +194,24 @@ class Forecast(Reply):
     informative_share: float = Field(description="expected share of informative groups in the batch")
     informative_groups: float = Field(description="expected number of informative groups in the batch")
     pad_to: int | None = Field(
-        description="prompts to take for batch_size informative groups in expectation; "
+        description="prompts to take for batch_size (or informative_groups) informative groups in expectation; "
         "null if the pool cannot give them"
     )
+
+
+class FillForecast(Reply):
+    """What a batch that was to be filled lets expect. Unlike `forecast` it is corrected by what past batches found."""
+
+    informative_groups: int = Field(description="as asked for")
+    expected_informative: float = Field(description="expected number of informative groups")
+    low: float = Field(description="with high: an interval that holds their number with a probability of 0.95")
+    high: float
+    relative_cost: float | None = Field(
+        default=None,
+        description="rollouts and updates to the same accuracy, as a share of what plain batches of informative_groups "
+        "prompts cost: an estimate from small trainings, where update_cost was named",
+    )
+    pays: bool | None = Field(default=None, description="whether relative_cost is below 1")
 
 
 class FallbackNotice(Reply):
@@ -163,6 +233,7 @@ class SelectReply(Reply):
         default=0, description="how many of the prompts are still waited for from earlier selections"
     )
     forecast: Forecast
+    fill: FillForecast | None = Field(default=None, description="of a batch for informative_groups")
     fallback: FallbackNotice | None = Field(
         default=None, description="the batch is a uniform choice, because the model's skill stays negative"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from evenodds.schemas import Forecast, SelectReply
+from evenodds.schemas import FillForecast, Forecast, SelectReply
 
 Arm: TypeAlias = Literal["policy", "control", "uniform"]
 
@@ -16,7 +16,7 @@ class Batch:
     """The prompts of a step. Iterating gives their ids.
 
     Attributes:
-        prompt_ids: As many as were asked for, all different.
+        prompt_ids: As many as were asked for, or as it takes to fill the batch; all different.
         arms: For each prompt: `policy` or `control` as the service chose, `uniform` where it did not choose.
         reply: All that the service said; None for a uniform batch.
         incarnation: Names the training since it last went back to a checkpoint, for all ranks that get this batch;
@@ -43,6 +43,11 @@ class Batch:
     def forecast(self) -> Forecast | None:
         """What the service expects of it."""
         return None if self.reply is None else self.reply.forecast
+
+    @property
+    def fill(self) -> FillForecast | None:
+        """What the service expects of a batch of `select_informative`."""
+        return None if self.reply is None else self.reply.fill
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.prompt_ids)

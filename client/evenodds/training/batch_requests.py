@@ -86,6 +86,10 @@ class BatchRequests:
                 request.run,
                 request.step,
                 request.batch_size,
+                informative_groups=request.informative_groups,
+                fill_factor=request.fill_factor,
+                max_prompts=request.max_prompts,
+                update_cost=request.update_cost,
                 seed=request.seed,
                 candidates=request.candidates,
                 exclude=request.exclude,
@@ -95,6 +99,7 @@ class BatchRequests:
             with self._lock:
                 self._n_under_way -= 1
         n = len({prompt.prompt_id for prompt in reply.prompts})
-        if (reply.run, reply.step, n) != (request.run, request.step, request.batch_size):
+        is_of_size = request.least_prompts <= n <= request.most_prompts
+        if (reply.run, reply.step) != (request.run, request.step) or not is_of_size:
             raise NotAnswered(f"it chose {n} prompts for step {reply.step} of run {reply.run!r} instead")
         return reply

@@ -141,7 +141,7 @@ class Checked:
         n_without_reward: Attempts whose reward is None or NaN. They are no attempts of the policy.
     """
 
-    sound: list[dict[str, object]]
+    sound: list[dict[str, Any]]
     faults: list[str]
     n_without_reward: int
 
@@ -153,7 +153,7 @@ def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> Checked:
         InvalidRequest: A reward is no number, or lies outside [0, 1]. To leave such rewards out would bias what is
             believed: of rewards -1 and 1 nothing but success would be left.
     """
-    sound: list[dict[str, object]] = []
+    sound: list[dict[str, Any]] = []
     faults: list[str] = []
     n_without_reward = 0
     for index, outcome in enumerate(_listed(outcomes)):

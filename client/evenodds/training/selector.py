@@ -7,6 +7,7 @@ or else a uniform one. It knows no training framework; those are met in `evenodd
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -32,6 +33,7 @@ from evenodds.training.inputs import (
     checked_state,
     checked_step,
 )
+from evenodds.training.kept import Group, informative_ids, kept
 from evenodds.training.outbox import Delivery
 from evenodds.training.running import Running
 from evenodds.training.status import Counts
@@ -40,6 +42,9 @@ from evenodds.validation import request_of
 DEFAULT_OUTBOX = Path(".evenodds")
 STATE_FORMAT = 1
 Existing: TypeAlias = Literal["refuse", "auto", "resume"]
+
+UNKNOWN_SHARE = 0.5
+"""Share of informative groups that a uniform batch is expected to have."""
 
 
 class PromptSelector:
@@ -170,27 +175,81 @@ class PromptSelector:
             InvalidRequest: The arguments can never be served.
             ConfigurationError: The selector is closed; or the run has gone through this step already, see `existing`.
         """
-        request = self._request("select", locals())
-        here = self._here()
-        if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
-            batch = self._choose(request, here)
-        else:
-            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
-            self._incarnation = batch.incarnation
-        here.remember(batch)
-        return batch
+        return self._selected(self._request("select", locals()))
 
-    def prefetch(
+    def select_informative(
         self,
         step: SupportsIndex,
-        batch_size: SupportsIndex,
+        informative_groups: SupportsIndex,
         *,
         candidates: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         categories: Mapping[str, float] | None = None,
+        fill_factor: float | None = None,
+        max_prompts: SupportsIndex | None = None,
+        update_cost: float | None = None,
+    ) -> Batch:
+        """Choose as many prompts as it takes to find so many informative groups in one wave, within the deadline.
+
+        Roll all of them out, hand all outcomes to `informative`, and train on what it returns. `Batch.fill` says what
+        the service expects. A uniform batch has twice as many prompts as groups are wanted.
+
+        Args:
+            step: As in `select`; so are `candidates`, `exclude` and `categories`.
+            informative_groups: Groups whose attempts are not all rewarded alike, in [1, 10,000].
+            fill_factor: Expected informative groups over those asked for, in [0.1, 4]; 1 by default.
+            max_prompts: Prompts at most; 6 times `informative_groups` by default.
+            update_cost: Of a group, in units of the cost of its rollouts: the service then says whether filling pays.
+
+        Raises:
+            InvalidRequest: The arguments can never be served.
+            ConfigurationError: As in `select`.
+        """
+        return self._selected(self._request("select_informative", locals()))
+
+    def informative(self, batch: Batch, outcomes: Outcomes, *, size: int | None = None) -> tuple[str, ...]:
+        """Report all outcomes of a batch, and return the prompts of it to train on, in the batch's order.
+
+        Those are the informative groups: attempts that were not all rewarded alike. The others teach a policy nothing,
+        but the service what is hard and easy.
+
+        Args:
+            batch: Of `select_informative` or `select`. Several processes: what counts is of the prompts whose outcomes
+                this one reports.
+            outcomes: As in `observe`.
+            size: Return exactly so many, where there are so many: of each category its part of the batch, as far as it
+                has informative groups; where all categories together have too few, silent groups of those that lack the
+                most come with them. Without it all informative groups.
+
+        Raises:
+            InvalidRequest: The size is below 1; or as in `observe`.
+            ConfigurationError: The selector is closed.
+        """
+        if size is not None and size < 1:
+            raise InvalidRequest("informative", [f"size: {size} must be at least 1"])
+        sound = self._report(batch.step, outcomes, batch.selection_id)
+        mixed, reported = informative_ids(sound), {each.get("prompt_id") for each in sound}
+        named = {} if batch.reply is None else {prompt.prompt_id: prompt.category for prompt in batch.reply.prompts}
+        groups = [Group(i, named.get(i), i in mixed) for i in batch.prompt_ids if i in reported]
+        return kept(groups, size)
+
+    def prefetch(
+        self,
+        step: SupportsIndex,
+        batch_size: SupportsIndex | None = None,
+        *,
+        informative_groups: SupportsIndex | None = None,
+        candidates: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        categories: Mapping[str, float] | None = None,
+        fill_factor: float | None = None,
+        max_prompts: SupportsIndex | None = None,
+        update_cost: float | None = None,
         groups: Mapping[str, float] | None = None,
     ) -> None:
         """Start to choose the prompts of a step, for `select` with the same arguments to find. Returns at once.
+
+        With `informative_groups` in place of `batch_size` it is `select_informative` that finds them.
 
         The choice knows nothing of what is observed after this call. Raises what `select` raises.
         """
@@ -226,27 +285,7 @@ class PromptSelector:
                 nothing of the call is kept.
             ConfigurationError: The selector is closed.
         """
-        at = checked_step("observe", step)
-        here = self._here()
-        checked = checked_observations(outcomes, self._known)
-        sound, faults = checked.sound, checked.faults
-        here.status.count(observed=len(sound), left_out=len(faults), without_reward=checked.n_without_reward)
-        if faults:
-            here.status.say_once(
-                "left out",
-                f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are no observations and "
-                f"were left out, as perhaps later ones: {faults[0]}",
-            )
-        if not sound:
-            return
-        self._observed_step = max(at, self._observed_step or 0)
-        if self._keeps:
-            chosen = here.selections.get(at) if selection_id is None else checked_selection_id(selection_id)
-            if selection_id is not None and chosen is None:
-                here.status.say_once(
-                    "selection", f"selection_id {selection_id!r:.80} is none: outcomes are reported without it"
-                )
-            here.sender.put([Delivery("observe", at, self._request_id(), chosen, body) for body in bodies(sound)])
+        self._report(checked_step("observe", step), outcomes, selection_id)
 
     def state_dict(self, *, step: SupportsIndex | None = None) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint: plain JSON, small while the service is up.
@@ -387,6 +426,16 @@ class PromptSelector:
             atexit.register(self.close)
         return self._running
 
+    def _selected(self, request: SelectRequest) -> Batch:
+        here = self._here()
+        if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
+            batch = self._choose(request, here)
+        else:
+            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+            self._incarnation = batch.incarnation
+        here.remember(batch)
+        return batch
+
     def _choose(self, request: SelectRequest, here: Running) -> Batch:
         key = request.model_dump_json()
         batch = here.batches.get(key)
@@ -456,15 +505,44 @@ class PromptSelector:
         return pool.narrowed(request)
 
     def _uniform(self, request: SelectRequest) -> Batch:
-        chosen = Random(f"{self._seed} {request.step}").sample(self._eligible(request), request.batch_size)
+        eligible, n = self._eligible(request), request.batch_size
+        if n is None:
+            wanted = (request.informative_groups or 1) * (request.fill_factor or 1.0)
+            n = min(math.ceil(wanted / UNKNOWN_SHARE), request.most_prompts, len(eligible))
+        chosen = Random(f"{self._seed} {request.step}").sample(eligible, n)
         arms: list[Arm] = ["uniform"] * len(chosen)
         return Batch(request.step, tuple(chosen), tuple(arms), incarnation=self._incarnation)
 
     def _request_id(self) -> str:
         return uuid4().hex if self._incarnation is None else f"{self._incarnation}.{uuid4().hex}"
 
+    def _report(self, at: int, outcomes: Outcomes, selection_id: str | None) -> list[dict[str, Any]]:
+        """Put them on their way. Returns those that are observations."""
+        here = self._here()
+        checked = checked_observations(outcomes, self._known)
+        sound, faults = checked.sound, checked.faults
+        here.status.count(observed=len(sound), left_out=len(faults), without_reward=checked.n_without_reward)
+        if faults:
+            here.status.say_once(
+                "left out",
+                f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are no observations and "
+                f"were left out, as perhaps later ones: {faults[0]}",
+            )
+        if not sound:
+            return sound
+        self._observed_step = max(at, self._observed_step or 0)
+        if self._keeps:
+            chosen = here.selections.get(at) if selection_id is None else checked_selection_id(selection_id)
+            if selection_id is not None and chosen is None:
+                here.status.say_once(
+                    "selection", f"selection_id {selection_id!r:.80} is none: outcomes are reported without it"
+                )
+            here.sender.put([Delivery("observe", at, self._request_id(), chosen, body) for body in bodies(sound)])
+        return sound
+
     def _request(self, call: str, given: Mapping[str, Any]) -> SelectRequest:
-        numbers = {name: as_index(given[name]) for name in ("step", "batch_size")}
+        names = ("step", "batch_size", "informative_groups", "max_prompts")
+        numbers = {name: as_index(given[name]) for name in names if given.get(name) is not None}
         fields = {**given, **numbers, "run": self._setup.run, "seed": self._seed}
         request = request_of(call, SelectRequest, fields, stacklevel=3)
         for name, ids in (("candidates", request.candidates), ("exclude", request.exclude)):
@@ -473,11 +551,10 @@ class PromptSelector:
                 raise InvalidRequest(
                     call, [f"{name}: {len(unknown)} are not among this selector's prompts: {unknown[0]!r} ..."]
                 )
-        n_eligible = len(self._eligible(request))
-        if n_eligible < request.batch_size:
-            raise InvalidRequest(
-                call, [f"batch_size: {request.batch_size} prompts asked for, {n_eligible} to choose from"]
-            )
+        n_eligible, least = len(self._eligible(request)), request.least_prompts
+        if n_eligible < least:
+            what = "informative_groups" if request.batch_size is None else "batch_size"
+            raise InvalidRequest(call, [f"{what}: {least} prompts asked for, {n_eligible} to choose from"])
         if self._first_step is None:
             self._first_step = request.step
         return request

@@ -45,6 +45,7 @@ STATUS_OF: Mapping[str, int] = {
     "selection_voided": 409,
     "not_enough_prompts": 409,
     "shares_conflict": 409,
+    "fill_needs_rest": 409,
     "embedder_fixed": 409,
     "embedding_width": 409,
     "embedding_refused": 409,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from evenodds.schemas import ObserveRequest, Prediction, SelectReply, SelectRequest
+from evenodds.schemas import FILL_FIELDS, ObserveRequest, Prediction, SelectReply, SelectRequest
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.distributions import informative_moments, mean_and_std
 
@@ -24,7 +24,8 @@ def observed_hash(body: ObserveRequest) -> str:
 
 def selected_hash(body: SelectRequest) -> str:
     """What a repetition of the choice must agree with; a fork's too, which has another name."""
-    return _hash(body.model_dump_json(by_alias=True, exclude={"run"}))
+    unsaid = {name for name in FILL_FIELDS if getattr(body, name) is None}  # hashes are older than these fields
+    return _hash(body.model_dump_json(by_alias=True, exclude={"run", *unsaid}))
 
 
 def recorded_reply(reply: str) -> str:

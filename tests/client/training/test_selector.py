@@ -440,6 +440,93 @@ def test_a_batch_may_be_asked_for_ahead_of_time(service: Service, make: Make) ->
     assert proxy.met["fine", "select_batch"] == 1
 
 
+def mixed(selector: PromptSelector, batch: Batch) -> dict[str, list[int]]:
+    """Outcomes of a batch: every other prompt of the pool is solved half of the time, the others never."""
+    return {i: [1, 0, 1, 0] if selector.prompt_ids.index(i) % 2 else [0, 0, 0, 0] for i in batch}
+
+
+def test_a_filled_batch_is_reported_whole_and_trained_on_where_it_teaches(service: Service, make: Make) -> None:
+    selector = make()
+    selector.wait_until_ready()
+    batch = selector.select_informative(1, 5, update_cost=2.0)
+
+    teaching = selector.informative(batch, mixed(selector, batch))
+
+    assert batch.fill is not None
+    assert batch.fill.informative_groups == 5
+    assert batch.fill.pays is not None
+    assert 5 <= len(batch) <= 30
+    assert list(teaching) == [i for i in batch if IDS.index(i) % 2]
+    assert selector.flush()
+    assert len(history(service.client, selector)) == len(batch)
+    assert selector.select_informative(1, 5, update_cost=2.0) == batch
+    assert selector.select(2, 5).fill is None
+
+
+def test_a_filled_batch_may_be_asked_for_ahead_and_follows_by_itself(service: Service, make: Make) -> None:
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url, prefetch=True)
+        selector.wait_until_ready()
+        selector.prefetch(1, informative_groups=4, max_prompts=10)
+        until(lambda: proxy.met["fine", "select_batch"] == 1, "the request for the batch")
+        first = selector.select_informative(1, 4, max_prompts=10)
+        selector.informative(first, mixed(selector, first))
+        until(lambda: service.client.run(selector.run).log_position == 4, "pool, selection, outcomes, selection")
+        proxy.mode = "dead"
+
+        second = selector.select_informative(2, 4, max_prompts=10)
+
+        selector.close()
+    assert first.source == second.source == "service"
+    assert second.fill is not None
+    assert second.fill.informative_groups == 4
+
+
+def test_all_ranks_draw_the_same_filled_batch(service: Service, make: Make) -> None:
+    sent: list[Batch] = []
+
+    def from_rank_zero(batch: Batch | None) -> Batch:
+        if batch is not None:
+            sent.append(batch)
+        return sent[-1]
+
+    ranks = [make(rank=rank, broadcast=from_rank_zero) for rank in range(2)]
+    ranks[0].wait_until_ready()
+    one, other = (selector.select_informative(0, 4) for selector in ranks)
+
+    kept = []
+    for rank, selector in enumerate(ranks):
+        mine = dict(list(mixed(selector, one).items())[rank::2])
+        kept.append(selector.informative(other, mine))
+
+    assert one == other
+    assert one.fill is not None
+    assert sorted(kept[0] + kept[1]) == sorted(i for i in one if IDS.index(i) % 2)
+    assert all(selector.flush() for selector in ranks)
+    assert len(history(service.client, ranks[0])) == len(one)
+
+
+def test_without_the_service_a_filled_batch_has_twice_as_many_prompts(make: Make) -> None:
+    selector = make(None)
+
+    assert len(selector.select_informative(1, 5)) == 10
+    assert len(selector.select_informative(2, 5, fill_factor=0.5)) == 5
+    assert len(selector.select_informative(3, 5, max_prompts=7)) == 7
+    assert len(selector.select_informative(4, 30)) == 40
+
+
+def test_a_trainer_that_needs_so_many_groups_gets_them(make: Make) -> None:
+    selector = make(None)
+    batch = selector.select(1, 8)
+    outcomes = {i: [1, 0] if at in (1, 2, 6) else [1, 1] for at, i in enumerate(batch)}
+
+    assert selector.informative(batch, outcomes, size=2) == (batch.prompt_ids[1], batch.prompt_ids[2])
+    assert set(selector.informative(batch, outcomes, size=5)) > {batch.prompt_ids[at] for at in (1, 2, 6)}
+    assert len(selector.informative(batch, outcomes, size=9)) == 8
+    with pytest.raises(InvalidRequest, match="informative was not sent: size: 0 must be at least 1"):
+        selector.informative(batch, outcomes, size=0)
+
+
 def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> None:
     sent: list[Batch] = []
 

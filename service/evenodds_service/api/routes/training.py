@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from evenodds.schemas import (
     FallbackNotice,
+    FillForecast,
     Forecast,
     Observation,
     ObserveReply,
@@ -36,6 +37,7 @@ from evenodds_service.api.wire import now, observed_hash, predictions, recorded_
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.selection.fill import Fill, Outlook
 from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
 from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import ChoiceOutdated, RunUnknown, StoreError, UnknownPrompts
@@ -308,13 +310,20 @@ def _request(body: SelectRequest, run: Run, live: LiveRun) -> SelectionRequest:
         candidates = live.indices(run.name, body.candidates, path="candidates", hint=hint)
     return SelectionRequest(
         step=body.step,
-        batch_size=body.batch_size,
+        batch_size=body.batch_size or body.informative_groups or 1,
         seed=body.seed,
         candidates=candidates,
         exclude=live.indices(run.name, body.exclude or (), path="exclude", hint="leave it out"),
         allow_outstanding=body.allow_outstanding,
         are_groups_strict=body.categories is not None,
+        fill=_fill(body),
     )
+
+
+def _fill(body: SelectRequest) -> Fill | None:
+    if body.informative_groups is None:
+        return None
+    return Fill(most=body.most_prompts, factor=_given(body.fill_factor, 1.0), update_cost=body.update_cost)
 
 
 def _new_selection(
@@ -335,6 +344,20 @@ def _new_selection(
     )
 
 
+def _fill_forecast(n_wanted: int | None, outlook: Outlook | None) -> FillForecast | None:
+    if n_wanted is None or outlook is None:
+        return None
+    cost = outlook.relative_cost
+    return FillForecast(
+        informative_groups=n_wanted,
+        expected_informative=outlook.expected,
+        low=outlook.low,
+        high=outlook.high,
+        relative_cost=cost,
+        pays=None if cost is None else cost < 1.0,
+    )
+
+
 def _select_reply(body: SelectRequest, run: Run, chosen: Chosen) -> SelectReply:
     mean, std = mean_and_std(chosen.a, chosen.b)
     choice, fallback = chosen.choice, chosen.fallback
@@ -352,6 +375,7 @@ def _select_reply(body: SelectRequest, run: Run, chosen: Chosen) -> SelectReply:
             informative_groups=float(informative.sum()),
             pad_to=choice.pad_to,
         ),
+        fill=_fill_forecast(body.informative_groups, chosen.outlook),
         fallback=FallbackNotice(reason=fallback.reason, since_step=fallback.since_step) if fallback else None,
         prompts=tuple(
             SelectedPrompt(

@@ -26,7 +26,7 @@ from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.prompts import RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
-FORMAT = 6
+FORMAT = 7
 BLOCK_FORMAT = 1
 _SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", "float"))
 _ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))

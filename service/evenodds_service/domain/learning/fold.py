@@ -19,6 +19,7 @@ from evenodds_service.domain.learning.state import State, _grow, present
 from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 
 REGRESSION_KEEP = 0.98
+CALIBRATION_KEEP = 0.95
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 
@@ -111,10 +112,10 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         return mixture.predict(weights, means_C_n[:, rows], own[:, rows], lost[:, rows], scales_C_n[:, rows])
 
     groups = pool.group_codes(prompts)
-    informative = state.tallies.observe(
-        entry.step, entry.selection_id, prompts, k, counts, informative, groups, forecast_of
-    )
-    state.guardrails.observe(entry.step, counts, informative, groups)
+    met = state.tallies.observe(entry.step, entry.selection_id, prompts, k, counts, informative, groups, forecast_of)
+    state.found_informative += met.found
+    state.foreseen_informative += met.foreseen
+    state.guardrails.observe(entry.step, counts, met.informative_n, groups)
 
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
@@ -167,6 +168,8 @@ def _forget(state: State) -> None:
     state.mixture.forget()
     state.running_successes *= REGRESSION_KEEP
     state.running_counts *= REGRESSION_KEEP
+    state.found_informative *= CALIBRATION_KEEP
+    state.foreseen_informative *= CALIBRATION_KEEP
     for regression in (state.surface, state.embedding, state.stack):
         if regression is not None:
             regression.forget(REGRESSION_KEEP)

@@ -31,6 +31,8 @@ class State:
         running_successes, running_counts: The discounted outcomes of all prompts.
         gap_steps, n_gaps: Mean number of steps between two visits of one prompt, over n_gaps visits.
         advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
+        found_informative, foreseen_informative: Informative groups of past selections, and how many their forecasts had
+            let expect, discounted with each advance of the head step.
         tallies, guardrails: What the report is made of, and what alarms and the fallback are read from.
     """
 
@@ -58,6 +60,8 @@ class State:
     n_gaps: int = 0
     advance_steps: float = 1.0
     n_advances: int = 0
+    found_informative: float = 0.0
+    foreseen_informative: float = 0.0
     recent_batches: tuple[IntArray, ...] = ()
     tallies: Tallies = field(default_factory=Tallies)
     guardrails: Guardrails = field(default_factory=Guardrails)

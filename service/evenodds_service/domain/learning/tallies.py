@@ -36,6 +36,20 @@ GROUP_COLUMNS = (
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Met:
+    """How outcomes met what was forecast of them.
+
+    Attributes:
+        informative_n: Which of the n are informative together with what was reported of the same selection before.
+        found, foreseen: Informative groups of selections that they add, and how many were forecast.
+    """
+
+    informative_n: BoolArray
+    found: float
+    foreseen: float
+
+
 @dataclass(slots=True)
 class Tallies:
     """Sums over the log. Axis W: windows of `width` steps from `first_step` on (-1: no step yet).
@@ -137,7 +151,7 @@ class Tallies:
         informative_n: BoolArray,
         groups_n: IntArray,
         forecast_of: Callable[[IntArray], tuple[FloatArray, FloatArray]],
-    ) -> BoolArray:
+    ) -> Met:
         """Count outcomes; call before they are folded in.
 
         They belong to the selection that they name, else to the one of their step, as far as it chose their prompts.
@@ -146,13 +160,11 @@ class Tallies:
             prompts_n: Distinct prompts, with k successes of `counts` attempts each, and their group codes.
             forecast_of: Parameters (a, b) of the present belief about these of the n prompts; asked for those
                 whose forecast no selection has recorded.
-
-        Returns:
-            Which of the n are informative together with what was reported of the same selection before.
         """
         of_selection, rows = self._open_rows(step, selection_id, prompts_n)
         groups = self._group_rows(groups_n)
         informative_n = informative_n.copy()
+        met = np.zeros(2)
         free = np.flatnonzero(rows < 0)
         if len(free):
             a, b = forecast_of(free)
@@ -167,15 +179,15 @@ class Tallies:
             share = float(self.open_shares[of_selection])
             earlier = np.flatnonzero(self.open_seen[rows, 1] > 0)
             if len(earlier):  # the whole takes the part's place
-                self._count(w, rows[earlier], groups[held[earlier]], share, -1.0)
+                met += self._count(w, rows[earlier], groups[held[earlier]], share, -1.0)
                 known, more = self.open_seen[rows[earlier]], held[earlier]
                 differ = np.abs(known[:, 0] / known[:, 1] - k_n[more] / counts_n[more]) > 1e-9
                 informative_n[more] |= differ | self.open_informative[rows[earlier]]
             self.open_seen[rows, 0] += k_n[held]
             self.open_seen[rows, 1] += counts_n[held]
             self.open_informative[rows] = informative_n[held]
-            self._count(w, rows, groups[held], share, 1.0)
-        return informative_n
+            met += self._count(w, rows, groups[held], share, 1.0)
+        return Met(informative_n, float(met[0]), float(met[1]))
 
     def compare(self, step: int, nats: float, n: int) -> None:
         """Count by how much the mixture foresaw n observations better than MoPPS did."""
@@ -223,8 +235,12 @@ class Tallies:
         if missing.any():
             self.open_beta[rows[missing]] = np.column_stack(forecast_of(held[missing]))
 
-    def _count(self, w: int, rows: IntArray, groups: IntArray, share: float, sign: float) -> None:
-        """Add (or take away, with sign -1) what the open rows hold: their scores, arms and lift."""
+    def _count(self, w: int, rows: IntArray, groups: IntArray, share: float, sign: float) -> FloatArray:
+        """Add (or take away, with sign -1) what the open rows hold: their scores, arms and lift.
+
+        Returns:
+            How many informative groups this adds, and how many forecast ones, [2].
+        """
         a, b = self.open_beta[rows].T
         k, counts = self.open_seen[rows].T
         outcome = _Outcomes(a, b, k, counts, self.open_informative[rows])
@@ -239,6 +255,7 @@ class Tallies:
             self.lift[w, :3] += sign * np.array([policy.sum(), y[policy].sum(), counts[policy].sum()])
             weight = (1.0 - share) / share
             self.lift[w, 3:] += sign * weight * np.array([other.sum(), y[other].sum(), weight * other.sum()])
+        return sign * np.array([outcome.informative[is_scored].sum(), forecast[is_scored].sum()])
 
     def _score(self, w: int, outcome: _Outcomes, groups: IntArray, sign: float) -> tuple[BoolArray, FloatArray]:
         """Count how forecasts met outcomes. Returns who is scored, and the informative probabilities."""

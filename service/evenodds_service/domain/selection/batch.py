@@ -90,6 +90,7 @@ def choose(
     batch_size: int,
     picker: Picker,
     generator: np.random.Generator,
+    n_wanted: int | None = None,
 ) -> Choice:
     """Choose a batch in four phases, each from what the ones before have left.
 
@@ -99,6 +100,7 @@ def choose(
         batch_size: B, at least 1.
         picker: Picks by score for the groups' minima and for what is left in the end.
         generator: Breaks ties, and draws the control arm.
+        n_wanted: Informative groups that are wanted, for `pad_to`; B by default.
 
     Raises:
         NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
@@ -111,7 +113,8 @@ def choose(
 
     prompts = np.concatenate((*draft.chosen, control))
     is_control = np.arange(batch_size) >= batch_size - len(control)
-    pad_to = _pad_to(scores_N, informative_N, candidates.eligible_N, prompts)
+    n_wanted = batch_size if n_wanted is None else n_wanted
+    pad_to = _pad_to(scores_N, informative_N, candidates.eligible_N, prompts, n_wanted)
     return Choice(prompts, informative_N[prompts], pad_to, is_control)
 
 
@@ -221,9 +224,11 @@ def _least_recently_seen(draft: _Draft, last_seen_N: IntArray, share: float, gen
     draft.take(best, longest_N, draft.open_to(draft.eligible_N, longest_N), draft.room() - left_after)
 
 
-def _pad_to(scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArray, prompts: IntArray) -> int | None:
-    """The batch, then the best of the others, until the expected number of informative groups reaches B."""
-    wanted = float(len(prompts))
+def _pad_to(
+    scores_N: FloatArray, informative_N: FloatArray, eligible_N: BoolArray, prompts: IntArray, n_wanted: int
+) -> int | None:
+    """The batch, then the best of the others, until so many informative groups are expected."""
+    wanted = float(n_wanted)
     reached = float(informative_N[prompts].sum())
     if reached >= wanted - 1e-9:
         return len(prompts)

@@ -20,6 +20,7 @@ from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, outstanding, rest_steps, resting
+from evenodds_service.domain.selection.fill import Calibration, Fill, Outlook, filled, outlook
 from evenodds_service.domain.selection.pickers import (
     FILL_POWER,
     Good,
@@ -32,7 +33,7 @@ from evenodds_service.domain.selection.pickers import (
 )
 from evenodds_service.domain.selection.scores import scores
 from evenodds_service.domain.settings import Acquisition, RunSettings
-from evenodds_service.errors import NotEnoughPrompts
+from evenodds_service.errors import FillNeedsRest, NotEnoughPrompts
 
 REPROBE_SHARE = 0.05
 
@@ -42,7 +43,9 @@ class SelectionRequest:
     """What a choice depends on besides the state and the settings.
 
     Attributes:
+        batch_size: Prompts; with `fill` the informative groups that are wanted.
         seed: Of all chance in it, together with the step.
+        fill: Choose as many prompts as it takes to find so many informative groups.
         candidates: Rows of the pool to choose among, int64; None for all.
         exclude: Rows to leave out, int64.
         allow_outstanding: Whether prompts may be chosen again whose outcomes have not come yet.
@@ -56,6 +59,7 @@ class SelectionRequest:
     exclude: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     allow_outstanding: bool = False
     are_groups_strict: bool = False
+    fill: Fill | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +94,7 @@ class Chosen:
         a, b: Beta parameters of the beliefs, [B].
         prompt_ids, groups: Of the prompts, B of each.
         fallback: Why the batch is uniform, if it was to be another.
+        outlook: What to expect of a filled one.
         position, model_version: Of that state.
     """
 
@@ -101,6 +106,7 @@ class Chosen:
     fallback: Fallback | None
     position: int
     model_version: int
+    outlook: Outlook | None = None
 
 
 def picker_of(
@@ -149,20 +155,15 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
         forecasts: About all prompts of the state.
 
     Raises:
+        FillNeedsRest: a batch is to be filled, and no prompt rests.
         NotEnoughPrompts: fewer may be selected than were asked for.
     """
     acquisition, fallback = _acquisition(state, settings)
+    fill, n_wanted = request.fill, request.batch_size
+    if fill is not None:
+        _check_rest(settings)
     generator = np.random.default_rng([request.seed, request.step])
-    scores_N = scores(
-        forecasts.a_N,
-        forecasts.b_N,
-        forecasts.informative_N,
-        forecasts.informative_std_N,
-        acquisition=acquisition,
-        target_rate=settings.target_rate,
-        optimism=settings.optimism,
-        generator=generator,
-    )
+    scores_N = _scores(forecasts, acquisition, settings, generator)
     shares = Shares(
         least=_members(settings.groups, pool, state.n_prompts),
         most=_members(settings.groups_at_most, pool, state.n_prompts),
@@ -171,23 +172,37 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
         control=settings.control_share,
     )
     allowed = _allowed(state, settings, request)
+    directions_of = partial(_directions, state, pool)
+    is_filled = fill is not None
+    picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of, is_filled=is_filled)
+    rest = rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=n_wanted)
+    preferred = partial(_preferred, allowed, state, request, rest=rest, scores_N=scores_N, least=shares.least)
     among = partial(
-        choose,
-        scores_N,
-        forecasts.informative_N,
-        shares=shares,
-        batch_size=request.batch_size,
-        picker=picker_of(acquisition, settings.diversity, state.recent_batches, partial(_directions, state, pool)),
-        generator=generator,
+        choose, scores_N, forecasts.informative_N, shares=shares, picker=picker, generator=generator, n_wanted=n_wanted
     )
-    rest = rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=request.batch_size)
-    try:
-        choice = among(_preferred(allowed, state, request, rest=rest, scores_N=scores_N, shares=shares))
-    except NotEnoughPrompts:  # the groups' limits leave too few: do not stop a trainer
+
+    def of_size(n: int) -> Choice:
         try:
-            choice = among(Candidates(allowed.eligible_N, allowed.eligible_N, allowed.last_seen_N))
-        except NotEnoughPrompts as error:
-            raise _advised(error, state.n_prompts, settings) from None
+            return among(preferred(n), batch_size=n)
+        except NotEnoughPrompts:  # the groups' limits leave too few: do not stop a trainer
+            everyone = Candidates(allowed.eligible_N, allowed.eligible_N, allowed.last_seen_N)
+            return among(everyone, batch_size=n)
+
+    calibration = Calibration(state.found_informative, state.foreseen_informative)
+    n_eligible = int(allowed.eligible_N.sum())
+    try:
+        if fill is None:
+            choice = of_size(n_wanted)
+        else:
+            choice = filled(n_wanted, fill, calibration, of_size, n_eligible=n_eligible)
+    except NotEnoughPrompts as error:
+        raise _advised(error, state.n_prompts, settings) from None
+    expected = None
+    if fill is not None:
+        rested = preferred(min(n_wanted, n_eligible))
+        good_B = best(scores_N, np.zeros_like(scores_N), rested.eligible_N, n_wanted)
+        plain = forecasts.informative_N[good_B]
+        expected = outlook(choice.informative_probabilities, plain, n_wanted, fill.update_cost, calibration)
     prompts = choice.prompts
     return Chosen(
         choice=replace(choice, n_outstanding=int(allowed.waited_for_N[prompts].sum())),
@@ -198,6 +213,37 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
         fallback=fallback,
         position=state.position,
         model_version=state.model_version,
+        outlook=expected,
+    )
+
+
+def _check_rest(settings: RunSettings) -> None:
+    """Raises FillNeedsRest where chosen prompts do not rest: filled batches would take the same ones again and again.
+    Batches by chance do not.
+    """
+    acquisition = acquisition_of(settings)
+    if acquisition == "uniform" or (settings.cooldown_steps or 0) > 0:
+        return
+    if settings.cooldown_steps == 0 or acquisition != "yield":
+        why = "cooldown_steps is 0" if settings.cooldown_steps == 0 else f"none rests by default under {acquisition!r}"
+        raise FillNeedsRest(
+            f"informative_groups needs prompts to rest after they were chosen, and {why}: filled batches would be the "
+            "same prompts again and again. Set cooldown_steps to 10 or more, or ask for a batch_size"
+        )
+
+
+def _scores(
+    forecasts: Forecasts, acquisition: Acquisition, settings: RunSettings, generator: np.random.Generator
+) -> FloatArray:
+    return scores(
+        forecasts.a_N,
+        forecasts.b_N,
+        forecasts.informative_N,
+        forecasts.informative_std_N,
+        acquisition=acquisition,
+        target_rate=settings.target_rate,
+        optimism=settings.optimism,
+        generator=generator,
     )
 
 
@@ -258,13 +304,20 @@ def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> 
 
 
 def _preferred(
-    allowed: _Allowed, state: State, request: SelectionRequest, *, rest: int, scores_N: FloatArray, shares: Shares
+    allowed: _Allowed,
+    state: State,
+    request: SelectionRequest,
+    batch_size: int,
+    *,
+    rest: int,
+    scores_N: FloatArray,
+    least: Mapping[str, tuple[float, BoolArray]],
 ) -> Candidates:
     """Without those that had their visits, those that are waited for, and those that rest, while there are enough
     others: who rests comes back first, who had its visits last and by the fewest of them.
     """
 
-    without = partial(held_back, scores_N=scores_N, batch_size=request.batch_size, groups=shares.least)
+    without = partial(held_back, scores_N=scores_N, batch_size=batch_size, groups=least)
     here_N = without(allowed.eligible_N, allowed.spent_N, allowed.visits_N, all_alike=True)
     if not request.allow_outstanding:
         here_N = without(here_N, allowed.waited_for_N, state.outstanding_step_N)
@@ -282,6 +335,7 @@ def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> 
         asked=error.asked,
         eligible=error.eligible,
         group=error.group,
+        what=error.what,
         advice=f" (pool {n_prompts}, cooldown_steps {settings.cooldown_steps or 0}{most}): ask for fewer, load more "
         "prompts, or loosen what rules them out",
     )
