@@ -10,12 +10,14 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from evenodds.version import __version__
 from evenodds_service.api import problems
-from evenodds_service.api.dependencies import Services
+from evenodds_service.api.dependencies import Services, parameters_are_storable
 from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
+from evenodds_service.api.middleware.browsers import ANY_HOST, Browsers, is_loopback
 from evenodds_service.api.middleware.load_shedding import LoadShedding
 from evenodds_service.api.middleware.request_body import RequestBodyLimit
 from evenodds_service.api.middleware.request_log import RequestLog, is_quiet
@@ -61,9 +63,6 @@ def create_app(
         asks_for_keys: Whether a caller needs an API key of the store.
         clock: Seconds that never go back, for the limits of keys.
     """
-    featurizer = Featurizer(store, allowed=settings.allowed_embedders())
-    live_runs = LiveRuns(store, capacity=settings.live_runs)
-    registry = CollectorRegistry()
     app = FastAPIOffline(
         redoc_url=None,
         static_url=DOCS_FILES,
@@ -76,9 +75,36 @@ def create_app(
         # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
         telemetry={"auto_configure": settings.telemetry, "metrics": False, "logs": False, "exclude": is_quiet},
     )
+    services = app.state.services = _services(store, settings)
+    bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
+    modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
+    dependencies = [Depends(bearer), Depends(parameters_are_storable), Depends(run_is_allowed)]
+    for module in modules:
+        app.include_router(module.router, dependencies=dependencies)
+    app.include_router(page)
+    app.state.routes = tuple(route for module in modules for route in module.router.routes)
+    problems.install(app)
+    # The last one that is added meets a request first.
+    app.add_middleware(RequestBodyLimit, max_bytes=settings.max_body_mb * 1_000_000)
+    app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
+    app.add_middleware(LoadShedding)
+    if asks_for_keys:
+        app.add_middleware(Access, ring=KeyRing(store, clock))
+    if settings.origins():
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
+    app.add_middleware(RequestLog, registry=services.registry)
+    _describe(app)
+    return app
+
+
+def _services(store: Store, settings: Settings) -> Services:
+    """What the routes share."""
+    featurizer = Featurizer(store, allowed=settings.allowed_embedders())
+    live_runs = LiveRuns(store, capacity=settings.live_runs)
     run_registry = CollectorRegistry()
     run_registry.register(RunMetrics(store, live_runs, now))
-    app.state.services = Services(
+    return Services(
         store=store,
         featurizer=featurizer,
         live_runs=live_runs,
@@ -91,25 +117,14 @@ def create_app(
         ),
         predictions=training.prediction_coalescer(live_runs),
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
-        registry=registry,
+        registry=CollectorRegistry(),
         run_registry=run_registry,
     )
-    bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
-    for module in modules:
-        app.include_router(module.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
-    app.include_router(page)
-    app.state.routes = tuple(route for module in modules for route in module.router.routes)
-    problems.install(app)
-    # The last one that is added meets a request first.
-    app.add_middleware(RequestBodyLimit, max_bytes=settings.max_body_mb * 1_000_000)
-    app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
-    app.add_middleware(LoadShedding)
-    if asks_for_keys:
-        app.add_middleware(Access, ring=KeyRing(store, clock))
-    app.add_middleware(RequestLog, registry=registry)
-    _describe(app)
-    return app
+
+
+def _hosts(settings: Settings) -> tuple[str, ...]:
+    """Names that `Host` may have besides loopback's. Elsewhere than on loopback only the operator knows them."""
+    return settings.host_names() or (() if is_loopback(settings.host) else (ANY_HOST,))
 
 
 def _describe(app: FastAPI) -> None:
