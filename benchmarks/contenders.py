@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
-from evenodds_service.domain.learning.features import directions
+from evenodds_service.domain.learning.features import Basis, directions
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS, WEIGHT_KEEP, Mixture
 from evenodds_service.domain.learning.prediction import beliefs_of
@@ -29,7 +29,7 @@ from evenodds_service.domain.selection.eligibility import held_back, rest_steps,
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
-from evenodds_service.model.paper_fit import fit_paper, predict_paper
+from evenodds_service.model.paper_fit import PAST_PAIRS, fit_paper, paper_inputs, predict_paper
 from evenodds_service.model.paper_network import SMALL, NetworkSize
 from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
 
@@ -158,13 +158,16 @@ class Gps:
 class GpsPaper:
     """The latent-context model alone, with the paper's acquisition (arXiv 2602.01970), as this project implements it.
 
-    Ten updates on the newest batch at each step; the batch maximises sum u(p) + lambda D with u = -(p - .5)^2 over all
-    candidates, D = mean cosine distance within the batch + mean distance to the previous batch, by greedy max-sum.
+    Ten updates at each step, on the newest batch and batches of the past; the batch maximises sum u(p) + lambda D with
+    u = -(p - .5)^2 over all candidates, D = mean cosine distance within the batch + mean distance to the previous
+    batch, by greedy max-sum.
 
     Args:
         diversity: lambda.
         conditioned: Whether z_t depends on the batch before, as published; else p_eta(z_t) is the same at every step.
         size: Of the networks.
+        past_pairs: Of the past, in each update; 0 trains on the newest batch only.
+        has_features: Whether it is given the features of the texts beside their embeddings.
     """
 
     def __init__(
@@ -175,13 +178,20 @@ class GpsPaper:
         diversity: float = PAPER_DIVERSITY,
         conditioned: bool = True,
         size: NetworkSize = SMALL,
+        past_pairs: int = PAST_PAIRS,
+        has_features: bool = True,
     ) -> None:
         self._embeddings_N_D = np.nan_to_num(world.embeddings_N_D)
+        pool = world.pool()
+        basis = Basis.of(pool.raw(0, world.n_prompts))
+        features_N_S = pool.matrix(basis, world.n_prompts)[:, 1 : basis.n_surface if has_features else 1]
+        self._inputs_N_D: FloatArray = paper_inputs(self._embeddings_N_D, features_N_S)
         self._group_size, self._seed, self._diversity = world.group_size, seed, diversity
         self._conditioned, self._size = conditioned, size
         self._device = torch.device("cpu")
         self._weights: Mapping[str, NDArray[np.float32]] | None = None
-        self._last: History | None = None
+        self._past_pairs = past_pairs
+        self._history: list[History] = []
         self._means: FloatArray | None = None
 
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
@@ -190,14 +200,17 @@ class GpsPaper:
         batch = History(prompts, steps, successes.astype(np.float64), attempts.astype(np.float64), informative)
         fitted = fit_paper(
             [batch],
-            self._embeddings_N_D,
+            self._inputs_N_D,
             seed=self._seed + step,
             device=self._device,
             size=self._size,
-            before=self._last if self._conditioned else None,
+            earlier=self._history,
             warm_start=self._weights,
+            past_pairs=self._past_pairs,
+            is_conditioned=self._conditioned,
         )
-        self._weights, self._last, self._means = fitted.weights, batch, None
+        self._weights, self._means = fitted.weights, None
+        self._history.append(batch)
 
     def predict(self) -> Forecast:
         p = self._rates()
@@ -209,9 +222,8 @@ class GpsPaper:
             return generator.choice(candidates, batch_size, replace=False)
         rows = self._embeddings_N_D[candidates]
         worth = -((self._rates()[candidates] - 0.5) ** 2)
-        if self._last is not None:
-            previous = self._embeddings_N_D[self._last.prompts].mean(axis=0)
-            worth = worth + self._diversity * (1.0 - rows @ previous)
+        previous = self._embeddings_N_D[self._history[-1].prompts].mean(axis=0)
+        worth = worth + self._diversity * (1.0 - rows @ previous)
         near = np.zeros(len(candidates))  # sum of the cosines with the chosen
         chosen: list[int] = []
         for n in range(batch_size):
@@ -223,13 +235,13 @@ class GpsPaper:
 
     def _rates(self) -> FloatArray:
         if self._weights is None:
-            return np.full(len(self._embeddings_N_D), 0.5)
+            return np.full(len(self._inputs_N_D), 0.5)
         if self._means is None:
             rates = predict_paper(
                 self._weights,
-                self._last if self._conditioned else None,
-                self._embeddings_N_D,
-                self._embeddings_N_D,
+                self._history[-1] if self._conditioned else None,
+                self._inputs_N_D,
+                self._inputs_N_D,
                 seed=self._seed,
                 device=self._device,
             )

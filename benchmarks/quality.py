@@ -28,7 +28,6 @@ from benchmarks.worlds import LARGE, MATH, TASKS, TRAJECTORY, World, open_world
 from benchmarks import report
 from evenodds_service.commands.replay.driving import Plan
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS
-from evenodds_service.model.paper_network import NetworkSize
 
 Make = Callable[[World, int], Method]
 
@@ -117,24 +116,38 @@ def large(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.
 
 
 def ablations(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.Table]:
-    """Each part of `gps` taken away, and the paper's own ablations where gps-paper is asked for."""
+    """Each part of `gps` taken away."""
     world = open_world(folder / TRAJECTORY)
     few, many = plan_of(world, 44, 32), plan_of(world, 44, 128, candidates=512)
     believing: dict[str, Make] = {name: gps_with(parts) for name, parts in BELIEF_PARTS.items()}
     choosing: dict[str, Make] = {name: gps_with(parts) for name, parts in {**BELIEF_PARTS, **CHOICE_PARTS}.items()}
-    if "gps-paper" in methods:
-        paper: Mapping[str, Make] = {
-            "gps-paper": methods["gps-paper"],
-            "gps-paper, z does not depend on the last batch": lambda w, s: GpsPaper(w, seed=s, conditioned=False),
-            "gps-paper, z of one dimension": lambda w, s: GpsPaper(w, seed=s, size=NetworkSize(latent_width=1)),
-        }
-        believing |= paper
-        choosing |= {**paper, "gps-paper, no diversity": lambda w, s: GpsPaper(w, seed=s, diversity=0.0)}
     return [
         open_table("32 random prompts observed a step, 1.2 visits a prompt", world, few, believing, seeds, EPOCHS),
         closed_table("32 of the whole pool", world, few, choosing, seeds),
         closed_table("128 of 512 random candidates", world, many, choosing, seeds),
     ]
+
+
+def paper(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.Table]:
+    """`gps-paper` beside MoPPS, and each of its parts taken away."""
+    world = open_world(folder / TRAJECTORY)
+    few, many = plan_of(world, 44, 32), plan_of(world, 44, 128, candidates=512)
+    own = {name: RIVALS[name] for name in ("MoPPS", "gps-paper")}
+    title = "random prompts observed a step"
+    return [
+        open_table(f"32 {title}, 1.2 visits a prompt", world, few, {**own, **PAPER_PARTS}, seeds, EPOCHS),
+        open_table(f"128 {title}, 4.7 visits a prompt", world, many, own, seeds, EPOCHS),
+        closed_table("32 of the whole pool", world, few, own, seeds),
+        closed_table("128 of 512 random candidates", world, many, own, seeds),
+    ]
+
+
+PAPER_PARTS: Mapping[str, Make] = {
+    "newest batch only": lambda world, seed: GpsPaper(world, seed=seed, past_pairs=0),
+    "embedding only": lambda world, seed: GpsPaper(world, seed=seed, has_features=False),
+    "newest batch and embedding only": lambda world, seed: GpsPaper(world, seed=seed, past_pairs=0, has_features=False),
+    "z does not depend on the last batch": lambda world, seed: GpsPaper(world, seed=seed, conditioned=False),
+}
 
 
 def without(*priors: str) -> tuple[str, ...]:
@@ -175,6 +188,7 @@ PARTS: Mapping[str, Callable[[Path, Mapping[str, Make], int], list[report.Table]
     "tasks": tasks,
     "large": large,
     "ablations": ablations,
+    "paper": paper,
 }
 
 

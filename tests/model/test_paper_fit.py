@@ -9,7 +9,7 @@ from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.model.history import History
 from evenodds_service.model.latent import LatentPrior
 from evenodds_service.model.latent_fit import FittedLatent, fit_latent
-from evenodds_service.model.paper_fit import FittedPaper, fit_paper, predict_paper
+from evenodds_service.model.paper_fit import FittedPaper, fit_paper, paper_inputs, predict_paper
 from evenodds_service.model.paper_network import NetworkSize
 
 TINY = NetworkSize(width=32, layers=1, heads=2, latent_width=4)
@@ -141,6 +141,21 @@ def test_the_papers_model_predicts_before_the_first_batch(shifting: ShiftingWorl
     assert ((rates_N > 0) & (rates_N < 1)).all()
 
 
+def test_the_inputs_are_the_embedding_and_the_features_beside_it_of_the_order_of_one() -> None:
+    chance = np.random.default_rng(0)
+    embeddings = chance.standard_normal((500, 48))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    embeddings[0] = np.nan
+
+    inputs = paper_inputs(embeddings, chance.standard_normal((500, 16)))
+
+    assert inputs.shape == (500, 64)
+    assert (inputs[0, :48] == 0).all()
+    scaled = inputs[1:] * np.sqrt(64)
+    np.testing.assert_allclose([scaled[:, :48].std(), scaled[:, 48:].std()], 1, atol=0.05)
+    assert paper_inputs(np.zeros((3, 0)), np.zeros((3, 2))).shape == (3, 2)
+
+
 def test_the_papers_model_takes_prompts_without_a_vector(shifting: ShiftingWorld) -> None:
     holes = shifting.embeddings_N_D.copy()
     holes[::3] = np.nan
@@ -169,10 +184,10 @@ def test_a_warm_start_continues_from_its_weights(shifting: ShiftingWorld, fitted
         shifting.embeddings_N_D,
         seed=2,
         device=CPU,
-        before=batches[47],
+        earlier=batches[:48],
         warm_start=load(save(fitted_paper.weights)),
     )
-    cold = fit_paper(batches[48:], shifting.embeddings_N_D, seed=2, device=CPU, size=TINY, before=batches[47])
+    cold = fit_paper(batches[48:], shifting.embeddings_N_D, seed=2, device=CPU, size=TINY, earlier=batches[:48])
 
     assert warm.elbo_per_attempt[0] > cold.elbo_per_attempt[0] + 0.01
 
@@ -181,10 +196,32 @@ def test_a_long_history_is_cut_to_its_newest_batches(shifting: ShiftingWorld) ->
     batches, rows = shifting.batches(5), shifting.embeddings_N_D
 
     cut = fit_paper(batches, rows, seed=0, device=CPU, size=TINY, max_batches=2)
-    newest = fit_paper(batches[3:], rows, seed=0, device=CPU, size=TINY, before=batches[2])
+    newest = fit_paper(batches[3:], rows, seed=0, device=CPU, size=TINY, earlier=batches[:3])
 
     assert cut.elbo_per_attempt == newest.elbo_per_attempt
     assert len(cut.elbo_per_attempt) == 2
+
+
+def test_what_only_the_past_has_is_remembered_with_pairs_of_the_past_and_forgotten_without(
+    shifting: ShiftingWorld,
+) -> None:
+    """In the second half one topic is left, whose hard prompts have become easy and its easy ones hard."""
+    chance = np.random.default_rng(0)
+    first, second = (np.flatnonzero(shifting.topic_N == topic) for topic in (1.0, -1.0))
+    rates_N = np.where(shifting.embeddings_N_D[:, 1] > 0, 0.9, 0.1)
+    early = [outcomes(rates_N, chance.permutation(120)[:24], np.full(24, step), seed=step) for step in range(16)]
+    late = [
+        outcomes(1 - rates_N, second[chance.permutation(60)[:24]], np.full(24, step), seed=step)
+        for step in range(16, 32)
+    ]
+
+    kept, forgotten = (
+        fit_paper([*early, *late], shifting.embeddings_N_D, seed=0, device=CPU, size=TINY, past_pairs=past_pairs)
+        for past_pairs in (4, 0)
+    )
+
+    assert correlation(predict(kept.weights, early[-1], shifting)[first], rates_N[first]) > 0.75
+    assert correlation(predict(forgotten.weights, early[-1], shifting)[first], rates_N[first]) < 0.6
 
 
 def test_embeddings_of_another_width_are_refused(shifting: ShiftingWorld, fitted_paper: FittedPaper) -> None:

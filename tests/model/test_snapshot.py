@@ -21,8 +21,9 @@ from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model import paper_fit
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
+from evenodds_service.model.paper_fit import fit_paper, predict_paper
 from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
-from evenodds_service.model.snapshot import FORMAT, SharedModel
+from evenodds_service.model.snapshot import FORMAT, PAPER_CONTEXT, SharedModel
 from evenodds_service.model.surface import surface_features
 
 EMBEDDER = "caller"
@@ -202,6 +203,36 @@ def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(
     assert 18e6 < n_parameters < 22e6
     cold = fitted(given)
     for name, array in after_small.weights[PAPER].items():
+        np.testing.assert_array_equal(array, cold.weights[PAPER][name])
+
+
+def test_a_published_model_says_of_a_text_what_it_says_of_the_pools_prompt(models: dict[str, SharedModel]) -> None:
+    model = models["gps-paper"]
+
+    told = model.predict(list(TEXTS), block_of(list(TEXTS)))[PAPER]
+
+    np.testing.assert_allclose(told.means_N, model.priors[PAPER].means_N, atol=1e-4)
+
+
+def test_a_published_model_of_an_earlier_release_which_saw_embeddings_alone_is_used_and_then_fitted_anew() -> None:
+    given = training_data("gps-paper")
+    batches = given.history.batches()
+    rows = given.embeddings_N_D
+    weights = fit_paper(batches, rows, seed=0, device=torch.device("cpu")).weights
+    context = {
+        "embeddings_C_D": rows[batches[-1].prompts],
+        "successes_C": batches[-1].successes,
+        "attempts_C": batches[-1].attempts,
+    }
+    older = replace(fitted(given), weights={PAPER: weights, PAPER_CONTEXT: context})
+
+    told = older.predict(list(TEXTS), block_of(list(TEXTS)))[PAPER]
+    anew = fitted(replace(given, warm_start=older))
+
+    expected = predict_paper(weights, batches[-1], rows, rows, seed=0, device=torch.device("cpu"))
+    np.testing.assert_allclose(told.means_N, expected, atol=1e-4)
+    cold = fitted(given)
+    for name, array in anew.weights[PAPER].items():
         np.testing.assert_array_equal(array, cold.weights[PAPER][name])
 
 

@@ -237,6 +237,11 @@ def size_of(weights: Mapping[str, NDArray[np.float32]]) -> NetworkSize:
     return NetworkSize(*sizes)
 
 
+def width_of(weights: Mapping[str, NDArray[np.float32]]) -> int:
+    """Numbers for each prompt that the model of these weights takes."""
+    return int(weights[_SIZE_KEY][0])
+
+
 def open_device(name: str | None) -> torch.device:
     """The device of this name; without one, CUDA if there is one, else the CPU.
 

@@ -20,8 +20,8 @@ from evenodds_service.domain.settings import ModelSize, PredictorName
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent
-from evenodds_service.model.paper_fit import fit_paper, predict_paper
-from evenodds_service.model.paper_network import PUBLISHED, SMALL, NetworkSize, size_of
+from evenodds_service.model.paper_fit import fit_paper, paper_inputs, predict_paper
+from evenodds_service.model.paper_network import PUBLISHED, SMALL, NetworkSize, size_of, width_of
 from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
 
 MEMORY_STEPS = 100.0
@@ -107,28 +107,28 @@ def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel
 
 
 def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
-    """The published model: fitted on the batches since its last fit, predicting from the newest one."""
+    """The published model: fitted on the batches since its last fit, with those before, predicting from the newest."""
     before = data.warm_start
     size = _SIZES[data.model_size]
+    inputs_N_D = paper_inputs(data.embeddings_N_D, data.x_N_d[:, 1 : data.basis.n_surface])
     warm = before.weights.get(PAPER) if before is not None else None
-    if warm is not None and size_of(warm) != size:
-        warm = None  # the setting was changed: a model of the other size starts anew, on the whole history
+    if warm is not None and (size_of(warm), width_of(warm)) != (size, inputs_N_D.shape[1]):
+        warm = None  # a setting or the pool's features were changed: the model starts anew, on the whole history
     last_step = before.last_step if before is not None and warm is not None else -1
     batches = data.history.batches()
     fresh = [batch for batch in batches if int(batch.steps[0]) > last_step]
     earlier = [batch for batch in batches if int(batch.steps[0]) <= last_step]
     fitted = fit_paper(
         fresh,
-        data.embeddings_N_D,
+        inputs_N_D,
         seed=_SEED,
         device=device,
         size=size,
-        before=earlier[-1] if earlier else None,
+        earlier=earlier,
         warm_start=warm,
     )
     newest = batches[-1] if batches else None
-    pool = data.embeddings_N_D
-    means_N = predict_paper(fitted.weights, newest, pool, pool, seed=_SEED, device=device)
+    means_N = predict_paper(fitted.weights, newest, inputs_N_D, inputs_N_D, seed=_SEED, device=device)
     newest_step = int(newest.steps[0]) if newest is not None else -1
     report = {"paper.last_step": float(newest_step)}
     if fitted.elbo_per_attempt:
@@ -139,17 +139,17 @@ def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
         group_size=data.group_size,
         basis=data.basis,
         priors={PAPER: FittedPrior(means_N, concentrations_N)},
-        weights={PAPER: dict(fitted.weights), PAPER_CONTEXT: _context(newest, pool)},
+        weights={PAPER: dict(fitted.weights), PAPER_CONTEXT: _context(newest, inputs_N_D)},
         report=report,
         last_step=newest_step,
     )
 
 
-def _context(newest: History | None, embeddings_N_D: FloatArray) -> Weights:
+def _context(newest: History | None, inputs_N_D: FloatArray) -> Weights:
     """The batch that predictions are conditioned on, for prompts outside the pool."""
     batch = newest if newest is not None else History.empty()
     return {
-        "embeddings_C_D": embeddings_N_D[batch.prompts].astype(np.float32),
+        "embeddings_C_D": inputs_N_D[batch.prompts].astype(np.float32),
         "successes_C": batch.successes,
         "attempts_C": batch.attempts,
     }

@@ -160,14 +160,14 @@ class SharedModel:
             )
             fitted |= {name: FittedPrior(means[i], concentrations[i]) for i, name in enumerate(told)}
         if PAPER in self.weights:
-            fitted[PAPER] = self._published(block)
+            fitted[PAPER] = self._published(block, x_n_d)
         return fitted
 
     @cached_property
     def _latent(self) -> latent.LatentPrior:
         return latent.LatentPrior(self.weights["latent"])
 
-    def _published(self, block: RawBlock) -> FittedPrior:
+    def _published(self, block: RawBlock, x_n_d: FloatArray) -> FittedPrior:
         """The published model's predictions. Imports torch, which no other prior needs."""
         try:
             import torch
@@ -178,7 +178,8 @@ class SharedModel:
             ) from error
 
         from evenodds_service.model.history import History
-        from evenodds_service.model.paper_fit import predict_paper
+        from evenodds_service.model.paper_fit import paper_inputs, predict_paper
+        from evenodds_service.model.paper_network import width_of
 
         context = self.weights[PAPER_CONTEXT]
         n = len(context["successes_C"])
@@ -189,10 +190,13 @@ class SharedModel:
             attempts=context["attempts_C"],
             informative=np.zeros(n, dtype=bool),
         )
+        inputs_n_D: FloatArray = paper_inputs(block.embedding_N_D, x_n_d[:, 1 : self.basis.n_surface])
+        if width_of(self.weights[PAPER]) == block.embedding_N_D.shape[1]:
+            inputs_n_D = block.embedding_N_D  # earlier releases fitted the model on the embedding alone
         means_n = predict_paper(
             self.weights[PAPER],
             batch,
-            block.embedding_N_D,
+            inputs_n_D,
             context["embeddings_C_D"],
             seed=0,
             device=torch.device("cpu"),

@@ -71,6 +71,9 @@ class Wishes:
         id_column, text_column, rate_columns: Of a table.
         of: A table's numbers are counts out of so many.
         counts_failures: A table's counts and rates are of failures.
+
+    Raises:
+        LogRefused: they contradict themselves.
     """
 
     reward: str | None = None
@@ -83,6 +86,14 @@ class Wishes:
     rate_columns: tuple[str, ...] = ()
     of: int | None = None
     counts_failures: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise LogRefused(f"--reward-range {self.low:g} {self.high:g}: the second must be above the first")
+        if self.step < 0:
+            raise LogRefused(f"--step {self.step}: must be at least 0")
+        if self.of is not None and self.of < 1:
+            raise LogRefused(f"--of {self.of}: must be at least 1")
 
 
 @dataclass(slots=True)
@@ -107,6 +118,11 @@ class Tally:
         """Said once, however often it is noted."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def told(self) -> list[str]:
+        """All of it in lines."""
+        lines = [f"left out: {n:,} {reason} (first: {place})" for reason, (n, place) in self.left_out.items()]
+        return [*lines, *(f"mind: {note}" for note in self.notes)]
 
 
 def number_of(value: object) -> float | None:

@@ -29,21 +29,6 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--source", metavar="NAME", help="what the run calls this log (default: the name of FILE)")
     add_reading(parser)
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """What every command that reads logs asks."""
-    add = parser.add_argument
-    add("--format", choices=("auto", *FORMATS), default="auto", help="of FILE (default: found out)")
-    add("--reward", metavar="NAME", help="which reward or metric counts, where the log has several")
-    add(
-        "--reward-range",
-        nargs=2,
-        type=float,
-        default=(0.0, 1.0),
-        metavar=("LOW", "HIGH"),
-        help="rewards that mean failure and success (default: 0 1)",
-    )
     add("--filter", metavar="NAME", help="lm-eval: whose filter's rows count (default: the first)")
     add("--step", type=int, default=0, help="where outcomes of an evaluation stand (default: %(default)s)")
     table = parser.add_argument_group("tables of pass rates")
@@ -53,6 +38,21 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add("--rate", action="append", default=[], metavar="COLUMN", help="which has rates; may be given several times")
     add("--of", type=int, metavar="N", help="numbers are counts out of N")
     add("--failures", action="store_true", help="rates and counts are of failures")
+
+
+def add_reading(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """What every command that reads logs asks."""
+    add = parser.add_argument
+    add("--format", choices=("auto", *FORMATS), default="auto", help="of the log (default: found out)")
+    add("--reward", metavar="NAME", help="which reward or metric counts, where the log has several")
+    add(
+        "--reward-range",
+        nargs=2,
+        type=float,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="rewards that mean failure and success (default: 0 1)",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

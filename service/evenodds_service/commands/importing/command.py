@@ -25,7 +25,19 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0, 1 after a fault that was explained on standard error, 130 after an interruption.
     """
     try:
-        wishes = wishes_of(options)
+        low, high = options.reward_range
+        wishes = Wishes(
+            reward=options.reward,
+            low=low,
+            high=high,
+            filter=options.filter,
+            step=options.step,
+            id_column=options.id,
+            text_column=options.text,
+            rate_columns=tuple(options.rate),
+            of=options.of,
+            counts_failures=options.failures,
+        )
         if options.file == "-" or options.format == PROMPTS:
             return prompts.run(options)
         log = open_log(Path(options.file), None if options.format == "auto" else options.format)
@@ -58,41 +70,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _fault(f"interrupted; {sent.so_far}: {again}")
         return _INTERRUPTED
-    print("\n".join([*sent.lines(log.format), *told(tally)]))
+    print("\n".join([*sent.lines(log.format), *tally.told()]))
     return 0 if sent.n_groups or sent.n_rates else 1
-
-
-def wishes_of(options: argparse.Namespace) -> Wishes:
-    """What the arguments say about the log.
-
-    Raises:
-        LogRefused: they contradict themselves.
-    """
-    low, high = options.reward_range
-    if not low < high:
-        raise LogRefused(f"--reward-range {low:g} {high:g}: the second must be above the first")
-    if options.step < 0:
-        raise LogRefused(f"--step {options.step}: must be at least 0")
-    if options.of is not None and options.of < 1:
-        raise LogRefused(f"--of {options.of}: must be at least 1")
-    return Wishes(
-        reward=options.reward,
-        low=low,
-        high=high,
-        filter=options.filter,
-        step=options.step,
-        id_column=options.id,
-        text_column=options.text,
-        rate_columns=tuple(options.rate),
-        of=options.of,
-        counts_failures=options.failures,
-    )
-
-
-def told(tally: Tally) -> list[str]:
-    """What was left out and why, and what the reader wants said, in lines."""
-    lines = [f"left out: {n:,} {reason} (first: {place})" for reason, (n, place) in tally.left_out.items()]
-    return [*lines, *(f"mind: {note}" for note in tally.notes)]
 
 
 def _is_prior(as_: str | None, log: Log) -> bool:

@@ -1,4 +1,4 @@
-"""`evenodds replay`: checks the arguments, replays every predictor and seed, prints the tables.
+"""`evenodds replay` of recorded rates: checks the arguments, replays every predictor and seed, prints the tables.
 
 Runs are made under names of their own and deleted at the end. Faults are one line on standard error.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,10 +16,14 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from evenodds import Client, EvenOddsError
+from evenodds_service.commands.formats.outcomes import LogRefused
 from evenodds_service.commands.opening import explained
 from evenodds_service.commands.replay import tables
-from evenodds_service.commands.replay.driving import CONTENDERS, Contender, Plan, Stopwatch, rank, select
+from evenodds_service.commands.replay.arguments import PREDICTORS
+from evenodds_service.commands.replay.driving import Contender, Plan, Stopwatch, rank, select
+from evenodds_service.commands.replay.log_command import is_log, replay_log
 from evenodds_service.commands.replay.recordings import RecordingError, read_recording
+from evenodds_service.commands.replay.runs import ReplayRefused, contenders_of, fresh_run, write
 from evenodds_service.settings import settings_from_environment
 
 _TIMEOUT_SECONDS = 300.0
@@ -45,10 +46,6 @@ class _Part(Protocol):
     ) -> dict[str, float]: ...
 
 
-class ReplayError(Exception):
-    """The arguments do not fit together, or a result cannot be written."""
-
-
 def run(options: argparse.Namespace) -> int:
     """Replay as the arguments say.
 
@@ -56,26 +53,20 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0, or 1 after a fault that was explained on standard error.
     """
     try:
-        contenders = _contenders(options.predictors)
+        if is_log(options):
+            return replay_log(options)
+        contenders = contenders_of(options.predictors or ",".join(PREDICTORS))
         plan = _plan(options)
         with Client(options.url, timeout_seconds=_TIMEOUT_SECONDS) as client:
             client.healthz()
             results = _replay(client, plan, contenders, n_seeds=options.seeds, keep=options.keep)
         print(tables.text(plan, results))
         if options.json is not None:
-            _write_json(options, plan, results)
-    except (ReplayError, RecordingError, EvenOddsError) as error:
+            write("--json", options.json, json.dumps(tables.document(plan, results), indent=2) + "\n")
+    except (ReplayRefused, RecordingError, LogRefused, EvenOddsError) as error:
         print(f"evenodds replay: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _contenders(names: str) -> list[Contender]:
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name not in CONTENDERS:
-            raise ReplayError(f"--predictors: {name!r} is not a predictor; choose of {', '.join(CONTENDERS)}")
-    return [CONTENDERS[name] for name in dict.fromkeys(wanted)]
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -84,16 +75,16 @@ def _plan(options: argparse.Namespace) -> Plan:
     ):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ReplayError(f"{_flag(name)} {value}: must be at least {least}")
+            raise ReplayRefused(f"{_flag(name)} {value}: must be at least {least}")
     if options.candidates and options.candidates < options.batch_size:
-        raise ReplayError(
+        raise ReplayRefused(
             f"--candidates {options.candidates}: fewer than --batch-size {options.batch_size}; "
             "ask for more candidates, or 0 for the whole pool"
         )
     recording = read_recording(options.folder or _default_folder(), models=options.models)
     for name in ("observe_per_step", "batch_size"):
         if getattr(options, name) > recording.n_prompts:
-            raise ReplayError(
+            raise ReplayRefused(
                 f"{_flag(name)} {getattr(options, name)}: {recording.name} has {recording.n_prompts} prompts; "
                 "ask for no more than those"
             )
@@ -115,9 +106,9 @@ def _default_folder() -> Path:
     try:
         folder = settings_from_environment().data
     except ValidationError as error:
-        raise ReplayError(explained(error)) from error
+        raise ReplayRefused(explained(error)) from error
     if not folder:
-        raise ReplayError("name the folder of recorded success rates as FOLDER, or set EVENODDS_DATA to it")
+        raise ReplayRefused("name the folder of recorded success rates as FOLDER, or set EVENODDS_DATA to it")
     return Path(folder)
 
 
@@ -136,7 +127,12 @@ def _replay(
 
         def play(part: _Part, contender: Contender, seed: int, watch: Stopwatch) -> dict[str, float]:
             bar.set_description(f"{contender.name} {part.__name__}, seed {seed}")
-            with _run(client, plan, contender, seed=seed, keep=keep, watch=watch) as name:
+            recording, max_visits = plan.recording, 0 if plan.repeats else 1
+            with fresh_run(
+                client, contender, recording.name, plan.group_size, seed, max_visits=max_visits, keep=keep
+            ) as name:
+                with watch.timed("load pool"):
+                    client.add_prompts(name, recording.prompts)
                 return part(client, name, plan, seed=seed, watch=watch, advance=bar.update)
 
         for seed in range(n_seeds):
@@ -147,39 +143,3 @@ def _replay(
                 selection = play(select, contender, seed, result.watch)
                 result.figures.append({**rankings[contender.predictor], **selection})
     return results
-
-
-@contextmanager
-def _run(client: Client, plan: Plan, contender: Contender, *, seed: int, keep: bool, watch: Stopwatch) -> Iterator[str]:
-    """A fresh run with the recording's pool."""
-    folder = re.sub(r"[^A-Za-z0-9._-]", "-", plan.recording.name)[:80]
-    name = f"replay-{folder}-{contender.name}-{seed}-{uuid.uuid4().hex[:8]}"
-    client.put_run(
-        name,
-        predictor=contender.predictor,
-        acquisition=contender.acquisition,
-        group_size=plan.group_size,
-        max_visits=0 if plan.repeats else 1,
-    )
-    try:
-        with watch.timed("load pool"):
-            client.add_prompts(name, plan.recording.prompts)
-        yield name
-    finally:
-        if not keep:
-            _delete(client, name)
-
-
-def _delete(client: Client, name: str) -> None:
-    try:
-        client.delete_run(name)
-    except EvenOddsError as error:
-        # A warning, so that the fault that ended the replay, if one did, is the one that is reported.
-        print(f"evenodds replay: run {name} was not deleted: {error}", file=sys.stderr)
-
-
-def _write_json(options: argparse.Namespace, plan: Plan, results: list[tables.Result]) -> None:
-    try:
-        options.json.write_text(json.dumps(tables.document(plan, results), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ReplayError(f"--json {options.json}: {error.strerror}; name a file that can be written") from error

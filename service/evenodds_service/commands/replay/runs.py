@@ -1,0 +1,63 @@
+"""What every replay needs: predictors by name, a fresh run for each, and a place for the result."""
+
+from __future__ import annotations
+
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evenodds import Client, EvenOddsError
+from evenodds_service.commands.replay.driving import CONTENDERS, Contender
+
+
+class ReplayRefused(Exception):
+    """The arguments do not fit together, or a result cannot be written."""
+
+
+def contenders_of(names: str) -> list[Contender]:
+    """Raises ReplayRefused."""
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in CONTENDERS:
+            raise ReplayRefused(f"--predictors: {name!r} is not a predictor; choose of {', '.join(CONTENDERS)}")
+    return [CONTENDERS[name] for name in dict.fromkeys(wanted)]
+
+
+@contextmanager
+def fresh_run(
+    client: Client, contender: Contender, of: str, group_size: int, seed: int, *, max_visits: int = 0, keep: bool
+) -> Iterator[str]:
+    """A run without prompts, which is deleted afterwards unless it is kept. Its name begins with what is replayed."""
+    what = re.sub(r"[^A-Za-z0-9._-]", "-", of)[:80]
+    name = f"replay-{what}-{contender.name}-{seed}-{uuid.uuid4().hex[:8]}"
+    client.put_run(
+        name,
+        predictor=contender.predictor,
+        acquisition=contender.acquisition,
+        group_size=group_size,
+        max_visits=max_visits,
+    )
+    try:
+        yield name
+    finally:
+        if not keep:
+            _delete(client, name)
+
+
+def write(option: str, path: Path, content: str) -> None:
+    """Raises ReplayRefused."""
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ReplayRefused(f"{option} {path}: {error.strerror}; name a file that can be written") from error
+
+
+def _delete(client: Client, name: str) -> None:
+    try:
+        client.delete_run(name)
+    except EvenOddsError as error:
+        # A warning, so that the fault that ended the replay, if one did, is the one that is reported.
+        print(f"evenodds replay: run {name} was not deleted: {error}", file=sys.stderr)
