@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from evenodds import TextRule
+
 
 class Settings(BaseModel):
     """Settings of a process. What is not given has its default, whatever the environment says."""
@@ -40,6 +42,10 @@ class Settings(BaseModel):
     )
     budget_queue: int = Field(
         default=256, ge=1, le=100_000, description="requests for a budget that may wait at a time"
+    )
+    text_rule: TextRule | None = Field(
+        default=None,
+        description="which text of a conversation /v1/chat/completions judges: JSON with fields of evenodds.TextRule",
     )
     embedders: str | None = Field(
         default=None,

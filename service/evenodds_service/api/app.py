@@ -12,6 +12,7 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 from starlette.middleware.gzip import GZipMiddleware
 
+from evenodds import TextRule
 from evenodds.version import __version__
 from evenodds_service.api import problems
 from evenodds_service.api.dependencies import Services
@@ -91,6 +92,7 @@ def create_app(
         ),
         predictions=training.prediction_coalescer(live_runs),
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
+        text_rule=settings.text_rule or TextRule(),
         registry=registry,
         run_registry=run_registry,
     )

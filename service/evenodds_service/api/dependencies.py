@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 
+from evenodds import TextRule
 from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
 from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.coalescer import Coalescer
@@ -26,6 +27,7 @@ class Services:
     budgets: Budgets
     predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float
+    text_rule: TextRule
     registry: CollectorRegistry
     run_registry: CollectorRegistry
 
