@@ -53,6 +53,7 @@ class ServedModel:
     stop: Callable[[], None]
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def served_model() -> Iterator[ServedModel]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            model.paths.append(self.path)
             model.bodies.append(body)
             model.headers.append({name.lower(): value for name, value in self.headers.items()})
             message = {"role": "assistant", "content": "41"}
@@ -71,6 +73,16 @@ def served_model() -> Iterator[ServedModel]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content.encode())
+
+        def do_GET(self) -> None:
+            model.paths.append(self.path)
+            self.send_response(200)
+            self.send_header("Set-Cookie", "a=1")
+            self.send_header("Set-Cookie", "b=2")
+            self.send_header("X-Evenodds-Effort", "from the model")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
 
         def log_message(self, format: str, *args: object) -> None:
             return
