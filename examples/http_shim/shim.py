@@ -4,8 +4,8 @@
     UPSTREAM=http://127.0.0.1:8801 EVENODDS_URL=http://127.0.0.1:8000 EVENODDS_RUN=served uvicorn shim:app --port 8080
 
 A request to `/chat/completions`, `/responses` or `/messages` goes on with `metadata.difficulty` in its body and
-`x-evenodds-effort`, `x-evenodds-attempts` and `x-evenodds-success-rate` in its headers; the reply has these headers too.
-Which text is judged, `evenodds.TextRule` says (`EVENODDS_TEXT_RULE`, JSON). What a caller sends under these names is
+`x-evenodds-effort`, `x-evenodds-attempts` and `x-evenodds-success-rate` in its headers; the reply has them too. Which
+text is judged, `evenodds.TextRule` says (`EVENODDS_TEXT_RULE`, JSON). What a caller sends under these names is
 removed, always. All else goes on as it came, byte for byte, and so does every request while Even Odds does not answer
 within the deadline. Answers are passed on as they come, streams too.
 """
