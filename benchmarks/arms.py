@@ -17,13 +17,14 @@ from benchmarks.contenders import Gps, GpsPaper, Parts
 from benchmarks.rivals import Forecast, Method, MoPPS, Uniform
 from benchmarks.worlds import World
 
-from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.log_entries import SelectEntry
 from evenodds_service.domain.selection.batch import Candidates, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.pickers import Good, InProportion, Likeness, MostUnlike, Picker
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.history import History
 from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
@@ -34,6 +35,7 @@ WORKER_MOST = 2_048
 TOLERANCE = 0.1
 """How far below the best score a prompt is as good as the best: `diversity` of a run by default."""
 
+SERVICE = "service"
 _EASY, _HARD = 0.95, 0.05
 _CALIBRATION_KEEP = 0.95
 _LEAST_SHARE, _FIRST_SHARE = 0.1, 0.5
@@ -76,8 +78,9 @@ class Rule:
     Attributes:
         rest: Steps for which a chosen prompt rests; -1 is the service's own rest.
         cap: The rest is at most this share of an epoch (N / B steps).
-        draw: `top`, as the service; `gd<k>`, the most unlike of k n drawn at random among those within .1 of the best,
-            the next best with them where these are fewer; `pd<k>`, the most unlike of 3 n drawn in proportion to u^k.
+        draw: `service`, as the service; `gd<k>`, the most unlike of k n drawn at random among those within .1 of the
+            best, the n best where these are fewer; `pd<k>`, the most unlike of 3 n drawn in proportion to
+            u^k.
         fill: 0 asks for B prompts. Else for so many that B informative groups are expected, times this factor.
         most: Fill asks for at most so many times B.
         refit: 1 refits the shared model when a worker would.
@@ -86,17 +89,17 @@ class Rule:
 
     rest: int = -1
     cap: float = 0.5
-    draw: str = "top"
+    draw: str = SERVICE
     fill: float = 0.0
     most: float = 6.0
     refit: int = 0
     optimism: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.draw != "top" and not (
+        if self.draw != SERVICE and not (
             self.draw[:2] in ("gd", "pd") and self.draw[2:].isdigit() and self.draw[2:] > "0"
         ):
-            raise ValueError(f"draw {self.draw!r} is none of top, gd<k>, pd<k> with k of at least 1")
+            raise ValueError(f"draw {self.draw!r} is none of service, gd<k>, pd<k> with k of at least 1")
         if self.fill and self.rest == 0:
             raise ValueError("fill without a rest asks for the same prompts again and again: give a rest of 1 at least")
 
@@ -238,12 +241,16 @@ class Ruled(Gps):
         if rule.rest >= 0:
             rest = min(rule.rest, math.floor(rule.cap * self._epoch_steps))
         held = resting(last_seen, step=step, rest=rest)
-        allowed = held_back(allowed, held, last_seen, scores, batch_size=n, groups={})
-        now = _Now(scores, informative, last_seen, generator)
-        if rule.draw == "top":
-            prompts = self._chosen(now, allowed, n, diversity=TOLERANCE, reprobe=REPROBE_SHARE)
-        else:
-            prompts = self._drawn(now, allowed, n)
+        allowed = held_back(allowed, held, last_seen, scores_N=scores, batch_size=n, groups={}, all_alike=True)
+        prompts = choose(
+            scores,
+            informative,
+            Candidates(allowed, allowed, last_seen),
+            Shares(reprobe=REPROBE_SHARE),
+            batch_size=n,
+            picker=self._picker(),
+            generator=generator,
+        ).prompts
         self._last_yield = float(informative[prompts].mean())
         fold(state, SelectEntry(state.position + 1, step, prompts), self._pool)
         return prompts
@@ -265,50 +272,13 @@ class Ruled(Gps):
             share = max(_LEAST_SHARE, self._last_yield * self._found / self._forecast)
         return max(1, min(round(self._rule.most * batch_size), math.ceil(self._rule.fill * batch_size / share)))
 
-    def _drawn(self, now: _Now, allowed: BoolArray, n: int) -> IntArray:
-        """The least recently seen as in the service; then others by chance, and of these the most unlike."""
-        scores, generator = now.scores, now.generator
-        quota = math.floor(REPROBE_SHARE * n + generator.random())
-        chosen = self._chosen(now, allowed, quota, diversity=TOLERANCE, reprobe=1.0)
-        allowed[chosen] = False
-        missing, k = n - quota, int(self._rule.draw[2:])
-        if self._rule.draw.startswith("gd"):
-            good = allowed & (scores >= np.max(scores[allowed], initial=-np.inf) - TOLERANCE)
-            worth, n_drawn = np.where(good, 0.0, scores - 1e6), k * missing  # the next best where these are too few
-        else:
-            worth, n_drawn = k * np.log(np.maximum(scores, 1e-9)), 3 * missing
-            worth = worth + generator.gumbel(size=len(worth))
-        worth = np.where(allowed, worth + 1e-6 * generator.random(len(worth)), -np.inf)
-        n_drawn = min(n_drawn, int(allowed.sum()))
-        drawn = np.zeros(len(allowed), dtype=bool)
-        if n_drawn:
-            drawn[np.argpartition(-worth, n_drawn - 1)[:n_drawn]] = True
-        alike = replace(now, scores=np.zeros(len(scores)))
-        return np.concatenate((chosen, self._chosen(alike, drawn, missing, diversity=1.0, reprobe=0.0)))
-
-    def _chosen(self, now: _Now, allowed: BoolArray, n: int, *, diversity: float, reprobe: float) -> IntArray:
-        if n == 0:
-            return np.empty(0, dtype=np.int64)
-        choice = choose(
-            now.scores,
-            now.informative,
-            Candidates(allowed, allowed, now.last_seen),
-            Shares(reprobe=reprobe),
-            batch_size=n,
-            picker=picker_of("yield", diversity, self._state.recent_batches, self._directions),
-            generator=now.generator,
-        )
-        return choice.prompts
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Now:
-    """What a choice goes by: scores, probabilities of an informative group, when last seen, [N] each, and chance."""
-
-    scores: FloatArray
-    informative: FloatArray
-    last_seen: IntArray
-    generator: np.random.Generator
+    def _picker(self) -> Picker:
+        draw, recent = self._rule.draw, self._state.recent_batches
+        if draw == SERVICE:
+            return picker_of("yield", TOLERANCE, recent, self._directions, is_filled=self._rule.fill > 0)
+        kind, k = draw[:2], int(draw[2:])
+        likeness = Likeness.to(recent, self._directions)
+        return MostUnlike(Good(TOLERANCE, factor=k) if kind == "gd" else InProportion(k), likeness)
 
 
 RIVALS: Mapping[str, Arm] = {

@@ -365,7 +365,7 @@ def _check_fold(calls: Sequence[Call], voids: Sequence[int], engine: Engine, say
     asked = [c for c in calls if c.kind in ("predict", "select", "prompt") and c.status < 400]
     asked.sort(key=lambda call: call.reply["log_position"])
     past = _Past(engine, voids)
-    with TestClient(create_app(past), base_url="http://past") as replica:
+    with TestClient(create_app(past), base_url="http://localhost") as replica:
         for call in asked:
             for position in range(past.position + 1, call.reply["log_position"] + 1):
                 past.position = position

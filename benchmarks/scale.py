@@ -38,7 +38,7 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS, STRENGTHS
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.eligibility import rest_steps
-from evenodds_service.domain.selection.pickers import greedy_diverse
+from evenodds_service.domain.selection.pickers import DRAWN, greedy_diverse
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
@@ -373,7 +373,7 @@ def plain_selection(state: State, pool: Pool, *, step: int) -> IntArray:
     good = np.flatnonzero(worth >= worth.max() - 0.1)
     if len(good) < BATCH:
         good = np.argpartition(-worth, BATCH)[:BATCH]
-    shortlist = generator.permutation(good)[: max(8 * BATCH, 2_048)]
+    shortlist = generator.permutation(good)[: DRAWN * (BATCH - quota)]
 
     def directions(rows: IntArray) -> FloatArray:
         unit = x[rows, 1:]

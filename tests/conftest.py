@@ -139,7 +139,7 @@ def serving(
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     chosen = Settings(**{"budget_deadline_ms": 60_000, **settings})
     app = create_app(store, chosen, asks_for_keys=asks_for_keys, clock=clock)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()  # who connects before it is up waits in the backlog

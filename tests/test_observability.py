@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,13 +18,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from tests.commands.test_command_line import evenodds, serve
 from tests.waiting import PATIENCE_SECONDS
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from evenodds_service.errors import RunUnknown
+from evenodds_service.redaction import described
 
+if TYPE_CHECKING:
     from tests.commands.test_command_line import Server
 
 __all__ = ["serve"]  # a fixture
 
+ROOT = Path(__file__).parents[1]
 SECRET = "a text that nobody else may read"
 
 
@@ -63,6 +68,51 @@ def test_text_is_for_people_and_the_level_is_a_setting(serve: Callable[..., Serv
 
     assert not [line for line in server.said if line.startswith("{")]
     assert [line for line in server.said if "request" in line and "route=/healthz" in line]
+
+
+def test_what_breaks_in_any_room_puts_no_text_and_no_key_into_the_log(database_url: str) -> None:
+    import rich  # noqa: F401  # with which structlog would show the values of variables
+
+    command = [sys.executable, "-m", "tests.breaking", database_url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=PATIENCE_SECONDS)
+
+    assert done.stdout.split() == ["domain", "api", "runtime", "worker", "storage"], done.stderr
+    assert "canary" not in done.stderr
+    assert "yellow" not in done.stderr
+    for fault in ("no vector of", "refit 1 failed", "IntegrityError" if "sqlite" in database_url else "CheckViolation"):
+        said = [line for line in done.stderr.splitlines() if fault in line]
+        assert len([line for line in said if line.startswith("{")]) == 1, "in JSON"
+        assert len([line for line in said if not line.startswith("{")]) >= 1, "for people"
+    for line in done.stderr.splitlines():
+        if line.startswith("{") and json.loads(line)["event"].startswith("failed to answer"):
+            assert json.loads(line)["request_id"] == "eo_***"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            ValueError("invalid literal for int() with base 10: 'word'"),
+            "ValueError: invalid literal for int() with base 10: '...'",
+        ),
+        (KeyError("a text"), "KeyError: '...'"),
+        (KeyError('It\'s a "text"'), "KeyError: '...'"),
+        (TypeError("'NoneType' object is not 'a text'"), "TypeError: 'NoneType' object is not '...'"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/data/a b"),
+            "FileNotFoundError: [Errno 2] No such file or directory: '/data/a b'",
+        ),
+        (RunUnknown("run 'a b' does not exist"), "RunUnknown: run 'a b' does not exist"),
+        (RuntimeError("first\nDETAIL: Failing row contains (a text)"), "RuntimeError: first"),
+        (
+            RuntimeError(f"{'eo_' + 'x' * 43} of Bearer abc.def at postgresql://u:p@host"),
+            "RuntimeError: eo_*** of Bearer *** at postgresql://u:***@host",
+        ),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+    ],
+)
+def test_of_an_errors_message_only_what_quotes_no_value_is_shown(error: Exception, shown: str) -> None:
+    assert described(error) == shown
 
 
 class Collector:

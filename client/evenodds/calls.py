@@ -123,11 +123,11 @@ class Calls(Protocol):
             optimism: Weight of the uncertainty in the yield score, in [0, 10].
             diversity: How far below the best score a prompt counts as equally good, in [0, 1]; of these the most
                 unlike are chosen.
-            cooldown_steps: Steps that a chosen prompt rests; by default a twentieth of an epoch, while there are enough
-                others.
+            cooldown_steps: Steps that a chosen prompt rests; by default 25, at most .4 of an epoch, while there are
+                enough others.
             lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
                 comes; 8 by default, 0 waits for none.
-            max_visits: A prompt is chosen at most so often; 0 sets no limit.
+            max_visits: A prompt is chosen at most so often while there are enough others; 0 sets no limit.
             keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
             model_size: Of the networks of `gps-paper`: `small` or `published`.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
@@ -227,7 +227,7 @@ class Calls(Protocol):
         query = {"shown": str(shown)}
         return (yield from self.call("GET", f"{_run_path('beliefs', run)}/beliefs", BeliefReport, query=query))
 
-    def rewind(self, run: str, step: int) -> Exchange[Voided]:
+    def rewind(self, run: str, step: int, *, incarnation: str | None = None) -> Exchange[Voided]:
         """Forget everything observed or selected with a step above `step`: the trainer restarted from its checkpoint.
 
         Afterwards the run stands as if none of it had happened: a step above may be selected and reported anew, under
@@ -235,7 +235,10 @@ class Calls(Protocol):
         is forgotten already is not counted again.
 
         Args:
-            step: The step of the checkpoint.
+            step: The step of the checkpoint; -1 forgets every step.
+            incarnation: Name of the restarted trainer, at most 64 letters, digits, `_` and `-`. Observations whose
+                request id begins with it and a dot are kept: they are the restarted trainer's own, which another of
+                its processes reported before this call.
 
         Raises:
             NotFound: There is no such run.
@@ -271,7 +274,9 @@ class Calls(Protocol):
         request = _request("retract", RetractRequest, locals())
         return (yield from self.call("POST", path, Voided, content=_json(request)))
 
-    def add_prompts(self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]]) -> Exchange[PromptsAdded]:
+    def add_prompts(
+        self, run: str, prompts: Iterable[PromptIn | Mapping[str, object]], *, keep_existing: bool = False
+    ) -> Exchange[PromptsAdded]:
         """Add prompts to the pool, in as many requests as needed. Repeating it is safe.
 
         All prompts are checked and encoded in memory before the first request: one fault, and none is sent.
@@ -279,20 +284,27 @@ class Calls(Protocol):
 
         Args:
             prompts: Any number, at least 1: `PromptIn`, or mappings with its fields.
+            keep_existing: A prompt that the pool has with another content keeps that, and is named in `conflicts`
+                with what differs; the others are added.
 
         Returns:
-            `added` and `existing` summed over the requests; `pool_size` and `log_position` after the last.
+            `added`, `existing` and `conflicts` summed over the requests; `pool_size` and `log_position` after the last.
 
         Raises:
             NotFound: There is no such run.
             Conflict: A prompt id is in the pool with another text.
         """
         path = f"{_run_path('add_prompts', run)}/prompts"
+        query = {"keep_existing": "true"} if keep_existing else None
         total: PromptsAdded | None = None
         for content in _prompt_batches(prompts):
-            reply = yield from self.call("POST", path, PromptsAdded, content=content)
+            reply = yield from self.call("POST", path, PromptsAdded, query=query, content=content)
             if total is not None:
-                sums = {"added": total.added + reply.added, "existing": total.existing + reply.existing}
+                sums = {
+                    "added": total.added + reply.added,
+                    "existing": total.existing + reply.existing,
+                    "conflicts": total.conflicts | reply.conflicts,
+                }
                 reply = reply.model_copy(update=sums)
             total = reply
         if total is None:

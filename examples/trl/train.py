@@ -53,7 +53,6 @@ def main() -> None:
         arguments.evenodds_run,
         prompts,
         run_settings={"group_size": config.num_generations},
-        rank=config.process_index,
     ) as selector:
         selector.wait_until_ready()
         selection = GRPOSelection(selector, config)

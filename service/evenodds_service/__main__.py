@@ -10,7 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evenodds_service.commands import database, import_prompts, keys, openapi, serve, work
+from evenodds_service.commands import database, keys, openapi, serve, work
+from evenodds_service.commands.importing import arguments as importing
 from evenodds_service.commands.opening import fault
 from evenodds_service.commands.replay import arguments as replay
 
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         description="Predicts how hard each prompt is for one language model as it is right now.",
     )
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for module in (serve, work, keys, database, replay, import_prompts, openapi):
+    for module in (serve, work, keys, database, replay, importing, openapi):
         module.add_commands(commands)
     return whole
 

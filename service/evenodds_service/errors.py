@@ -6,7 +6,9 @@
     │   ├── KeyInvalid           key_invalid           the key is unknown here, or was revoked
     │   ├── ScopeMissing         scope_missing         the key may not make calls of this kind
     │   ├── RunForbidden         run_forbidden         the key is bound to other runs
-    │   └── RateLimited          rate_limited          the key has made its requests of this minute
+    │   ├── RateLimited          rate_limited          the key has made its requests of this minute
+    │   ├── HostRefused          host_refused          the request names another host than this service
+    │   └── OriginRefused        origin_refused        a web page of another site may change nothing
     ├── Overloaded               overloaded            too many requests wait: the call may be repeated
     ├── DeadlinePassed           deadline_passed       the answer would come too late
     ├── ChatRefused              malformed             a chat request that this model cannot answer
@@ -16,6 +18,7 @@
     ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
     ├── EmbedderNotAllowed       embedder_not_allowed  a model that the operator has not listed
     ├── BudgetTooSmall           budget_too_small      the budget does not pay for the least attempts
+    ├── NothingToFit             nothing_to_fit        a run without prompts cannot be fitted
     ├── CheckpointUnusable       checkpoint_unusable   bytes that are no checkpoint of this release
     ├── ModelError               model_error           a model cannot be opened or used
     │   ├── EmbedderUnavailable  embedder_unavailable  the embedding model cannot be opened
@@ -108,6 +111,18 @@ class RateLimited(AccessRefused):
         self.retry_after_seconds = retry_after_seconds
 
 
+class HostRefused(AccessRefused):
+    """The request names another host than this service."""
+
+    code = "host_refused"
+
+
+class OriginRefused(AccessRefused):
+    """A web page of another site may change nothing."""
+
+    code = "origin_refused"
+
+
 class Overloaded(ServiceError):
     """Too many requests wait. The message says how many may."""
 
@@ -170,6 +185,12 @@ class BudgetTooSmall(ServiceError):
     """The budget does not pay for the least attempts that were asked for."""
 
     code = "budget_too_small"
+
+
+class NothingToFit(ServiceError):
+    """A run without prompts cannot be fitted."""
+
+    code = "nothing_to_fit"
 
 
 class CheckpointUnusable(ServiceError):

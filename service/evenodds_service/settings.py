@@ -24,6 +24,14 @@ class Settings(BaseModel):
     access: Literal["auto", "keys", "open"] = Field(
         default="auto", description="who may call: auto asks for API keys unless it listens on loopback only"
     )
+    allowed_hosts: str | None = Field(
+        default=None,
+        description="names that requests may give in Host, besides those of loopback, separated by commas; * allows "
+        "any. None: loopback's alone where it listens on loopback, else any",
+    )
+    allowed_origins: str | None = Field(
+        default=None, description="origins (https://host:port) whose web pages may call, separated by commas"
+    )
     database_timeout_seconds: float = Field(
         default=10.0, gt=0, le=3_600, description="longest wait of a request for a lock, or for one statement"
     )
@@ -70,7 +78,19 @@ class Settings(BaseModel):
 
     def allowed_embedders(self) -> tuple[str, ...]:
         """The names in `embedders`."""
-        return tuple(name.strip() for name in (self.embedders or "").split(",") if name.strip())
+        return _names(self.embedders)
+
+    def host_names(self) -> tuple[str, ...]:
+        """The names in `allowed_hosts`."""
+        return _names(self.allowed_hosts)
+
+    def origins(self) -> tuple[str, ...]:
+        """The origins in `allowed_origins`."""
+        return _names(self.allowed_origins)
+
+
+def _names(listed: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (listed or "").split(",") if name.strip())
 
 
 class _FromEnvironment(Settings, BaseSettings):

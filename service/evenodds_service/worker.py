@@ -18,11 +18,12 @@ from datetime import datetime, timedelta
 from scipy import sparse
 
 from evenodds_service.domain.log_entries import ObserveEntry
-from evenodds_service.errors import RefitLost, RunUnknown, StoreError, StoreUnavailable
+from evenodds_service.errors import NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import TrainingData, gather
 from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
 from evenodds_service.storage.store import NewSnapshot, Refit, Run, Store
 
@@ -96,8 +97,7 @@ class Worker:
                 raise  # the lease runs out, and the refit is taken up again
             except Exception as error:  # one run's bad data must not keep the others from being fitted
                 logger.exception("%s: refit %d failed", self._name, refit.id)
-                said = f"{type(error).__name__}: {error}"[:1_000]
-                self._store.fail_refit(refit, error=said, now=self._clock())
+                self._store.fail_refit(refit, error=described(error), now=self._clock())
         return True
 
     def _request_due(self) -> None:
@@ -227,13 +227,13 @@ class _KeptRun:
         """Everything up to the log position of the live run, which is at least the one that `run` shows.
 
         Raises:
-            ValueError: the run has no prompts.
+            NothingToFit: the run has no prompts.
             RunUnknown: the run was deleted since `run` was read.
         """
         self.live.catch_up(store, run)
         state, pool = self.live.state, self.live.pool
         if state.basis is None:
-            raise ValueError(f"run {run.name!r} has no prompts to fit: load them with POST /runs/{{run}}/prompts")
+            raise NothingToFit(f"run {run.name!r} has no prompts to fit: load them with POST /runs/{{run}}/prompts")
         if self._void_position != self.live.void_position:
             self._observations, self._read_to = [], 0
             self._void_position = self.live.void_position

@@ -55,7 +55,7 @@ class Guarded:
 
     def call(self, secret: str | None, method: str, path: str, **request: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
-        return self.http.request(method, path, headers=headers, **request)
+        return self.http.request(method, path, headers={**headers, **request.pop("headers", {})}, **request)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_key_that_is_bound_to_runs_may_name_no_other(guarded: Guarded) -> None
 def test_what_cannot_be_read_is_refused_under_a_bound_key_too(guard: Callable[..., Guarded], content: bytes) -> None:
     guarded = guard()
     bound = guarded.key("bound", runs="math-*")
-    headers = {"Authorization": f"Bearer {bound}", "Content-Type": "text/plain"}
+    headers = {"Authorization": f"Bearer {bound}", "Content-Type": "application/json"}
 
     for method, path in (("POST", "/observe"), ("POST", "/v1/chat/completions"), ("PUT", "/runs/math-1")):
         reply = guarded.http.request(method, path, content=content, headers=headers)
@@ -221,6 +221,7 @@ def test_a_key_may_only_send_so_much(guarded: Guarded) -> None:
         "POST",
         "/runs/math/prompts",
         content=b'{"text": "b"}\n' * 100,
+        headers={"Content-Type": "application/x-ndjson"},
     )
 
     assert small.status_code == 200
@@ -320,7 +321,7 @@ def test_a_database_that_is_away_before_the_keys_were_ever_read_is_told_as_every
     engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
     app = create_app(Away(engine), asks_for_keys=True)
 
-    with TestClient(app, base_url="http://service", raise_server_exceptions=False) as http:
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as http:
         reply = http.get("/runs", headers={"Authorization": "Bearer eo_any"})
 
     engine.dispose()

@@ -69,14 +69,19 @@ def test_outstanding_prompts_are_chosen_again_when_asked(pool: Caller) -> None:
     assert reply["outstanding"] == len(again)
 
 
-def test_what_is_outstanding_rests_and_has_spent_its_visit_also_when_it_may_be_chosen_again(pool: Caller) -> None:
+def test_what_is_outstanding_rests_also_when_it_may_be_chosen_again(pool: Caller) -> None:
     first = pool.chosen(0, 6)
 
     assert not set(pool.chosen(1, 6, allow_outstanding=True, cooldown_steps=3)) & set(first)
     pool.create(lease_steps=0)
-    for options in ({"max_visits": 1}, {"cooldown_steps": 3}):
-        problem = pool.refused("POST", "/select_batch", json={"run": pool.run, "step": 2, "batch_size": 1, **options})
-        assert problem.code == "not_enough_prompts"
+    body = {"run": pool.run, "step": 2, "batch_size": 1, "cooldown_steps": 3}
+    assert pool.refused("POST", "/select_batch", json=body).code == "not_enough_prompts"
+
+
+def test_what_is_outstanding_has_spent_its_visit(pool: Caller) -> None:
+    first = pool.chosen(0, 6)
+
+    assert not set(pool.chosen(1, 6, allow_outstanding=True, max_visits=1, cooldown_steps=0)) & set(first)
 
 
 @pytest.mark.parametrize(("lease", "step", "expired"), [(3, 2, False), (3, 3, True), (0, 1, True), (None, 8, True)])

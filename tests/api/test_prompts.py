@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -285,3 +286,32 @@ def test_a_pool_of_an_unknown_run_is_404(caller: Caller, method: str) -> None:
     problem = caller.refused(method, "/runs/nowhere/prompts", json={"prompts": [{"prompt_id": "a"}]})
 
     assert (problem.status, problem.code) == (404, "run_unknown")
+
+
+@pytest.mark.parametrize("media_type", ["json", "ndjson"])
+def test_what_the_pool_has_with_another_content_is_kept_and_named_where_that_is_asked_for(
+    caller: Caller, media_type: str
+) -> None:
+    client = caller.client
+    client.put_run(caller.run, embedder="none")
+    client.add_prompts(caller.run, [{"prompt_id": "a", "text": "A?"}, {"prompt_id": "b", "text": "B?"}])
+    changed = [
+        {"prompt_id": "a", "text": "Another A?"},
+        {"prompt_id": "b", "text": "B?", "category": "letters"},
+        {"prompt_id": "c", "text": "C?"},
+    ]
+
+    if media_type == "json":
+        added = client.add_prompts(caller.run, changed, keep_existing=True)
+        reply = (added.added, added.existing, added.conflicts, added.pool_size)
+    else:
+        lines = "\n".join(json.dumps(prompt) for prompt in changed)
+        answer = caller.http.post(
+            f"/runs/{caller.run}/prompts?keep_existing=true",
+            content=lines,
+            headers={"Content-Type": "application/x-ndjson"},
+        ).json()
+        reply = (answer["added"], answer["existing"], answer["conflicts"], answer["pool_size"])
+
+    assert reply == (1, 0, {"a": "text", "b": "category"}, 3)
+    assert client.prompt(caller.run, "a").text == "A?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 without_the_database = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 """Refused before the database is asked: one backend will do."""
 
+ROOT = Path(__file__).parents[2]
 JSON = {"content-type": "application/json"}
 WITH_BODY = [("POST", "/observe"), ("POST", "/predict"), ("POST", "/select_batch"), ("PUT", "/runs/{run}")]
 
@@ -71,7 +73,7 @@ def test_no_body_makes_the_service_fail(caller: Caller, method: str, path: str, 
 
 
 @without_the_database
-@pytest.mark.parametrize(("method", "path"), WITH_BODY)
+@pytest.mark.parametrize(("method", "path"), [*WITH_BODY, ("POST", "/runs/{run}/prompts")])
 @pytest.mark.parametrize(("media_type", "shown"), [("text/plain", "text/plain"), (None, "none")])
 def test_json_under_another_name_is_refused(
     caller: Caller, method: str, path: str, media_type: str | None, shown: str
@@ -80,7 +82,7 @@ def test_json_under_another_name_is_refused(
 
     problem = caller.refused(method, path.format(run=caller.run), content=b"{}", headers=headers)
 
-    assert (problem.status, problem.code) == (422, "malformed")
+    assert (problem.status, problem.code) == (415, "media_type")
     assert problem.detail == f"body: send it with Content-Type: application/json, got {shown}"
 
 
@@ -243,3 +245,39 @@ def test_the_documentation_answers(service: Service) -> None:
     assert docs.status_code == 200
     assert "/openapi.json" in docs.text
     assert service.http.get("/openapi.json").json()["info"]["title"] == "Even Odds"
+
+
+UNSTORABLE = ["%00", "a%00b", "%ED%A0%80", "%ff", "%5Cu0000"]
+"""NUL, half of a surrogate pair in UTF-8, what is no UTF-8, and what only looks like NUL."""
+
+
+def test_no_parameter_of_any_operation_makes_the_service_fail(caller: Caller) -> None:
+    caller.load_texts("a")
+    n_parameters = 0
+    for path, methods in json.loads((ROOT / "openapi.json").read_text())["paths"].items():
+        for method, operation in methods.items():
+            for parameter in operation.get("parameters", ()):
+                n_parameters += 1
+                for value in UNSTORABLE:
+                    in_path = {"run": caller.run, "prompt_id": "a", "policy": "p"}
+                    query = f"?{parameter['name']}={value}" if parameter["in"] == "query" else ""
+                    if parameter["in"] == "path":
+                        in_path[parameter["name"]] = value
+                    reply = caller.http.request(method, path.format(**in_path) + query, json={})
+                    assert reply.status_code < 500, (method, path, parameter["name"], value, reply.text)
+    assert n_parameters > 20
+
+
+def test_no_header_makes_the_service_fail(caller: Caller) -> None:
+    for name in ("Authorization", "X-Request-ID", "User-Agent", "Origin", "Cookie", "traceparent", "If-None-Match"):
+        for value in (b"\xff", b"\xed\xa0\x80", b"%00", b"a" * 5_000):
+            reply = caller.http.get(f"/runs/{caller.run}", headers={name.encode(): value})
+            assert reply.status_code == 200
+
+
+@pytest.mark.parametrize(("query", "fault"), [("search=%00", "search"), ("search=a&x%00=b", "x\x00")])
+def test_what_no_database_can_store_is_refused_as_in_bodies(caller: Caller, query: str, fault: str) -> None:
+    problem = caller.refused("GET", f"/runs/{caller.run}/prompts?{query}")
+
+    assert (problem.status, problem.code) == (422, "malformed")
+    assert problem.detail == f"{fault}: a NUL character (\\u0000) cannot be stored: remove it"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from evenodds import Client, Conflict
+from evenodds import Client, Conflict, InvalidRequest
 
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
@@ -65,6 +65,28 @@ def test_a_trainer_that_restarts_from_its_checkpoint_goes_on_as_if_nothing_had_h
             client.prompt(twin, again[0][0]).history, client.prompt(caller.run, again[0][0]).history, strict=True
         )
     )
+
+
+def test_a_rewind_keeps_what_the_restarted_trainer_has_reported_already(caller: Caller) -> None:
+    client = caller.client
+    create(client, caller.run)
+    for request_id in ("old.1", "new.1", "newer.1", None):
+        client.observe(caller.run, 3, [{"prompt_id": "p0", "rewards": [1]}], request_id=request_id)
+
+    voided = client.rewind(caller.run, 2, incarnation="new")
+
+    assert (voided.voided_observations, voided.head_step) == (3, 3)
+    assert client.rewind(caller.run, 2).voided_observations == 1
+
+
+def test_everything_may_be_forgotten_and_no_more_than_that(caller: Caller) -> None:
+    client = caller.client
+    create(client, caller.run)
+    client.observe(caller.run, 0, [{"prompt_id": "p0", "rewards": [1]}])
+
+    assert client.rewind(caller.run, -1).voided_observations == 1
+    with pytest.raises(InvalidRequest, match="step: Input should be greater than or equal to -1"):
+        client.rewind(caller.run, -2)
 
 
 def test_outcomes_of_a_verifier_that_was_down_are_dropped_and_reported_again(caller: Caller) -> None:
@@ -188,7 +210,7 @@ def test_unknown_runs_and_prompts_are_named(caller: Caller) -> None:
     ("call", "body", "detail"),
     [
         ("rewind", {}, "step: Field required"),
-        ("rewind", {"step": -1}, "step: Input should be greater than or equal to 0, got -1"),
+        ("rewind", {"step": -2}, "step: Input should be greater than or equal to -1, got -2"),
         ("retract", {}, "send at least one of from_step, to_step, prompt_ids and request_id"),
         ("retract", {"prompt_ids": []}, "prompt_ids: Tuple should have at least 1 item after validation, not 0"),
         ("retract", {"from_step": 3, "to_step": 2}, "from_step 3 is behind to_step 2"),

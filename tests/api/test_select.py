@@ -132,14 +132,14 @@ def test_a_chosen_prompt_rests_for_the_cooldown(caller: Caller) -> None:
     assert batches[0] & batches[3] | batches[1] & batches[4] | batches[2] & batches[5]
 
 
-def test_by_default_a_chosen_prompt_rests_for_a_twentieth_of_an_epoch(caller: Caller) -> None:
+def test_by_default_a_chosen_prompt_rests_for_four_tenths_of_a_short_epoch(caller: Caller) -> None:
     caller.load_texts(*(f"p{i}" for i in range(80)))
     caller.observe(0, *({"prompt_id": f"p{i}", "successes": 4 if i < 8 else 0, "attempts": 8} for i in range(80)))
 
     def repeats(first: int, **arguments: Any) -> int:
-        """How many of the next eight batches repeat a prompt of the two before them: 80 / (20 x 2) = 2 steps."""
-        batches = [set(caller.chosen(step, 2, **arguments)) for step in range(first, first + 8)]
-        return sum(bool(batches[i] & (batches[i - 1] | batches[i - 2])) for i in range(2, 8))
+        """How many of the next nine batches repeat a prompt of the four before them: .4 x 80 / 8 = 4 steps."""
+        batches = [set(caller.chosen(step, 8, **arguments)) for step in range(first, first + 9)]
+        return sum(bool(batches[i] & set().union(*batches[max(i - 4, 0) : i])) for i in range(1, 9))
 
     caller.create(lease_steps=0, reprobe_share=0)
     assert repeats(10) == 0
@@ -160,18 +160,27 @@ def test_the_rest_never_stops_a_trainer(caller: Caller) -> None:
     assert set(caller.chosen(8, 2, candidates=["p1", "p2"])) == {"p1", "p2"}
 
 
-def test_with_a_visit_limit_prompts_do_not_repeat_until_all_were_chosen(caller: Caller) -> None:
+def test_with_a_visit_limit_prompts_do_not_repeat_until_all_were_chosen_and_then_the_trainer_goes_on(
+    caller: Caller,
+) -> None:
     caller.load_texts(*(names := [f"p{i}" for i in range(12)]))
     caller.create(max_visits=1)
 
     batches = [caller.chosen(step, 4) for step in range(3)]
-    problem = caller.refused("POST", "/select_batch", json={"run": caller.run, "step": 3, "batch_size": 4})
+    again = caller.chosen(3, 4)
 
     assert sorted(name for batch in batches for name in batch) == sorted(names)
-    assert (problem.status, problem.code) == (409, "not_enough_prompts")
-    assert problem.detail == (
-        f"batch_size asks for 4 prompts, 0 may be selected (pool 12, cooldown_steps 0, max_visits 1): {LIMITS}"
-    )
+    assert set(again) <= set(names)
+
+
+def test_of_prompts_that_had_their_visits_the_least_visited_come_back(caller: Caller) -> None:
+    caller.load_texts(*(names := [f"p{i}" for i in range(6)]))
+    caller.create(max_visits=2, lease_steps=0, cooldown_steps=0)
+    for step in range(4):
+        often = names if step < 2 else names[:3]
+        caller.observe(step, *({"prompt_id": name, "rewards": [1, 0]} for name in often))
+
+    assert set(caller.chosen(9, 3)) == set(names[3:])
 
 
 def test_an_observed_prompt_counts_as_visited(caller: Caller) -> None:
@@ -261,15 +270,15 @@ def test_a_pool_that_cannot_fill_a_batch_with_informative_groups_has_no_pad(call
 @pytest.mark.parametrize(
     ("arguments", "detail"),
     [
-        ({"batch_size": 17}, "batch_size asks for 17 prompts, 16 may be selected (pool 16, cooldown_steps 0,"),
+        ({"batch_size": 17}, "batch_size asks for 17 prompts, 16 may be selected (pool 16, cooldown_steps 0):"),
         ({"batch_size": 2, "candidates": ["easy-1"]}, "batch_size asks for 2 prompts, 1 may be selected (pool 16,"),
         (
             {"batch_size": 10, "categories": {"hard": 0.5}},
-            "categories: the share of 'hard' asks for 5 prompts, 4 may be selected (pool 16, cooldown_steps 0,",
+            "categories: the share of 'hard' asks for 5 prompts, 4 may be selected (pool 16, cooldown_steps 0):",
         ),
         (
             {"batch_size": 10, "categories_at_most": {"easy": 0.5}},
-            "batch_size asks for 10 prompts, 9 may be selected (pool 16, cooldown_steps 0, max_visits none, "
+            "batch_size asks for 10 prompts, 9 may be selected (pool 16, cooldown_steps 0, "
             "categories_at_most {'easy': 0.5}): ask for",
         ),
         ({"batch_size": 4, "categories": {"other": 0.5}}, "categories: the share of 'other' asks for 2 prompts, 0 may"),
@@ -296,9 +305,7 @@ def test_nothing_can_be_chosen_from_an_empty_pool(caller: Caller) -> None:
     problem = caller.refused("POST", "/select_batch", json={"run": caller.run, "step": 0, "batch_size": 1})
 
     assert (problem.status, problem.code) == (409, "not_enough_prompts")
-    assert problem.detail == (
-        f"batch_size asks for 1 prompts, 0 may be selected (pool 0, cooldown_steps 0, max_visits none): {LIMITS}"
-    )
+    assert problem.detail == (f"batch_size asks for 1 prompts, 0 may be selected (pool 0, cooldown_steps 0): {LIMITS}")
 
 
 @pytest.mark.parametrize(

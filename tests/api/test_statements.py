@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.http = TestClient(create_app(Store(engine)))
+        self.http = TestClient(create_app(Store(engine)), base_url="http://localhost")
 
     def cost(self, path: str, **body: Any) -> tuple[int, int]:
         """Transactions and statements of one call."""
@@ -111,7 +111,7 @@ def test_a_choice_is_two_transactions(trainer: Trainer) -> None:
 
 
 def test_what_another_process_wrote_is_read_once(trainer: Trainer) -> None:
-    elsewhere = TestClient(create_app(Store(trainer.engine)))
+    elsewhere = TestClient(create_app(Store(trainer.engine)), base_url="http://localhost")
     elsewhere.post("/observe", json={"run": "math", "step": 1, "observations": [seen("p1")]}).raise_for_status()
 
     report = trainer.cost("/observe", step=1, request_id="1", observations=[seen("p2")])

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import MetaData, select, update
+
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Store
+from evenodds_service.storage.tables import prompts
 
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
@@ -46,3 +54,68 @@ def test_taking_back_the_permission_erases_what_is_stored(caller: Caller) -> Non
     caller.load_texts("d")
 
     assert texts(caller) == [None, None, None, "What is d?"]
+
+
+def where_it_stands(database_url: str, words: str) -> list[str]:
+    """The tables whose rows hold the words, and the files of a SQLite database that do anywhere."""
+    engine = open_engine(database_url)
+    tables = MetaData()
+    tables.reflect(engine)
+    found = []
+    with engine.connect() as connection:
+        for table in tables.sorted_tables:
+            rows = connection.execute(select(table)).all()
+            held = [value for row in rows for value in row if isinstance(value, (str, bytes))]
+            if any(words.encode() in (value.encode() if isinstance(value, str) else value) for value in held):
+                found.append(table.name)
+    engine.dispose()
+    if database_url.startswith("sqlite"):
+        file = Path(database_url.removeprefix("sqlite:///"))
+        found += [other.suffix for other in file.parent.glob(file.name + "*") if words.encode() in other.read_bytes()]
+    return found
+
+
+@pytest.mark.parametrize("at_step", [None, 0])
+def test_a_fork_that_keeps_no_texts_gets_none(caller: Caller, at_step: int | None) -> None:
+    caller.load_texts("a", "b")
+    fork = type(caller)(caller.http, caller.client, f"{caller.run}.fork-{at_step}")
+
+    fork.create(fork_of=caller.run, keep_text=False, **({} if at_step is None else {"at_step": at_step}))
+
+    assert texts(fork) == [None, None]
+    assert texts(caller) == ["What is a?", "What is b?"]
+    assert fork.load([{"prompt_id": "a", "text": "What is a?"}])["existing"] == 1
+
+
+def test_texts_that_a_run_has_against_its_setting_go_when_it_is_said_again(caller: Caller, service: Service) -> None:
+    """As a fork had them that an earlier release made."""
+    caller.create(keep_text=False)
+    caller.load_texts("a")
+    engine = open_engine(service.database_url)
+    with engine.begin() as connection:
+        row = (prompts.c.run_id == Store(engine).run(caller.run).id,)
+        connection.execute(update(prompts).where(*row).values(text=SECRET))
+    engine.dispose()
+    assert texts(caller) == [SECRET]
+
+    caller.create(keep_text=False)
+
+    assert texts(caller) == [None]
+
+
+@pytest.mark.parametrize("way", ["keep_text", "delete"])
+def test_what_is_erased_stands_in_no_table_and_in_no_page(caller: Caller, service: Service, way: str) -> None:
+    words = f"{SECRET} {caller.run} {way}"
+    long = [{"prompt_id": f"long-{i}", "text": words * 300} for i in range(3)]  # over pages of their own
+    caller.load([*long, *({"prompt_id": f"{i}", "text": f"{words} {i}"} for i in range(200))])
+    caller.observe(0, {"prompt_id": "new", "text": words, "successes": 1, "attempts": 8})
+    caller.select(1, 8)
+    stood = where_it_stands(service.database_url, words)
+
+    if way == "keep_text":
+        caller.create(keep_text=False)
+    else:
+        assert caller.http.delete(f"/runs/{caller.run}").status_code == 204
+
+    assert "prompts" in stood
+    assert where_it_stands(service.database_url, words) == []

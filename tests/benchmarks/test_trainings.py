@@ -122,7 +122,7 @@ def test_fill_asks_for_as_many_as_make_a_batch_of_informative_groups(world: Worl
 
     assert sizes[0] == 6  # one half is expected to be informative at first
     assert max(sizes) <= 18
-    assert 3 <= np.mean(sizes[8:]) <= 5
+    assert 3 <= np.mean(sizes[8:]) < 6
 
 
 def test_names_of_arms_are_read() -> None:
@@ -139,7 +139,7 @@ def test_names_of_arms_are_read() -> None:
         ("gsp", "arm 'gsp' is none of uniform, dynamic, mopps, gps-paper, prime-rl, oracle, gps, gps"),
         ("mopps+rest=3", "arm 'mopps.rest=3' is none of"),
         ("gps+pause=3", "field 'pause' of arm 'gps.pause=3' is none of rest, cap, draw, fill, most, refit, optimism"),
-        ("gps+draw=all", "'draw=all' of arm .*: draw 'all' is none of top, gd<k>, pd<k>"),
+        ("gps+draw=all", "'draw=all' of arm .*: draw 'all' is none of service, gd<k>, pd<k>"),
         ("gps+rest=x", "'rest=x' of arm .*: invalid literal"),
         ("gps+rest=0+fill=1", "'fill=1' of arm .*: fill without a rest asks for the same prompts again and again"),
     ],

@@ -390,6 +390,7 @@ def test_nemo_rl_draws_rows_of_all_loaders_and_reports_what_it_is_handed(
         ({"run": ...}, "settings: run missing"),
         ({"base_url": ...}, "settings: base_url missing; base_url says where the service is"),
         ({"reward_range": [1, 1]}, r"settings: reward_range \[1, 1\] must rise from failure to success"),
+        ({"reward_range": 1}, r"settings: reward_range 1 must be two numbers, as \[-1, 1\]"),
         ({"deadline": 1}, "settings: .*unexpected keyword argument 'deadline'"),
         ({"seed": -1}, "settings: seed -1 must be in"),
     ],
@@ -401,3 +402,44 @@ def test_a_wrong_setting_is_named_with_its_place(change: dict[str, Any], message
 
     with pytest.raises(ConfigurationError, match=message):
         Connection({key: value for key, value in given.items() if value is not ...}, ["a"], where="settings")
+
+
+@pytest.mark.parametrize(
+    ("reward_range", "reward", "message"),
+    [
+        ([0, 1], -1, r"settings: the reward -1 of prompt 'a' is outside of reward_range \[0, 1\]: set reward_range"),
+        ([-1, 1], 1.4, r"the reward 1.4 of prompt 'a' is outside of reward_range \[-1, 1\]"),
+        ([0, 1], "yes", "settings: the reward 'yes' is no number, of prompt 'a'"),
+    ],
+)
+def test_a_reward_outside_of_its_range_is_an_error_at_once(
+    reward_range: list[float], reward: Any, message: str
+) -> None:
+    from evenodds.integrations.connection import Connection
+
+    connection = Connection({"base_url": None, "run": "r", "reward_range": reward_range}, ["a", "b"], where="settings")
+
+    with pytest.raises(ConfigurationError, match=message):
+        connection.observe(0, {"b": [1, 0], "a": [1, reward]})
+    with pytest.raises(ConfigurationError, match=message):
+        connection.observe_means(0, {"b": 1, "a": reward}, attempts=4)
+
+    assert connection.selector.counts().observed == 0
+    connection.selector.close()
+
+
+def test_rewards_of_both_signs_give_a_hopeless_prompt_its_rate(
+    trainers_service: TrainersService, settings: dict[str, Any]
+) -> None:
+    from evenodds.integrations.connection import Connection
+
+    connection = Connection({**settings, "reward_range": [-1, 1]}, [{"prompt_id": "a", "text": "A"}], where="settings")
+    connected(connection)
+    for step in range(4):
+        connection.observe(step, {"a": [-1.0, -1.0, None, float("nan")]})
+    assert connection.selector.flush()
+    connection.selector.close()
+
+    belief = trainers_service.client.prompt(settings["run"], "a").belief
+    assert belief.success_rate < 0.1
+    assert belief.attempts_seen == 8

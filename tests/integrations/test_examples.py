@@ -40,7 +40,7 @@ def test_the_pytorch_example_trains_and_resumes(trainers_service: TrainersServic
 
 @pytest.mark.slow
 def test_the_trl_example_trains(trainers_service: TrainersService, tmp_path: Path) -> None:
-    from tests.integrations.test_trl import tiny_model
+    from tests.integrations.tiny import tiny_model
 
     model, tokenizer = tiny_model()
     model.save_pretrained(tmp_path / "model")
@@ -102,7 +102,7 @@ def test_the_configurations_are_understood() -> None:
 def test_the_trl_example_trains_in_two_processes(
     trainers_service: TrainersService, tmp_path: Path, unused_port: int
 ) -> None:
-    from tests.integrations.test_trl import tiny_model
+    from tests.integrations.tiny import tiny_model
 
     model, tokenizer = tiny_model()
     model.save_pretrained(tmp_path / "model")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import string
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.integrations.conftest import TrainersService, observed
+from tests.integrations.tiny import PROMPTS, ROWS, config, says_the_digit, tiny_model
 
 from evenodds import ConfigurationError, PromptSelector
 from evenodds.integrations.trl import GRPOSelection
@@ -18,70 +19,6 @@ from evenodds.integrations.trl import GRPOSelection
 pytestmark = pytest.mark.filterwarnings("default")  # what TRL and transformers say of one another
 
 Make = Callable[..., PromptSelector]
-ROWS = [
-    {"prompt_id": f"digit-{i}-{n}", "prompt": f"{i}" * n + "=", "digit": str(i)} for i in range(8) for n in (1, 2, 3)
-]
-PROMPTS = [{"prompt_id": row["prompt_id"], "text": row["prompt"]} for row in ROWS]
-
-
-def config(folder: Path, **options: Any) -> Any:
-    from trl import GRPOConfig
-
-    return GRPOConfig(
-        **{
-            "output_dir": str(folder / "trained"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "max_steps": 4,
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 2,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "shuffle_dataset": False,
-            "ignore_data_skip": True,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "learning_rate": 1e-3,
-            **options,
-        }
-    )
-
-
-def tiny_model() -> tuple[Any, Any]:
-    """A causal transformer of some thousand weights, and a tokenizer of single characters."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", "=", *string.digits])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
-    return model, PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def says_the_digit(prompts: list[str], completions: list[str], digit: list[str], **_: Any) -> list[float]:
-    """1 for a completion that says the prompt's digit."""
-    return [float(wanted in completion) for wanted, completion in zip(digit, completions, strict=True)]
 
 
 def test_the_trainer_still_calls_what_the_adapter_relies_on(tmp_path: Path) -> None:
@@ -128,6 +65,30 @@ def test_a_config_that_would_undo_the_choice_is_refused(tmp_path: Path, change: 
 def test_rows_are_needed_for_all_prompts(tmp_path: Path) -> None:
     with PromptSelector(None, "r", ["a", "b"]) as selector, pytest.raises(ConfigurationError, match="have none: 'b'"):
         GRPOSelection(selector, config(tmp_path)).dataset([{"prompt_id": "a", "prompt": "A"}])
+
+
+def test_rewards_of_another_range_are_mapped_and_those_outside_of_it_raise(tmp_path: Path) -> None:
+    class State:
+        global_step = 3
+
+    def columns(prompt_ids: list[str]) -> dict[str, Any]:
+        return {"prompt_id": prompt_ids, "trainer_state": State}
+
+    with PromptSelector(None, "r", ["a", "b"], outbox=tmp_path) as selector:
+        selection = GRPOSelection(selector, config(tmp_path))
+        reward = selection.observed(lambda rewards, **_: rewards, reward_range=(-1, 1))
+        unmapped = selection.observed(lambda rewards, **_: rewards)
+
+        reward(rewards=[1.0, -1.0, None, float("nan")], **columns(["a", "a", "b", "b"]))
+
+        (delivery,) = selector.state_dict()["undelivered"]
+        assert json.loads(delivery["body"]) == [{"prompt_id": "a", "rewards": [1.0, 0.0]}]
+        with pytest.raises(
+            ConfigurationError, match=r"observed: the reward -1 of prompt 'b' is outside of reward_range"
+        ):
+            unmapped(rewards=[1.0, -1.0], **columns(["a", "b"]))
+        with pytest.raises(ConfigurationError, match=r"observed: reward_range \[1, 0\] must rise"):
+            selection.observed(lambda rewards, **_: rewards, reward_range=[1, 0])
 
 
 @pytest.mark.slow

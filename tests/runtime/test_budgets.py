@@ -244,7 +244,7 @@ def test_predict_is_exact_unless_told_otherwise_and_a_choice_always_is(office: O
         app = create_app(office.store, Settings(predict_staleness_ms=staleness_ms))
         asked = {"run": "r", "prompts": [{"prompt_id": "p"}]}
         positions = []
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             positions.append((await http.post("/predict", json=asked)).json()["log_position"])
             office.observe()
             positions.append((await http.post("/predict", json=asked)).json()["log_position"])

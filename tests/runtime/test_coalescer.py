@@ -214,7 +214,7 @@ def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length
 
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             asked = [asyncio.create_task(http.post("/predict", json=body)) for _ in range(MOST_WAITING + 50)]
             await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)  # nobody is served yet
             go_on.set()

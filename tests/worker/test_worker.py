@@ -204,7 +204,7 @@ def test_a_refit_of_an_empty_run_fails_with_what_to_do(bench: Bench) -> None:
     bench.worker().work_once()
 
     (refit,) = bench.refits("empty")
-    assert refit.error == ("ValueError: run 'empty' has no prompts to fit: load them with POST /runs/{run}/prompts")
+    assert refit.error == ("NothingToFit: run 'empty' has no prompts to fit: load them with POST /runs/{run}/prompts")
 
 
 @pytest.mark.parametrize("settings", [{}, {"predictor": "gps-paper"}, {"embedder": "none"}, {"predictor": "mopps"}])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evenodds.errors import ConfigurationError
 from evenodds.schemas import PromptIn
 from evenodds.training.batch import Batch
+from evenodds.training.inputs import as_rate, as_reward
 from evenodds.training.selector import PromptSelector
 
 
@@ -36,10 +38,7 @@ class Connection:
         missing = [name for name in ("base_url", "run") if name not in options]
         if missing:
             raise ConfigurationError(f"{where}: {' and '.join(missing)} missing; base_url says where the service is")
-        low, high = options.pop("reward_range", (0.0, 1.0))
-        if not low < high:
-            raise ConfigurationError(f"{where}: reward_range [{low}, {high}] must rise from failure to success")
-        self._low, self._high = float(low), float(high)
+        self._range = RewardRange.of(options.pop("reward_range", (0.0, 1.0)), where=where)
         try:
             self.selector = PromptSelector(options.pop("base_url"), options.pop("run"), prompts, **options)
         except (TypeError, ConfigurationError) as error:
@@ -52,24 +51,30 @@ class Connection:
         self.next_step += 1
         return batch
 
-    def observe(self, step: int, rewards: Mapping[str, Sequence[float]]) -> None:
-        """Report rewards by prompt id; they are scaled by `reward_range`."""
-        self.selector.observe(
-            step, {prompt_id: [self._scaled(r) for r in group] for prompt_id, group in rewards.items() if len(group)}
-        )
+    def observe(self, step: int, rewards: Mapping[str, Sequence[float | None]]) -> None:
+        """Report rewards by prompt id; they are scaled by `reward_range`. None and NaN are no attempts.
+
+        Raises:
+            ConfigurationError: A reward is outside `reward_range`; then nothing is reported.
+        """
+        scaled = {
+            prompt_id: [self._range.scaled(reward, prompt_id) for reward in group]
+            for prompt_id, group in rewards.items()
+            if len(group)
+        }
+        self.selector.observe(step, scaled)
 
     def observe_means(self, step: int, means: Mapping[str, float], *, attempts: int) -> None:
         """Report the mean reward of each prompt's group of so many attempts, where a framework tells no more."""
+        scaled = {prompt_id: self._range.scaled(mean, prompt_id) for prompt_id, mean in means.items()}
         self.selector.observe(
             step,
             [
-                {"prompt_id": prompt_id, "successes": self._scaled(mean) * attempts, "attempts": attempts}
-                for prompt_id, mean in means.items()
+                {"prompt_id": prompt_id, "successes": mean * attempts, "attempts": attempts}
+                for prompt_id, mean in scaled.items()
+                if mean is not None
             ],
         )
-
-    def _scaled(self, reward: float) -> float:
-        return (float(reward) - self._low) / (self._high - self._low)
 
     def state_dict(self) -> dict[str, Any]:
         """What belongs into the checkpoint."""
@@ -78,6 +83,50 @@ class Connection:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to it: the service too."""
         self.next_step = go_back(self.selector, state)
+
+
+@dataclass(frozen=True)
+class RewardRange:
+    """The rewards that stand for failure and success.
+
+    Attributes:
+        where: Where it is set, for errors.
+    """
+
+    low: float
+    high: float
+    where: str
+
+    @classmethod
+    def of(cls, given: Sequence[float], *, where: str) -> RewardRange:
+        """Raises ConfigurationError: it is not two numbers of which the second is the larger."""
+        try:
+            low, high = map(float, given)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{where}: reward_range {given!r} must be two numbers, as [-1, 1]") from error
+        if not low < high:
+            raise ConfigurationError(f"{where}: reward_range {list(given)} must rise from failure to success")
+        return cls(low, high, where)
+
+    def scaled(self, reward: object, prompt_id: str) -> float | None:
+        """In [0, 1]; None for a reward of None or NaN.
+
+        Raises:
+            ConfigurationError: It is no number, or outside the range.
+        """
+        try:
+            number = as_reward(reward)
+        except ValueError as error:
+            raise ConfigurationError(f"{self.where}: {error}, of prompt {prompt_id!r}") from error
+        if number is None:
+            return None
+        rate = as_rate((number - self.low) / (self.high - self.low))
+        if rate is None:
+            raise ConfigurationError(
+                f"{self.where}: the reward {number:g} of prompt {prompt_id!r} is outside of reward_range "
+                f"[{self.low:g}, {self.high:g}]: set reward_range to the rewards that stand for failure and success"
+            )
+        return rate
 
 
 def checkpoint(selector: PromptSelector, next_step: int) -> dict[str, Any]:

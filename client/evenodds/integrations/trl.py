@@ -2,37 +2,39 @@
 
 Unsloth and ms-swift inherit both from TRL.
 `GRPOTrainer` and `accelerate` read one generation ahead: the batch of a generation is chosen before the outcomes of the
-one before it are known. With several processes, `accelerate` lets the main process read the dataset for all: give each
-selector `rank=config.process_index`, and no `broadcast`, in which the others would never take part.
+one before it are known. With several processes each reads the dataset; rank 0 chooses for all, and each reports the
+rewards that it has computed.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evenodds.errors import ConfigurationError
+from evenodds.integrations.connection import RewardRange
+from evenodds.integrations.torch import ranks
 from evenodds.training.selector import PromptSelector
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "evenodds.json"
+STATE = "evenodds"
+"""Where the trainer's own state keeps the selector's, in each checkpoint's `trainer_state.json`."""
 RewardFunction = Callable[..., Any]
 
 
 class GRPOSelection:
     """What one GRPO training needs: `dataset(rows)`, `observed(reward_function)` and `callback()`.
 
-    The step is the trainer's `global_step`, which is the policy version.
+    The step is the trainer's `global_step`, which is the policy version. Where `torch.distributed` runs (a `GRPOConfig`
+    starts it in a launched process), the selector becomes one of its ranks.
 
     Args:
         config: The trainer's `GRPOConfig`, with `max_steps` (the dataset never ends), `shuffle_dataset=False` (the
@@ -50,6 +52,8 @@ class GRPOSelection:
                 raise ConfigurationError(f"GRPOConfig: {name} is {getattr(config, name)!r}, set it to {wanted!r}")
         if config.max_steps <= 0:
             raise ConfigurationError(f"GRPOConfig: max_steps is {config.max_steps}, say after how many steps to end")
+        if not selector.has_broadcast and (of_this_process := ranks()):
+            selector.use_ranks(of_this_process["rank"], of_this_process["broadcast"])
         self._selector = selector
         self._id_column = id_column
         self._n_prompts = config.generation_batch_size // config.num_generations
@@ -91,23 +95,35 @@ class GRPOSelection:
             yield self._first_step + step, n * self._n_prompts
             generation += n
 
-    def observed(self, reward_function: RewardFunction, *, success: Callable[[float], float] = float) -> RewardFunction:
+    def observed(
+        self,
+        reward_function: RewardFunction,
+        *,
+        reward_range: Sequence[float] = (0.0, 1.0),
+        success: Callable[[float], float | None] = float,
+    ) -> RewardFunction:
         """The reward function, whose rewards are reported too.
 
         Wrap the one that says whether an attempt succeeded. Rows without the id column, or of prompts outside the
         pool, are not reported; leave the column out of an evaluation set.
 
         Args:
-            reward_function: As `GRPOTrainer` calls it, asynchronous or not. A reward of None is no attempt.
-            success: Maps a reward to [0, 1].
+            reward_function: As `GRPOTrainer` calls it, asynchronous or not. A reward of None or NaN is no attempt.
+            reward_range: The rewards that stand for failure and success: (-1, 1), say.
+            success: Maps a reward to one in `reward_range`, or to None: no attempt.
+
+        Raises:
+            ConfigurationError: `reward_range` does not rise. While training: a reward is outside of it.
         """
         known = frozenset(self._selector.prompt_ids)
+        scale = RewardRange.of(reward_range, where="observed")
 
         def report(rewards: Iterable[float | None], columns: Mapping[str, Any]) -> None:
-            outcomes: dict[str, list[float]] = defaultdict(list)
+            outcomes: dict[str, list[float | None]] = defaultdict(list)
             for prompt_id, reward in zip(columns.get(self._id_column, ()), rewards, strict=False):
-                if reward is not None and str(prompt_id) in known:
-                    outcomes[str(prompt_id)].append(success(reward))
+                if str(prompt_id) in known:
+                    succeeded = None if reward is None else success(reward)
+                    outcomes[str(prompt_id)].append(scale.scaled(succeeded, str(prompt_id)))
             self._selector.observe(columns["trainer_state"].global_step, outcomes)
 
         if inspect.iscoroutinefunction(reward_function):
@@ -134,25 +150,29 @@ class GRPOSelection:
 
 
 class _Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """In `TrainerState`, which every checkpoint has, wherever it lies; the process that writes it is rank 0."""
+
     def __init__(self, selection: GRPOSelection) -> None:
         self._selection = selection
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            path = _state_file(args, state)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._selection._selector.state_dict()))
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A callback behind this one may still ask for a checkpoint.
+        state.stateful_callbacks[STATE] = self._selection._selector.state_dict()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        selector = self._selection._selector
         self._selection._first_step = state.global_step
         if state.global_step == 0:
             return
-        path = _state_file(args, state)
-        if path.is_file():
-            self._selection._selector.load_state_dict(json.loads(path.read_text()))
-        else:
-            logger.warning("%s is missing: the service keeps what was observed after the checkpoint", path)
-
-
-def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        kept = state.stateful_callbacks.get(STATE)
+        if kept is not None:
+            selector.load_state_dict(kept)
+            return
+        logger.warning(
+            "run %r: the checkpoint of step %d holds no state of the selector; what was observed from step %d on is "
+            "forgotten, as after a checkpoint that holds one",
+            selector.run,
+            state.global_step,
+            state.global_step,
+        )
+        selector.rewind_to(state.global_step - 1)

@@ -23,6 +23,7 @@ MAX_ALLOCATION = 2_000_000
 """Most attempts to choose among in one allocation: prompts times the most attempts for one of them."""
 MAX_TIERS = 16
 
+INCARNATION_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 RUN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 

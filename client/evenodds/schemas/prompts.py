@@ -66,6 +66,10 @@ class PromptsAdded(Reply):
     existing: int = Field(description="prompts of this call that the pool had already")
     pool_size: int
     log_position: int
+    conflicts: dict[str, str] = Field(
+        default={},
+        description="with keep_existing: prompts that the pool has with another content, by id, and what differs",
+    )
 
 
 class PromptInfo(HasOlderNames, Reply):

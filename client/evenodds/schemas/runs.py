@@ -9,7 +9,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
+    INCARNATION_PATTERN,
     MAX_ITEMS,
+    MAX_STEP,
     Acquisition,
     CategoryShares,
     GroupSize,
@@ -77,7 +79,8 @@ class RunUpdate(HasOlderNames, Request):
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
         description="a prompt rests for this many steps after it was chosen, come what may. By default it rests for "
-        "a twentieth of an epoch (pool / (20 batch_size) steps) under yield, while there are enough others; 0: never",
+        "25 steps, at most 0.4 of an epoch (pool / batch_size steps), under yield, while there are enough others; "
+        "0: never",
     )
     lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
@@ -85,7 +88,8 @@ class RunUpdate(HasOlderNames, Request):
         "8 by default, 0 waits for none",
     )
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
-        default=None, description="a prompt is chosen at most so often; 0, the default, sets no limit"
+        default=None,
+        description="a prompt is chosen at most so often while there are enough others; 0, the default, sets no limit",
     )
     keep_text: bool | None = Field(
         default=None,
@@ -223,7 +227,14 @@ class RunState(HasOlderNames, Reply):
 class RewindRequest(Request):
     model_config = example(step=11)
 
-    step: Step = Field(description="the step of the checkpoint that the trainer restarted from")
+    step: Annotated[int, Field(ge=-1, le=MAX_STEP)] = Field(
+        description="the step of the checkpoint that the trainer restarted from; -1 forgets every step"
+    )
+    incarnation: Annotated[str, Field(pattern=INCARNATION_PATTERN)] | None = Field(
+        default=None,
+        description="names the restarted trainer: observations whose request_id begins with it and a dot are its own, "
+        "reported before this call arrived, and are kept",
+    )
 
 
 class RetractRequest(Request):

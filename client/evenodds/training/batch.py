@@ -19,12 +19,15 @@ class Batch:
         prompt_ids: As many as were asked for, all different.
         arms: For each prompt: `policy` or `control` as the service chose, `uniform` where it did not choose.
         reply: All that the service said; None for a uniform batch.
+        incarnation: Names the training since it last went back to a checkpoint, for all ranks that get this batch;
+            None where it never did.
     """
 
     step: int
     prompt_ids: tuple[str, ...]
     arms: tuple[Arm, ...]
     reply: SelectReply | None = None
+    incarnation: str | None = None
 
     @property
     def source(self) -> Literal["service", "uniform"]:

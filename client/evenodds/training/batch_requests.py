@@ -28,13 +28,21 @@ class BatchRequests:
         seconds: How long one attempt of a request may be silent; what precedes it takes at most as long.
         wait_until_clear: Called before a request with the seconds that it may wait; raises if the service must not
             be asked yet.
+        prepared: What becomes of a request then, before it is sent. What it raises is the answer.
     """
 
-    def __init__(self, base_url: str, seconds: float, wait_until_clear: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        seconds: float,
+        wait_until_clear: Callable[[float], None],
+        prepared: Callable[[SelectRequest], SelectRequest],
+    ) -> None:
         # Tried twice: a connection that was kept may have been broken by a restart of the service.
         self._client = Client(base_url, timeout_seconds=seconds, retries=1)
         self._seconds = seconds
         self._wait_until_clear = wait_until_clear
+        self._prepared = prepared
         self._lock = threading.Lock()
         self._asked: dict[str, Future[SelectReply]] = {}
         self._n_under_way = 0
@@ -70,6 +78,8 @@ class BatchRequests:
         try:
             ends = time.monotonic() + self._seconds
             self._wait_until_clear(self._seconds)
+            request = self._prepared(request)
+            self._wait_until_clear(ends - time.monotonic())  # what was prepared may have been a rewind
             if time.monotonic() > ends:
                 raise NotAnswered("there was no time left to ask")
             reply = self._client.select_batch(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeAlias, cast
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,7 +19,10 @@ from evenodds.schemas import OLDER_NAMES, Observation, PromptIn, RunName, RunUpd
 from evenodds.training.outbox import Delivery
 from evenodds.validation import fault_lines, kept_to, warn_of_older_names
 
-Outcomes: TypeAlias = Mapping[str, Iterable[float]] | Iterable[Observation | Mapping[str, object]]
+EQUAL_WITHIN = 1e-6
+"""Rewards that differ by less are equal: they differ by rounding."""
+
+Outcomes: TypeAlias = Mapping[str, Iterable[float | None]] | Iterable[Observation | Mapping[str, object]]
 
 _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _STEP: TypeAdapter[int] = TypeAdapter(Step)
@@ -121,37 +124,94 @@ def checked_state(state: Mapping[str, Any], run: str, expected: int) -> tuple[in
         raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
 
 
-def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> tuple[list[dict[str, object]], list[str]]:
-    """Those that are observations of known prompts, or of new ones with a text, as JSON; and the others' faults."""
+@dataclass(frozen=True)
+class Checked:
+    """What is told to the service, and what is not.
+
+    Attributes:
+        sound: Observations of known prompts, or of new ones with a text, as JSON.
+        faults: What is wrong with the others.
+        n_without_reward: Attempts whose reward is None or NaN. They are no attempts of the policy.
+    """
+
+    sound: list[dict[str, object]]
+    faults: list[str]
+    n_without_reward: int
+
+
+def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> Checked:
+    """Tell observations from what is none.
+
+    Raises:
+        InvalidRequest: A reward is no number, or lies outside [0, 1]. To leave such rewards out would bias what is
+            believed: of rewards -1 and 1 nothing but success would be left.
+    """
     sound: list[dict[str, object]] = []
     faults: list[str] = []
+    n_without_reward = 0
     for index, outcome in enumerate(_listed(outcomes)):
         where = f"outcomes[{index}]"
+        if isinstance(outcome, Mapping) and outcome.get("rewards") is not None:
+            given = list(cast("Iterable[object]", outcome["rewards"]))
+            rewards = [checked for reward in given if (checked := _reward(reward, where, outcome)) is not None]
+            n_without_reward += len(given) - len(rewards)
+            if not rewards:
+                continue
+            outcome = {**outcome, "rewards": rewards}
         try:
-            observation = Observation.model_validate(_with_plain_rewards(outcome))
+            observation = Observation.model_validate(outcome)
         except ValidationError as error:
             faults.append(fault_lines(error.errors(include_url=False), prefix=where)[0])
-        except (TypeError, ValueError) as error:
-            faults.append(f"{where}.rewards: {error}")
         else:
             if observation.text is None and observation.prompt_id not in known:
                 faults.append(f"{where}.prompt_id: {observation.prompt_id!r} is not among this selector's prompts")
             else:
                 sound.append(observation.model_dump(exclude_none=True, exclude_unset=True))
-    return sound, faults
+    return Checked(sound, faults, n_without_reward)
+
+
+def as_reward(reward: object) -> float | None:
+    """A float of whatever counts as one; None for None and NaN.
+
+    Raises:
+        ValueError: It is no number.
+    """
+    if reward is None:
+        return None
+    try:
+        number = float(cast("SupportsFloat", reward))
+    except (TypeError, ValueError):
+        raise ValueError(f"the reward {reward!r} is no number") from None
+    return None if math.isnan(number) else number
+
+
+def as_rate(number: float) -> float | None:
+    """The number itself if it lies in [0, 1], the end that it misses by rounding; None for all others."""
+    return min(1.0, max(0.0, number)) if -EQUAL_WITHIN <= number <= 1 + EQUAL_WITHIN else None
+
+
+def _reward(reward: object, where: str, outcome: Mapping[str, object]) -> float | None:
+    prompt_id = outcome.get("prompt_id")
+    try:
+        number = as_reward(reward)
+    except ValueError as error:
+        raise InvalidRequest("observe", [f"{where}.rewards: {error}, of prompt {prompt_id!r}"]) from error
+    rate = None if number is None else as_rate(number)
+    if number is not None and rate is None:
+        raise InvalidRequest(
+            "observe",
+            [
+                f"{where}.rewards: the reward {number:g} of prompt {prompt_id!r} is outside [0, 1]: map rewards to "
+                "[0, 1] before (adapters do it by their setting reward_range, and TRL's by success= as well)"
+            ],
+        )
+    return rate
 
 
 def _listed(outcomes: Outcomes) -> Iterable[Observation | Mapping[str, object]]:
     if isinstance(outcomes, Mapping):
         return [{"prompt_id": prompt_id, "rewards": rewards} for prompt_id, rewards in outcomes.items()]
     return outcomes
-
-
-def _with_plain_rewards(outcome: Observation | Mapping[str, object]) -> object:
-    """With floats, where an array or a tensor may stand."""
-    if not isinstance(outcome, Mapping) or outcome.get("rewards") is None:
-        return outcome
-    return {**outcome, "rewards": [float(reward) for reward in cast("Iterable[float]", outcome["rewards"])]}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Sequence
 
 from evenodds.schemas import SelectRequest
 from evenodds.training.batch import Batch
@@ -21,9 +22,17 @@ class Running:
 
     Args:
         loads_pool: Whether this process creates the run and loads its pool.
+        prepared: What becomes of a request for a batch before it is sent.
     """
 
-    def __init__(self, setup: Setup, *, loads_pool: bool) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        prompt_ids: Sequence[str],
+        loads_pool: bool,
+        prepared: Callable[[SelectRequest], SelectRequest],
+    ) -> None:
         self.pid = os.getpid()
         self.status = Status(setup.base_url, setup.run)
         self.batches: dict[str, Batch] = {}
@@ -31,10 +40,14 @@ class Running:
         self.last_request: SelectRequest | None = None
         self._prefetches = setup.prefetches
         self._lock = threading.Lock()
-        self.sender = OutboxSender(setup, self.status, loads_pool=loads_pool, on_delivered=self._prefetch_after)
+        self.sender = OutboxSender(
+            setup, self.status, prompt_ids=prompt_ids, loads_pool=loads_pool, on_delivered=self._prefetch_after
+        )
         self.requests: BatchRequests | None = None
         if setup.base_url is not None:
-            self.requests = BatchRequests(setup.base_url, setup.deadline_seconds, self.sender.wait_until_clear)
+            self.requests = BatchRequests(
+                setup.base_url, setup.deadline_seconds, self.sender.wait_until_clear, prepared
+            )
 
     def keep(self, key: str, batch: Batch) -> None:
         """For the case that the same is asked for again."""

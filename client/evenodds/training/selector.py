@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 from uuid import uuid4
 
 from evenodds.errors import ConfigurationError, InvalidRequest
@@ -38,6 +38,7 @@ from evenodds.validation import request_of
 
 DEFAULT_OUTBOX = Path(".evenodds")
 STATE_FORMAT = 1
+Existing: TypeAlias = Literal["refuse", "auto", "resume"]
 
 
 class PromptSelector:
@@ -54,7 +55,8 @@ class PromptSelector:
 
     Several processes: give each its `rank`, and a `broadcast` in which all take part. Then rank 0 asks, and all get
     its batch. Without `broadcast` each asks for itself: the service answers all alike, but where it fails some of
-    them, batches differ. Each process observes its own outcomes. Processes of one machine may share the outbox.
+    them, batches differ, and a resumed training may lose outcomes. Each process observes its own outcomes. Processes
+    of one machine may share the outbox.
 
     Threads may share a selector. A process that was forked or unpickled from this one starts threads and connections
     of its own at its first call; an unpickled selector has no `broadcast`.
@@ -74,6 +76,10 @@ class PromptSelector:
         rank: Of this process, at least 0.
         broadcast: Called once by every rank in each `select`, with the batch on rank 0 and None on the others:
             returns that batch on all. See `evenodds.integrations.torch`.
+        existing: What to do where this training begins at a step that the run has gone through already: a second
+            training under the name, or one that goes on without the state of its checkpoint. `refuse` raises. `auto`
+            forgets what came from that step on, and says what it forgot. `resume` goes on with all that the run has:
+            steps that have a batch get it again, and their outcomes count once more.
 
     As many arguments as a training script decides on: they are the interface.
 
@@ -94,11 +100,10 @@ class PromptSelector:
         prefetch: bool = False,
         rank: int = 0,
         broadcast: Callable[[Batch | None], Batch] | None = None,
+        existing: Existing = "refuse",
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed {seed!r} must be in [0, 2**63)")
-        if rank < 0:
-            raise ConfigurationError(f"rank {rank!r} must be at least 0")
         self._prompt_ids, whole = checked_prompts(prompts)
         self._known = frozenset(self._prompt_ids)
         folder = DEFAULT_OUTBOX if outbox is None and base_url is not None else outbox
@@ -112,14 +117,22 @@ class PromptSelector:
             prefetches=prefetch,
         )
         self._seed = seed
-        self._rank = rank
+        self._rank = _checked_rank(rank)
         self._broadcast = broadcast
+        if existing not in get_args(Existing):
+            raise ConfigurationError(f"existing {existing!r} must be one of {', '.join(get_args(Existing))}")
+        self._existing: Existing = existing
+        self._first_step: int | None = None
+        self._begins_anew = rank == 0
         self._observed_step: int | None = None
+        self._incarnation: str | None = None if existing != "auto" else uuid4().hex
         self._is_closed = False
         self._made_in = os.getpid()
         self._running: Running | None = None
-        if base_url is not None:
-            self._here()  # delivers what an earlier process left, and loads the pool
+        if base_url is not None and rank == 0:
+            # Delivers what an earlier process left, and loads the pool. Other ranks begin at their first call: what
+            # they have left may have to be forgotten first, and rank 0 does not wait for them.
+            self._here()
 
     @property
     def run(self) -> str:
@@ -154,7 +167,7 @@ class PromptSelector:
 
         Raises:
             InvalidRequest: The arguments can never be served.
-            ConfigurationError: The selector is closed.
+            ConfigurationError: The selector is closed; or the run has gone through this step already, see `existing`.
         """
         request = self._request("select", locals())
         here = self._here()
@@ -162,6 +175,7 @@ class PromptSelector:
             batch = self._choose(request, here)
         else:
             batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+            self._incarnation = batch.incarnation
         here.remember(batch)
         return batch
 
@@ -197,24 +211,25 @@ class PromptSelector:
         """Report outcomes of attempts. They are delivered in the background, each exactly once.
 
         When it returns they are on disk, unless the disk takes longer than the deadline; then they follow. What is no
-        observation (a reward outside [0, 1] or NaN, a prompt outside the pool without its text) is left out and
-        counted, and warned of once.
+        observation (a prompt outside the pool without its text) is left out and counted, and warned of once.
 
         Args:
             step: The policy version that made the attempts.
-            outcomes: Rewards in [0, 1] by prompt id, or observations as `Client.observe` takes them. Attempts that
-                failed for other reasons than the policy stay out.
+            outcomes: Rewards in [0, 1] by prompt id, or observations as `Client.observe` takes them. A reward of None
+                or NaN is no attempt: so may stand those that failed for other reasons than the policy.
             selection_id: The selection whose outcomes these are; by default that of this step's batch, if this
                 selector got one from the service.
 
         Raises:
-            InvalidRequest: The step is not an integer in [0, 2**62].
+            InvalidRequest: The step is not an integer in [0, 2**62], or a reward is no number or outside [0, 1]; then
+                nothing of the call is kept.
             ConfigurationError: The selector is closed.
         """
         at = checked_step("observe", step)
         here = self._here()
-        sound, faults = checked_observations(outcomes, self._known)
-        here.status.count(observed=len(sound), left_out=len(faults))
+        checked = checked_observations(outcomes, self._known)
+        sound, faults = checked.sound, checked.faults
+        here.status.count(observed=len(sound), left_out=len(faults), without_reward=checked.n_without_reward)
         if faults:
             here.status.say_once(
                 "left out",
@@ -228,7 +243,7 @@ class PromptSelector:
             chosen = selection_id or here.selections.get(at)
             here.sender.put(
                 [
-                    Delivery("observe", at, uuid4().hex, chosen, json.dumps(sound[first : first + MAX_ITEMS]))
+                    Delivery("observe", at, self._request_id(), chosen, json.dumps(sound[first : first + MAX_ITEMS]))
                     for first in range(0, len(sound), MAX_ITEMS)
                 ]
             )
@@ -256,19 +271,59 @@ class PromptSelector:
         """Go back to a checkpoint: what was observed after its step is forgotten, here and by the service.
 
         The service is told in the background, before anything else is; until it has confirmed, batches are uniform.
-        Every rank calls this before it selects or observes; rank 0 tells the service.
+        Every rank calls this before it selects or observes; rank 0 tells the service. What any rank reports after its
+        next `select` is kept, also where it arrives before the service was told.
 
         Raises:
             ConfigurationError: The state is none of this run's, or the selector is closed.
         """
         step, undelivered = checked_state(state, self._setup.run, STATE_FORMAT)
-        here = self._here()
+        self._here()
         self._seed = state["seed"]
         self._observed_step = step
+        self._go_back(step, undelivered)
+
+    def rewind_to(self, step: SupportsIndex) -> None:
+        """Go back to a checkpoint that holds no state: what was observed after this step is forgotten.
+
+        As `load_state_dict` otherwise. -1 forgets every step.
+
+        Raises:
+            InvalidRequest: The step is not an integer in [-1, 2**62].
+            ConfigurationError: The selector is closed.
+        """
+        at = -1 if as_index(step) == -1 else checked_step("rewind_to", step)
+        self._observed_step = at if at >= 0 else None
+        self._go_back(at, [])
+
+    def _go_back(self, step: int | None, undelivered: list[Delivery]) -> None:
+        here = self._here()
+        self._begins_anew = False
+        self._incarnation = uuid4().hex if self._rank == 0 else None
+        if self._rank > 0 and self._broadcast is None:
+            here.status.say_once(
+                "no broadcast",
+                f"rank {self._rank} has no broadcast, so that what it reports before rank 0 has gone back is lost, and "
+                "batches may differ between ranks: give all ranks evenodds.integrations.torch.ranks()",
+            )
         here.forget()
         if step is not None and self._keeps:
-            rewind = [*undelivered, Delivery("rewind", step, uuid4().hex)] if self._rank == 0 else []
+            rewind = [*undelivered, Delivery("rewind", step, self._request_id())] if self._rank == 0 else []
             here.sender.forget_after(step, rewind)
+
+    def use_ranks(self, rank: int, broadcast: Callable[[Batch | None], Batch]) -> None:
+        """Be one of several ranks from now on: for adapters that learn of the other ranks only later.
+
+        Raises:
+            ConfigurationError: The rank is below 0.
+        """
+        self._rank = _checked_rank(rank)
+        self._broadcast = broadcast
+
+    @property
+    def has_broadcast(self) -> bool:
+        """Whether rank 0 chooses for all ranks."""
+        return self._broadcast is not None
 
     def counts(self) -> Counts:
         """What this selector has done so far in this process."""
@@ -279,9 +334,10 @@ class PromptSelector:
         return self._here().sender.refusals()
 
     def wait_until_ready(self, timeout_seconds: float = 60.0) -> bool:
-        """Wait for the run to be created and its pool loaded, where that is this selector's work. Whether it is done.
+        """Wait for the run to be created and its pool loaded, where that is this selector's work. Whether it is there.
 
-        Without it, the first batches are uniform until the pool is loaded.
+        True says that the service has all prompts of this selector. Without it, the first batches are uniform until
+        the pool is loaded.
         """
         here = self._here()
         return here.requests is not None and here.sender.wait_until_ready(timeout_seconds)
@@ -322,7 +378,12 @@ class PromptSelector:
         if self._running is None or self._running.pid != os.getpid():
             if self._running is not None:
                 _INHERITED.append(self._running)
-            self._running = Running(self._setup, loads_pool=self._rank == 0 and os.getpid() == self._made_in)
+            self._running = Running(
+                self._setup,
+                prompt_ids=self._prompt_ids,
+                loads_pool=self._rank == 0 and os.getpid() == self._made_in,
+                prepared=self._prepared,
+            )
             atexit.register(self.close)
         return self._running
 
@@ -346,7 +407,13 @@ class PromptSelector:
             arms: list[Arm] = [prompt.arm for prompt in reply.prompts]
             unknown = [prompt_id for prompt_id in ids if prompt_id not in self._known]
             if unknown:
-                raise NotAnswered(f"it chose {len(unknown)} prompts that this trainer lacks: {unknown[0]!r} ...")
+                here.sender.look_again()
+                raise NotAnswered(
+                    f"it chose {len(unknown)} prompts that this trainer lacks: {unknown[0]!r} ..., which are left out "
+                    "from now on"
+                )
+        except ConfigurationError:
+            raise
         except FutureTimeout:
             here.status.failed(
                 "choosing", f"no batch for step {request.step} within {self._setup.deadline_seconds:g} s"
@@ -356,12 +423,45 @@ class PromptSelector:
             here.status.failed("choosing", error)
             return None
         here.status.succeeded("choosing")
-        return Batch(request.step, ids, tuple(arms), reply)
+        return Batch(request.step, ids, tuple(arms), reply, self._incarnation)
+
+    def _prepared(self, request: SelectRequest) -> SelectRequest:
+        """The request as it is sent, of what the trainer can attempt. In a thread of its own.
+
+        Raises:
+            ConfigurationError: The run has gone through the first step already.
+        """
+        here = self._here()
+        pool = here.sender.pool
+        if pool is None:
+            return request
+        first, head = self._first_step, pool.head_step
+        if self._begins_anew and self._rank == 0 and os.getpid() == self._made_in and first is not None:
+            self._begins_anew = False
+            if head is not None and first <= head and self._existing != "resume":
+                if self._existing == "refuse":
+                    self._begins_anew = True
+                    raise ConfigurationError(
+                        f"run {self._setup.run!r} has gone through steps up to {head} already, and this training "
+                        f"begins at step {first}. To go on from a checkpoint, load the selector's state. Else choose: "
+                        f"existing='auto' forgets what came from step {first} on, existing='resume' goes on with all "
+                        "that the run has, another run name begins from nothing"
+                    )
+                here.status.say_once(
+                    "existing",
+                    f"it has gone through steps up to {head} already, and this training begins at step {first}: what "
+                    f"came from step {first} on is forgotten (existing='auto')",
+                )
+                here.sender.put([Delivery("rewind", first - 1, self._request_id())])
+        return pool.narrowed(request)
 
     def _uniform(self, request: SelectRequest) -> Batch:
         chosen = Random(f"{self._seed} {request.step}").sample(self._eligible(request), request.batch_size)
         arms: list[Arm] = ["uniform"] * len(chosen)
-        return Batch(request.step, tuple(chosen), tuple(arms))
+        return Batch(request.step, tuple(chosen), tuple(arms), incarnation=self._incarnation)
+
+    def _request_id(self) -> str:
+        return uuid4().hex if self._incarnation is None else f"{self._incarnation}.{uuid4().hex}"
 
     def _request(self, call: str, given: Mapping[str, Any]) -> SelectRequest:
         numbers = {name: as_index(given[name]) for name in ("step", "batch_size")}
@@ -378,6 +478,8 @@ class PromptSelector:
             raise InvalidRequest(
                 call, [f"batch_size: {request.batch_size} prompts asked for, {n_eligible} to choose from"]
             )
+        if self._first_step is None:
+            self._first_step = request.step
         return request
 
     def _eligible(self, request: SelectRequest) -> Sequence[str]:
@@ -386,6 +488,12 @@ class PromptSelector:
         left_out = frozenset(request.exclude or ())
         among = self._prompt_ids if request.candidates is None else dict.fromkeys(request.candidates)
         return [prompt_id for prompt_id in among if prompt_id not in left_out]
+
+
+def _checked_rank(rank: int) -> int:
+    if rank < 0:
+        raise ConfigurationError(f"rank {rank!r} must be at least 0")
+    return rank
 
 
 _INHERITED: list[Running] = []

@@ -22,6 +22,7 @@ from evenodds.training.background import SerialThread, in_thread
 from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import Setup
 from evenodds.training.outbox import Delivery, Outbox, OutboxBroken
+from evenodds.training.pool import Pool, is_for_good, load_pool, look_at_pool
 from evenodds.training.status import Status
 
 T = TypeVar("T")
@@ -36,17 +37,28 @@ class OutboxSender:
     """The way from a trainer to the service. Offline it keeps everything and delivers nothing.
 
     Args:
-        loads_pool: Whether this process loads the pool at the start.
+        prompt_ids: The trainer's prompts.
+        loads_pool: Whether this process loads the pool at the start. Otherwise it only looks at it.
         on_delivered: Called in the sending thread with the step of each observe call that the service has confirmed.
     """
 
-    def __init__(self, setup: Setup, status: Status, *, loads_pool: bool, on_delivered: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        status: Status,
+        *,
+        prompt_ids: Sequence[str],
+        loads_pool: bool,
+        on_delivered: Callable[[int], None],
+    ) -> None:
         self._setup = setup
         self._status = status
+        self._prompt_ids = prompt_ids
+        self._loads_pool = loads_pool
         self._on_delivered = on_delivered
+        self.pool: Pool | None = None
         self._is_ready = threading.Event()
-        if not loads_pool or (setup.run_settings is None and setup.prompts is None):
-            self._is_ready.set()
+        self._is_outdated = False
         self._error: str | None = None
         self._stopped = threading.Event()
         self._woken = threading.Event()
@@ -102,8 +114,13 @@ class OutboxSender:
             wait("it has not been told yet that the training went back to a checkpoint")
 
     def wait_until_ready(self, seconds: float) -> bool:
-        """Wait for the run and its pool. Whether they are there, as far as this process knows."""
-        return self._is_ready.wait(seconds)
+        """Wait for the run and its pool. Whether all of the trainer's prompts are there."""
+        return self._is_ready.wait(seconds) and self.pool is not None and self.pool.n_missing == 0
+
+    def look_again(self) -> None:
+        """The pool is not what it was: find out what it has now, in the background."""
+        self._is_outdated = True
+        self._woken.set()
 
     def flush(self, seconds: float) -> bool:
         """Wait until nothing waits. Whether nothing does."""
@@ -202,6 +219,9 @@ class OutboxSender:
             try:
                 if not self._is_ready.is_set():
                     self._load_pool()
+                elif self._is_outdated:
+                    self._is_outdated = False
+                    self._look_at_pool()
                 has_sent = self._send_one()
             except Exception as error:  # whatever it is, the thread must live, and the next attempt may succeed
                 self._error = str(error) or type(error).__name__
@@ -221,15 +241,24 @@ class OutboxSender:
 
     def _load_pool(self) -> None:
         assert self._client is not None
+        if not self._loads_pool:
+            self._look_at_pool()
+            self._is_ready.set()
+            return
         try:
-            self._client.put_run(self._setup.run, **(self._setup.run_settings or {}))
-            if self._setup.prompts is not None:
-                self._client.add_prompts(self._setup.run, self._setup.prompts)
+            self.pool = load_pool(self._client, self._setup, self._prompt_ids, self._status)
         except ProblemError as error:
-            if not _is_for_good(error):
+            if not is_for_good(error):
                 raise
             self._status.say_once("pool", f"the service keeps the run or its pool as they are: {error}")
+            self._look_at_pool()
+            if self.pool is not None and self._setup.prompts is not None:
+                self.pool = replace(self.pool, n_missing=len(self._prompt_ids))  # it cannot be told how many
         self._is_ready.set()
+
+    def _look_at_pool(self) -> None:
+        assert self._client is not None
+        self.pool = look_at_pool(self._client, self._setup, self._prompt_ids, self._status)
 
     def _send_one(self) -> bool:
         """Whether there was something to send."""
@@ -245,15 +274,10 @@ class OutboxSender:
             try:
                 self._deliver(delivery)
             except ProblemError as error:
-                if not _is_for_good(error):
+                if not is_for_good(error):
                     raise
                 self._status.count(refused=n_observations)
-                outbox.refuse(delivery, str(error))
-                self._status.say_once(
-                    "refused",
-                    f"the service refused the {delivery.kind} call of step {delivery.step}, as perhaps others: "
-                    f"{error}; the outbox keeps them, and they are tried again at the next start",
-                )
+                self._set_aside(outbox, delivery, error)
             else:
                 self._status.count(delivered=n_observations)
                 self._remove(outbox, delivery)
@@ -261,6 +285,19 @@ class OutboxSender:
                     self._on_delivered(delivery.step)
             return True
         return False
+
+    def _set_aside(self, outbox: Outbox, delivery: Delivery, error: ProblemError) -> None:
+        refused = f"the service refused the {delivery.kind} call of step {delivery.step}, as perhaps others: {error}"
+        if error.code == "selection_voided":  # for good: the run has forgotten the policy that made them
+            self._remove(outbox, delivery)
+            self._status.say_once("voided", f"{refused}; they are dropped")
+            return
+        outbox.refuse(delivery, str(error))
+        if error.code == "prompt_unknown":
+            then = "they are tried again at the next start, when the pool may have their prompts"
+        else:
+            then = "`refusals()` gives them; the next start tries them again, and is refused again if nothing changes"
+        self._status.say_once(f"refused {error.code}", f"{refused}; the outbox keeps them: {then}")
 
     def _remove(self, outbox: Outbox, delivery: Delivery) -> None:
         """If the disk does not let it go, it is sent again, and the service counts it once."""
@@ -283,7 +320,8 @@ class OutboxSender:
     def _call(self, delivery: Delivery) -> None:
         assert self._client is not None
         if delivery.kind == "rewind":
-            self._client.rewind(self._setup.run, delivery.step)
+            incarnation, _, rest = delivery.request_id.partition(".")
+            self._client.rewind(self._setup.run, delivery.step, incarnation=incarnation if rest else None)
             return
         reply = self._client.observe(
             self._setup.run,
@@ -294,8 +332,3 @@ class OutboxSender:
         )
         if reply.run != self._setup.run:
             raise NotAnswered(f"it confirmed observations of run {reply.run!r} instead")
-
-
-def _is_for_good(error: ProblemError) -> bool:
-    """Whether the service itself, and no proxy, has refused a call for what it holds."""
-    return error.code == "prompt_unknown" or (error.status in (409, 413, 422) and not error.code.startswith("http_"))

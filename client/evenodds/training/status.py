@@ -18,7 +18,8 @@ class Counts:
         uniform_batches: Batches that it did not choose: it failed, or was late, or there is none.
         observed: Observations that were taken in.
         delivered: Observations that the service has confirmed to this process.
-        left_out: Outcomes that are no observations: a reward outside [0, 1], a prompt that nobody knows.
+        left_out: Outcomes that are no observations: of a prompt that nobody knows, say.
+        without_reward: Attempts that were left out because their reward was None or NaN.
         refused: Observations that the service refuses for what they hold.
     """
 
@@ -27,6 +28,7 @@ class Counts:
     observed: int = 0
     delivered: int = 0
     left_out: int = 0
+    without_reward: int = 0
     refused: int = 0
 
 

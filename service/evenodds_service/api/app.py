@@ -10,13 +10,15 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from evenodds import TextRule
 from evenodds.version import __version__
 from evenodds_service.api import problems
-from evenodds_service.api.dependencies import Services
+from evenodds_service.api.dependencies import Services, parameters_are_storable
 from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
+from evenodds_service.api.middleware.browsers import ANY_HOST, Browsers, is_loopback
 from evenodds_service.api.middleware.load_shedding import LoadShedding
 from evenodds_service.api.middleware.request_body import RequestBodyLimit
 from evenodds_service.api.middleware.request_log import RequestLog, is_quiet
@@ -98,8 +100,9 @@ def create_app(
     )
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
+    dependencies = [Depends(bearer), Depends(parameters_are_storable), Depends(run_is_allowed)]
     for module in modules:
-        app.include_router(module.router, dependencies=[Depends(bearer), Depends(run_is_allowed)])
+        app.include_router(module.router, dependencies=dependencies)
     app.include_router(page)
     app.state.routes = tuple(route for module in modules for route in module.router.routes)
     problems.install(app)
@@ -109,9 +112,17 @@ def create_app(
     app.add_middleware(LoadShedding)
     if asks_for_keys:
         app.add_middleware(Access, ring=KeyRing(store, clock))
+    if settings.origins():
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
     app.add_middleware(RequestLog, registry=registry)
     _describe(app)
     return app
+
+
+def _hosts(settings: Settings) -> tuple[str, ...]:
+    """Names that `Host` may have besides loopback's. Elsewhere than on loopback only the operator knows them."""
+    return settings.host_names() or (() if is_loopback(settings.host) else (ANY_HOST,))
 
 
 def _describe(app: FastAPI) -> None:

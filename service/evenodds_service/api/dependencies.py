@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 
 from evenodds import TextRule
 from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
+from evenodds.schemas.fields import storable
 from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import Featurizer
@@ -37,6 +39,21 @@ async def _services(request: Request) -> Services:
     return services
 
 
+async def parameters_are_storable(request: Request) -> None:
+    """Hold every string of the path and the query to what bodies are held to: SQL and files can keep it.
+
+    Raises:
+        RequestValidationError: one holds a NUL character or half of a surrogate pair.
+    """
+    name = ""
+    try:
+        for name, value in (*request.path_params.items(), *request.query_params.multi_items()):
+            storable(name)
+            storable(str(value))
+    except ValueError as error:
+        raise RequestValidationError([{"type": "value_error", "loc": (name,), "msg": str(error)}]) from error
+
+
 Dependencies = Annotated[Services, Depends(_services)]
 RunPath = Annotated[str, Path(pattern=RUN_PATTERN, description="name of the run")]
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -45,6 +62,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         (404, "Unknown run or prompt"),
         (409, "Conflict"),
         (413, "Larger than a request may be"),
+        (415, "A body that does not say that it is JSON, or is packed by another way than gzip"),
         (422, "Malformed request"),
         (503, "Cannot answer now: repeat after Retry-After"),
     )

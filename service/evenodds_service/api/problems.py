@@ -31,6 +31,8 @@ STATUS_OF: Mapping[str, int] = {
     "scope_missing": 403,
     "run_forbidden": 403,
     "rate_limited": 429,
+    "host_refused": 421,
+    "origin_refused": 403,
     "run_unknown": 404,
     "prompt_unknown": 404,
     "selection_unknown": 404,
@@ -183,10 +185,15 @@ def _allowed(request: Request) -> list[str]:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
+    # uvicorn tells too, outside of what knows the request's id; `logs` leaves that out.
+    logger.error("failed to answer", exc_info=error, extra={"request_id": request.scope["request_id"]})
     return problem(
         request,
         500,
         HTTP_CODES[500],
         "the service failed to answer; the server's log has the cause under this request id",
-        X_Request_ID=request.scope["request_id"],  # made outside of what gives every other reply its id
+        # Made outside of what gives every other reply its id and these headers.
+        X_Request_ID=request.scope["request_id"],
+        Cache_Control="no-store",
+        X_Content_Type_Options="nosniff",
     )

@@ -68,5 +68,7 @@ def explained(error: Exception) -> str:
 
 
 def fault(message: str) -> int:
-    print(f"evenodds: {message}", file=sys.stderr)
+    from evenodds_service.redaction import without_secrets
+
+    print(f"evenodds: {without_secrets(message)}", file=sys.stderr)
     return EXIT_FAULT

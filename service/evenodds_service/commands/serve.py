@@ -61,6 +61,7 @@ def serve(options: argparse.Namespace) -> int:
             port=settings.port,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # X-Forwarded-*: nothing here looks at a caller's address or at the scheme
             timeout_graceful_shutdown=10,
         )
     finally:
@@ -73,9 +74,11 @@ def serve(options: argparse.Namespace) -> int:
 
 def _asks_for_keys(settings: Settings, store: Store) -> bool:
     """Whether callers need an API key. Raises Refused where nobody could call, or everybody could unasked."""
-    is_loopback = settings.host == "localhost" or settings.host.startswith("127.") or settings.host == "::1"
-    if settings.access == "open" or (settings.access == "auto" and is_loopback):
-        whoever = "on this machine" if is_loopback else f"who can reach {settings.host}"
+    from evenodds_service.api.middleware.browsers import is_loopback
+
+    is_local = is_loopback(settings.host)
+    if settings.access == "open" or (settings.access == "auto" and is_local):
+        whoever = "on this machine" if is_local else f"who can reach {settings.host}"
         print(
             f"evenodds: no API key is asked for: anyone {whoever} may read and change every run "
             "(EVENODDS_ACCESS=keys asks for keys)",

@@ -11,6 +11,8 @@ import numpy as np
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 
 MAX_CONTROL_SHARE = 0.5
+EQUAL_WITHIN = 1e-6
+"""Rewards, and sums of them, that differ by less are equal: .3 and .1 + .2 differ by rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +120,15 @@ class NewObservation:
 
     @staticmethod
     def of_counts(prompt: int | str, successes: float, attempts: int) -> NewObservation:
-        return NewObservation(prompt, successes, attempts, attempts > 1 and 0 < successes < attempts)
+        return NewObservation(
+            prompt, successes, attempts, attempts > 1 and EQUAL_WITHIN < successes < attempts - EQUAL_WITHIN
+        )
 
     @staticmethod
     def of_rewards(prompt: int | str, rewards: Sequence[float]) -> NewObservation:
         """Fractional rewards count as fractional successes; equal rewards carry no group-relative signal."""
-        return NewObservation(prompt, math.fsum(rewards), len(rewards), max(rewards) > min(rewards))
+        informative = max(rewards) - min(rewards) > EQUAL_WITHIN
+        return NewObservation(prompt, math.fsum(rewards), len(rewards), informative)
 
 
 @dataclass(frozen=True, slots=True)

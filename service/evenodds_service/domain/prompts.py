@@ -51,12 +51,14 @@ class NewPrompts:
 
     Attributes:
         embedder, embedding_width: Whose vectors these are and how long. The run keeps both where it has none yet.
+        keeps_existing: A prompt that the pool has with another content keeps what it has, instead of an error.
     """
 
     prompts: Sequence[NewPrompt] = ()
     vectors: Sequence[Vector] = ()
     embedder: str | None = None
     embedding_width: int | None = None
+    keeps_existing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,11 +79,11 @@ class RunSettings:
         optimism: Weight of the standard deviation in the yield score.
         diversity: How much of the yield score may be given up for unlike prompts, in [0, 1]; under `paper` the
             spread of the diversity terms in units of the scores' spread.
-        cooldown_steps: Steps that a chosen prompt rests, come what may; None lets it rest for a twentieth of an epoch
-            under `yield` while there are enough others, and not at all under the published acquisitions.
+        cooldown_steps: Steps that a chosen prompt rests, come what may; None lets it rest for 25, at most .4 of an
+            epoch, under `yield` while there are enough others, and not at all under the published acquisitions.
         lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome comes;
             0 waits for none.
-        max_visits: A prompt is chosen at most so often; 0 sets no limit.
+        max_visits: A prompt is chosen at most so often while there are enough others; 0 sets no limit.
         keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
         model_size: Of the networks of `gps-paper`: `small` for a CPU, `published` has 20 million parameters.
         refit_every_observations: A refit is due after so many new observations (sooner while there are few).

@@ -2,7 +2,8 @@
 
 SQLite runs in WAL mode with `synchronous=FULL`: NORMAL would keep every acknowledged commit when the process
 is killed, but may lose the newest ones when the machine loses power, and an acknowledged observation is a
-promise. PostgreSQL stays at READ COMMITTED: whoever writes to a run's log locks the run's row first.
+promise. What is deleted there is overwritten (`secure_delete`), because texts may have to be forgotten. PostgreSQL
+stays at READ COMMITTED: whoever writes to a run's log locks the run's row first.
 
 Every transaction has its `Patience`. A request is given up in time, so that its caller hears 503 and not silence. What
 would have to begin anew from its start if it were given up (a migration, a bulk load, a worker's result) waits for a
@@ -100,6 +101,7 @@ def open_engine(
     options: dict[str, Any] = {
         "pool_size": pool_size,
         "max_overflow": 0,
+        "hide_parameters": True,  # errors are logged, and parameters hold texts of prompts
         "pool_timeout": min(timeout_seconds, POOL_WAIT_SECONDS),
         "execution_options": {PATIENCE: patience},
     }
@@ -135,7 +137,7 @@ def _open_sqlite(url: URL, usual: Patience, options: dict[str, Any]) -> Engine:
     def _configure(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
         # The driver's own transactions begin late and never with the write lock; `_begin` does it instead.
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, literal, or_, select, update
@@ -54,7 +55,7 @@ class ForkMethods(Transactions):
             source = find_run(connection, fork_of)
             kept = settings_that_stand(source, settings)
             cut = _cut(connection, source, at_step)
-            _copy_all(connection, source.id, new_id, cut)
+            _copy_all(connection, source.id, new_id, cut, with_texts=kept.keep_text)
             counts = select(func.coalesce(func.sum(log.c.n_observations), 0), func.max(log.c.step)).where(
                 log.c.run_id == new_id, log.c.voided_at.is_(None)
             )
@@ -100,11 +101,11 @@ def _cut(connection: Connection, source: Run, at_step: int | None) -> int:
     return max(last or 0, source.void_position)
 
 
-def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int) -> None:
+def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int, *, with_texts: bool) -> None:
     n_prompts = select(func.max(prompts.c.index)).where(prompts.c.run_id == source_id)
     for first in range(0, (connection.execute(n_prompts).scalar() or 0) + 1, _BLOCK):
         block = and_(prompts.c.index >= first, prompts.c.index < first + _BLOCK)
-        _copy(connection, prompts, source_id, new_id, block)
+        _copy(connection, prompts, source_id, new_id, block, without=() if with_texts else ("text",))
         packed = and_(pool_blocks.c.first >= first, pool_blocks.c.first < first + _BLOCK)
         _copy(connection, pool_blocks, source_id, new_id, packed)
     for first in range(1, cut + 1, _BLOCK):
@@ -121,9 +122,17 @@ def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int) -> 
     connection.execute(insert(embeddings).from_select(names, own))
 
 
-def _copy(connection: Connection, table: Table, source_id: int, new_id: int, condition: ColumnElement[bool]) -> None:
-    """The run's rows of the table, as rows of the new run."""
-    others = [column for column in table.c if column.name != "run_id"]
+def _copy(
+    connection: Connection,
+    table: Table,
+    source_id: int,
+    new_id: int,
+    condition: ColumnElement[bool],
+    *,
+    without: Collection[str] = (),
+) -> None:
+    """The run's rows of the table, as rows of the new run; columns `without` which they are stay empty."""
+    others = [column for column in table.c if column.name not in ("run_id", *without)]
     rows = select(literal(new_id), *others).where(table.c.run_id == source_id, condition)
     names = ["run_id", *(column.name for column in others)]
     connection.execute(insert(table).from_select(names, rows))

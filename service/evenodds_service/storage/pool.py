@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -43,6 +43,7 @@ class PoolMethods(Transactions):
         *,
         embedder: str | None = None,
         embedding_width: int | None = None,
+        keeps_existing: bool = False,
         now: datetime,
     ) -> PromptsAdded:
         """Add what the pool does not have; all or nothing. Takes one log position if any prompt is new.
@@ -52,6 +53,8 @@ class PoolMethods(Transactions):
 
         Args:
             vectors: Of the new prompts' texts. Those of embedder `caller` become the run's own.
+            keeps_existing: Prompts that the pool has with another content are left as they are and answered as
+                `conflicts`, with what differs; nothing is raised for them.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
@@ -64,14 +67,16 @@ class PoolMethods(Transactions):
         """
         with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
-            grown = grow_pool(connection, run, NewPrompts(prompts, vectors, embedder, embedding_width))
+            new = NewPrompts(prompts, vectors, embedder, embedding_width, keeps_existing)
+            grown = grow_pool(connection, run, new)
             if grown.entry is not None:
                 run = append_entries(connection, run, [grown.entry], now=now)
         return PromptsAdded(
             added=grown.added,
-            existing=len(prompts) - grown.added,
+            existing=len(prompts) - grown.added - len(grown.conflicts),
             n_prompts=run.n_prompts,
             log_position=run.log_position,
+            conflicts=grown.conflicts,
         )
 
     def prompts(
@@ -199,11 +204,13 @@ class GrownPool:
     Attributes:
         indices: The index of every prompt of the call by its id.
         entry: The log entry that is due; None where nothing was new.
+        conflicts: What differs, by the id of each prompt that kept another content.
     """
 
     added: int
     indices: Mapping[str, int]
     entry: PoolEntry | None
+    conflicts: Mapping[str, str] = field(default_factory=dict)
 
 
 def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
@@ -215,6 +222,7 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
     new_prompts = new.prompts
     known = _known_prompts(connection, run.id, [prompt.prompt_id for prompt in new_prompts])
     rows: list[dict[str, object]] = []
+    conflicts: dict[str, str] = {}
     for item, prompt in enumerate(new_prompts):
         twin = known.get(prompt.prompt_id)
         if twin is None:
@@ -223,7 +231,9 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
             rows.append(_row_of(run, index, prompt))
             continue
         attribute = _difference(twin, prompt)
-        if attribute is not None:
+        if attribute is not None and new.keeps_existing:
+            conflicts[prompt.prompt_id] = attribute
+        elif attribute is not None:
             raise PromptConflict(
                 item=item,
                 n_items=len(new_prompts),
@@ -241,7 +251,7 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
         connection.execute(insert(prompts), rows)
         entry = PoolEntry(run.log_position + 1, run.n_prompts + len(rows))
     indices = {prompt_id: prompt.index for prompt_id, prompt in known.items()}
-    return GrownPool(added=len(rows), indices=indices, entry=entry)
+    return GrownPool(added=len(rows), indices=indices, entry=entry, conflicts=conflicts)
 
 
 @dataclass(frozen=True, slots=True)

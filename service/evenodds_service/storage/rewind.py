@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, insert, or_, select, update
 
 from evenodds_service.storage.entries import compact_json, voided_rows
 from evenodds_service.storage.runs import lock_run
@@ -25,14 +25,17 @@ _PAGE = 1_000
 
 
 class RewindMethods(Transactions):
-    def rewind(self, run_id: int, *, step: int, now: datetime) -> Voided:
+    def rewind(self, run_id: int, *, step: int, incarnation: str | None = None, now: datetime) -> Voided:
         """Void every observation and selection with a step above `step`. Without any, nothing is written.
+
+        Args:
+            incarnation: Observations whose request id begins with it and a dot stay: the restarted trainer made them.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
         """
         with self._writing(in_bulk=True) as connection:
-            return rewind_run(connection, lock_run(connection, run_id), step=step, now=now)
+            return rewind_run(connection, lock_run(connection, run_id), step=step, incarnation=incarnation, now=now)
 
     def retract(
         self,
@@ -77,14 +80,18 @@ class RewindMethods(Transactions):
             return _record(connection, run, "retract", asked, found, now=now)
 
 
-def rewind_run(connection: Connection, run: Run, *, step: int, now: datetime) -> Voided:
+def rewind_run(connection: Connection, run: Run, *, step: int, incarnation: str | None = None, now: datetime) -> Voided:
     """See `RewindMethods.rewind`. The caller holds the run's lock."""
     position = run.log_position + 1
     is_later = and_(log.c.run_id == run.id, log.c.voided_at.is_(None), log.c.step > step)
+    if incarnation is not None:
+        is_own = log.c.request_id.startswith(f"{incarnation}.", autoescape=True)
+        is_later = and_(is_later, or_(log.c.request_id.is_(None), ~is_own))
     found = _mark_entries(connection, is_later, position)
     chosen_later = and_(selections.c.run_id == run.id, selections.c.voided_at.is_(None), selections.c.step > step)
     connection.execute(update(selections).where(chosen_later).values(voided_at=position))
-    return _record(connection, run, "rewind", {"step": step}, found, now=now)
+    asked = {"step": step} if incarnation is None else {"step": step, "incarnation": incarnation}
+    return _record(connection, run, "rewind", asked, found, now=now)
 
 
 @dataclass(frozen=True, slots=True)

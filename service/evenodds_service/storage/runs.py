@@ -22,9 +22,9 @@ class RunMethods(Transactions):
     def put_run(self, name: str, settings: RunSettings, *, now: datetime) -> tuple[Run, bool]:
         """Create the run or replace its settings. Returns the run and whether it is new.
 
-        Where `settings.embedder` is None, the embedder that the pool's prompts have stays. Where `keep_text` is
-        taken back, the texts that are stored are erased. Budget policies of an existing run stay as they are: see
-        `put_budget_policy`.
+        Where `settings.embedder` is None, the embedder that the pool's prompts have stays. A run that keeps
+        no texts has none afterwards, in no page of a SQLite file. Budget policies of an existing run stay as they
+        are: see `put_budget_policy`.
 
         Raises:
             EmbedderFixed: the embedder or its prompt differs although the pool has prompts.
@@ -37,10 +37,14 @@ class RunMethods(Transactions):
             if is_new:
                 return run, True
             kept = settings_that_stand(run, settings)
-            if run.settings.keep_text and not kept.keep_text:
-                connection.execute(update(prompts).where(prompts.c.run_id == run.id).values(text=None))
+            if not kept.keep_text:
+                texts = (prompts.c.run_id == run.id, prompts.c.text.is_not(None))
+                connection.execute(update(prompts).where(*texts).values(text=None))
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
-            return find_run(connection, name), False
+            run = find_run(connection, name)
+        if not kept.keep_text:
+            self._truncate_write_ahead_log()
+        return run, False
 
     def put_budget_policy(self, name: str, policy: BudgetPolicy) -> BudgetPolicy:
         """Store the policy in the run under its name, with the next version; one that is equal keeps its version.
@@ -96,6 +100,7 @@ class RunMethods(Transactions):
             if run_id is None:
                 raise _unknown(repr(name))
             connection.execute(delete(embeddings).where(embeddings.c.embedder == stored_embedder(CALLER, run_id)))
+        self._truncate_write_ahead_log()
 
 
 def find_run(connection: Connection, name: str) -> Run:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 
 from sqlalchemy import Connection, Engine, Insert, Table, text
 from sqlalchemy.dialects import postgresql, sqlite
 
+from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
 from evenodds_service.timing import phase
 
@@ -39,6 +40,22 @@ class Transactions:
                 connection.execute(
                     text("SELECT count(*) FROM (SELECT g FROM generate_series(1, 9000) g ORDER BY -g) s")
                 )
+
+    def _truncate_write_ahead_log(self) -> None:
+        """Let nothing of what was erased stand in SQLite's write-ahead log. Waits for those who read meanwhile.
+
+        Raises:
+            StoreUnavailable: they took too long; what was asked for may be repeated.
+        """
+        if self._engine.dialect.name != "sqlite":
+            return
+        with translated_faults(), closing(self._engine.raw_connection()) as connection:  # in no transaction
+            (is_busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            raise StoreUnavailable(
+                "what was to be erased is erased from the database, and still stands in its write-ahead log, because "
+                "others read it: repeat the call"
+            )
 
     def _reading(self) -> AbstractContextManager[Connection]:
         return _transaction(self._engine)

@@ -52,6 +52,7 @@ class PromptsAdded:
     existing: int
     n_prompts: int
     log_position: int
+    conflicts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -215,17 +215,104 @@ def test_a_call_takes_no_longer_than_the_deadline(service: Service, make: Make) 
     assert seconds < SLOW_SECONDS / 10  # one request alone is held up for that long
 
 
-def test_prompts_that_the_trainer_lacks_are_not_handed_out(
+@pytest.mark.parametrize("kind", ["mappings", "ids"])
+def test_a_filtered_data_set_is_chosen_from_and_nothing_else(
+    service: Service, make: Make, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make().wait_until_ready()
+    selector = make(prompts=PROMPTS[::2] if kind == "mappings" else IDS[::2])
+    assert selector.wait_until_ready()
+
+    batches = [selector.select(step, 3, exclude=["p0"]) for step in range(5)]
+
+    assert {batch.source for batch in batches} == {"service"}
+    assert {prompt_id for batch in batches for prompt_id in batch} <= set(IDS[2::2])
+    assert warnings(caplog) == []
+
+
+def test_prompts_that_others_add_meanwhile_cost_one_batch_at_most(service: Service, make: Make) -> None:
+    selector = make(prompts=PROMPTS[:4])
+    assert selector.wait_until_ready()
+    service.client.add_prompts(selector.run, PROMPTS[4:])
+
+    def is_of_the_service(step: int) -> bool:
+        return selector.select(step, 4).source == "service"
+
+    steps = itertools.count()
+    until(lambda: is_of_the_service(next(steps)), "a batch of the service")
+    assert all(is_of_the_service(next(steps)) for _ in range(5))
+    assert selector.counts().uniform_batches <= next(steps) - 6
+
+
+def test_one_changed_text_is_named_and_all_other_prompts_are_loaded(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(prompts=PROMPTS[:10]).wait_until_ready()
+
+    selector = make(prompts=[{"prompt_id": "p3", "text": "What is three and three?"}, *PROMPTS[4:20]])
+
+    assert selector.wait_until_ready()
+    assert service.client.run(selector.run).pool_size == 20
+    assert service.client.prompt(selector.run, "p3").text == "What is 3 + 3?"
+    (warning,) = warnings(caplog)
+    assert "1 of 17 prompts have changed since the pool was loaded" in warning
+    assert "'p3' (another text). Give a changed prompt another prompt_id" in warning
+    assert selector.select(1, 12).source == "service"
+
+
+def test_readiness_is_told_only_where_all_prompts_are_there(
     service: Service, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     make().wait_until_ready()
 
-    batch = make(prompts=["p0", "p1", "elsewhere"]).select(1, 3)
+    assert not make(prompts=["p0", "p1", "elsewhere"]).wait_until_ready()
+    assert "the pool lacks 1 of this trainer's 3 prompts" in warnings(caplog)[0]
+    assert "'elsewhere' ...; give the selector their texts" in warnings(caplog)[0]
+    assert not make(run_settings={"embedder": "caller"}).wait_until_ready()
+    assert "the service keeps the run or its pool as they are" in warnings(caplog)[1]
+    assert not make(NOBODY, prompts=["p0"], run_settings=None).wait_until_ready(0.5)
 
-    assert set(batch) == {"p0", "p1", "elsewhere"}
-    assert batch.source == "uniform"
-    assert "it chose" in warnings(caplog)[0]
-    assert "that this trainer lacks" in warnings(caplog)[0]
+
+def test_a_second_training_under_a_name_is_refused_until_it_says_what_it_wants(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make()
+    lived = [first.select(step, 4).prompt_ids for step in range(3)]
+    for step, batch in enumerate(lived):
+        first.observe(step, {prompt_id: [1, 0] for prompt_id in batch})
+    assert first.flush()
+    first.close()
+
+    refused = make()
+    with pytest.raises(
+        ConfigurationError, match=r"has gone through steps up to 2 already, and this training begins at"
+    ):
+        refused.select(0, 4)
+    with pytest.raises(ConfigurationError, match="existing='auto' forgets what came from step 0 on, existing='resume'"):
+        refused.select(0, 4)
+    refused.close()
+    resumed = make(existing="resume")
+    assert resumed.select(0, 4).prompt_ids == lived[0]
+    resumed.close()
+    assert warnings(caplog) == []
+    auto = make(existing="auto")
+    batch = auto.select(0, 4)
+    auto.observe(0, {prompt_id: [1, 1] for prompt_id in batch})
+    assert auto.flush()
+
+    assert batch.reply is not None
+    assert not batch.reply.replayed
+    assert history(service.client, auto) == sorted((prompt_id, 0, 2.0, 2) for prompt_id in batch)
+    assert "what came from step 0 on is forgotten (existing='auto')" in warnings(caplog)[0]
+
+
+def test_a_training_that_goes_on_behind_the_head_is_none_of_the_runs_past(make: Make) -> None:
+    first = make()
+    first.observe(2, {"p0": [1]})
+    assert first.flush()
+    first.close()
+
+    assert make().select(3, 4).source == "service"
 
 
 def test_what_is_no_observation_is_left_out_and_said_once(
@@ -233,16 +320,56 @@ def test_what_is_no_observation_is_left_out_and_said_once(
 ) -> None:
     selector = make()
 
-    outcomes: Any = {"p0": [1, 0], "p1": [2.5], "p2": [float("nan")], "p3": [], "p4": ["one"], "who": [1]}
-    selector.observe(1, outcomes)
-    selector.observe(2, {"p5": [-1]})
+    selector.observe(1, {"p0": [1, 0], "who": [1]})
+    selector.observe(2, [{"prompt_id": "p1", "successes": 3, "attempts": 2}])
 
     assert selector.flush()
     assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
-    assert (selector.counts().observed, selector.counts().left_out) == (1, 6)
+    assert (selector.counts().observed, selector.counts().left_out) == (1, 2)
     (warning,) = warnings(caplog)
-    assert "5 of 6 outcomes of step 1 are no observations" in warning
-    assert "outcomes[1].rewards[0]: Input should be less than or equal to 1, got 2.5" in warning
+    assert "1 of 2 outcomes of step 1 are no observations" in warning
+    assert "outcomes[1].prompt_id: 'who' is not among this selector's prompts" in warning
+
+
+def test_an_attempt_without_a_reward_is_left_out_and_no_other(service: Service, make: Make) -> None:
+    selector = make()
+
+    selector.observe(1, {"p0": [1, None, 0, float("nan")], "p1": [None], "p2": []})
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
+    assert (selector.counts().observed, selector.counts().left_out, selector.counts().without_reward) == (1, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (-1, r"outcomes\[1\].rewards: the reward -1 of prompt 'p1' is outside \[0, 1\]: map rewards"),
+        (1.4, "reward_range, and TRL's by success="),
+        (float("inf"), r"the reward inf of prompt 'p1' is outside \[0, 1\]"),
+        ("one", r"outcomes\[1\].rewards: the reward 'one' is no number, of prompt 'p1'"),
+    ],
+)
+def test_a_reward_that_is_none_raises_and_nothing_of_the_step_is_kept(
+    service: Service, make: Make, reward: Any, message: str
+) -> None:
+    selector = make()
+    assert selector.wait_until_ready()
+
+    with pytest.raises(InvalidRequest, match=message):
+        selector.observe(1, {"p0": [1, 0], "p1": [1, reward]})
+
+    assert selector.flush()
+    assert history(service.client, selector) == []
+
+
+def test_a_reward_that_misses_its_end_by_rounding_counts_as_the_end(service: Service, make: Make) -> None:
+    selector = make()
+
+    selector.observe(1, {"p0": [1 + 1e-9, -1e-9]})
+
+    assert selector.flush()
+    assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
 
 
 def test_what_the_service_refuses_holds_nothing_up_and_is_tried_at_the_next_start(
@@ -259,7 +386,8 @@ def test_what_the_service_refuses_holds_nothing_up_and_is_tried_at_the_next_star
     assert refused.step == 1
     assert "'later'" in reason
     assert selector.counts().refused == 1
-    assert "service refused the observe call of step 1" in warnings(caplog)[0]
+    assert "service refused the observe call of step 1" in warnings(caplog)[-1]
+    assert "tried again at the next start, when the pool may have their prompts" in warnings(caplog)[-1]
     selector.close()
     service.client.add_prompts(selector.run, [{"prompt_id": "later", "text": "Later?"}])
 
@@ -428,6 +556,7 @@ def test_a_closed_selector_says_so(make: Make) -> None:
         ({"prompts": [{"prompt_id": "a", "txt": "x"}]}, r"prompts\[0\].txt: Extra inputs are not permitted"),
         ({"seed": -1}, r"seed -1 must be in \[0, 2\*\*63\)"),
         ({"rank": -1}, "rank -1 must be at least 0"),
+        ({"existing": "rewind"}, "existing 'rewind' must be one of refuse, auto, resume"),
         ({"deadline_seconds": 0.0}, "deadline_seconds 0.0 must be finite and above 0"),
         ({"base_url": "ftp://x"}, "base_url 'ftp://x' must start with http:// or https://"),
         ({"run_settings": {"group_size": 0}}, "run_settings.group_size: Input should be greater than or equal to 1"),

@@ -12,7 +12,7 @@ import pytest
 from tests.client.proxy import proxy_before
 from tests.waiting import PATIENCE_SECONDS, until
 
-from evenodds import ConfigurationError, PromptSelector
+from evenodds import Batch, ConfigurationError, InvalidRequest, PromptSelector
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -152,6 +152,69 @@ def test_batches_are_uniform_until_the_service_has_gone_back(service: Service, m
     assert flushed
     assert (before.source, after.source) == ("uniform", "service")
     assert steps_observed(service, second.run) == [1] * 4
+
+
+def test_what_another_rank_reports_before_rank_zero_could_go_back_is_kept(
+    service: Service, make: Make, tmp_path: Path
+) -> None:
+    first = make()
+    train(first, 1, 2)
+    assert first.flush()
+    checkpoint = first.state_dict(step=1)
+    first.close()
+    sent: list[Batch] = []
+
+    def from_rank_zero(batch: Batch | None) -> Batch:
+        sent.extend([] if batch is None else [batch])
+        return sent[-1]
+
+    with proxy_before(service.base_url) as proxy:
+        ranks = [
+            make(proxy.base_url if rank == 0 else service.base_url, rank=rank, outbox=tmp_path / f"{rank}")
+            for rank in (0, 1)
+        ]
+        for rank, selector in enumerate(ranks):
+            selector.use_ranks(rank, from_rank_zero)
+        proxy.mode = "dead"
+        for selector in ranks:
+            selector.load_state_dict(checkpoint)
+        batches = [selector.select(2, 4) for selector in ranks]
+        ranks[1].observe(2, {batches[1].prompt_ids[0]: [1, 0]})
+        assert ranks[1].flush()
+
+        proxy.mode = "fine"
+        ranks[0].observe(2, {batches[0].prompt_ids[1]: [1, 0]})
+        assert ranks[0].flush()
+
+        ranks[0].close()
+    assert batches[0].source == "uniform"
+    assert batches[0] == batches[1]
+    assert steps_observed(service, first.run) == [1] * 4 + [2] * 2
+
+
+def test_a_rank_without_broadcast_that_goes_back_is_warned(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = make().state_dict(step=1)
+
+    make(rank=1).load_state_dict(checkpoint)
+
+    assert "rank 1 has no broadcast" in caplog.records[-1].getMessage()
+
+
+def test_a_checkpoint_without_a_state_may_be_gone_back_to_by_its_step(service: Service, make: Make) -> None:
+    selector = make()
+    train(selector, 0, 1, 2)
+    assert selector.flush()
+
+    selector.rewind_to(0)
+    assert selector.flush()
+    after_one = steps_observed(service, selector.run)
+    selector.rewind_to(-1)
+    assert selector.flush()
+
+    assert after_one == [0] * 4
+    assert steps_observed(service, selector.run) == []
+    with pytest.raises(InvalidRequest, match="rewind_to was not sent: step"):
+        selector.rewind_to(-2)
 
 
 def test_going_back_twice_and_again_is_as_good_as_once(service: Service, make: Make) -> None:

@@ -214,6 +214,23 @@ def test_an_update_is_bayes_rule_on_the_effective_weights(seed: int, scale: floa
     assert mopps == log_likelihoods[FLAT, TWO, LASTING]
 
 
+@pytest.mark.parametrize("change", ["update", "forget", "admit"])
+def test_the_weights_that_are_kept_follow_each_change(change: str) -> None:
+    mixture = Mixture.new(FEW)
+    mixture.update(np.random.default_rng(0).normal(size=SHAPE))
+    before = mixture.kept()
+    acts = {
+        "update": lambda: mixture.update(np.random.default_rng(1).normal(size=SHAPE)),
+        "forget": lambda: mixture.forget(0.5),
+        "admit": lambda: mixture.admit(np.ones(len(PRIORS), dtype=bool)),
+    }
+
+    acts[change]()
+
+    assert not np.array_equal(mixture.kept(), before)
+    assert np.array_equal(mixture.kept(), Mixture(mixture.log_weights, mixture.log_guard).kept())
+
+
 def test_forgetting_lets_a_poor_expert_return() -> None:
     mixture = Mixture.new(FEW)
     poor = PRIORS.index("surface")

@@ -11,8 +11,8 @@ from scipy import stats
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments, target_moments
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
-from evenodds_service.domain.selection.eligibility import eligible, rest_steps
-from evenodds_service.domain.selection.pickers import greedy_diverse
+from evenodds_service.domain.selection.eligibility import rest_steps, resting
+from evenodds_service.domain.selection.pickers import Good, InProportion, Likeness, MostUnlike, greedy_diverse
 from evenodds_service.domain.selection.scores import scores
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.domain.settings import Acquisition
@@ -431,15 +431,13 @@ def test_diversity_keeps_a_crowd_of_look_alikes_from_filling_the_batch() -> None
 def test_diversity_gives_up_no_more_of_the_score_than_it_says(seed: int, n: int, diversity: float) -> None:
     shop = Shop(seed, n=200)
     shop.reprobe_share = 0.0
-    chosen_by_score = shop.choose(n, diversity=0.0).prompts
+    ranked = np.sort(shop.scores_N[shop.eligible_N])[::-1]
 
+    by_score = shop.choose(n, diversity=0.0).prompts
     chosen = shop.choose(n, diversity=diversity).prompts
 
-    by_score = shop.scores_N[chosen_by_score]
-    assert sorted(chosen_by_score) == sorted(
-        np.flatnonzero(shop.eligible_N)[np.argsort(-shop.scores_N[shop.eligible_N])[:n]]
-    )
-    assert shop.scores_N[chosen].min() >= min(by_score.min(), by_score.max() - diversity) - 1e-8
+    assert sorted(shop.scores_N[by_score], reverse=True) == ranked[:n].tolist()
+    assert shop.scores_N[chosen].min() >= min(ranked[n - 1], ranked[0] - diversity) - 1e-8
 
 
 def test_where_few_are_good_the_score_alone_decides() -> None:
@@ -451,6 +449,56 @@ def test_where_few_are_good_the_score_alone_decides() -> None:
     by_score, diverse = (set(shop.choose(64, diversity=d).prompts.tolist()) for d in (0.0, 0.1))
 
     assert diverse == by_score
+
+
+def test_three_times_as_many_as_wanted_are_drawn_of_the_good_each_as_likely_as_the_other() -> None:
+    good_N = np.arange(300) % 3 > 0
+    scores_N, among_N = np.where(good_N, 0.95, 0.5), np.arange(300) < 240
+    scores_N[:10] = 0.96
+    times, sizes = np.zeros(300), set()
+
+    for seed in range(600):
+        drawn = Good(0.1)(scores_N, np.random.default_rng(seed).random(300), among_N, 8)
+        times[drawn] += 1
+        sizes.add(len(set(drawn.tolist())))
+
+    assert sizes == {24}
+    assert times[~(good_N & among_N | (np.arange(300) < 10))].sum() == 0
+    assert stats.chisquare(times[times > 0]).pvalue > 0.01
+
+
+def test_draws_in_proportion_follow_the_power_of_the_score() -> None:
+    scores_N = np.array([0.9, 0.6, 0.3, 0.0, 0.9])
+    among_N = np.array([True, True, True, True, False])
+    picker, generator, times = InProportion(3, factor=1), np.random.default_rng(0), np.zeros(5)
+
+    for _ in range(4_000):
+        times[picker(scores_N, generator.random(5), among_N, 1)] += 1
+
+    expected = np.array([0.9, 0.6, 0.3]) ** 3
+    assert times[3:].tolist() == [0, 0]
+    assert stats.chisquare(times[:3], 4_000 * expected / expected.sum()).pvalue > 0.01
+
+
+def test_draws_in_proportion_take_each_prompt_once_and_all_if_there_are_no_more() -> None:
+    among_N = np.arange(40) % 2 == 0
+
+    drawn = InProportion(3)(np.linspace(0, 1, 40), np.random.default_rng(0).random(40), among_N, 20)
+
+    assert np.sort(drawn).tolist() == np.flatnonzero(among_N).tolist()
+
+
+def test_of_the_drawn_the_most_unlike_are_taken() -> None:
+    cluster = np.repeat(np.arange(4), [85, 5, 5, 5])
+    scores_N, among_N = np.full(100, 0.5), np.ones(100, dtype=bool)
+    picker = MostUnlike(Good(0.1), Likeness(np.eye(4)[cluster].__getitem__, None))
+
+    for seed in range(20):
+        ties_N = np.random.default_rng(seed).random(100)
+        drawn, picked = Good(0.1)(scores_N, ties_N, among_N, 8), picker(scores_N, ties_N, among_N, 8)
+
+        assert set(picked.tolist()) <= set(drawn.tolist())
+        assert set(cluster[picked].tolist()) == set(cluster[drawn].tolist())
 
 
 def test_the_control_arm_may_take_prompts_that_rest() -> None:
@@ -467,9 +515,10 @@ def test_the_control_arm_may_take_prompts_that_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_prompts", "batch_size", "steps"), [(6_000, 8, 37), (29_115, 256, 5), (1_209, 32, 1), (1_209, 128, 0), (1, 1, 0)]
+    ("n_prompts", "batch_size", "steps"),
+    [(6_000, 8, 25), (50_000, 32, 25), (300, 8, 15), (1_209, 32, 15), (1_209, 128, 3), (10, 4, 1), (1, 1, 0)],
 )
-def test_a_prompt_rests_for_a_twentieth_of_an_epoch(n_prompts: int, batch_size: int, steps: int) -> None:
+def test_a_prompt_rests_for_25_steps_or_four_tenths_of_an_epoch(n_prompts: int, batch_size: int, steps: int) -> None:
     assert rest_steps(n_prompts, batch_size) == steps
 
 
@@ -559,39 +608,14 @@ def test_a_sure_batch_needs_no_padding_and_a_hopeless_pool_cannot_give_it() -> N
     assert shop.choose(20).pad_to is None
 
 
-def rest(step: int, *, cooldown_steps: int = 0, max_visits: int = 0) -> list[bool]:
-    """Prompts: never met; selected at 5; observed at 5; selected three times, observed once; the reverse."""
-    allowed: list[bool] = eligible(
-        np.array([0, 1, 0, 3, 1]),
-        np.array([-1, 5, -1, 2, 0]),
-        np.array([0, 0, 1, 1, 3]),
-        np.array([-1, -1, 5, 0, 2]),
-        step=step,
-        cooldown_steps=cooldown_steps,
-        max_visits=max_visits,
-    ).tolist()
-    return allowed
+@pytest.mark.parametrize(("step", "rested"), [(5, True), (6, True), (7, True), (8, False)])
+def test_a_prompt_rests_for_so_many_steps_after_it_was_seen(step: int, rested: bool) -> None:
+    assert resting(np.array([-1, 5, 0]), step=step, rest=2).tolist() == [False, rested, False]
 
 
-def test_without_cooldown_and_cap_everybody_is_eligible() -> None:
-    assert rest(5) == [True] * 5
-
-
-@pytest.mark.parametrize(("step", "rested"), [(5, False), (6, False), (7, False), (8, True)])
-def test_a_prompt_rests_for_the_cooldown_after_it_was_chosen_or_observed(step: int, rested: bool) -> None:
-    assert rest(step, cooldown_steps=2)[:3] == [True, rested, rested]
-
-
-def test_a_never_met_prompt_is_rested_from_the_first_step_on() -> None:
-    assert rest(0, cooldown_steps=1_000)[0]
-
-
-@pytest.mark.parametrize(
-    ("max_visits", "expected"),
-    [(1, [True, False, False, False, False]), (2, [True, True, True, False, False]), (4, [True] * 5)],
-)
-def test_selections_and_observed_steps_count_towards_the_cap(max_visits: int, expected: list[bool]) -> None:
-    assert rest(100, max_visits=max_visits) == expected
+def test_without_a_rest_nobody_rests_and_who_was_never_seen_never_does() -> None:
+    assert not resting(np.array([-1, 5, 0]), step=5, rest=0).any()
+    assert not resting(np.array([-1]), step=0, rest=1_000).any()
 
 
 def score(

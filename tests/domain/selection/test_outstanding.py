@@ -13,7 +13,7 @@ from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
-from evenodds_service.domain.selection.eligibility import eligible, held_back, outstanding
+from evenodds_service.domain.selection.eligibility import held_back, outstanding, resting
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
@@ -151,7 +151,7 @@ def allowed(steps: list[int], batch_size: int, **groups: tuple[float, list[bool]
     step_N, scores_N = np.array(steps), np.arange(len(steps), dtype=float)
     members = {name: (share, np.array(members)) for name, (share, members) in groups.items()}
     everyone = np.ones(len(steps), dtype=bool)
-    may = held_back(everyone, step_N >= 0, step_N, scores_N, batch_size=batch_size, groups=members)
+    may = held_back(everyone, step_N >= 0, step_N, scores_N=scores_N, batch_size=batch_size, groups=members)
     return np.flatnonzero(may).tolist()
 
 
@@ -164,6 +164,19 @@ def test_where_too_few_remain_those_waited_for_the_longest_come_back_and_of_one_
     assert allowed([4, -1, 3, 2, 4], 3) == [1, 2, 3]
     assert allowed([4, -1, 3, 2, 4], 4) == [1, 2, 3, 4]
     assert allowed([4, -1, 3, 2, 4], 9) == [0, 1, 2, 3, 4]
+
+
+def test_all_that_rest_since_the_same_step_come_back_together_so_that_there_is_a_choice() -> None:
+    since_N, held_N = np.array([4, 9, 3, 2, 4, 4]), np.array([True, False, True, True, True, True])
+
+    def back(n: int) -> list[int]:
+        everyone, scores_N = np.ones(6, dtype=bool), np.arange(6.0)
+        may = held_back(everyone, held_N, since_N, scores_N=scores_N, batch_size=n, groups={}, all_alike=True)
+        return np.flatnonzero(may).tolist()
+
+    assert back(2) == [1, 3]
+    assert back(3) == [1, 2, 3]
+    assert back(4) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_group_whose_others_are_too_few_for_its_share_gets_its_own_back() -> None:
@@ -185,7 +198,7 @@ def test_a_batch_is_short_only_where_all_eligible_together_are(
     step_N, may = np.array(steps), np.array(eligible_N[: len(steps)])
     waiting = step_N >= 0
 
-    allowed_N = held_back(may, waiting, step_N, np.zeros(len(steps)), batch_size=batch_size, groups={})
+    allowed_N = held_back(may, waiting, step_N, scores_N=np.zeros(len(steps)), batch_size=batch_size, groups={})
 
     assert not (allowed_N & ~may).any()
     assert (allowed_N | waiting | ~may).all()
@@ -196,11 +209,6 @@ def test_a_batch_is_short_only_where_all_eligible_together_are(
 
 
 def test_a_prompt_rests_on_both_sides_of_its_step() -> None:
-    none = np.zeros(1, dtype=np.int64)
+    rested = [bool(resting(np.array([10]), step=step, rest=2)[0]) for step in range(6, 15)]
 
-    rested = [
-        bool(eligible(none, none + 10, none, none - 1, step=step, cooldown_steps=2, max_visits=0)[0])
-        for step in range(6, 15)
-    ]
-
-    assert rested == [True, True, False, False, False, False, False, True, True]
+    assert rested == [False, False, True, True, True, True, True, False, False]

@@ -75,6 +75,9 @@ async def add_prompts(
     first_line: Annotated[
         int, Query(ge=1, le=2**53, description="of NDJSON: by which number errors call the first line")
     ] = 1,
+    keep_existing: Annotated[
+        bool, Query(description="prompts that the pool has with another content keep it, and are named in `conflicts`")
+    ] = False,
 ) -> PromptsAdded:
     """Add prompts. Repeatable: those that the pool has already, with the same content, count as existing.
 
@@ -86,11 +89,12 @@ async def add_prompts(
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _NDJSON:
         body = _parsed(PromptsIn.model_validate_json, await request.body(), ())
         names = [f"prompts[{i}]" for i in range(len(body.prompts))]
-        return await run_in_threadpool(_add_block, services, stored, body.prompts, names)
+        return await run_in_threadpool(_add_block, services, stored, body.prompts, names, keep_existing)
     lift_limit(request)
     # Any error tells.
     request.state.done = "no line was stored" if first_line == 1 else f"no line from {first_line} on was stored"
     added = existing = 0
+    conflicts: dict[str, str] = {}
     line = first_line - 1
     last: PromptsAdded | None = None
     async for lines in _line_blocks(request.stream()):
@@ -98,24 +102,27 @@ async def add_prompts(
         line += len(lines)
         if contents:
             try:
-                last = await run_in_threadpool(_add_lines, services, stored, contents)
+                last = await run_in_threadpool(_add_lines, services, stored, contents, keep_existing)
             except PromptConflict as error:
                 request.state.place = tuple(contents)[error.item]
                 raise
             added, existing = added + last.added, existing + last.existing
+            conflicts |= last.conflicts
         request.state.done = f"lines {first_line} to {line} were stored"
     if last is None:
         raise RequestValidationError([_fault(("body",), "send at least one prompt, one JSON object a line")])
-    return last.model_copy(update={"added": added, "existing": existing})
+    return last.model_copy(update={"added": added, "existing": existing, "conflicts": conflicts})
 
 
-def _add_lines(services: Services, run: Run, contents: Mapping[str, bytes]) -> PromptsAdded:
+def _add_lines(services: Services, run: Run, contents: Mapping[str, bytes], keeps_existing: bool) -> PromptsAdded:
     """Lines by their names. Parsed in a thread: thousands at once would keep the event loop from other requests."""
     items = [_parsed(PromptIn.model_validate_json, content, (name,)) for name, content in contents.items()]
-    return _add_block(services, run, items, tuple(contents))
+    return _add_block(services, run, items, tuple(contents), keeps_existing)
 
 
-def _add_block(services: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str]) -> PromptsAdded:
+def _add_block(
+    services: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str], keeps_existing: bool
+) -> PromptsAdded:
     run = services.store.run(run.name)
     prepared = services.featurizer.prepare(run, items, names=names)
     result = services.store.add_prompts(
@@ -124,6 +131,7 @@ def _add_block(services: Services, run: Run, items: Sequence[PromptIn], names: S
         prepared.vectors,
         embedder=prepared.embedder,
         embedding_width=prepared.embedding_width,
+        keeps_existing=keeps_existing,
         now=now(),
     )
     return PromptsAdded(
@@ -132,6 +140,7 @@ def _add_block(services: Services, run: Run, items: Sequence[PromptIn], names: S
         existing=result.existing,
         pool_size=result.n_prompts,
         log_position=result.log_position,
+        conflicts=dict(result.conflicts),
     )
 
 

@@ -17,9 +17,11 @@ def rewind(run: RunPath, body: RewindRequest, services: Dependencies) -> Voided:
     """Forget every observation and selection with a step above `step`: the trainer restarted from its checkpoint.
 
     The run stands as if none of it had happened; prompts stay in the pool. A step above may be selected and reported
-    anew, under the same request ids too. Outcomes for a selection that was forgotten are refused (409).
+    anew, under the same request ids too. Outcomes for a selection that was forgotten are refused (409). With an
+    `incarnation`, what the restarted trainer itself has reported already is kept.
     """
-    voided = services.store.rewind(services.store.run(run).id, step=body.step, now=now())
+    run_id = services.store.run(run).id
+    voided = services.store.rewind(run_id, step=body.step, incarnation=body.incarnation, now=now())
     services.live_runs.forget(run)
     return _reply(run, voided)
 

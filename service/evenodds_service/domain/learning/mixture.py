@@ -9,7 +9,7 @@ likelihoods. Pure functions on arrays; where the prior means and the evidence co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Mixture:
 
     log_weights: FloatArray
     log_guard: float
+    _kept: FloatArray | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
     def new(present: BoolArray) -> Mixture:
@@ -69,6 +70,7 @@ class Mixture:
         """Let priors that appeared since take part, with the share that an equal start would give each of them."""
         fresh = present & ~self.present()
         if fresh.any():
+            self._kept = None
             share = float(fresh.sum()) / float(present.sum())
             each = float(exact.log(share / (float(fresh.sum()) * len(STRENGTHS) * len(MEMORIES))))
             self.log_weights = self.log_weights + float(exact.log(1.0 - share))
@@ -76,6 +78,7 @@ class Mixture:
 
     def forget(self, keep: float = WEIGHT_KEEP) -> None:
         """w <- w^keep, normalised: an expert that was poor long ago may return."""
+        self._kept = None
         present = np.isfinite(self.log_weights)
         self.log_weights = np.where(present, keep * np.where(present, self.log_weights, 0.0), -np.inf)
         self.log_weights -= exact.log_sum(self.log_weights)
@@ -89,10 +92,13 @@ class Mixture:
         return weights
 
     def kept(self) -> FloatArray:
-        """Effective weights [C, S, L] without the negligible ones; they sum to 1."""
-        weights = self.weights()
-        kept = np.where(weights >= NEGLIGIBLE * weights.max(), weights, 0.0)
-        return np.asarray(kept / kept.sum())
+        """Effective weights [C, S, L] without the negligible ones; they sum to 1. Computed once between two updates."""
+        if self._kept is None:
+            weights = self.weights()
+            kept = np.where(weights >= NEGLIGIBLE * weights.max(), weights, 0.0)
+            self._kept = np.asarray(kept / kept.sum())
+            self._kept.flags.writeable = False
+        return self._kept
 
     def update(self, log_likelihoods: FloatArray) -> tuple[float, float]:
         """Condition on a batch; call before its evidence is folded in.
@@ -103,6 +109,7 @@ class Mixture:
         Returns:
             Log likelihood of the batch under these weights, and under MoPPS.
         """
+        self._kept = None
         mixture = exact.log_sum(self.log_weights + log_likelihoods)
         mopps = float(log_likelihoods[_MOPPS])
         guarded = exact.log_sum(np.array([self.log_guard + mopps, mixture]))

@@ -19,8 +19,17 @@ from evenodds_service.domain.learning.prediction import EachBlock, in_blocks
 from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
-from evenodds_service.domain.selection.eligibility import eligible, held_back, outstanding, rest_steps, resting
-from evenodds_service.domain.selection.pickers import Likeness, MaxSum, MostUnlike, Picker, best
+from evenodds_service.domain.selection.eligibility import held_back, outstanding, rest_steps, resting
+from evenodds_service.domain.selection.pickers import (
+    FILL_POWER,
+    Good,
+    InProportion,
+    Likeness,
+    MaxSum,
+    MostUnlike,
+    Picker,
+    best,
+)
 from evenodds_service.domain.selection.scores import scores
 from evenodds_service.domain.settings import Acquisition, RunSettings
 from evenodds_service.errors import NotEnoughPrompts
@@ -99,10 +108,17 @@ def picker_of(
     diversity: float,
     recent_batches: Sequence[IntArray],
     directions_of: Callable[[IntArray], FloatArray],
+    *,
+    is_filled: bool = False,
 ) -> Picker:
-    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own."""
-    if acquisition == "yield":
-        return MostUnlike(Likeness.to(recent_batches, directions_of), tolerance=diversity)
+    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own.
+
+    Args:
+        is_filled: Whether the batch has as many prompts as it takes to find so many informative groups.
+    """
+    if acquisition == "yield" and diversity > 0.0:
+        draw = InProportion(FILL_POWER) if is_filled else Good(tolerance=diversity)
+        return MostUnlike(draw, Likeness.to(recent_batches, directions_of))
     if acquisition == "paper":
         return MaxSum(Likeness.to(recent_batches, directions_of), weight=diversity)
     return best  # chance, and Thompson sampling as published, heed nothing but the score
@@ -208,12 +224,16 @@ class _Allowed:
     """Who may be chosen if need be, bool [N] each, and int64 [N].
 
     Attributes:
-        eligible_N: Rested if a cooldown is set, below the visit cap, among the candidates.
+        eligible_N: Rested if a cooldown is set, among the candidates, not excluded.
+        spent_N: Visited as often as the cap allows. A visit is a selection or an observed step.
+        visits_N: How often, int64 [N].
         waited_for_N: Chosen before, and the outcome has not come.
         last_seen_N: Step of the last selection or observation that counts, -1 for never.
     """
 
     eligible_N: BoolArray
+    spent_N: BoolArray
+    visits_N: IntArray
     waited_for_N: BoolArray
     last_seen_N: IntArray
 
@@ -225,36 +245,32 @@ def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> 
     selected, last_selected = state.selected_N, state.last_selected_N
     if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
         selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-    may = eligible(
-        selected,
-        last_selected,
-        state.visits_N,
-        state.last_step_N,
-        step=request.step,
-        cooldown_steps=settings.cooldown_steps or 0,
-        max_visits=settings.max_visits,
-    )
+    last_seen = np.maximum(last_selected, state.last_step_N)
+    may = ~resting(last_seen, step=request.step, rest=settings.cooldown_steps or 0)
     if request.candidates is not None:
         among = np.zeros(state.n_prompts, dtype=bool)
         among[request.candidates] = True
         may &= among
     may[request.exclude] = False
-    return _Allowed(may, waited_for, np.maximum(last_selected, state.last_step_N))
+    visits = np.maximum(selected, state.visits_N)
+    spent = (visits >= settings.max_visits) & (settings.max_visits > 0)
+    return _Allowed(may, spent, visits, waited_for, last_seen)
 
 
 def _preferred(
     allowed: _Allowed, state: State, request: SelectionRequest, *, rest: int, scores_N: FloatArray, shares: Shares
 ) -> Candidates:
-    """Without those that are waited for, and without those that rest, while there are enough others."""
+    """Without those that had their visits, those that are waited for, and those that rest, while there are enough
+    others: who rests comes back first, who had its visits last and by the fewest of them.
+    """
 
-    def without(held_N: BoolArray, since_N: IntArray, among_N: BoolArray) -> BoolArray:
-        return held_back(among_N, held_N, since_N, scores_N, batch_size=request.batch_size, groups=shares.least)
-
-    here_N = allowed.eligible_N
+    without = partial(held_back, scores_N=scores_N, batch_size=request.batch_size, groups=shares.least)
+    here_N = without(allowed.eligible_N, allowed.spent_N, allowed.visits_N, all_alike=True)
     if not request.allow_outstanding:
-        here_N = without(allowed.waited_for_N, state.outstanding_step_N, here_N)
+        here_N = without(here_N, allowed.waited_for_N, state.outstanding_step_N)
     resting_N = resting(allowed.last_seen_N, step=request.step, rest=rest)
-    return Candidates(without(resting_N, allowed.last_seen_N, here_N), here_N, allowed.last_seen_N)
+    rested_N = without(here_N, resting_N, allowed.last_seen_N, all_alike=True)
+    return Candidates(rested_N, here_N, allowed.last_seen_N)
 
 
 def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> NotEnoughPrompts:
@@ -266,6 +282,6 @@ def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> 
         asked=error.asked,
         eligible=error.eligible,
         group=error.group,
-        advice=f" (pool {n_prompts}, cooldown_steps {settings.cooldown_steps or 0}, max_visits "
-        f"{settings.max_visits or 'none'}{most}): ask for fewer, load more prompts, or loosen what rules them out",
+        advice=f" (pool {n_prompts}, cooldown_steps {settings.cooldown_steps or 0}{most}): ask for fewer, load more "
+        "prompts, or loosen what rules them out",
     )

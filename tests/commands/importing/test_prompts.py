@@ -23,8 +23,8 @@ from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds import Client
 from evenodds_service.__main__ import main
-from evenodds_service.commands import import_prompts
-from evenodds_service.commands.import_prompts import BLOCK_LINES, ImportRefused, read_blocks
+from evenodds_service.commands.importing import prompts
+from evenodds_service.commands.importing.prompts import BLOCK_LINES, ImportRefused, read_blocks
 from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
 
@@ -147,14 +147,17 @@ def test_a_file_that_cannot_be_read_is_explained(
 
 
 def test_a_missing_file_and_an_unknown_run_are_named(load: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    missing, unknown = load(tmp_path / "nowhere"), load(tmp_path / "nowhere", "unknown-run")
+    file = tmp_path / "pool.jsonl"
+    file.write_text("\n".join(lines(1)))
 
-    assert missing[2] == f"evenodds import: {tmp_path}/nowhere: it cannot be opened (No such file or directory)"
+    missing, unknown = load(tmp_path / "nowhere"), load(file, "unknown-run")
+
+    assert missing[2] == f"evenodds import: {tmp_path}/nowhere: no such file or folder"
     assert "run 'unknown-run' does not exist: create it first" in unknown[2]
 
 
 def test_a_line_without_an_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_prompts, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(prompts, "MAX_LINE_BYTES", 100)
 
     with pytest.raises(ImportRefused, match="line 2 is longer than 100 bytes"):
         list(read_blocks(io.BytesIO(b"{}\n" + b"x" * 500)))

@@ -1,4 +1,4 @@
-"""`evenodds import`: a pool from a file of prompts, one JSON object a line, into a run of a running service.
+"""A pool from a file of prompts, one JSON object a line.
 
 Reads and sends the file in blocks: neither side ever holds more than one of them. Each block is stored whole or not at
 all, and one that is stored already is recognised: after an interruption of either side the same command goes on where
@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, BinaryIO, cast
 
-from evenodds import Client, EvenOddsError, Invalid, ProblemError, ServerError, TransportError
+from pydantic import ValidationError
+
+from evenodds import Client, EvenOddsError, Invalid, ProblemError, PromptIn, ServerError, TransportError
 
 BLOCK_LINES = 2_000
 BLOCK_BYTES = 4_000_000
@@ -25,22 +27,8 @@ MAX_LINE_BYTES = 8 * 2**20
 RETRIES = 60
 """With the client's waits, some minutes of a service that restarts."""
 
-_TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 _INTERRUPTED = 130
-
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `import`."""
-    parser = commands.add_parser("import", help="load a file of prompts, of any size, into the pool of a run")
-    parser.set_defaults(command=run)
-    parser.description = (
-        "Load prompts into the pool of a run, any number of them. FILE has one JSON object a line, with the fields of "
-        "a prompt: prompt_id, text, category, features, prior_rate, embedding. The command may be repeated: what is "
-        "stored already is skipped, so that an interrupted import goes on where it stopped."
-    )
-    parser.add_argument("run", help="name of the run; it must exist (PUT /runs/NAME)")
-    parser.add_argument("file", metavar="FILE", help="NDJSON, perhaps packed with gzip; - reads standard input")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the running service (default: %(default)s)")
 
 
 class ImportRefused(Exception):
@@ -77,11 +65,12 @@ def run(options: argparse.Namespace) -> int:
     progress = _Progress()
     again = "run the same command again to go on from there" if options.file != "-" else "send it again to go on"
     try:
-        with Client(options.url, timeout_seconds=_TIMEOUT_SECONDS, retries=RETRIES) as client:
+        with Client(options.url, timeout_seconds=TIMEOUT_SECONDS, retries=RETRIES) as client:
             pool = client.run(options.run).pool_size
+            send = _check if options.dry_run else _send
             with _opened(options.file) as (source, bar):
                 for block in read_blocks(source):
-                    _send(client, options.run, block, progress)
+                    send(client, options.run, block, progress)
                     bar(progress)
             if not progress.lines_stored:
                 raise ImportRefused("it holds no prompt: put one JSON object on each line")
@@ -95,6 +84,9 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _fault(f"interrupted; {progress}: {again}")
         return _INTERRUPTED
+    if options.dry_run:
+        print(f"dry run: nothing was sent; {progress.added:,} lines are prompts; the pool has {pool:,}")
+        return 0
     print(f"{progress.added:,} prompts added, {progress.existing:,} were there already; the pool has {pool:,}")
     return 0
 
@@ -140,6 +132,21 @@ def _send(client: Client, run: str, block: Block, progress: _Progress) -> None:
         raise
     progress.added += stored.added
     progress.existing += stored.existing
+    progress.lines_stored = block.first_line + block.n_lines - 1
+
+
+def _check(client: Client, run: str, block: Block, progress: _Progress) -> None:
+    """What `_send` does before it sends. Raises ImportRefused where a line is no prompt."""
+    for line, content in enumerate(block.content.splitlines(), start=block.first_line):
+        if not content.strip():
+            continue
+        try:
+            PromptIn.model_validate_json(content)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(["", *map(str, fault["loc"])])
+            raise ImportRefused(f"line {line}{place}: {fault['msg']}") from error
+        progress.added += 1
     progress.lines_stored = block.first_line + block.n_lines - 1
 
 
