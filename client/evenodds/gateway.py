@@ -105,13 +105,14 @@ class GatewayBudget:
         self._is_closing = False
         self.counts = GatewayCounts()
 
-    async def budget(self, prompt: Judged, *, failures: int = 0) -> BudgetReply | None:
+    async def budget(self, prompt: Judged, *, failures: int = 0, step: int | None = None) -> BudgetReply | None:
         """The budget of one request; None where the service does not give one in time, or nothing can be judged.
 
         Args:
             prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes.
                 `PromptRef`, or a mapping with its fields, may name a prompt of the pool.
             failures: Attempts of this request that failed so far, for policies that go on one by one.
+            step: Version of the served model, under which a verdict by the reply's `decision_id` counts.
         """
         asked = self._described(prompt)
         if not asked:
@@ -120,8 +121,9 @@ class GatewayBudget:
         if not self._may_ask():
             self.counts.skipped += 1
             return None
+        deadline_ms = min(1_000 * self._deadline, 60_000)
         call = self._client.budget(
-            self._run, asked, policy=self._policy, failures=failures, deadline_ms=min(1_000 * self._deadline, 60_000)
+            self._run, asked, policy=self._policy, failures=failures, step=step, deadline_ms=deadline_ms
         )
         try:
             reply = await asyncio.wait_for(call, self._deadline)

@@ -86,7 +86,9 @@ def create_app(
             content = json.dumps(body).encode()
         if budget is None:
             return content, []
+        decision = [(b"x-evenodds-decision-id", budget.decision_id.encode())] if budget.decision_id else []
         return content, [
+            *decision,
             (b"x-evenodds-effort", quote(budget.effort).encode()),
             (b"x-evenodds-attempts", str(budget.attempts).encode()),
             (b"x-evenodds-success-rate", f"{budget.success_rate:.3f}".encode()),

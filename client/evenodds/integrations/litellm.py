@@ -37,7 +37,9 @@ METADATA = "evenodds"
 HEADERS = "x-evenodds-"
 """With this begin the response's headers that say what was decided and changed."""
 
-_DECISION = {"run", "policy", "policy_version", "attempts", "effort", "success_rate", "price", "log_position"}
+_DECISION = {
+    *("run", "policy", "policy_version", "attempts", "effort", "success_rate", "price", "log_position", "decision_id")
+}
 _CHAT, _RESPONSES, _MESSAGES = "chat", "responses", "messages"
 _ENDPOINTS = {
     "completion": _CHAT,
@@ -89,8 +91,8 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             answered: its deployment's own name (`hosted_vllm/m`) is looked up, then the group that it is in. A model
             that no pattern fits is left alone.
         sets: Which parameters it sets: `reasoning_effort` to the tier's label, but on `/v1/messages`, where no
-            parameter holds for every provider; `max_tokens`, which raises the caller's
-            own limit by the tier's scale; `n` to the number of attempts, where `picks` says so, the request is no
+            parameter holds for every provider; `max_tokens`, which raises the caller's own limit by the tier's scale;
+            `n` to the number of attempts, where `picks` says so, the request is no
             stream, has no tools and nothing but text, and the policy is `parallel`.
         picks: Whether somebody picks the best of several answers to this request. Where `verify` tells them apart, the
             best answer becomes the first choice.
@@ -151,7 +153,7 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             served = self._served([data.get("model")])
             endpoint = _ENDPOINTS.get(call_type)
             if served is not None and endpoint is not None:
-                budget = await self.gateways[served].budget(_conversation(data))
+                budget = await self.gateways[served].budget(_conversation(data), step=served.step)
                 if budget is not None:
                     changed = self._apply(data, endpoint, budget)
                     _bucket(data)[METADATA] = _Decision(budget.model_dump(include=_DECISION), changed=changed)
@@ -213,6 +215,9 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             "success-rate": f"{decision['success_rate']:.3f}",
             "changed": changed or "nothing",
         }
+        served = self._answered(data, response)
+        if decision.get("decision_id") and served is not None and served.run == decision["run"]:
+            said["decision-id"] = decision["decision_id"]  # a verdict on another model's answer must not count here
         return {f"{HEADERS}{name}": quote(str(value), safe=" ,=/:+") for name, value in said.items()}
 
     def _served(self, names: Iterable[object]) -> ServedModel | None:

@@ -64,6 +64,7 @@ from evenodds.schemas.loop import (
     SelectedPrompt,
     SelectReply,
     SelectRequest,
+    VerdictRequest,
 )
 from evenodds.schemas.operations import Health, Problem
 from evenodds.schemas.prompts import (
@@ -205,6 +206,7 @@ __all__ = [
     "Text",
     "Tier",
     "Vector",
+    "VerdictRequest",
     "Visit",
     "VisitCount",
     "Voided",

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from evenodds.schemas.base import Reply, Request, example
-from evenodds.schemas.fields import MAX_ATTEMPTS, MAX_TIERS, BudgetMode, Label, PolicyName, Rate, RunName
+from evenodds.schemas.fields import MAX_ATTEMPTS, MAX_TIERS, BudgetMode, Label, PolicyName, Rate, RunName, Step
 from evenodds.schemas.prompts import PromptRef
 
 
@@ -114,6 +114,10 @@ class BudgetRequest(Request):
     failures: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=0, description="attempts of this request that failed, as long as they are not reported by /observe"
     )
+    step: Step | None = Field(
+        default=None,
+        description="version of the served model, for a verdict by decision_id; the newest by default",
+    )
     deadline_ms: Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)] | None = Field(
         default=None, description="a reply after so long is of no use: 503 instead; the service's own limit by default"
     )
@@ -138,3 +142,8 @@ class BudgetReply(Reply):
     model_version: int
     log_position: int
     age_ms: float = Field(description="how old the view of the log is that answered")
+    decision_id: str | None = Field(
+        default=None,
+        description="for 24 hours POST /observe takes a verdict under this id alone; null where the run keeps no texts "
+        "and its pool does not have the prompt",
+    )

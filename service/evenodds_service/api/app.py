@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
@@ -27,6 +29,7 @@ from evenodds_service.api.routes import budgets, chat, operations, prompts, refi
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.wire import now
 from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.settings import Settings
@@ -66,12 +69,20 @@ def create_app(
     """
     featurizer = Featurizer(store, allowed=settings.allowed_embedders())
     live_runs = LiveRuns(store, capacity=settings.live_runs)
+    decisions = Decisions(store, now=now)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(decisions.close)
+
     registry = CollectorRegistry()
     app = FastAPIOffline(
         redoc_url=None,
         static_url=DOCS_FILES,
         title="Even Odds",
         version=__version__,
+        lifespan=lifespan,
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
         redirect_slashes=False,
@@ -92,6 +103,7 @@ def create_app(
             deadline_seconds=settings.budget_deadline_ms / 1_000,
             capacity=settings.budget_queue,
         ),
+        decisions=decisions,
         predictions=training.prediction_coalescer(live_runs),
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
         text_rule=settings.text_rule or TextRule(),

@@ -14,6 +14,7 @@ from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
 from evenodds.schemas.fields import storable
 from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.coalescer import Coalescer
+from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.storage.store import Store
@@ -27,6 +28,7 @@ class Services:
     featurizer: Featurizer
     live_runs: LiveRuns
     budgets: Budgets
+    decisions: Decisions
     predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float
     text_rule: TextRule

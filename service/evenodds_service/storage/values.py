@@ -187,3 +187,19 @@ class ApiKey:
     max_body_bytes: int | None
     created_at: datetime
     revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A budget that was answered.
+
+    Attributes:
+        step: Version of the served model.
+        prompt: JSON of what an observation says of its prompt.
+    """
+
+    decision_id: str
+    run_id: int
+    step: int
+    prompt: str
+    created_at: datetime
