@@ -131,7 +131,7 @@ class Service:
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that all tests share, once for each backend. Each test works on runs of its own."""
-    with _empty_database(request, tmp_path_factory.mktemp("service")) as url, _serving(url) as running:
+    with _empty_database(request, tmp_path_factory.mktemp("service")) as url, serving(url) as running:
         yield running
 
 
@@ -143,7 +143,7 @@ def start_service() -> Iterator[Callable[..., Service]]:
     of `Settings`.
     """
     with ExitStack() as stack:
-        yield lambda database_url, **options: stack.enter_context(_serving(database_url, **options))
+        yield lambda database_url, **options: stack.enter_context(serving(database_url, **options))
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +155,7 @@ def minilm_folder() -> str:
 
 
 @contextmanager
-def _serving(
+def serving(
     database_url: str,
     *,
     pool_size: int = 10,

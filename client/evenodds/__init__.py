@@ -6,6 +6,7 @@ The requests and replies of the wire contract stand whole in `evenodds.schemas`.
 
 from __future__ import annotations
 
+from evenodds.answers import Answer, answers_of
 from evenodds.client import AsyncClient, Client
 from evenodds.errors import (
     ConfigurationError,
@@ -27,6 +28,7 @@ from evenodds.errors import (
     Unreachable,
 )
 from evenodds.gateway import GatewayBudget, GatewayCounts
+from evenodds.judged_text import TextRule
 from evenodds.schemas import (
     Alarm,
     AllocatePrompt,
@@ -84,6 +86,7 @@ __all__ = [
     "AllocatePrompt",
     "AllocateReply",
     "Allocation",
+    "Answer",
     "ArmReport",
     "AsyncClient",
     "Batch",
@@ -138,6 +141,7 @@ __all__ = [
     "ServerError",
     "Share",
     "SkillReport",
+    "TextRule",
     "Tier",
     "TimedOut",
     "TooLarge",
@@ -150,4 +154,5 @@ __all__ = [
     "Voided",
     "WindowReport",
     "__version__",
+    "answers_of",
 ]

@@ -59,6 +59,7 @@ from evenodds.schemas import (
     SelectRequest,
     Step,
     Tier,
+    VerdictRequest,
     Voided,
 )
 from evenodds.validation import RequestT, kept_to, request_of
@@ -383,6 +384,24 @@ class Calls(Protocol):
         request = _request("observe", ObserveRequest, locals())
         return (yield from self.call("POST", "/observe", ObserveReply, content=_json(request)))
 
+    def observe_decision(
+        self, decision_id: str, rewards: Sequence[float], *, request_id: str | None = None
+    ) -> Exchange[ObserveReply]:
+        """Report a verdict on an answer whose budget the service decided: a user's thumb, a test, a judge.
+
+        Args:
+            decision_id: Of the budget's reply, or of the gateway's header `x-evenodds-decision-id`.
+            rewards: In [0, 1], one for each attempt that was finished.
+            request_id: Of a further verdict on the same decision: without one the same verdict counts once.
+
+        Raises:
+            NotFound: There is no such decision, or its run was deleted.
+            ProblemError: `decision_expired`: it was made more than 24 hours ago.
+            Conflict: The decision, or `request_id`, has another verdict already.
+        """
+        request = _request("observe_decision", VerdictRequest, locals())
+        return (yield from self.call("POST", "/observe", ObserveReply, content=_json(request)))
+
     def predict(
         self,
         run: str,
@@ -499,6 +518,7 @@ class Calls(Protocol):
         *,
         policy: str = "default",
         failures: int = 0,
+        step: int | None = None,
         deadline_ms: float | None = None,
     ) -> Exchange[BudgetReply]:
         """How many attempts, and how much effort, one request deserves. Nothing is stored.
@@ -509,6 +529,7 @@ class Calls(Protocol):
             prompt: A string is a prompt id; `PromptRef`, or a mapping with its fields, may hold a new text instead.
             policy: Name of the run's budget policy.
             failures: Attempts of this request that failed and are not reported by `observe`.
+            step: Version of the served model, under which a verdict by `decision_id` counts; the newest by default.
             deadline_ms: A reply after so long is of no use, in (0, 60,000].
 
         Raises:

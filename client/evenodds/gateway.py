@@ -11,9 +11,9 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from uuid import uuid4
 
@@ -30,10 +30,14 @@ from evenodds.errors import (
     ServerError,
     TooLarge,
 )
+from evenodds.judged_text import DEFAULT_RULE, TextRule
 from evenodds.schemas import MAX_ITEMS, BudgetReply, Observation, PromptRef
 from evenodds.schemas.fields import Step
 
 logger = logging.getLogger(__name__)
+
+Judged = str | PromptRef | Mapping[str, object] | Sequence[Mapping[str, object]]
+"""What a budget is asked for, or an outcome is reported of: a text, a prompt, or a conversation."""
 
 FAULTS_TO_OPEN = 5
 FIRST_DELIVERY_WAIT, MAX_DELIVERY_WAIT = 0.25, 30.0
@@ -52,6 +56,8 @@ class GatewayCounts:
         skipped: Not asked, since the circuit was open.
         reported: Outcomes that the service accepted.
         dropped: Outcomes that were given up: the buffer was full, or the service refuses them for good.
+        without_text: Requests that were not asked about, since no turn of the user has a text.
+        left_out: Answers that are no outcomes, by reason; see `evenodds.answers`. Counted by who reports.
     """
 
     answered: int = 0
@@ -60,6 +66,8 @@ class GatewayCounts:
     skipped: int = 0
     reported: int = 0
     dropped: int = 0
+    without_text: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 class GatewayBudget:
@@ -72,6 +80,7 @@ class GatewayBudget:
         deadline_ms: A request waits no longer than this, whatever happens, above 0.
         open_seconds: After five faults in a row nobody is made to wait for so long; then one request tries, above 0.
         buffer: Outcomes that may wait for delivery, at least 1; the oldest are dropped first.
+        text_rule: Which text of a conversation is judged.
         transport: Carries the requests; a connection pool by default.
         clock: Monotonic, in seconds.
 
@@ -88,6 +97,7 @@ class GatewayBudget:
         deadline_ms: float = 50.0,
         open_seconds: float = 5.0,
         buffer: int = 10_000,
+        text_rule: TextRule = DEFAULT_RULE,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -98,7 +108,7 @@ class GatewayBudget:
             raise ConfigurationError(f"buffer {buffer!r} must be at least 1")
         self._client = AsyncClient(base_url, retries=0, transport=transport)
         self._run, self._policy, self._deadline = run, policy, deadline_ms / 1_000
-        self._open_seconds, self._clock = open_seconds, clock
+        self._open_seconds, self._clock, self._text_rule = open_seconds, clock, text_rule
         self._faults = 0
         self._closed_until: float | None = None  # the circuit is open up to then
         self._reports: deque[tuple[int, Observation]] = deque(maxlen=buffer)
@@ -106,19 +116,25 @@ class GatewayBudget:
         self._is_closing = False
         self.counts = GatewayCounts()
 
-    async def budget(self, prompt: str | PromptRef | Mapping[str, object], *, failures: int = 0) -> BudgetReply | None:
-        """The budget of one request; None where the service does not give one in time.
+    async def budget(self, prompt: Judged, *, failures: int = 0, step: int | None = None) -> BudgetReply | None:
+        """The budget of one request; None where the service does not give one in time, or nothing can be judged.
 
         Args:
-            prompt: A string is a text; `PromptRef`, or a mapping with its fields, may name a prompt of the pool.
+            prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes.
+                `PromptRef`, or a mapping with its fields, may name a prompt of the pool.
             failures: Attempts of this request that failed so far, for policies that go on one by one.
+            step: Version of the served model, under which a verdict by the reply's `decision_id` counts.
         """
+        asked = self._described(prompt)
+        if not asked:
+            self.counts.without_text += 1
+            return None
         if not self._may_ask():
             self.counts.skipped += 1
             return None
-        asked = {"text": prompt} if isinstance(prompt, str) else prompt
+        deadline_ms = min(1_000 * self._deadline, 60_000)
         call = self._client.budget(
-            self._run, asked, policy=self._policy, failures=failures, deadline_ms=min(1_000 * self._deadline, 60_000)
+            self._run, asked, policy=self._policy, failures=failures, step=step, deadline_ms=deadline_ms
         )
         try:
             reply = await asyncio.wait_for(call, self._deadline)
@@ -143,22 +159,24 @@ class GatewayBudget:
             return reply
         return None
 
-    def report(self, prompt: str | Mapping[str, object], rewards: Sequence[float], *, step: int) -> None:
+    def report(self, prompt: Judged, rewards: Sequence[float], *, step: int) -> None:
         """Keep what came of the attempts at one request, to be sent soon. Needs a running event loop.
 
         Args:
-            prompt: A string is a text; a mapping has fields of `Observation` such as `prompt_id`, `text`, `category`.
-            rewards: In [0, 1], one for each attempt that was made; none for attempts that failed for other reasons
-                than the model. Without rewards nothing is kept.
+            prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes. A
+                mapping has fields of `Observation` such as `prompt_id`, `text`, `category`.
+            rewards: In [0, 1], one for each attempt that was made and finished; none for attempts that failed for
+                other reasons than the model, or whose answer was cut off (`evenodds.answers_of` tells which). Without
+                rewards, or where there is no text, nothing is kept.
             step: Version of the served model: a number that never falls.
         """
-        if self._is_closing:
+        described = self._described(prompt)
+        if not described or self._is_closing:
             return
         try:
             given = [float(reward) for reward in rewards]
             if not given:
                 return
-            described = {"text": prompt} if isinstance(prompt, str) else dict(prompt)
             observation = Observation.model_validate({**described, "rewards": given})
             step = _STEP.validate_python(step)
         except (ValueError, TypeError) as error:
@@ -170,6 +188,15 @@ class GatewayBudget:
         self._reports.append((step, observation))
         if self._delivery is None or self._delivery.done():
             self._delivery = asyncio.get_running_loop().create_task(self._deliver())
+
+    def _described(self, prompt: Judged) -> dict[str, object]:
+        """The fields that name the prompt; none where a conversation has no text."""
+        if isinstance(prompt, PromptRef):
+            return prompt.model_dump(exclude_none=True)
+        if isinstance(prompt, Mapping):
+            return dict(prompt)
+        text = prompt if isinstance(prompt, str) else self._text_rule.of(prompt)
+        return {"text": text} if text else {}
 
     async def close(self, *, seconds: float = 1.0) -> None:
         """Try for so long to deliver what waits, then close the connections. What is left counts as dropped."""

@@ -3,15 +3,18 @@
     pip install ../.. starlette uvicorn          # in this folder of a checkout
     UPSTREAM=http://127.0.0.1:8801 EVENODDS_URL=http://127.0.0.1:8000 EVENODDS_RUN=served uvicorn shim:app --port 8080
 
-A chat request goes on with `metadata.difficulty` in its body and `x-evenodds-effort`, `x-evenodds-attempts` and
-`x-evenodds-success-rate` in its headers. All else goes on as it came, and so does every request while Even Odds does
-not answer within the deadline. Answers are passed on as they come, streams too.
+A request to `/chat/completions`, `/responses` or `/messages` goes on with `metadata.difficulty` in its body and
+`x-evenodds-effort`, `x-evenodds-attempts` and `x-evenodds-success-rate` in its headers; the reply has them too. Which
+text is judged, `evenodds.TextRule` says (`EVENODDS_TEXT_RULE`, JSON). What a caller sends under these names is
+removed, always. All else goes on as it came, byte for byte, and so does every request while Even Odds does not answer
+within the deadline. Answers are passed on as they come, streams too.
 """
 
 import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import httpx
 from starlette.applications import Starlette
@@ -20,15 +23,29 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from evenodds import GatewayBudget
+from evenodds import GatewayBudget, TextRule
 
-HOP_BY_HOP = {"host", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"}
+HOP_BY_HOP = {
+    *(b"host", b"content-length", b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer"),
+    *(b"transfer-encoding", b"upgrade"),
+}
+
+
+JUDGED = ("/chat/completions", "/responses", "/messages")
+OURS = b"x-evenodds-"
 
 
 def create_app(
-    upstream: str, evenodds: str, run: str, *, policy: str = "default", deadline_ms: float = 50.0
+    upstream: str,
+    evenodds: str,
+    run: str,
+    *,
+    policy: str = "default",
+    deadline_ms: float = 50.0,
+    text_rule: TextRule | None = None,
 ) -> Starlette:
-    gateway = GatewayBudget(evenodds, run=run, policy=policy, deadline_ms=deadline_ms)
+    rule = text_rule or TextRule()
+    gateway = GatewayBudget(evenodds, run=run, policy=policy, deadline_ms=deadline_ms, text_rule=rule)
     model = httpx.AsyncClient(base_url=upstream, timeout=httpx.Timeout(10.0, read=None))
 
     @asynccontextmanager
@@ -39,41 +56,67 @@ def create_app(
 
     async def forward(request: Request) -> Response:
         content = await request.body()
-        headers = [(name, value) for name, value in request.headers.items() if name not in HOP_BY_HOP]
-        if request.method == "POST" and request.url.path.endswith("/chat/completions"):
+        headers = _passed(request.headers.raw)
+        judged: list[tuple[bytes, bytes]] = []
+        if request.method == "POST" and request.url.path.endswith(JUDGED):
             content, judged = await judge(content)
-            headers += judged
-        asked = model.build_request(
-            request.method, request.url.path, params=request.query_params, content=content, headers=headers
-        )
+        asked = model.build_request(request.method, _target(model, request), content=content, headers=headers + judged)
         try:
             reply = await model.send(asked, stream=True)
         except httpx.RequestError as error:
             return Response(f"upstream {upstream}: {error or type(error).__name__}", 502, media_type="text/plain")
-        passed = {name: value for name, value in reply.headers.items() if name not in HOP_BY_HOP}
-        return StreamingResponse(reply.aiter_raw(), reply.status_code, passed, background=BackgroundTask(reply.aclose))
+        answer = StreamingResponse(reply.aiter_raw(), reply.status_code, background=BackgroundTask(reply.aclose))
+        answer.raw_headers = _passed(reply.headers.raw) + judged
+        return answer
 
-    async def judge(content: bytes) -> tuple[bytes, list[tuple[str, str]]]:
+    async def judge(content: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        """The body with the judgement and without what the caller claims to be one, and the headers that go with it."""
         try:
             body = json.loads(content)
-            texts = [message["content"] for message in body["messages"] if message["role"] == "user"]
-            text = texts[-1] if isinstance(texts[-1], str) else "\n".join(part.get("text", "") for part in texts[-1])
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except ValueError:
             return content, []  # whatever it is, it is the upstream's to refuse
-        budget = await gateway.budget(text)
+        if not isinstance(body, dict):
+            return content, []
+        conversation = body.get("messages") or body.get("input")
+        budget = await gateway.budget(conversation) if isinstance(conversation, (str, list)) else None
+        metadata = body.get("metadata") or {}
+        if isinstance(metadata, dict) and (budget is not None or "difficulty" in metadata):
+            own = {} if budget is None else {"difficulty": budget.effort}
+            body["metadata"] = {**{name: value for name, value in metadata.items() if name != "difficulty"}, **own}
+            content = json.dumps(body).encode()
         if budget is None:
             return content, []
-        body["metadata"] = {"difficulty": budget.effort, **(body.get("metadata") or {})}
-        return json.dumps(body).encode(), [
-            ("x-evenodds-effort", budget.effort),
-            ("x-evenodds-attempts", str(budget.attempts)),
-            ("x-evenodds-success-rate", f"{budget.success_rate:.3f}"),
+        decision = [(b"x-evenodds-decision-id", budget.decision_id.encode())] if budget.decision_id else []
+        return content, [
+            *decision,
+            (b"x-evenodds-effort", quote(budget.effort).encode()),
+            (b"x-evenodds-attempts", str(budget.attempts).encode()),
+            (b"x-evenodds-success-rate", f"{budget.success_rate:.3f}".encode()),
         ]
 
     methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     app = Starlette(routes=[Route("/{path:path}", forward, methods=methods)], lifespan=lifespan)
     app.state.gateway = gateway
     return app
+
+
+def _passed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers as they came, repeated ones too, but for those of one connection and those that only we may write."""
+    named = {
+        name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")
+    }
+    return [
+        (name, value)
+        for name, value in headers
+        if name.lower() not in HOP_BY_HOP | named and not name.lower().startswith(OURS)
+    ]
+
+
+def _target(model: httpx.AsyncClient, request: Request) -> httpx.URL:
+    """Path and query byte for byte: a decoded `/v1/models/org%2Fmodel` would be another path."""
+    path = model.base_url.raw_path.rstrip(b"/") + request.scope["raw_path"].partition(b"?")[0]
+    query = request.scope["query_string"]
+    return model.base_url.copy_with(raw_path=path + (b"?" + query if query else b""))
 
 
 if "UPSTREAM" in os.environ:
@@ -83,4 +126,5 @@ if "UPSTREAM" in os.environ:
         os.environ.get("EVENODDS_RUN", "served"),
         policy=os.environ.get("EVENODDS_POLICY", "default"),
         deadline_ms=float(os.environ.get("EVENODDS_GATEWAY_DEADLINE_MS", "50")),
+        text_rule=TextRule.model_validate_json(os.environ.get("EVENODDS_TEXT_RULE", "{}")),
     )

@@ -34,6 +34,8 @@
         ├── NaiveDatetime           naive_datetime       a datetime without a time zone (in `storage.tables`)
         ├── RunUnknown              run_unknown          there is no such run
         ├── RunExists               run_exists           a fork must be a new run
+        ├── DecisionUnknown         decision_unknown     there is no such decision on a budget
+        ├── DecisionExpired         decision_expired     a decision on a budget of more than a day ago
         ├── PromptUnknown           prompt_unknown       there is no such prompt
         ├── PromptConflict          prompt_conflict      a prompt id is taken by another prompt
         ├── EmbedderFixed           embedder_fixed       the pool's vectors come from another embedder
@@ -350,6 +352,18 @@ class SelectionVoided(StoreError):
     """A rewind has voided the selection."""
 
     code = "selection_voided"
+
+
+class DecisionUnknown(StoreError):
+    """No decision of this id is kept."""
+
+    code = "decision_unknown"
+
+
+class DecisionExpired(StoreError):
+    """The decision was made so long ago that it is not kept any more."""
+
+    code = "decision_expired"
 
 
 class ChoiceOutdated(StoreError):

@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from evenodds import TextRule
+
 _NOT_SETTINGS = frozenset({"EVENODDS_API_KEY", "EVENODDS_REPLICAS"})
 """Of the client, and of docker-compose.yml."""
 
@@ -56,6 +58,10 @@ class Settings(BaseModel):
     )
     budget_queue: int = Field(
         default=256, ge=1, le=100_000, description="requests for a budget that may wait at a time"
+    )
+    text_rule: TextRule | None = Field(
+        default=None,
+        description="which text of a conversation /v1/chat/completions judges: JSON with fields of evenodds.TextRule",
     )
     embedders: str | None = Field(
         default=None,

@@ -232,7 +232,25 @@ def test_what_cannot_be_answered_is_refused(
         ),
         (
             {"tiers": [{"label": "a", "at_least": 0.2}, {"label": "b", "at_least": 0.5}]},
-            "tiers: at_least must fall from tier to tier and end with 0, got 0.2, 0.5",
+            "tiers: tiers[0] ('a') and tiers[1] ('b') have at_least 0.2 and 0.5, so that the second is never reached: "
+            "at_least must fall from tier to tier",
+        ),
+        (
+            {"tiers": [{"label": "a", "at_least": at} for at in (0.5, 0.3, 0.3, 0)]},
+            "tiers: tiers[0] ('a') and tiers[1] ('a') have the same label and max_tokens_scale: leave one out",
+        ),
+        (
+            {"tiers": [{"label": label, "at_least": at} for label, at in (("a", 0.5), ("b", 0.3), ("c", 0.3))]},
+            "tiers: tiers[1] ('b') and tiers[2] ('c') have at_least 0.3 and 0.3, so that the second is never reached: "
+            "at_least must fall from tier to tier",
+        ),
+        (
+            {"tiers": [{"label": "a", "at_least": 1}, {"label": "b", "at_least": 0}]},
+            "tiers: tiers[0] ('a') has at_least 1, which no predicted success rate reaches: lower it",
+        ),
+        (
+            {"tiers": [{"label": "a", "at_least": 0.5}, {"label": "b", "at_least": 0.2}]},
+            "tiers: the last one, tiers[1] ('b'), has at_least 0.2: give it 0, so that every request falls into a tier",
         ),
         ({"price": 2}, "price: Input should be less than or equal to 1, got 2"),
     ],

@@ -40,8 +40,8 @@ def json_schema(**properties: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "Label", "schema": schema, "strict": True}}
 
 
-def test_the_newest_user_message_gets_its_label(mopps: Caller) -> None:
-    reply = chat(mopps, ("system", "Judge."), ("user", "Hard?"), ("assistant", "no"), ("user", "Easy?"))
+def test_a_request_gets_its_label(mopps: Caller) -> None:
+    reply = chat(mopps, ("system", "Judge."), ("user", "Easy?"))
 
     assert content(reply) == "low"
     assert (reply["object"], reply["model"]) == ("chat.completion", mopps.run)
@@ -64,6 +64,22 @@ def test_what_a_router_writes_around_the_message_does_not_count(mopps: Caller) -
     asked = "\nConversation so far: ~20 tokens across the request\n\nClassify this message:\nHard?"
 
     assert content(chat(mopps, ("user", asked))) == "high"
+
+
+def test_a_follow_up_is_judged_with_what_it_follows(mopps: Caller) -> None:
+    followed = [("user", "Hard?"), ("assistant", "Suppose ..."), ("user", "yes, go on")]
+    judged = "user: Hard?\n\nassistant: Suppose ...\n\nuser: yes, go on"
+    mopps.observe(0, {"text": judged, "successes": 0, "attempts": 8})
+
+    assert content(chat(mopps, *followed)) == "high"
+    assert content(chat(mopps, ("user", "yes, go on"))) == "medium"
+
+
+def test_harness_text_is_not_taken_for_the_prompt(mopps: Caller) -> None:
+    wrapped = "Hard?<system-reminder>Use the tools.</system-reminder>"
+
+    assert content(chat(mopps, ("user", wrapped))) == "high"
+    assert content(chat(mopps, ("user", "Hard?"), ("user", "<system-reminder>x</system-reminder>"))) == "high"
 
 
 def test_a_policy_names_the_labels_and_json_is_answered_under_the_property_that_takes_them(mopps: Caller) -> None:

@@ -281,3 +281,26 @@ def test_against_the_real_service_until_it_is_stopped(sqlite_service: Service) -
             assert gateway.counts.skipped == 20 - FAULTS_TO_OPEN
 
     asyncio.run(serve())
+
+
+def test_a_conversation_is_judged_and_reported_by_the_same_text(script: Script) -> None:
+    turns = [
+        {"role": "user", "content": "<system-reminder>Be short.</system-reminder>Prove that 2 is the only even prime."},
+        {"role": "assistant", "content": "Suppose ..."},
+        {"role": "user", "content": "yes, go on"},
+    ]
+
+    async def ask() -> None:
+        async with script.gateway() as gateway:
+            await gateway.budget(turns)
+            gateway.report(turns, [1.0], step=1)
+            await until_awaited(lambda: gateway.counts.reported == 1, "the outcome")
+            assert await gateway.budget([{"role": "system", "content": "Be short."}]) is None
+            gateway.report([{"role": "system", "content": "Be short."}], [1.0], step=1)
+            assert (gateway.counts.without_text, gateway.counts.dropped) == (1, 0)
+
+    asyncio.run(ask())
+
+    text = "user: Prove that 2 is the only even prime.\n\nassistant: Suppose ...\n\nuser: yes, go on"
+    assert [body["prompt"]["text"] for body in script.bodies("/budget")] == [text]
+    assert script.bodies("/observe")[0]["observations"] == [{"text": text, "rewards": [1.0]}]

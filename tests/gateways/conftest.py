@@ -53,24 +53,53 @@ class ServedModel:
     stop: Callable[[], None]
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
 def served_model() -> Iterator[ServedModel]:
+    with serving_model() as model:
+        yield model
+
+
+@contextmanager
+def serving_model() -> Iterator[ServedModel]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            model.paths.append(self.path)
             model.bodies.append(body)
             model.headers.append({name.lower(): value for name, value in self.headers.items()})
-            message = {"role": "assistant", "content": "41"}
-            choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(body.get("n") or 1)]
-            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
-            content = json.dumps({**reply, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
+            if body.get("model") == "broken":
+                self.answer(b'{"error": {"message": "out of order"}}', "application/json", status=500)
+            elif self.path.endswith("/responses"):
+                response = _response_to()
+                done = json.dumps({"type": "response.completed", "sequence_number": 1, "response": response})
+                if body.get("stream"):
+                    self.answer(f"event: response.completed\ndata: {done}\n\n".encode(), "text/event-stream")
+                else:
+                    self.answer(json.dumps(response).encode(), "application/json")
+            elif body.get("stream"):
+                self.answer(_stream_of(body), "text/event-stream")
+            else:
+                self.answer(json.dumps(_reply_to(body)).encode(), "application/json")
+
+        def answer(self, content: bytes, kind: str, *, status: int = 200) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content.encode())
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            model.paths.append(self.path)
+            self.send_response(200)
+            self.send_header("Set-Cookie", "a=1")
+            self.send_header("Set-Cookie", "b=2")
+            self.send_header("X-Evenodds-Effort", "from the model")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
 
         def log_message(self, format: str, *args: object) -> None:
             return
@@ -89,15 +118,92 @@ def served_model() -> Iterator[ServedModel]:
         stop()
 
 
+NATURAL_TOKENS = 100
+"""So long is an answer of the served model that no limit cuts off."""
+
+
+def tokens_of(body: dict[str, Any]) -> int:
+    """What the served model writes for a request."""
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or NATURAL_TOKENS
+    return int((body.get("n") or 1) * min(limit, NATURAL_TOKENS))
+
+
+def _choices(body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Message and finish reason of each choice. The second one is right, "42"; the words of the prompt may forbid."""
+    said = json.dumps(body["messages"][-1]["content"])
+    if body.get("tools"):
+        call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        made: tuple[dict[str, Any], str] = ({"content": None, "tool_calls": [call]}, "tool_calls")
+    elif "forbidden" in said:
+        made = ({"content": ""}, "content_filter")
+    elif "empty" in said:
+        made = ({"content": ""}, "stop")
+    elif tokens_of({**body, "n": 1}) < NATURAL_TOKENS:
+        made = ({"content": "4"}, "length")
+    else:
+        made = ({"content": "41"}, "stop")
+    best = ({"content": "42"}, "stop") if made[1] == "stop" else made
+    return [best if i == 1 else made for i in range(body.get("n") or 1)]
+
+
+def _reply_to(body: dict[str, Any]) -> dict[str, Any]:
+    choices = [
+        {"index": i, "message": {"role": "assistant", **message}, "finish_reason": reason}
+        for i, (message, reason) in enumerate(_choices(body))
+    ]
+    tokens = tokens_of(body)
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, "usage": usage}
+
+
+def _response_to() -> dict[str, Any]:
+    text = {"type": "output_text", "text": "41", "annotations": []}
+    message = {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": [text]}
+    usage = {"input_tokens": 1, "output_tokens": NATURAL_TOKENS, "total_tokens": 1 + NATURAL_TOKENS}
+    shown = {"id": "r", "object": "response", "created_at": 0, "status": "completed", "model": "m", "error": None}
+    options = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}}
+    return {**shown, **options, "output": [message], "usage": usage}
+
+
+def _stream_of(body: dict[str, Any]) -> bytes:
+    chunk = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    lines = []
+    for i, (message, reason) in enumerate(_choices(body)):
+        lines += [
+            {**chunk, "choices": [{"index": i, "delta": {"content": part}, "finish_reason": None}]}
+            for part in message["content"] or ""
+        ]
+        lines.append({**chunk, "choices": [{"index": i, "delta": {}, "finish_reason": reason}]})
+    events = [f"data: {json.dumps(line)}\n\n" for line in lines]
+    return "".join([*events, "data: [DONE]\n\n"]).encode()
+
+
 @contextmanager
-def running_proxy(python: Path, folder: Path, *, service_url: str, model_url: str) -> Iterator[httpx.Client]:
-    """The example's proxy with one more model, `recorded`, at `model_url`. All that it says goes to `proxy.log`."""
+def running_proxy(
+    python: Path,
+    folder: Path,
+    *,
+    service_url: str,
+    models: dict[str, str],
+    model_url: str,
+    hook: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Iterator[httpx.Client]:
+    """The example's proxy with more models at `model_url`. All that it says goes to `proxy.log`.
+
+    Args:
+        models: The deployment of each model.
+        hook: Source of the callback, instead of the example's.
+        settings: `litellm_settings` besides the example's.
+    """
     config = yaml.safe_load((EXAMPLE / "config.yaml").read_text())
-    config["model_list"].append(
-        {"model_name": "recorded", "litellm_params": {"model": "hosted_vllm/m", "api_base": model_url}}
-    )
+    config["litellm_settings"] |= settings or {}
+    config["model_list"] += [
+        {"model_name": name, "litellm_params": {"model": model, "api_base": model_url, "max_retries": 0}}
+        for name, model in models.items()
+    ]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "evenodds_hook.py").write_text((EXAMPLE / "evenodds_hook.py").read_text())
+    (folder / "evenodds_hook.py").write_text(hook or (EXAMPLE / "evenodds_hook.py").read_text())
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {

@@ -75,6 +75,61 @@ def test_a_chat_request_goes_on_with_its_difficulty(shim: httpx.Client, served_m
     assert hard_headers["authorization"] == "Bearer x"
 
 
+def test_a_follow_up_is_judged_with_what_it_follows(
+    shim: httpx.Client, service: Service, served_model: ServedModel
+) -> None:
+    judged = "user: Easy?\n\nassistant: Yes.\n\nuser: go on"
+    service.client.observe("served", 0, [{"text": judged, "successes": 0, "attempts": 8}])
+    turns = [{"role": "user", "content": "Easy?<system-reminder>x</system-reminder>"}]
+
+    shim.post("/v1/chat/completions", json={"messages": turns})
+    turns += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "go on"}]
+    shim.post("/v1/chat/completions", json={"messages": turns})
+
+    assert [body["metadata"]["difficulty"] for body in served_model.bodies] == ["low", "high"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/chat/completions?x=1"])
+def test_every_endpoint_of_a_conversation_is_judged(shim: httpx.Client, served_model: ServedModel, path: str) -> None:
+    conversation = {"input": "Hard?"} if "responses" in path else {"messages": [{"role": "user", "content": "Hard?"}]}
+
+    reply = shim.post(path, json=conversation)
+
+    assert served_model.bodies[0]["metadata"] == {"difficulty": "high"}
+    assert reply.headers["x-evenodds-effort"] == "high"
+    assert served_model.paths == [path]
+
+
+def test_what_a_caller_claims_to_be_a_judgement_is_removed(
+    shim: httpx.Client, service: Service, served_model: ServedModel
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hard?"}], "metadata": {"difficulty": "low", "cohort": "beta"}}
+    claimed = {"X-EvenOdds-Effort": "low", "x-evenodds-anything": "1"}
+
+    shim.post("/v1/chat/completions", json=body, headers=claimed)
+    service.stop()
+    shim.post("/v1/chat/completions", json=body, headers=claimed)
+    shim.post("/v1/other", json=body, headers=claimed)
+
+    judged, unjudged, other = served_model.headers
+    assert (judged["x-evenodds-effort"], "x-evenodds-anything" in judged) == ("high", False)
+    assert not [name for headers in (unjudged, other) for name in headers if name.startswith("x-evenodds")]
+    metadata = [body["metadata"] for body in served_model.bodies]
+    assert metadata[0] == {"difficulty": "high", "cohort": "beta"}
+    assert metadata[1] == {"cohort": "beta"}
+    assert served_model.bodies[2] == body
+
+
+def test_paths_queries_and_repeated_headers_go_on_as_they_came(shim: httpx.Client, served_model: ServedModel) -> None:
+    path = "/v1/models/org%2Fmodel?q=a%2Fb&q=c%20d&empty"
+
+    reply = shim.get(path)
+
+    assert served_model.paths == [path]
+    assert reply.headers.get_list("set-cookie") == ["a=1", "b=2"]
+    assert "x-evenodds-effort" not in reply.headers
+
+
 def test_without_the_service_requests_go_on_as_they_came(
     shim: httpx.Client, service: Service, served_model: ServedModel
 ) -> None:

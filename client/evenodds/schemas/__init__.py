@@ -66,6 +66,7 @@ from evenodds.schemas.loop import (
     SelectedPrompt,
     SelectReply,
     SelectRequest,
+    VerdictRequest,
 )
 from evenodds.schemas.operations import Health, Problem
 from evenodds.schemas.prompts import (
@@ -209,6 +210,7 @@ __all__ = [
     "Text",
     "Tier",
     "Vector",
+    "VerdictRequest",
     "Visit",
     "VisitCount",
     "Voided",

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from evenodds.schemas.base import Reply, Request, example
-from evenodds.schemas.fields import MAX_ATTEMPTS, MAX_TIERS, BudgetMode, Label, PolicyName, Rate, RunName
+from evenodds.schemas.fields import MAX_ATTEMPTS, MAX_TIERS, BudgetMode, Label, PolicyName, Rate, RunName, Step
 from evenodds.schemas.prompts import PromptRef
 
 
@@ -61,12 +61,30 @@ class PolicyUpdate(Request):
                 f"target_attempts {self.target_attempts:g} must lie between min_attempts {self.min_attempts} and "
                 f"max_attempts {self.max_attempts}"
             )
-        bounds = [tier.at_least for tier in self.tiers]
-        if bounds[-1] != 0.0 or any(low >= high for high, low in pairwise(bounds)):
-            raise ValueError(
-                f"tiers: at_least must fall from tier to tier and end with 0, got {', '.join(f'{b:g}' for b in bounds)}"
-            )
+        _check_tiers(self.tiers)
         return self
+
+
+def _check_tiers(tiers: tuple[Tier, ...]) -> None:
+    """Raises ValueError: a tier that no prediction reaches, or that changes nothing; names it with its neighbour."""
+    if tiers[0].at_least == 1.0:
+        raise ValueError(
+            f"tiers: tiers[0] ({tiers[0].label!r}) has at_least 1, which no predicted success rate reaches: lower it"
+        )
+    for place, (upper, lower) in enumerate(pairwise(tiers)):
+        pair = f"tiers: tiers[{place}] ({upper.label!r}) and tiers[{place + 1}] ({lower.label!r})"
+        if lower.at_least >= upper.at_least:
+            raise ValueError(
+                f"{pair} have at_least {upper.at_least:g} and {lower.at_least:g}, so that the second is never reached: "
+                "at_least must fall from tier to tier"
+            )
+        if (lower.label, lower.max_tokens_scale) == (upper.label, upper.max_tokens_scale):
+            raise ValueError(f"{pair} have the same label and max_tokens_scale: leave one out")
+    if tiers[-1].at_least != 0.0:
+        raise ValueError(
+            f"tiers: the last one, tiers[{len(tiers) - 1}] ({tiers[-1].label!r}), has at_least {tiers[-1].at_least:g}: "
+            "give it 0, so that every request falls into a tier"
+        )
 
 
 class PolicyState(Reply):
@@ -96,6 +114,10 @@ class BudgetRequest(Request):
     failures: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=0, description="attempts of this request that failed, as long as they are not reported by /observe"
     )
+    step: Step | None = Field(
+        default=None,
+        description="version of the served model, for a verdict by decision_id; the newest by default",
+    )
     deadline_ms: Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)] | None = Field(
         default=None, description="a reply after so long is of no use: 503 instead; the service's own limit by default"
     )
@@ -120,3 +142,8 @@ class BudgetReply(Reply):
     model_version: int
     log_position: int
     age_ms: float = Field(description="how old the view of the log is that answered")
+    decision_id: str | None = Field(
+        default=None,
+        description="for 24 hours POST /observe takes a verdict under this id alone; null where the run keeps no texts "
+        "and its pool does not have the prompt",
+    )

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
+    MAX_ID,
     MAX_ITEMS,
     Acquisition,
     CategoryShares,
@@ -72,6 +73,22 @@ class ObserveRequest(Request):
         default=None, description="the selection whose outcomes these are; other prompts may come along"
     )
     observations: Annotated[tuple[Observation, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+
+
+class VerdictRequest(Request):
+    """A verdict on an answer whose budget the service decided."""
+
+    model_config = example(decision_id="served.6925a3c0.0f9d3a5c8a7e4a5e9d6b1c2f3a4b5c6d", rewards=[1])
+
+    decision_id: Annotated[str, Field(min_length=1, max_length=MAX_ID)] = Field(
+        description="of the budget's reply; kept for 24 hours, after which the answer is 410 decision_expired"
+    )
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1, max_length=MAX_ITEMS)] = Field(
+        description="in [0, 1], one for each attempt that was finished"
+    )
+    request_id: Key | None = Field(
+        default=None, description="one verdict counts for a decision, however often it comes; a further one needs an id"
+    )
 
 
 class ObserveReply(Reply):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
+from evenodds import TextRule
 from evenodds.version import __version__
 from evenodds_service.api import problems
 from evenodds_service.api.dependencies import Services, parameters_are_storable
@@ -26,6 +29,7 @@ from evenodds_service.api.routes import budgets, chat, operations, prompts, refi
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.wire import now
 from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.settings import Settings
@@ -63,11 +67,19 @@ def create_app(
         asks_for_keys: Whether a caller needs an API key of the store.
         clock: Seconds that never go back, for the limits of keys.
     """
+    services = _services(store, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(services.decisions.close)
+
     app = FastAPIOffline(
         redoc_url=None,
         static_url=DOCS_FILES,
         title="Even Odds",
         version=__version__,
+        lifespan=lifespan,
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
         redirect_slashes=False,
@@ -75,7 +87,7 @@ def create_app(
         # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
         telemetry={"auto_configure": settings.telemetry, "metrics": False, "logs": False, "exclude": is_quiet},
     )
-    services = app.state.services = _services(store, settings)
+    app.state.services = services
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
     dependencies = [Depends(bearer), Depends(parameters_are_storable), Depends(run_is_allowed)]
@@ -119,8 +131,10 @@ def _services(store: Store, settings: Settings) -> Services:
             deadline_seconds=settings.budget_deadline_ms / 1_000,
             capacity=settings.budget_queue,
         ),
+        decisions=Decisions(store, now=now),
         predictions=training.prediction_coalescer(live_runs),
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
+        text_rule=settings.text_rule or TextRule(),
         registry=CollectorRegistry(),
         run_registry=run_registry,
     )

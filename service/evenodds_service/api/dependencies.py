@@ -9,11 +9,13 @@ from fastapi import Depends, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 
+from evenodds import TextRule
 from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
 from evenodds.schemas.fields import storable
 from evenodds_service.api.cursors import MOST_CHARACTERS
 from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.coalescer import Coalescer
+from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.storage.store import Store
@@ -27,8 +29,10 @@ class Services:
     featurizer: Featurizer
     live_runs: LiveRuns
     budgets: Budgets
+    decisions: Decisions
     predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float
+    text_rule: TextRule
     registry: CollectorRegistry
     run_registry: CollectorRegistry
 

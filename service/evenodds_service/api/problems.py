@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 _SHOWN_FAULTS = 20
-_SOURCES = ("body", "query", "path")
+_SOURCES = ("body", "query", "path", "by-run", "by-decision")
 STATUS_OF: Mapping[str, int] = {
     "malformed": 422,
     "key_missing": 401,
@@ -38,6 +38,8 @@ STATUS_OF: Mapping[str, int] = {
     "selection_unknown": 404,
     "snapshot_unknown": 404,
     "policy_unknown": 404,
+    "decision_unknown": 404,
+    "decision_expired": 410,
     "run_exists": 409,
     "prompt_conflict": 409,
     "request_conflict": 409,

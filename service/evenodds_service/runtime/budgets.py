@@ -50,6 +50,10 @@ class Budget:
         solve_probability: That one of the attempts succeeds, in [0, 1].
         seen: Attempts observed of the prompt.
         age_seconds: Since the log was read.
+        run_id, head_step: Of the run; its newest step, 0 where there is none.
+        prompt_id: The prompt's id, which a new text has too.
+        is_new: Whether the pool does not have it.
+        keeps_text: Whether the run keeps texts.
     """
 
     policy: BudgetPolicy
@@ -62,6 +66,11 @@ class Budget:
     model_version: int
     log_position: int
     age_seconds: float
+    run_id: int
+    head_step: int
+    prompt_id: str
+    is_new: bool
+    keeps_text: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -239,7 +248,21 @@ class Budgets:
             columns = (attempts.tolist(), mean.tolist(), std.tolist(), solved.tolist(), asked.seen[rows].tolist())
             for row, n, rate, deviation, chance, seen in zip(rows.tolist(), *columns, strict=True):
                 budgets[row] = Budget(
-                    policy, price, n, rate, deviation, chance, int(seen), asked.model_version, asked.log_position, age
+                    policy,
+                    price,
+                    n,
+                    rate,
+                    deviation,
+                    chance,
+                    int(seen),
+                    asked.model_version,
+                    asked.log_position,
+                    age,
+                    folded.run.id,
+                    folded.run.head_step or 0,
+                    asked.ids[row],
+                    asked.ids[row] not in folded.live.pool.index,
+                    folded.run.settings.keep_text,
                 )
         return [budgets[i] for i in range(len(questions))]
 

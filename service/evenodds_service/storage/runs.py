@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, delete, select, up
 
 from evenodds_service.domain.settings import CALLER, BudgetPolicy, EffortTier, RunSettings
 from evenodds_service.errors import EmbedderFixed, PolicyLimit, RunUnknown
-from evenodds_service.storage.tables import embeddings, prompts, runs
+from evenodds_service.storage.tables import decisions, embeddings, prompts, runs
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run
 
@@ -40,6 +40,7 @@ class RunMethods(Transactions):
             if not kept.keep_text:
                 texts = (prompts.c.run_id == run.id, prompts.c.text.is_not(None))
                 connection.execute(update(prompts).where(*texts).values(text=None))
+                connection.execute(delete(decisions).where(decisions.c.run_id == run.id))
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
             run = find_run(connection, name)
         if not kept.keep_text:

@@ -1,12 +1,13 @@
 """What the service remembers: runs, pools, the log, selections, refits, snapshots and checkpoints.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py, rewind.py, forks.py.
+keys.py, rewind.py, forks.py, decisions.py.
 """
 
 from __future__ import annotations
 
 from evenodds_service.storage.checkpoints import CheckpointMethods
+from evenodds_service.storage.decisions import DecisionMethods
 from evenodds_service.storage.forks import ForkMethods
 from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
@@ -18,6 +19,7 @@ from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
     ApiKey,
     Appended,
+    Decision,
     NewSelection,
     NewSnapshot,
     PromptsAdded,
@@ -34,6 +36,7 @@ from evenodds_service.storage.values import (
 __all__ = [
     "ApiKey",
     "Appended",
+    "Decision",
     "NewSelection",
     "NewSnapshot",
     "PromptVisit",
@@ -59,6 +62,7 @@ class Store(
     RewindMethods,
     ForkMethods,
     KeyMethods,
+    DecisionMethods,
 ):
     """The store of one database, safe to share between threads.
 

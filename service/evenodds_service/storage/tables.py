@@ -239,6 +239,19 @@ snapshots = Table(
     CheckConstraint("fitted_position >= 0 AND fitted_position < log_position", name="positions"),
 )
 
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("decision_id", Text, primary_key=True),
+    _run_id(),
+    Column("step", BigInteger, nullable=False),
+    Column("prompt", Text, nullable=False),  # JSON of what an observation says of its prompt
+    Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint("step >= 0", name="step"),
+)
+Index("ix_decisions_created_at", decisions.c.created_at)
+Index("ix_decisions_run_id", decisions.c.run_id)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -193,3 +193,19 @@ class ApiKey:
     second_hash: str | None = None
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A budget that was answered.
+
+    Attributes:
+        step: Version of the served model.
+        prompt: JSON of what an observation says of its prompt.
+    """
+
+    decision_id: str
+    run_id: int
+    step: int
+    prompt: str
+    created_at: datetime

@@ -213,6 +213,8 @@ async def run_is_allowed(request: Request) -> None:
             return  # the route refuses it, as it does what is no object
         if isinstance(body, dict):
             named += [body.get("run"), body.get("fork_of")]
+            if isinstance(body.get("decision_id"), str):
+                named.append(body["decision_id"].rsplit(".", 2)[0])
             if request.url.path == _CHAT_PATH:
                 named.append(str(body.get("model")).partition(":")[0])
     for run in named:

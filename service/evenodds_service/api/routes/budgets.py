@@ -22,13 +22,14 @@ from evenodds.schemas import (
     PolicyState,
     PolicyUpdate,
     Problem,
+    PromptRef,
     Tier,
 )
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
 from evenodds_service.domain.budgets import allocation
 from evenodds_service.domain.settings import BudgetPolicy, EffortTier
 from evenodds_service.runtime.beliefs import beliefs_about
-from evenodds_service.runtime.budgets import DEFAULT_POLICY
+from evenodds_service.runtime.budgets import DEFAULT_POLICY, Budget
 
 router = APIRouter(responses=PROBLEMS, tags=["budgets"])
 PolicyPath = Annotated[PolicyName, Path(description="name of the budget policy")]
@@ -113,6 +114,7 @@ async def budget_reply(body: BudgetRequest, services: Services) -> BudgetReply:
         deadline_seconds=None if body.deadline_ms is None else body.deadline_ms / 1_000,
     )
     tier = budget.policy.tier(budget.success_rate)
+    step = budget.head_step if body.step is None else body.step
     return BudgetReply(
         run=body.run,
         policy=budget.policy.name,
@@ -130,7 +132,17 @@ async def budget_reply(body: BudgetRequest, services: Services) -> BudgetReply:
         model_version=budget.model_version,
         log_position=budget.log_position,
         age_ms=1_000 * budget.age_seconds,
+        decision_id=_decision_id(body, budget, step, services),
     )
+
+
+def _decision_id(body: BudgetRequest, budget: Budget, step: int, services: Services) -> str | None:
+    """Keep the decision for a verdict. Where the run keeps no texts, only of prompts that the pool has."""
+    if budget.is_new and not budget.keeps_text:
+        return None
+    prompt = body.prompt if budget.is_new else PromptRef(prompt_id=budget.prompt_id)
+    content = prompt.model_dump_json(exclude_none=True, by_alias=True)
+    return services.decisions.keep(body.run, budget.run_id, step=step, prompt=content)
 
 
 @router.put("/runs/{run}/budget_policies/{policy}", summary="Store a budget policy")

@@ -6,15 +6,14 @@ Only as much of the protocol as a classifier needs: one short answer, whole. Err
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
 
+from evenodds import TextRule
 from evenodds.schemas import (
-    MAX_TEXT,
     BudgetRequest,
     ChatChoice,
     ChatMessage,
@@ -29,24 +28,20 @@ from evenodds_service.api.wire import now
 from evenodds_service.errors import ChatRefused
 from evenodds_service.runtime.budgets import DEFAULT_POLICY
 
-ASKED_BEFORE = ("\nClassify this message:\n",)
-"""What routers put between their own words and the message that is to be judged: only what follows counts."""
-
-_STORED_NOWHERE = re.compile("[\x00\ud800-\udfff]")
-"""NUL characters and halves of surrogate pairs say nothing about how hard a request is."""
-
 router = APIRouter(responses=PROBLEMS, tags=["budgets"])
 
 
 @router.post("/v1/chat/completions", summary="A tier label, as an OpenAI chat model answers it")
 async def chat_completions(body: ChatRequest, services: Dependencies) -> ChatReply:
-    """The label of the tier that the newest user message falls into, by a budget policy of a run.
+    """The label of the tier that the conversation falls into, by a budget policy of a run.
 
-    `model` is the run's name, or `run:policy`. With a `response_format` the label comes as JSON: under the one property
-    of the schema that takes it, else under `tier`. What else a chat request holds is not looked at.
+    The text that is judged is the user's last substantial message, with what follows it and a limited context before
+    it; `EVENODDS_TEXT_RULE` sets the rule. `model` is the run's name, or `run:policy`. With a `response_format` the
+    label comes as JSON: under the one property of the schema that takes it, else under `tier`. What else a chat request
+    holds is not looked at.
     """
     run, _, policy = body.model.partition(":")
-    prompt = PromptRef(text=_text(body)[:MAX_TEXT])
+    prompt = PromptRef(text=_text(body, services.text_rule))
     budget = await budget_reply(BudgetRequest(run=run, prompt=prompt, policy=policy or DEFAULT_POLICY), services)
     return ChatReply(
         id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -58,18 +53,12 @@ async def chat_completions(body: ChatRequest, services: Dependencies) -> ChatRep
     )
 
 
-def _text(body: ChatRequest) -> str:
+def _text(body: ChatRequest, rule: TextRule) -> str:
     if body.stream:
         raise ChatRefused("stream: the answer is one short label and comes whole; send stream false, or leave it out")
-    for message in reversed(body.messages):
-        if message.role == "user":
-            parts = message.content
-            text = parts if isinstance(parts, str) else "\n".join(part.text or "" for part in parts or ())
-            for mark in ASKED_BEFORE:
-                text = text.rpartition(mark)[2] or text
-            text = _STORED_NOWHERE.sub("", text).strip()
-            if text:
-                return text
+    text = rule.of(body.model_dump(include={"messages"}))
+    if text:
+        return text
     raise ChatRefused("messages: no user message with a text in it; send the request that is to be judged as one")
 
 

@@ -5,16 +5,19 @@ Each translates the wire into values, calls the store and the live run, and tran
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
-from fastapi import APIRouter, BackgroundTasks
+from fastapi import APIRouter, BackgroundTasks, Body
 from fastapi.responses import Response
+from pydantic import Discriminator, Tag
 from starlette.concurrency import run_in_threadpool
 
 from evenodds.schemas import (
@@ -30,6 +33,7 @@ from evenodds.schemas import (
     SelectedPrompt,
     SelectReply,
     SelectRequest,
+    VerdictRequest,
 )
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, Services
 from evenodds_service.api.intervals import credible_intervals
@@ -63,13 +67,23 @@ _SMALL_PROMPTS = 256
 """A request about so many prompts at most is small."""
 
 
+ObserveBody = Annotated[
+    Annotated[ObserveRequest, Tag("by-run")] | Annotated[VerdictRequest, Tag("by-decision")],
+    Discriminator(lambda body: "by-decision" if "decision_id" in body else "by-run"),
+    Body(examples=ObserveRequest.model_json_schema()["examples"]),
+]
+
+
 @router.post("/observe", summary="Report outcomes of attempts")
-def observe(body: ObserveRequest, services: Dependencies, afterwards: BackgroundTasks) -> ObserveReply:
+def observe(body: ObserveBody, services: Dependencies, afterwards: BackgroundTasks) -> ObserveReply:
     """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
 
     An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
     late, out of order, in several calls, and for prompts that the selection did not choose: each counts at its `step`.
+    A gateway may report by the `decision_id` of a budget instead, within 24 hours.
     """
+    if isinstance(body, VerdictRequest):
+        body = _by_decision(body, services)
     appended = _append(body, services)
     if appended.written is not None:
         afterwards.add_task(_keep_up, services.store, services.live_runs, appended.written)
@@ -79,6 +93,22 @@ def observe(body: ObserveRequest, services: Dependencies, afterwards: Background
         accepted=appended.accepted,
         model_version=appended.model_version,
         replayed=appended.replayed,
+    )
+
+
+def _by_decision(body: VerdictRequest, services: Services) -> ObserveRequest:
+    """The report that a verdict amounts to.
+
+    Raises:
+        DecisionExpired, DecisionUnknown
+    """
+    decision = services.decisions.find(body.decision_id)
+    prompt = json.loads(decision.prompt)
+    return ObserveRequest(
+        run=body.decision_id.rsplit(".", 2)[0],
+        step=decision.step,
+        request_id=body.request_id or hashlib.sha256(body.decision_id.encode()).hexdigest(),
+        observations=(Observation.model_validate({**prompt, "rewards": body.rewards}),),
     )
 
 

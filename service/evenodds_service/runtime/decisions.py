@@ -1,0 +1,122 @@
+"""Decisions on budgets, kept for a day, so that a verdict needs only the decision's id.
+
+A request for a budget never waits for the database: a thread writes what was decided a moment later. What is not yet
+written when a process dies is lost, which costs the verdicts on the answers of its last moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+
+from evenodds_service.errors import DecisionExpired, DecisionUnknown, StoreError
+from evenodds_service.storage.store import Decision, Store
+
+logger = logging.getLogger(__name__)
+
+KEPT = timedelta(hours=24)
+MOST_WAITING = 10_000
+_PAUSE_SECONDS = 0.1
+_FORGET_EVERY = timedelta(minutes=10)
+
+
+class Decisions:
+    """What was decided lately. Threads may share it.
+
+    Args:
+        now: The time, aware.
+    """
+
+    def __init__(self, store: Store, *, now: Callable[[], datetime]) -> None:
+        self._store, self._now = store, now
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[str, Decision] = OrderedDict()
+        self._thread: threading.Thread | None = None
+        self._forgot_at = datetime.min.replace(tzinfo=timezone.utc)
+
+    def keep(self, run: str, run_id: int, *, step: int, prompt: str) -> str:
+        """Keep a decision, and return the id under which a verdict on it is reported.
+
+        Args:
+            prompt: JSON of what an observation needs besides its rewards.
+        """
+        now = self._now()
+        decision_id = f"{run}.{int(now.timestamp()):x}.{uuid.uuid4().hex}"
+        with self._lock:
+            self._waiting[decision_id] = Decision(decision_id, run_id, step, prompt, now)
+            if len(self._waiting) > MOST_WAITING:
+                self._waiting.popitem(last=False)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="decisions", daemon=True)
+                self._thread.start()
+        return decision_id
+
+    def find(self, decision_id: str) -> Decision:
+        """The decision of this id.
+
+        Raises:
+            DecisionExpired: it was made more than a day ago.
+            DecisionUnknown: nobody made it, or a process died before it was written, or its run was deleted.
+        """
+        made_at = _made_at(decision_id)
+        if made_at is not None and self._now() - made_at > KEPT:
+            raise DecisionExpired(
+                f"decision {decision_id!r} was made at {made_at:%Y-%m-%d %H:%M} UTC, and is kept for 24 hours: report "
+                "the outcome with its run, step and text instead"
+            )
+        with self._lock:
+            waiting = self._waiting.get(decision_id)
+        decision = waiting or self._store.decision(decision_id)
+        if decision is None:
+            raise DecisionUnknown(
+                f"decision {decision_id!r} is not known: send the decision_id that a budget answered, or report the "
+                "outcome with its run, step and text"
+            )
+        return decision
+
+    def close(self) -> None:
+        """Write what waits, once."""
+        try:
+            self._flush()
+        except StoreError as error:
+            logger.warning("%d decisions are lost: %s", len(self._waiting), error)
+
+    def _write(self) -> None:
+        while True:
+            time.sleep(_PAUSE_SECONDS)
+            try:
+                self._flush()
+            except StoreError as error:
+                logger.warning("%d decisions wait to be written: %s", len(self._waiting), error)
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+
+    def _flush(self) -> None:
+        with self._lock:
+            made = tuple(self._waiting.values())
+        if not made:
+            return
+        now = self._now()
+        is_due = now - self._forgot_at > _FORGET_EVERY
+        self._store.save_decisions(made, forget_before=now - KEPT if is_due else None)
+        if is_due:
+            self._forgot_at = now
+        with self._lock:
+            for decision in made:
+                self._waiting.pop(decision.decision_id, None)
+
+
+def _made_at(decision_id: str) -> datetime | None:
+    """When a decision was made, by its id; None where it is no such id."""
+    parts = decision_id.rsplit(".", 2)
+    try:
+        return datetime.fromtimestamp(int(parts[1], 16), timezone.utc)
+    except (IndexError, ValueError, OverflowError, OSError):
+        return None

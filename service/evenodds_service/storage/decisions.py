@@ -1,0 +1,45 @@
+"""Budgets that were answered, so that a verdict that comes later needs only their id. Kept for a day."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import delete, insert, select
+
+from evenodds_service.storage.tables import decisions, runs
+from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.values import Decision
+
+
+class DecisionMethods(Transactions):
+    def save_decisions(self, made: Sequence[Decision], *, forget_before: datetime | None = None) -> None:
+        """Keep these decisions, but for those of runs that were deleted.
+
+        Args:
+            forget_before: Older ones are deleted.
+        """
+        with self._writing() as connection:
+            if forget_before is not None:
+                connection.execute(delete(decisions).where(decisions.c.created_at < forget_before))
+            asked = {decision.run_id for decision in made}
+            there = set(connection.execute(select(runs.c.id).where(runs.c.id.in_(asked)).with_for_update()).scalars())
+            rows = [
+                {
+                    "decision_id": decision.decision_id,
+                    "run_id": decision.run_id,
+                    "step": decision.step,
+                    "prompt": decision.prompt,
+                    "created_at": decision.created_at,
+                }
+                for decision in made
+                if decision.run_id in there
+            ]
+            if rows:
+                connection.execute(insert(decisions), rows)
+
+    def decision(self, decision_id: str) -> Decision | None:
+        """The decision of this id, if it is kept."""
+        with self._reading() as connection:
+            row = connection.execute(select(decisions).where(decisions.c.decision_id == decision_id)).one_or_none()
+        return None if row is None else Decision(**row._mapping)

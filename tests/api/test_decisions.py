@@ -1,0 +1,115 @@
+"""A verdict that comes later needs only the decision's id."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.waiting import until
+
+from evenodds_service.errors import DecisionExpired, DecisionUnknown
+from evenodds_service.runtime.decisions import Decisions
+
+if TYPE_CHECKING:
+    from tests.api.conftest import Caller
+    from tests.conftest import Service
+
+
+def decided(caller: Caller, **more: Any) -> str:
+    body = {"run": caller.run, "prompt": {"text": "Why?", "category": "c"}, **more}
+    decision_id: str = caller.ok("POST", "/budget", json=body)["decision_id"]
+    return decision_id
+
+
+def test_a_verdict_counts_for_the_text_and_the_version_that_were_asked_about(caller: Caller) -> None:
+    caller.create(predictor="mopps")
+    decision_id = decided(caller, step=7)
+
+    reply = caller.ok("POST", "/observe", json={"decision_id": decision_id, "rewards": [1, 0]})
+
+    assert (reply["run"], reply["accepted"], reply["replayed"]) == (caller.run, 1, False)
+    (prompt,) = caller.ok("GET", f"/runs/{caller.run}/prompts")["prompts"]
+    assert (prompt["text"], prompt["category"]) == ("Why?", "c")
+    (visit,) = caller.ok("GET", f"/runs/{caller.run}/prompts/{prompt['prompt_id']}")["history"]
+    assert (visit["step"], visit["successes"], visit["attempts"]) == (7, 1, 2)
+
+
+def test_one_verdict_counts_for_a_decision_and_a_further_one_needs_an_id(caller: Caller) -> None:
+    caller.create(predictor="mopps")
+    verdict: dict[str, Any] = {"decision_id": decided(caller), "rewards": [1]}
+    caller.ok("POST", "/observe", json=verdict)
+
+    assert caller.ok("POST", "/observe", json=verdict)["replayed"]
+    problem = caller.refused("POST", "/observe", json={**verdict, "rewards": [0]})
+    assert (problem.status, problem.code) == (409, "request_conflict")
+    assert not caller.ok("POST", "/observe", json={**verdict, "rewards": [0], "request_id": "second"})["replayed"]
+
+
+def test_a_decision_is_known_to_every_process(service: Service, caller: Caller) -> None:
+    caller.create(predictor="mopps")
+    decision_id = decided(caller)
+
+    from evenodds_service.storage.engine import open_engine
+    from evenodds_service.storage.store import Store
+
+    store = Store(open_engine(service.database_url))
+    try:
+        decision = until(lambda: store.decision(decision_id), "the decision to be written")
+        late = datetime.now(timezone.utc) + timedelta(hours=25)
+        store.save_decisions([], forget_before=datetime.now(timezone.utc) - timedelta(hours=24))
+        assert store.decision(decision_id) == decision
+        with pytest.raises(DecisionExpired, match=r"is kept for 24 hours: report the outcome with its run"):
+            Decisions(store, now=lambda: late).find(decision_id)
+        store.save_decisions([], forget_before=late)
+        with pytest.raises(DecisionUnknown):
+            Decisions(store, now=lambda: datetime.now(timezone.utc)).find(decision_id)
+    finally:
+        store.close()
+
+
+def test_an_old_decision_is_gone_and_an_unknown_one_is_not_found(caller: Caller) -> None:
+    caller.create(predictor="mopps")
+
+    old = caller.refused("POST", "/observe", json={"decision_id": f"{caller.run}.1.{'0' * 32}", "rewards": [1]})
+    unknown = caller.refused("POST", "/observe", json={"decision_id": "x", "rewards": [1]})
+
+    assert (old.status, old.code) == (410, "decision_expired")
+    assert (unknown.status, unknown.code) == (404, "decision_unknown")
+    assert unknown.detail == (
+        "decision 'x' is not known: send the decision_id that a budget answered, or report the outcome with its run, "
+        "step and text"
+    )
+
+
+def test_a_decision_of_a_deleted_run_is_not_found(caller: Caller) -> None:
+    caller.create(predictor="mopps")
+    decision_id = decided(caller)
+    caller.client.delete_run(caller.run)
+
+    problem = caller.refused("POST", "/observe", json={"decision_id": decision_id, "rewards": [1]})
+
+    assert problem.status == 404
+
+
+def test_a_run_that_keeps_no_texts_decides_only_about_prompts_that_it_has(caller: Caller) -> None:
+    caller.create(predictor="mopps", keep_text=False)
+
+    assert decided(caller) is None
+    caller.observe(0, {"text": "Why?", "successes": 1, "attempts": 1})
+    decision_id = until(lambda: decided(caller), "the prompt to be known")
+    assert caller.ok("POST", "/observe", json={"decision_id": decision_id, "rewards": [1]})["accepted"] == 1
+
+
+def test_what_is_wrong_with_a_verdict_is_named(caller: Caller) -> None:
+    problem = caller.refused("POST", "/observe", json={"decision_id": "x", "rewards": []})
+
+    assert (problem.status, problem.detail.partition(":")[0]) == (422, "rewards")
+
+
+def test_no_thread_is_left_when_all_is_written(caller: Caller) -> None:
+    caller.create(predictor="mopps")
+    decided(caller)
+
+    until(lambda: "decisions" not in {thread.name for thread in threading.enumerate()}, "the thread to end")

@@ -1,0 +1,244 @@
+"""Mixed traffic in a real LiteLLM proxy: the right run, no multiplied spend, honest outcomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.conftest import Service, serving
+from tests.gateways.conftest import NATURAL_TOKENS, ServedModel, running_proxy, serving_model, tokens_of
+from tests.waiting import until
+
+pytestmark = pytest.mark.slow
+
+HOOK = """
+import json, os
+from evenodds.integrations.litellm import BudgetHook, ServedModel
+
+def verify(request, answers):
+    with open("asked.jsonl", "a") as log:
+        log.write(json.dumps(list(answers)) + chr(10))
+    return [float(answer == "42") for answer in answers]
+
+URL, DEADLINE = os.environ["EVENODDS_URL"], float(os.environ["EVENODDS_GATEWAY_DEADLINE_MS"])
+by_default = BudgetHook(
+    URL, models={"first": "served-a", "flaky": "served-a", "hosted_vllm/m-b": ServedModel("served-b", step=3)},
+    verify=verify, deadline_ms=DEADLINE,
+)
+everything = BudgetHook(
+    URL, models={"picked*": ServedModel("served-p", step=1)}, sets=("reasoning_effort", "n", "max_tokens"),
+    picks=lambda request: "several" in json.dumps(request["messages"]), verify=verify, deadline_ms=DEADLINE,
+)
+"""
+RUNS = ("served-a", "served-b", "served-p")
+MODELS = {
+    "first": "hosted_vllm/m-a",
+    "second": "hosted_vllm/m-b",
+    "flaky": "hosted_vllm/broken",
+    "picked": "hosted_vllm/m-p",
+    "unmapped": "hosted_vllm/m-u",
+}
+SETTINGS = {
+    "callbacks": ["evenodds_hook.by_default", "evenodds_hook.everything"],
+    "fallbacks": [{"flaky": ["second"]}],
+    "num_retries": 0,
+}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    proxy: httpx.Client
+    service: Service
+    model: ServedModel
+    asked: Path
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        reply = self.proxy.post(path, json=body)
+        assert reply.status_code == 200, reply.text
+        return reply
+
+    def chat(self, model: str, content: Any, **more: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": content}]
+        return self.post("/v1/chat/completions", model=model, messages=messages, **more)
+
+    def seen(self, text: str) -> dict[str, int]:
+        """Outcomes of this text by run."""
+        client = self.service.client
+        return {run: client.predict(run, [{"text": text}]).predictions[0].attempts_seen for run in RUNS}
+
+
+@pytest.fixture(scope="module")
+def traffic(litellm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traffic]:
+    """One proxy for all: starting one takes most of a minute. Beliefs .5 about new texts; an attempt that gains .09."""
+    folder = tmp_path_factory.mktemp("traffic")
+    with serving(f"sqlite:///{folder}/evenodds.db") as service, serving_model() as model:
+        for run in RUNS:
+            service.client.put_run(run, predictor="mopps", embedder="none")
+            service.client.put_budget_policy(run, price=0.09, max_attempts=8)
+        with running_proxy(
+            litellm_python,
+            folder,
+            service_url=service.base_url,
+            model_url=model.base_url,
+            models=MODELS,
+            hook=HOOK,
+            settings=SETTINGS,
+        ) as proxy:
+            yield Traffic(proxy, service, model, folder / "asked.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _clean(traffic: Traffic) -> None:
+    traffic.model.bodies.clear()
+
+
+def booked(traffic: Traffic, ask: Callable[[], object], run: str, text: str) -> None:
+    """Ask, and wait until the outcome stands in this run's log, and in no other."""
+    seen = traffic.seen(text)
+    ask()
+    until(lambda: traffic.seen(text) != seen, f"the outcome of {text!r}")
+    assert traffic.seen(text) == {**seen, run: seen[run] + 1}
+
+
+def test_by_default_only_the_effort_is_set_and_a_header_says_so(traffic: Traffic) -> None:
+    requests: list[tuple[Any, dict[str, Any]]] = [
+        ("Plain?", {}),
+        ("Limited?", {"max_tokens": 50}),
+        ("Streamed?", {"stream": True}),
+        ("With tools?", {"tools": [TOOL]}),
+        ([{"type": "text", "text": "An image?"}, IMAGE], {}),
+    ]
+    replies = [traffic.chat("first", content, **more) for content, more in requests]
+
+    assert [body.get("n") for body in traffic.model.bodies] == [None] * 5
+    assert [body.get("max_tokens") for body in traffic.model.bodies] == [None, 50, None, None, None]
+    assert {body["reasoning_effort"] for body in traffic.model.bodies} == {"medium"}
+    assert {reply.headers["x-evenodds-changed"] for reply in replies} == {"reasoning_effort=medium"}
+    assert {reply.headers["x-evenodds-run"] for reply in replies} == {"served-a"}
+    own = traffic.chat("first", "Plain?", reasoning_effort="low")
+    assert traffic.model.bodies[-1]["reasoning_effort"] == "low"
+    assert own.headers["x-evenodds-changed"] == "nothing"
+
+
+def test_several_answers_come_only_where_somebody_picks_and_the_best_one_is_the_first(traffic: Traffic) -> None:
+    reply = traffic.chat("picked", "Give several!")
+
+    choices = reply.json()["choices"]
+    assert [(choice["index"], choice["message"]["content"]) for choice in choices] == [(0, "42"), (1, "41")]
+    assert "n=2" in reply.headers["x-evenodds-changed"]
+    for more in ({"stream": True}, {"tools": [TOOL]}, {"n": 1}):
+        traffic.chat("picked", "Give several!", **more)
+    traffic.chat("picked", [{"type": "text", "text": "Give several!"}, IMAGE])
+    traffic.chat("picked", "Give one.")
+    assert [body.get("n") for body in traffic.model.bodies] == [2, None, None, 1, None, None]
+
+
+def test_a_sequential_policy_asks_for_no_attempts_at_once(traffic: Traffic) -> None:
+    traffic.service.client.put_budget_policy("served-p", mode="sequential", target_attempts=2, max_attempts=8)
+    try:
+        traffic.chat("picked", "Give several, one after another!")
+        until(lambda: traffic.chat("picked", "Give several!").json()["choices"][1:] == [], "the policy to be known")
+    finally:
+        traffic.service.client.put_budget_policy("served-p", price=0.09, max_attempts=8)
+
+    assert traffic.model.bodies[-1].get("n") is None
+
+
+def test_a_limit_is_never_lower_than_asked_for(traffic: Traffic) -> None:
+    traffic.service.client.observe("served-p", 0, [{"text": "Easy?", "successes": 8, "attempts": 8}])
+    traffic.service.client.observe("served-p", 0, [{"text": "Hard?", "successes": 0, "attempts": 8}])
+    until(lambda: traffic.chat("picked", "Hard?").headers["x-evenodds-effort"] == "high", "the outcomes to be known")
+    traffic.model.bodies.clear()
+
+    for text in ("Easy?", "Hard?"):
+        traffic.chat("picked", text, max_tokens=200)
+        traffic.chat("picked", text)
+
+    assert [body.get("max_tokens") for body in traffic.model.bodies] == [200, None, 400, None]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_what_a_fallback_answered_is_booked_under_the_model_that_answered(
+    traffic: Traffic, more: dict[str, Any]
+) -> None:
+    text = f"Who answers {more}?"
+
+    booked(traffic, lambda: traffic.chat("flaky", text, **more), "served-b", text)
+
+    assert [body["model"] for body in traffic.model.bodies] == ["broken", "m-b"]
+    assert traffic.service.client.run("served-b").head_step == 3
+
+
+def test_a_model_that_is_not_mapped_is_left_alone(traffic: Traffic) -> None:
+    reply = traffic.chat("unmapped", "Nobody asks.")
+    booked(traffic, lambda: traffic.chat("first", "Afterwards?"), "served-a", "Afterwards?")
+
+    assert "reasoning_effort" not in traffic.model.bodies[0]
+    assert not [name for name in reply.headers if name.startswith("x-evenodds")]
+    assert traffic.seen("Nobody asks.") == dict.fromkeys(RUNS, 0)
+
+
+def test_answers_that_are_no_outcomes_are_left_out_before_verify(traffic: Traffic) -> None:
+    texts = ("Cut off?", "Something forbidden?", "An empty one?", "Do call?")
+    asked = traffic.asked.read_text() if traffic.asked.exists() else ""
+
+    for more in ({}, {"stream": True}):
+        traffic.chat("first", "Cut off?", max_tokens=5, **more)
+        traffic.chat("first", "Something forbidden?", **more)
+        traffic.chat("first", "An empty one?", **more)
+        traffic.chat("first", "Do call?", tools=[TOOL], **more)
+    booked(traffic, lambda: traffic.chat("first", "Finished?"), "served-a", "Finished?")
+
+    assert [traffic.seen(text) for text in texts] == [dict.fromkeys(RUNS, 0)] * 4
+    assert traffic.asked.read_text() == asked + '["41"]\n'  # verify saw none of the others
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_endpoint_gets_budget_and_report(traffic: Traffic, stream: bool) -> None:
+    text = f"Of responses {stream}?"
+    booked(traffic, lambda: traffic.post("/v1/responses", model="first", input=text, stream=stream), "served-a", text)
+    messages = [{"role": "user", "content": f"Of messages {stream}?"}]
+    asked = {"model": "first", "messages": messages, "max_tokens": 500, "stream": stream}
+    booked(traffic, lambda: traffic.post("/v1/messages", **asked), "served-a", messages[0]["content"])
+    assert traffic.post("/v1/messages", **asked).headers["x-evenodds-effort"] == "medium"
+    traffic.model.bodies.pop()
+    text = f"Of chat {stream}?"
+    booked(traffic, lambda: traffic.chat("first", text, stream=stream), "served-a", text)
+
+    responses, messages_body, chat = traffic.model.bodies
+    assert (responses["reasoning"], chat["reasoning_effort"]) == ({"effort": "medium"}, "medium")
+    assert "medium" not in json.dumps(messages_body)
+
+
+def test_a_caller_cannot_claim_a_decision(traffic: Traffic) -> None:
+    claimed = {"evenodds": {"run": "x", "policy": "x", "policy_version": 0, "changed": {}}}
+
+    reply = traffic.chat("unmapped", "Claimed?", metadata=claimed)
+
+    assert not [name for name in reply.headers if name.startswith("x-evenodds")]
+
+
+def test_mixed_traffic_spends_no_more_than_without_the_hook(traffic: Traffic) -> None:
+    """By default every request is one attempt, as without the hook; where several are picked from, the policy's."""
+    requests: list[tuple[str, Any, dict[str, Any]]] = [
+        *[("first", f"Plain {i}?", {}) for i in range(4)],
+        *[("first", f"Streamed {i}?", {"stream": True}) for i in range(4)],
+        *[("first", f"Tools {i}?", {"tools": [TOOL]}) for i in range(4)],
+        *[("first", [{"type": "text", "text": f"Image {i}?"}, IMAGE], {}) for i in range(4)],
+        *[("second", f"Second {i}?", {}) for i in range(4)],
+        *[("flaky", f"Fallback {i}?", {}) for i in range(4)],
+        *[("first", f"Cut off {i}?", {"max_tokens": 5}) for i in range(4)],
+    ]
+
+    for model, content, more in requests:
+        traffic.chat(model, content, **more)
+    spent = sum(tokens_of(body) for body in traffic.model.bodies if body["model"] != "broken")
+
+    assert spent == 24 * NATURAL_TOKENS + 4 * 5
