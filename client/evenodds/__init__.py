@@ -76,6 +76,7 @@ from evenodds.schemas import (
 from evenodds.training.batch import Batch
 from evenodds.training.selector import PromptSelector
 from evenodds.training.status import Counts
+from evenodds.training.text import text_of
 from evenodds.version import __version__
 
 __all__ = [
@@ -148,4 +149,5 @@ __all__ = [
     "Voided",
     "WindowReport",
     "__version__",
+    "text_of",
 ]

@@ -163,6 +163,7 @@ class Sample:
     prompt: Any = ""
     group_index: int | None = None
     index: int | None = None
+    rollout_id: int | None = None
     reward: Any = None
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -210,19 +211,33 @@ class StandardSampler(TaskSampler):
         self.tasks = tasks
 
 
-PRIME_RL = {
-    "prime_rl.orchestrator.curriculum.samplers": {"TaskSampler": TaskSampler, "StandardSampler": StandardSampler}
-}
+class TrainSource:
+    """One environment, whose groups have three attempts."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.envs = [SimpleNamespace(name="env", config=SimpleNamespace(group_size=3))]
+        self.curricula = {"env": SimpleNamespace(sampler=sampler)}
+
+    def next_task(self, *, step: int) -> Any:
+        return SimpleNamespace(task=next(self.curricula["env"].sampler), step=step)
+
+
+def prime_rl() -> dict[str, dict[str, Any]]:
+    return {
+        "prime_rl.orchestrator.curriculum.samplers": {"TaskSampler": TaskSampler, "StandardSampler": StandardSampler},
+        "prime_rl.orchestrator.train_source": {"TrainSource": type("TrainSource", (TrainSource,), {})},
+    }
 
 
 def task(key: str) -> Any:
     return SimpleNamespace(key=key, data=SimpleNamespace(prompt_text=f"Do {key}."))
 
 
-def episode(task: Any, reward: float, **more: Any) -> Any:
-    """One episode with one trace."""
+def episode(task: Any, reward: float, *, step: int | None = None, **more: Any) -> Any:
+    """One episode with one trace, dispatched at a step of the orchestrator."""
     trace = {"reward": reward, "has_error": False, "agent": SimpleNamespace(trainable=True), "num_turns": 1, **more}
-    return SimpleNamespace(task=task, ok=True, traces=[SimpleNamespace(**trace)])
+    run = SimpleNamespace(work=SimpleNamespace(step=step))
+    return SimpleNamespace(task=task, ok=True, traces=[SimpleNamespace(**trace)], run=run)
 
 
 # Trinity-RFT

@@ -74,7 +74,7 @@ def test_what_an_example_names_of_ours_exists(framework: str) -> None:
         **frameworks.VERL_071,
         **frameworks.verl_090(frameworks.TransferQueue()),
         **frameworks.SLIME,
-        **frameworks.PRIME_RL,
+        **frameworks.prime_rl(),
         **frameworks.trinity(frameworks.Registry()),
     }
     named = set(re.findall(r"evenodds\.integrations\.(\w+)(?:\.(\w+))?", text))

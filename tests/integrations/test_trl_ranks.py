@@ -26,8 +26,12 @@ pytestmark = pytest.mark.slow
 
 _numbers = itertools.count(1)
 Rewarded = list[tuple[int, str, float]]
-ONE_GROUP_EACH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-GROUPS_THAT_SPAN_RANKS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 8}
+ONE_GROUP_EACH: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+GROUPS_THAT_SPAN_RANKS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 8,
+}
 
 
 class Training:

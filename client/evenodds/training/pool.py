@@ -110,7 +110,8 @@ def _compared(
             f"the pool lacks {n_own - len(own)} of this trainer's {n_own} prompts, so that the service never chooses "
             f"them: {lacking!r} ...; give the selector their texts, or load them with `evenodds import`",
         )
-    candidates, exclude = None, ()
+    candidates: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
     if others and own and len(own) <= MAX_ITEMS:
         candidates = own
     elif others and len(others) <= MAX_ITEMS:

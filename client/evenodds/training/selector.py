@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
@@ -238,6 +238,10 @@ class PromptSelector:
             )
         if not sound:
             return
+        here.watch.not_chosen(at, sound, here.chosen.get(at))
+        pool = here.sender.pool
+        if self._broadcast is None:  # else each rank reports its part of a group
+            here.watch.attempts(at, sound, None if pool is None else pool.group_size)
         self._observed_step = max(at, self._observed_step or 0)
         if self._keeps:
             chosen = selection_id or here.selections.get(at)
@@ -319,6 +323,28 @@ class PromptSelector:
         """
         self._rank = _checked_rank(rank)
         self._broadcast = broadcast
+
+    def set_group_size(self, attempts: int) -> None:
+        """Tell the run how many attempts each prompt gets: for adapters that learn it from their framework.
+
+        Another `group_size` of `run_settings` gives way, with a warning.
+
+        Raises:
+            ConfigurationError: It is not in [1, 1024], or the selector is closed.
+        """
+        settings = checked_settings({"group_size": attempts})
+        here = self._here()
+        given = (self._setup.run_settings or {}).get("group_size")
+        if given == attempts:
+            return
+        if given is not None:
+            here.status.say_once(
+                "group size given",
+                f"group_size is {attempts}, as many attempts as the trainer makes, and not {given} as run_settings say",
+            )
+        self._setup = replace(self._setup, run_settings={**(self._setup.run_settings or {}), **(settings or {})})
+        if self._rank == 0:
+            here.sender.change(self._setup)
 
     @property
     def has_broadcast(self) -> bool:

@@ -278,8 +278,8 @@ def test_a_second_training_under_a_name_is_refused_until_it_says_what_it_wants(
 ) -> None:
     first = make()
     lived = [first.select(step, 4).prompt_ids for step in range(3)]
-    for step, batch in enumerate(lived):
-        first.observe(step, {prompt_id: [1, 0] for prompt_id in batch})
+    for step, chosen in enumerate(lived):
+        first.observe(step, {prompt_id: [1, 0] for prompt_id in chosen})
     assert first.flush()
     first.close()
 
@@ -334,7 +334,8 @@ def test_what_is_no_observation_is_left_out_and_said_once(
 def test_an_attempt_without_a_reward_is_left_out_and_no_other(service: Service, make: Make) -> None:
     selector = make()
 
-    selector.observe(1, {"p0": [1, None, 0, float("nan")], "p1": [None], "p2": []})
+    outcomes: dict[str, list[float | None]] = {"p0": [1, None, 0, float("nan")], "p1": [None], "p2": []}
+    selector.observe(1, outcomes)
 
     assert selector.flush()
     assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
