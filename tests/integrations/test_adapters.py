@@ -179,7 +179,9 @@ def test_verls_v1_trainers_draw_from_the_service_and_report_what_they_train_on(
             meta = frameworks.Meta([*keys, "pad"], [{}] * len(keys) + [{"is_padding": True}])
             metrics: dict[str, Any] = {}
             assert trainer._compute_advantage(meta, metrics) is meta
-            assert metrics == {"advantages": 9}
+            assert metrics["advantages"] == 9
+            assert metrics["evenodds/informative_share"] == 1.0
+            assert metrics["evenodds/from_service"] == 1.0
         assert selector.flush()
         assert trainer._evenodds_chosen == {}
         selector.close()
@@ -411,7 +413,7 @@ def test_prime_rl_gets_task_after_task_and_reports_groups_as_they_end(
         (key, step, 1.0, 2) for step, keys in enumerate(chosen) for key in keys
     )
     assert metrics["evenodds/undelivered"] == 0
-    assert metrics["evenodds/service_batches"] == 3
+    assert metrics["evenodds/coverage"] == 1.0
     assert [following] == selected(trainers_service, settings["run"], 3)
 
 

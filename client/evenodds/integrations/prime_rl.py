@@ -115,13 +115,8 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
         self._drawn.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Counts of this process, under `sampler/`."""
-        counts = self._connection.selector.counts()
-        return {
-            "evenodds/service_batches": float(counts.service_batches),
-            "evenodds/uniform_batches": float(counts.uniform_batches),
-            "evenodds/undelivered": float(counts.observed - counts.delivered),
-        }
+        """See `PromptSelector.metrics`; prime-rl puts them under `sampler/`."""
+        return self._connection.selector.metrics()
 
 
 def install(settings: Mapping[str, Any], *, batch_size: int) -> None:

@@ -136,6 +136,10 @@ class GRPOSelection:
                     succeeded = None if reward is None else success(reward)
                     outcomes[str(prompt_id)].append(scale.scaled(succeeded, str(prompt_id)))
             self._selector.observe(columns["trainer_state"].global_step, outcomes)
+            log_metric = columns.get("log_metric")
+            if log_metric is not None:
+                for name, value in self._selector.metrics().items():
+                    log_metric(name, value)
 
         if inspect.iscoroutinefunction(reward_function):
 

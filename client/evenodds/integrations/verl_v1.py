@@ -87,6 +87,7 @@ class SelectsPrompts:
         computed = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         if self._evenodds is not None:
             self._report(batch)
+            metrics.update(self._evenodds.selector.metrics())
         return computed
 
     def _report(self: Any, batch: Any) -> None:

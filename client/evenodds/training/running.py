@@ -10,6 +10,7 @@ from evenodds.schemas import SelectRequest
 from evenodds.training.batch import Batch
 from evenodds.training.batch_requests import BatchRequests, NotAnswered
 from evenodds.training.inputs import Setup
+from evenodds.training.metrics import Metrics
 from evenodds.training.sender import OutboxSender
 from evenodds.training.status import Status
 from evenodds.training.watch import Watch
@@ -40,6 +41,7 @@ class Running:
         self.selections: dict[int, str] = {}
         self.chosen: dict[int, frozenset[str]] = {}
         self.watch = Watch(self.status)
+        self.metrics = Metrics(len(prompt_ids))
         self.last_request: SelectRequest | None = None
         self._prefetches = setup.prefetches
         self._lock = threading.Lock()

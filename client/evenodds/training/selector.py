@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, replace
@@ -171,12 +172,14 @@ class PromptSelector:
         """
         request = self._request("select", locals())
         here = self._here()
+        began = time.monotonic()
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
             batch = self._choose(request, here)
         else:
             batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
             self._incarnation = batch.incarnation
         here.remember(batch)
+        here.metrics.chosen(batch, time.monotonic() - began)
         return batch
 
     def prefetch(
@@ -238,6 +241,7 @@ class PromptSelector:
             )
         if not sound:
             return
+        here.metrics.observed(at, sound)
         here.watch.not_chosen(at, sound, here.chosen.get(at))
         pool = here.sender.pool
         if self._broadcast is None:  # else each rank reports its part of a group
@@ -354,6 +358,25 @@ class PromptSelector:
     def counts(self) -> Counts:
         """What this selector has done so far in this process."""
         return self._here().status.counts
+
+    def metrics(self, prefix: str = "evenodds/") -> dict[str, float]:
+        """Figures of this process for the trainer's own tracker (W&B, TensorBoard, MLflow); {} before the first step.
+
+        `informative_share`: of the newest observed step, the share of groups whose rewards differ. `forecast_share` and
+        `forecast_error`: what the service foretold of it, and by how much it is more. `coverage`: the share of the
+        prompts that were chosen so far. `from_service`: 1 if the service chose the newest batch, 0 if it is uniform.
+        `select_seconds`: how long the trainer waited for it. `uniform_batches`, `undelivered`: as `counts` has them.
+
+        Args:
+            prefix: Of the names.
+        """
+        here = self._here()
+        counts = here.status.counts
+        figures = here.metrics.figures()
+        if figures:
+            figures["uniform_batches"] = float(counts.uniform_batches)
+            figures["undelivered"] = float(max(0, counts.observed - counts.delivered - counts.refused))
+        return {prefix + name: value for name, value in figures.items()}
 
     def refusals(self) -> tuple[tuple[Delivery, str], ...]:
         """The deliveries that the service refused for what they hold, and why."""

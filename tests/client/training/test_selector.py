@@ -598,3 +598,31 @@ def test_it_survives_pickling(make: Make) -> None:
 
     assert copy.select(1, 4) == selector.select(1, 4)
     copy.close()
+
+
+def test_the_figures_of_a_step_are_those_of_its_batch_and_outcomes(service: Service, make: Make) -> None:
+    selector = make()
+    assert selector.wait_until_ready()
+    before = selector.metrics()
+    batch = selector.select(0, 4)
+    silent, *others = batch.prompt_ids
+
+    selector.observe(0, {silent: [1, 1]})
+    more: dict[str, list[float | None]] = {prompt_id: [1, 0] for prompt_id in others[:2]}
+    selector.observe(0, {silent: [1, 1 + 1e-9], **more})
+    selector.observe(0, [{"prompt_id": others[2], "successes": 4, "attempts": 4}])
+    assert selector.flush()
+    figures = selector.metrics(prefix="")
+
+    assert before == {}
+    assert batch.forecast is not None
+    assert figures.pop("select_seconds") < PATIENCE_SECONDS
+    assert figures == {
+        "coverage": 4 / 40,
+        "from_service": 1.0,
+        "informative_share": 0.5,
+        "forecast_share": batch.forecast.informative_share,
+        "forecast_error": 0.5 - batch.forecast.informative_share,
+        "uniform_batches": 0.0,
+        "undelivered": 0.0,
+    }
