@@ -52,7 +52,7 @@ def drive(tmp_path: Path) -> Iterator[Drive]:
     address = f"127.0.0.1:{port}"
     ray = [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
     head = subprocess.Popen(
-        [*ray, "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={sockets}"],
+        [*ray, "--include-dashboard=false", f"--temp-dir={sockets}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
