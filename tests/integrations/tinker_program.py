@@ -1,4 +1,7 @@
-"""A training of tinker-cookbook as installed, with a policy that guesses: `python tinker_program.py URL RUN OUTBOX A B`."""
+"""A training of tinker-cookbook as installed, with a policy that guesses.
+
+`python tinker_program.py URL RUN OUTBOX FIRST END` trains at the steps from FIRST to before END.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ async def train(dataset: SelectedDataset, steps: range) -> None:
         for builder in pickle.loads(pickle.dumps(dataset.get_batch(step))):  # as an executor in other processes does
             group = await do_group_rollout(builder, Guess())
             correct = sum(trajectory.transitions[-1].metrics["correct"] for trajectory in group.trajectories_G)
-            print(step, builder._prompt_id, correct, flush=True)
+            sys.stdout.write(f"{builder._prompt_id} {step} {correct}\n")
             builder._connection.selector.flush()
 
 
