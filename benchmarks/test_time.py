@@ -24,6 +24,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -45,7 +46,7 @@ from evenodds_service.domain.budgets.allocation import (
 from evenodds_service.domain.budgets.pricing import Traffic
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
-from evenodds_service.domain.learning.prediction import new_prompt_beliefs
+from evenodds_service.domain.learning.predictors import Gps
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import RawBlock, text_key
@@ -212,11 +213,8 @@ class Served:
         parts = []
         for first in range(0, len(rows), _AT_ONCE):
             some = rows[first : first + _AT_ONCE]
-            outside = Pool(surface_width=len(SURFACE_NAMES), embedding_width=world.embeddings_N_D.shape[1])
-            block = _block(world, some)
-            outside.append(block)
-            fitted = self._model.predict([world.texts[i] for i in some], block)
-            parts.append(new_prompt_beliefs(self._state, outside, fitted))
+            texts, block = [world.texts[i] for i in some], _block(world, some)
+            parts.append(Gps().new_beliefs(self._state, block, partial(self._model.predict, texts, block)))
         return np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])
 
     def _refit(self) -> None:

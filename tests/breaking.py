@@ -25,7 +25,7 @@ from tests.waiting import PATIENCE_SECONDS
 from evenodds_service.api.app import create_app
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.logs import configure_logging
-from evenodds_service.model.refit import Material
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
@@ -47,7 +47,7 @@ class Quoting:
         raise ValueError(f"no vector of {texts[0]!r} with {CANARY_KEY}\ninput was: {texts[0]}")
 
 
-def quoting_fit(_: Material) -> SharedModel:
+def quoting_fit(_: TrainingData) -> SharedModel:
     raise ValueError(f"no fit of {CANARY_TEXT!r}")
 
 

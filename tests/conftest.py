@@ -23,12 +23,14 @@ import pytest
 import uvicorn
 from benchmarks.bad_weather import started_server
 from hypothesis import HealthCheck, settings
+from sqlalchemy import Engine, event
 from tests.waiting import PATIENCE_SECONDS
 from tests.working_folder import pytest_sessionfinish, pytest_sessionstart, pytest_terminal_summary
 
 from evenodds import Client
 from evenodds_service.api.app import create_app
 from evenodds_service.settings import Settings
+from evenodds_service.storage import engine
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
@@ -36,6 +38,19 @@ from evenodds_service.storage.store import Store
 __all__ = ["pytest_sessionfinish", "pytest_sessionstart", "pytest_terminal_summary"]  # hooks
 
 _numbers = itertools.count(1)
+
+open_durable_sqlite = engine._open_sqlite
+"""What the service opens SQLite with: every commit waits for the disk."""
+
+
+def _open_quick_sqlite(*arguments: Any) -> Engine:
+    opened = open_durable_sqlite(*arguments)
+    event.listen(opened, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
+    return opened
+
+
+# The tests end processes, not machines. A test of durability itself puts `open_durable_sqlite` back.
+engine._open_sqlite = _open_quick_sqlite
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("any load", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -54,8 +69,27 @@ def postgresql_server() -> Iterator[str]:
     server.cleanup()
 
 
+@pytest.fixture(scope="session")
+def migrated_template(postgresql_server: str) -> str:
+    """Name of a migrated database of the server, to copy: a migration takes longer."""
+    with psycopg.connect(postgresql_server, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE migrated")
+    opened = open_engine(postgresql_server.replace("/postgres?", "/migrated?"))
+    upgrade(opened)
+    opened.dispose()  # nobody may be connected to a database that is copied
+    return "migrated"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a database without rows; once for each backend. On SQLite it has no tables yet either."""
+    template = request.getfixturevalue("migrated_template") if request.param == "postgresql" else None
+    with _empty_database(request, tmp_path, template) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """URL of a database without tables; once for each backend."""
     with _empty_database(request, tmp_path) as url:
         yield url
@@ -69,14 +103,15 @@ def shared_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest
 
 
 @contextmanager
-def _empty_database(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+def _empty_database(request: pytest.FixtureRequest, folder: Path, template: str | None = None) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{folder}/evenodds.db"
         return
     server: str = request.getfixturevalue("postgresql_server")
     name = f"test_{next(_numbers)}"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        copied = f" TEMPLATE {template} STRATEGY file_copy" if template else ""
+        connection.execute(f"CREATE DATABASE {name}{copied}")
         yield server.replace("/postgres?", f"/{name}?")
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -129,9 +164,9 @@ def _serving(
     clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Iterator[Service]:
-    engine = open_engine(database_url, pool_size=pool_size, timeout_seconds=timeout_seconds)
-    upgrade(engine)
-    store = Store(engine)
+    opened = open_engine(database_url, pool_size=pool_size, timeout_seconds=timeout_seconds)
+    upgrade(opened)
+    store = Store(opened)
     # With its protocol named, or asyncio leaves replies to Nagle's algorithm, 40 ms late.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))

@@ -1,6 +1,6 @@
 """A thin proxy before any gateway or model server: writes Even Odds' judgement of a chat request into the request.
 
-    pip install evenodds starlette uvicorn
+    pip install ../.. starlette uvicorn          # in this folder of a checkout
     UPSTREAM=http://127.0.0.1:8801 EVENODDS_URL=http://127.0.0.1:8000 EVENODDS_RUN=served uvicorn shim:app --port 8080
 
 A chat request goes on with `metadata.difficulty` in its body and `x-evenodds-effort`, `x-evenodds-attempts` and

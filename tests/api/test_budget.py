@@ -134,13 +134,13 @@ def test_the_price_follows_the_traffic_so_that_the_target_is_met_on_average(call
 def test_one_after_another_what_is_really_granted_keeps_to_the_target_too(caller: Caller) -> None:
     """No prompt is ever solved, which the beliefs do not expect: without correction 24 attempts would be made each."""
     caller.create(predictor="mopps")
+    names = [f"p{i}" for i in range(450)]
+    caller.load_texts(*names)
     put_policy(caller, mode="sequential", target_attempts=4, max_attempts=24)
     granted = []
-    for i in range(700):
+    for name in names:
         made = 0
-        while caller.ok(
-            "POST", "/budget", json={"run": caller.run, "prompt": {"text": f"Number {i}?"}, "failures": made}
-        )["go_on"]:
+        while asked(caller, name, failures=made)["go_on"]:
             made += 1
         granted.append(made)
 

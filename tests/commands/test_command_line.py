@@ -162,15 +162,15 @@ def test_a_request_in_flight_is_answered_before_the_service_stops(serve: Callabl
 
 
 def test_migrate_works_and_may_be_repeated(
-    database_url: str, main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    new_database_url: str, main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statuses = [main_with("migrate", EVENODDS_DATABASE_URL=database_url) for _ in range(2)]
+    statuses = [main_with("migrate", EVENODDS_DATABASE_URL=new_database_url) for _ in range(2)]
 
     assert statuses == [0, 0]
     first, again = capsys.readouterr().out.splitlines()
     assert first == f"the database is at revision {head_revision()}"
     assert again == f"the database is at revision {head_revision()} already"
-    assert revision(database_url) == head_revision()
+    assert revision(new_database_url) == head_revision()
 
 
 def test_serve_answers_over_a_migrated_postgresql_database(postgresql_url: str, serve: Callable[..., Server]) -> None:

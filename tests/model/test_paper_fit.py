@@ -7,7 +7,7 @@ from safetensors.numpy import load, save
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.model.history import History
-from evenodds_service.model.latent import predict_latent
+from evenodds_service.model.latent import LatentPrior
 from evenodds_service.model.latent_fit import FittedLatent, fit_latent
 from evenodds_service.model.paper_fit import FittedPaper, fit_paper, predict_paper
 from evenodds_service.model.paper_network import NetworkSize
@@ -273,7 +273,7 @@ def test_a_prompts_own_outcomes_hardly_move_its_own_prediction(world: TextWorld)
 
     own = np.abs(after.mean_N - before.mean_N)[:5].mean()
     twin = np.abs(
-        predict_latent(after.weights, world.x_N_d[:5])[0] - predict_latent(before.weights, world.x_N_d[:5])[0]
+        LatentPrior(after.weights).predict(world.x_N_d[:5])[0] - LatentPrior(before.weights).predict(world.x_N_d[:5])[0]
     ).mean()
     assert own < 0.5 * twin
 
@@ -287,13 +287,13 @@ def test_single_attempts_do_not_blur_which_groups_are_informative(world: TextWor
 
 
 def test_new_prompts_are_predicted_alike_alone_and_with_the_pool(world: TextWorld, fitted: FittedLatent) -> None:
-    weights = load(save(fitted.weights))
+    prior = LatentPrior(load(save(fitted.weights)))
 
-    alone = [predict_latent(weights, world.x_N_d[i : i + 1]) for i in range(1_000, 1_020)]
+    alone = [prior.predict(world.x_N_d[i : i + 1]) for i in range(1_000, 1_020)]
 
     np.testing.assert_allclose(np.array(alone)[:, 0, 0], fitted.mean_N[1_000:1_020], atol=1e-4)
     np.testing.assert_allclose(np.array(alone)[:, 1, 0], fitted.informative_N[1_000:1_020], atol=1e-4)
-    assert [len(part) for part in predict_latent(weights, world.x_N_d[:0])] == [0, 0]
+    assert [len(part) for part in prior.predict(world.x_N_d[:0])] == [0, 0]
 
 
 def test_the_order_of_the_observations_of_a_step_does_not_matter(world: TextWorld) -> None:
@@ -369,4 +369,4 @@ def test_a_history_that_does_not_fit_the_pool_is_refused(world: TextWorld, fitte
     with pytest.raises(ValueError, match="names prompt 1400, the pool has 1000"):
         fit_latent(world.history(1_401), world.x_N_d[:1_000], n_surface=N_SURFACE, group_size=8, seed=0, device=CPU)
     with pytest.raises(ValueError, match=f"fitted on {N_INPUTS} inputs, these have {N_INPUTS - 1}"):
-        predict_latent(fitted.weights, world.x_N_d[:, 1:])
+        LatentPrior(fitted.weights).predict(world.x_N_d[:, 1:])

@@ -18,6 +18,7 @@ from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
+from evenodds_service.model import paper_fit
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
 from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
@@ -189,7 +190,10 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
     assert any(moved)
 
 
-def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(models: dict[str, SharedModel]) -> None:
+def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(
+    models: dict[str, SharedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_fit, "UPDATES_PER_STEP", 1)  # an update of twenty million weights takes a second
     given = replace(training_data("gps-paper"), model_size="published")
 
     after_small = fitted(replace(given, warm_start=models["gps-paper"]))
@@ -262,6 +266,20 @@ def test_a_snapshot_of_another_format_is_refused(model: SharedModel) -> None:
     message = f"^the snapshot has format {FORMAT + 1}, this release reads {FORMAT}: refit the run$"
     with pytest.raises(SnapshotUnusable, match=message):
         SharedModel.from_bytes(save(arrays), embedder=EMBEDDER)
+
+
+def test_a_model_takes_over_an_equal_basis_and_what_that_projected(model: SharedModel) -> None:
+    block, own = block_of(list(TEXTS)), block_of(list(NEW))
+    equal, other = Basis.of(block), Basis.of(block_of(list(TEXTS[:-1])))
+
+    found = model.on(equal)
+
+    assert found.basis is equal
+    assert model.on(other) is model
+    told, alone = found.predict(NEW, own, equal.project(own)), model.predict(NEW, own)
+    for name, prior in alone.items():
+        assert np.array_equal(told[name].means_N, prior.means_N)
+        assert np.array_equal(told[name].concentrations_N, prior.concentrations_N)
 
 
 def test_a_published_model_that_has_its_newest_step_among_its_figures_knows_it(models: dict[str, SharedModel]) -> None:

@@ -16,8 +16,9 @@ from tests.waiting import until
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime import live_run
 from evenodds_service.runtime.live_run import CHECKPOINT_EVERY, LiveRun
-from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.engine import WRITES, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["serve"]  # a fixture
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+_REPORTS = 15
+EVERY = 40
 
 
 @pytest.fixture
@@ -37,13 +40,33 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
-def grown(store: Store, n: int) -> Run:
-    """The run `math` with three prompts and a log of n entries."""
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few entries between checkpoints."""
+    monkeypatch.setattr(live_run, "CHECKPOINT_EVERY", EVERY)
+
+
+def grown(store: Store, engine: Engine, n: int) -> Run:
+    """The run `math` with three prompts and a log of n entries: copies of the first reports, all in one statement."""
     run, is_new = store.put_run("math", RunSettings(embedder="none"), now=NOW)
     if is_new:
         store.add_prompts(run.id, [NewPrompt(name) for name in "abc"], embedder="none", now=NOW)
-    for step in range(store.run("math").log_position, n):
-        store.append_observations(run.id, Outcomes(step, [NewObservation.of_counts(step % 3, step % 5, 8)]), now=NOW)
+        for step in range(_REPORTS):
+            observation = NewObservation.of_counts(step % 3, step % 5, 8)
+            store.append_observations(run.id, Outcomes(step, [observation]), now=NOW)
+    copies = """
+        INSERT INTO log (run_id, position, kind, step, body, n_observations, created_at)
+        WITH RECURSIVE places (place) AS (SELECT :last + 1 UNION ALL SELECT place + 1 FROM places WHERE place < :n)
+        SELECT run_id, place, kind, step, body, n_observations, created_at
+        FROM places JOIN log ON run_id = :run_id AND position = 2 + place % :reports
+    """
+    position = store.run("math").log_position
+    if n > position:
+        with engine.execution_options(**{WRITES: True}).begin() as connection:
+            values = {"last": position, "n": n, "run_id": run.id, "reports": _REPORTS}
+            assert connection.execute(text(copies), values).rowcount == n - position
+            grow = "UPDATE runs SET log_position = :n, n_observations = n_observations + :new WHERE id = :run_id"
+            connection.execute(text(grow), {"n": n, "new": n - position, "run_id": run.id})
     return store.run("math")
 
 
@@ -51,7 +74,7 @@ def test_a_killed_service_starts_again_from_its_own_checkpoint(
     database_url: str, engine: Engine, serve: Callable[..., Server]
 ) -> None:
     store = Store(engine)
-    run = grown(store, CHECKPOINT_EVERY)
+    run = grown(store, engine, CHECKPOINT_EVERY)
     observation = {"prompt_id": "a", "successes": 3, "attempts": 8}
     report = {"run": "math", "step": CHECKPOINT_EVERY, "observations": [observation]}
     question = {"run": "math", "prompts": [{"prompt_id": name} for name in "abc"]}
@@ -70,9 +93,9 @@ def test_a_killed_service_starts_again_from_its_own_checkpoint(
         assert http.post("/predict", json=question).raise_for_status().json() == told
 
 
-def test_a_checkpoint_is_saved_when_enough_was_folded_and_none_by_another(engine: Engine) -> None:
+def test_a_checkpoint_is_saved_when_enough_was_folded_and_none_by_another(engine: Engine, often: None) -> None:
     store = Store(engine)
-    run = grown(store, CHECKPOINT_EVERY - 1)
+    run = grown(store, engine, EVERY - 1)
     live = LiveRun(run.id)
 
     def keep_up(run: Run) -> int:
@@ -83,16 +106,16 @@ def test_a_checkpoint_is_saved_when_enough_was_folded_and_none_by_another(engine
         return store.newest_checkpoint_position(run.id)
 
     assert keep_up(run) == 0
-    assert keep_up(grown(store, CHECKPOINT_EVERY)) == CHECKPOINT_EVERY
-    assert keep_up(grown(store, 2 * CHECKPOINT_EVERY - 1)) == CHECKPOINT_EVERY
-    store.save_checkpoint(run.id, position=2 * CHECKPOINT_EVERY - 2, state=b"of another", now=NOW)
-    assert keep_up(grown(store, 2 * CHECKPOINT_EVERY)) == 2 * CHECKPOINT_EVERY - 2
+    assert keep_up(grown(store, engine, EVERY)) == EVERY
+    assert keep_up(grown(store, engine, 2 * EVERY - 1)) == EVERY
+    store.save_checkpoint(run.id, position=2 * EVERY - 2, state=b"of another", now=NOW)
+    assert keep_up(grown(store, engine, 2 * EVERY)) == 2 * EVERY - 2
 
 
 def test_a_checkpoint_that_cannot_be_saved_is_tried_again(
-    database_url: str, engine: Engine, caplog: pytest.LogCaptureFixture
+    database_url: str, engine: Engine, often: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = grown(Store(engine), CHECKPOINT_EVERY)
+    run = grown(Store(engine), engine, EVERY)
     impatient = open_engine(database_url, timeout_seconds=0.5)
     store, live = Store(impatient), LiveRun(run.id)
     live.catch_up(store, run)
@@ -110,5 +133,5 @@ def test_a_checkpoint_that_cannot_be_saved_is_tried_again(
 
     assert failed[0] == 0
     assert "run 'math': no checkpoint saved" in failed[1]
-    assert store.newest_checkpoint_position(run.id) == CHECKPOINT_EVERY
+    assert store.newest_checkpoint_position(run.id) == EVERY
     impatient.dispose()

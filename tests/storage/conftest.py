@@ -22,9 +22,9 @@ def now() -> datetime:
 
 
 @pytest.fixture
-def empty_engine(database_url: str) -> Iterator[Engine]:
+def empty_engine(new_database_url: str) -> Iterator[Engine]:
     """On a database without tables."""
-    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
+    engine = open_engine(new_database_url, timeout_seconds=PATIENCE_SECONDS)
     yield engine
     engine.dispose()
 

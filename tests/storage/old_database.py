@@ -1,6 +1,6 @@
 """Databases that older code wrote, and what that code answered about them.
 
-    python tests/storage/old_database.py REVISION
+    python -m tests.storage.old_database REVISION
 
 takes the code of a git revision into a temporary folder, lets its service and worker write a database on SQLite and on
 PostgreSQL, copies each into `old_databases`, and writes beside it what the same service then answers. A test opens
@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from typing import IO, Any
 
 import httpx
 import psycopg
+from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent / "old_databases"
@@ -42,7 +42,6 @@ TOLERANCE = 1e-6
 kernel for linear algebra adds in another order."""
 
 _LISTENING = re.compile(r"running on (http://127\.0\.0\.1:\d+)")
-_PATIENCE_SECONDS = 120.0
 _RUNS = ("math", "vectors", "counts", "branch")
 _N = 20
 
@@ -177,16 +176,18 @@ def serving(code: Path, url: str) -> Iterator[httpx.Client]:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, cwd=code, env=_environment(code, url), stderr=said)
         try:
-            deadline = time.monotonic() + _PATIENCE_SECONDS
-            while (found := _LISTENING.search(_content(said))) is None:
+
+            def listening() -> re.Match[str] | None:
                 assert process.poll() is None, _content(said)
-                assert time.monotonic() < deadline, _content(said)
-                time.sleep(0.1)
-            with httpx.Client(base_url=found.group(1), timeout=_PATIENCE_SECONDS) as http:
+                return _LISTENING.search(_content(said))
+
+            found = until(listening, f"an address in what {code} says")
+            assert found is not None
+            with httpx.Client(base_url=found.group(1), timeout=PATIENCE_SECONDS) as http:
                 yield http
         finally:
             process.terminate()
-            process.wait(_PATIENCE_SECONDS)
+            process.wait(PATIENCE_SECONDS)
 
 
 def _content(file: IO[str]) -> str:
@@ -200,17 +201,17 @@ def work(code: Path, url: str, http: httpx.Client) -> None:
         [sys.executable, "-m", "evenodds_service", "work"], cwd=code, env=_environment(code, url)
     )
     try:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while any(
-            refit["status"] in ("pending", "running")
-            for run in _RUNS[:3]
-            for refit in _ok(http, "GET", f"/runs/{run}/refits")["refits"]
-        ):
-            assert time.monotonic() < deadline, "the worker has not done its refits in time"
-            time.sleep(0.1)
+        until(
+            lambda: all(
+                refit["status"] not in ("pending", "running")
+                for run in _RUNS[:3]
+                for refit in _ok(http, "GET", f"/runs/{run}/refits")["refits"]
+            ),
+            "the worker's refits",
+        )
     finally:
         process.terminate()  # it saves its checkpoint first
-        process.wait(_PATIENCE_SECONDS)
+        process.wait(PATIENCE_SECONDS)
 
 
 def written_by(code: Path, backend: str) -> tuple[bytes, dict[str, Any]]:

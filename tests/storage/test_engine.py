@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, text
+from tests.conftest import open_durable_sqlite
 from tests.waiting import until
 
 from evenodds_service.domain.settings import RunSettings
@@ -79,7 +80,10 @@ def test_reader_is_not_kept_waiting_by_a_writer(store: Store, run: Run, engine: 
 
 
 @pytest.mark.parametrize("fixed", [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1)])
-def test_sqlite_is_set_up_to_keep_what_it_acknowledges(tmp_path: Path, fixed: tuple[str, object]) -> None:
+def test_sqlite_is_set_up_to_keep_what_it_acknowledges(
+    tmp_path: Path, fixed: tuple[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evenodds_service.storage.engine._open_sqlite", open_durable_sqlite)
     engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
 
     with engine.connect() as connection:

@@ -94,10 +94,10 @@ def test_revision_of_another_release_is_named_and_nothing_is_changed(empty_engin
     assert current_revision(empty_engine) == "9999_later"
 
 
-def test_two_processes_may_upgrade_at_once(database_url: str, empty_engine: Engine) -> None:
+def test_two_processes_may_upgrade_at_once(new_database_url: str, empty_engine: Engine) -> None:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", UPGRADE, database_url],
+            [sys.executable, "-c", UPGRADE, new_database_url],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -30,17 +30,17 @@ REVISIONS = sorted({path.name.partition(".")[0] for path in FOLDER.iterdir()})
 @pytest.mark.parametrize("checkpoints", ["kept", "gone"])
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_database_of_an_older_release_answers_as_it_did(
-    revision: str, checkpoints: str, database_url: str, start_service: Callable[[str], Service]
+    revision: str, checkpoints: str, new_database_url: str, start_service: Callable[[str], Service]
 ) -> None:
-    content, told = files(revision, "sqlite" if database_url.startswith("sqlite") else "postgresql")
-    restore(content.read_bytes(), database_url)
+    content, told = files(revision, "sqlite" if new_database_url.startswith("sqlite") else "postgresql")
+    restore(content.read_bytes(), new_database_url)
     if checkpoints == "gone":
-        engine = open_engine(database_url)
+        engine = open_engine(new_database_url)
         with engine.begin() as connection:
             assert connection.execute(text("DELETE FROM checkpoints")).rowcount > 1
         engine.dispose()
 
-    old, new = json.loads(told.read_text()), answers(start_service(database_url).http)
+    old, new = json.loads(told.read_text()), answers(start_service(new_database_url).http)
 
     moved: dict[str, Any] = {}
     if revision in MOVED:

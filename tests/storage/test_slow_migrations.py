@@ -39,13 +39,13 @@ upgrade(engine)
 
 
 @pytest.fixture
-def impatient(database_url: str) -> Iterator[Engine]:
+def impatient(new_database_url: str) -> Iterator[Engine]:
     """On a database without tables, with a request's patience."""
-    with request_engine(database_url) as engine:
+    with request_engine(new_database_url) as engine:
         yield engine
 
 
-on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+on_postgresql = pytest.mark.parametrize("new_database_url", ["postgresql"], indirect=True)
 
 
 @contextmanager
@@ -70,12 +70,12 @@ def tables(engine: Engine) -> list[str]:
     return inspect(engine).get_table_names()
 
 
-def test_a_migration_outlives_a_pause_that_ends_a_request(database_url: str, impatient: Engine) -> None:
+def test_a_migration_outlives_a_pause_that_ends_a_request(new_database_url: str, impatient: Engine) -> None:
     go_on = threading.Event()
 
     with paused(impatient, go_on) as is_there, in_background(lambda: upgrade(impatient)):
         assert is_there.wait(timeout=PATIENCE_SECONDS)
-        outlast_a_request(database_url)
+        outlast_a_request(new_database_url)
         go_on.set()
 
     check_schema(impatient)
@@ -83,13 +83,13 @@ def test_a_migration_outlives_a_pause_that_ends_a_request(database_url: str, imp
 
 @on_postgresql
 def test_a_migration_outlives_statements_and_a_silent_server_that_end_a_request(
-    database_url: str, impatient: Engine
+    new_database_url: str, impatient: Engine
 ) -> None:
-    with stalls(database_url) as stalled:
+    with stalls(new_database_url) as stalled:
         stalled.new_tables()
         with in_background(lambda: upgrade(impatient)):
             process = stalled.process()
-            outlast_a_request(database_url)
+            outlast_a_request(new_database_url)
             with stalled.hung(process):
                 pass
             stalled.release()
@@ -98,14 +98,14 @@ def test_a_migration_outlives_statements_and_a_silent_server_that_end_a_request(
 
 
 def test_a_second_migration_waits_for_the_first_and_finds_nothing_to_do(
-    database_url: str, impatient: Engine, empty_engine: Engine
+    new_database_url: str, impatient: Engine, empty_engine: Engine
 ) -> None:
     go_on = threading.Event()
 
     with paused(empty_engine, go_on) as is_there, in_background(lambda: upgrade(empty_engine)):
         assert is_there.wait(timeout=PATIENCE_SECONDS)
         with in_background(lambda: upgrade(impatient)):
-            outlast_a_request(database_url)
+            outlast_a_request(new_database_url)
             go_on.set()
 
     check_schema(impatient)
@@ -182,8 +182,8 @@ def test_a_migration_that_fails_at_its_last_table_leaves_no_table(impatient: Eng
     check_schema(impatient)
 
 
-def test_a_migration_that_is_killed_leaves_no_table(database_url: str, empty_engine: Engine) -> None:
-    command = [sys.executable, "-c", MIGRATE, database_url, MIDDLE]
+def test_a_migration_that_is_killed_leaves_no_table(new_database_url: str, empty_engine: Engine) -> None:
+    command = [sys.executable, "-c", MIGRATE, new_database_url, MIDDLE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "paused\n"

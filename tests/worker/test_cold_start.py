@@ -13,7 +13,8 @@ from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import Entry
 from evenodds_service.domain.prompts import RawBlock
 from evenodds_service.domain.settings import PredictorName, RunSettings
-from evenodds_service.runtime.live_run import PACKED, LiveRun
+from evenodds_service.runtime import live_run
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import Store
 from evenodds_service.storage.tables import pool_blocks
 from evenodds_service.worker import Fit
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from tests.worker.conftest import Bench
 
 PREDICTORS: tuple[PredictorName, ...] = ("gps", "gps-paper", "mopps")
+PACKED = 512
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of two blocks is small."""
+    monkeypatch.setattr(live_run, "PACKED", PACKED)
 
 
 class Watched(Store):
@@ -152,7 +160,9 @@ def test_a_reader_does_not_start_from_a_checkpoint_behind_the_position_that_it_k
     assert store.read_from == run.log_position - 1
 
 
-def test_a_large_pool_is_read_in_packed_blocks_and_is_the_same(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_large_pool_is_read_in_packed_blocks_and_is_the_same(
+    bench: Bench, caplog: pytest.LogCaptureFixture, small_blocks: None
+) -> None:
     """Also by a fork, with blocks that cannot be read, and with none at all."""
     n = PACKED + 200
     bench.learned("math", n)
@@ -187,7 +197,7 @@ def test_a_large_pool_is_read_in_packed_blocks_and_is_the_same(bench: Bench, cap
             np.testing.assert_array_equal(getattr(live.pool.raw(0, n), name), getattr(whole.pool.raw(0, n), name))
 
 
-def test_only_what_is_new_is_packed(bench: Bench) -> None:
+def test_only_what_is_new_is_packed(bench: Bench, small_blocks: None) -> None:
     class Counting(Store):
         saved: ClassVar[list[int]] = []
 

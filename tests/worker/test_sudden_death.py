@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -146,11 +145,16 @@ def pause_in_a_fit(client: Client, town: Town) -> RefitState:
         asked = client.refit("math")
         until_taken_up(client, asked.refit_id)
         town.signal("work", signal.SIGSTOP)
-        time.sleep(0.2)
+        until(lambda: threads(town.pid("work")) == {"T"}, "a worker that stands still")
         if (refit := newest(client, asked.refit_id)).status == "running":
             return refit
         town.signal("work", signal.SIGCONT)  # it was quicker
     raise AssertionError("no fit took long enough to be paused")
+
+
+def threads(pid: int) -> set[str]:
+    """In which states the threads of the process are: T is stopped."""
+    return {stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
 
 
 def until_taken_up(client: Client, refit_id: int) -> None:

@@ -63,9 +63,6 @@ def create_app(
         asks_for_keys: Whether a caller needs an API key of the store.
         clock: Seconds that never go back, for the limits of keys.
     """
-    featurizer = Featurizer(store, allowed=settings.allowed_embedders())
-    live_runs = LiveRuns(store, capacity=settings.live_runs)
-    registry = CollectorRegistry()
     app = FastAPIOffline(
         redoc_url=None,
         static_url=DOCS_FILES,
@@ -78,24 +75,7 @@ def create_app(
         # Logs would hold what was refused, and so the texts of prompts; the metrics are Prometheus's.
         telemetry={"auto_configure": settings.telemetry, "metrics": False, "logs": False, "exclude": is_quiet},
     )
-    run_registry = CollectorRegistry()
-    run_registry.register(RunMetrics(store, live_runs, now))
-    app.state.services = Services(
-        store=store,
-        featurizer=featurizer,
-        live_runs=live_runs,
-        budgets=Budgets(
-            live_runs,
-            featurizer,
-            staleness_seconds=settings.budget_staleness_ms / 1_000,
-            deadline_seconds=settings.budget_deadline_ms / 1_000,
-            capacity=settings.budget_queue,
-        ),
-        predictions=training.prediction_coalescer(live_runs),
-        predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
-        registry=registry,
-        run_registry=run_registry,
-    )
+    services = app.state.services = _services(store, settings)
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
     modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
     dependencies = [Depends(bearer), Depends(parameters_are_storable), Depends(run_is_allowed)]
@@ -113,9 +93,33 @@ def create_app(
     if settings.origins():
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
-    app.add_middleware(RequestLog, registry=registry)
+    app.add_middleware(RequestLog, registry=services.registry)
     _describe(app)
     return app
+
+
+def _services(store: Store, settings: Settings) -> Services:
+    """What the routes share."""
+    featurizer = Featurizer(store, allowed=settings.allowed_embedders())
+    live_runs = LiveRuns(store, capacity=settings.live_runs)
+    run_registry = CollectorRegistry()
+    run_registry.register(RunMetrics(store, live_runs, now))
+    return Services(
+        store=store,
+        featurizer=featurizer,
+        live_runs=live_runs,
+        budgets=Budgets(
+            live_runs,
+            featurizer,
+            staleness_seconds=settings.budget_staleness_ms / 1_000,
+            deadline_seconds=settings.budget_deadline_ms / 1_000,
+            capacity=settings.budget_queue,
+        ),
+        predictions=training.prediction_coalescer(live_runs),
+        predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
+        registry=CollectorRegistry(),
+        run_registry=run_registry,
+    )
 
 
 def _hosts(settings: Settings) -> tuple[str, ...]:

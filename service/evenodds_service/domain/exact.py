@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +31,15 @@ _LN2_HIGH, _LN2_LOW = (
     0.693359375,
     -2.121944400546905827679e-4,
 )  # the first with 9 bits: times a whole number it is exact
-_EXP_TERMS = {np.dtype(np.float32): 7, np.dtype(np.float64): 13}
-_LOG_TERMS = {np.dtype(np.float32): 5, np.dtype(np.float64): 11}
+# By type: the coefficients of the series, last first, as arrays of that type without axes, which add up the fastest.
+_EXP_SERIES: dict[np.dtype[Any], tuple[FloatArray, ...]] = {
+    np.dtype(kind): tuple(np.array(1.0 / math.factorial(n), kind) for n in range(terms, -1, -1))
+    for kind, terms in ((np.float32, 7), (np.float64, 13))
+}
+_LOG_SERIES: dict[np.dtype[Any], tuple[FloatArray, ...]] = {
+    np.dtype(kind): tuple(np.array(1.0 / (2 * n + 1), kind) for n in range(terms - 1, -1, -1))
+    for kind, terms in ((np.float32, 5), (np.float64, 11))
+}
 # By type: signed integers of its width, bits of the fraction, exponent of one, a number whose last bit is worth one.
 _LAYOUT = {
     np.dtype(np.float32): (np.int32, 23, 127, 1.5 * 2.0**23, 87.0),
@@ -56,19 +64,34 @@ def whole_numbers(values: FloatArray, bits: int, *, axis: int | None) -> tuple[F
     return np.rint(values * np.ldexp(1.0, bits - exponents)), np.ldexp(1.0, exponents - bits)
 
 
-def product(x_n_k: FloatArray, y_k_m: FloatArray) -> FloatArray:
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A matrix y [k, m] taken apart, once for all x that it is multiplied with: y ~ (high + low / 2^bits) unit."""
+
+    high_k_m: FloatArray
+    low_k_m: FloatArray
+    unit_m: FloatArray
+
+    @staticmethod
+    def of(y_k_m: FloatArray) -> Factor:
+        """The parts of a finite matrix."""
+        bits = _bits_of(len(y_k_m))
+        high, unit = whole_numbers(y_k_m, bits, axis=0)
+        return Factor(high, np.rint((y_k_m / unit - high) * 2.0**bits), unit)
+
+
+def product(x_n_k: FloatArray, y_k_m: FloatArray | Factor) -> FloatArray:
     """x y, float64 [n, m], to about 2^-40 of the largest terms. A row of it depends on the same row of x alone."""
+    y = y_k_m if isinstance(y_k_m, Factor) else Factor.of(y_k_m)
     bits = _bits_of(x_n_k.shape[1])
-    y_high, y_unit = whole_numbers(y_k_m, bits, axis=0)
-    y_low = np.rint((y_k_m / y_unit - y_high) * 2.0**bits)
-    result = np.empty((len(x_n_k), y_k_m.shape[1]))
+    result = np.empty((len(x_n_k), y.high_k_m.shape[1]))
     for first in range(0, len(x_n_k), _ROWS):
         rows = x_n_k[first : first + _ROWS]
         x_high, x_unit = whole_numbers(rows, bits, axis=1)
         x_low = np.rint((rows / x_unit - x_high) * 2.0**bits)
         # Three sums without rounding; the fourth, of both rests, is too small to show.
-        rest = x_high @ y_low + x_low @ y_high
-        result[first : first + _ROWS] = (x_high @ y_high + rest * 2.0**-bits) * x_unit * y_unit
+        rest = x_high @ y.low_k_m + x_low @ y.high_k_m
+        result[first : first + _ROWS] = (x_high @ y.high_k_m + rest * 2.0**-bits) * x_unit * y.unit_m
     return result
 
 
@@ -206,24 +229,20 @@ def _rotate(a: FloatArray, vectors: FloatArray, p: IntArray, q: IntArray) -> Non
 
 def exp(x: FloatArray | float) -> FloatArray:
     """e^x in single or double precision, whichever x has, within 2 units in the last place; 0 below -708 (-87)."""
-    x = np.asarray(x)
-    if x.dtype != np.float32:
-        x = x.astype(np.float64)
+    x = _in_precision(x)
     integers, fraction, one, magic, most = _LAYOUT[x.dtype]
-    kind = x.dtype.type
-    limited = np.clip(x, kind(-most), kind(most))
-    shifted = limited * kind(_PER_LN2) + kind(magic)
-    times = shifted - kind(magic)
-    rest = limited - times * kind(_LN2_HIGH)
-    rest -= times * kind(_LN2_LOW)
-    terms = _EXP_TERMS[x.dtype]
-    result = np.full_like(rest, 1.0 / math.factorial(terms))
-    for n in range(terms - 1, -1, -1):
+    limited = np.minimum(np.maximum(x, -most), most)
+    shifted = limited * _PER_LN2 + magic
+    times = shifted - magic
+    rest = limited - times * _LN2_HIGH
+    rest -= times * _LN2_LOW
+    first, second, *others = _EXP_SERIES[x.dtype]
+    result = rest * first + second
+    for coefficient in others:
         result *= rest
-        result += kind(1.0 / math.factorial(n))
-    power = ((shifted.view(integers) + integers(one)) << integers(fraction)).view(x.dtype)
-    result *= power
-    return np.asarray(np.where(x < kind(-most), kind(0.0), result))
+        result += coefficient
+    result *= ((shifted.view(integers) + one) << fraction).view(x.dtype)
+    return np.asarray(np.where(x < -most, x.dtype.type(0.0), result))
 
 
 def log(x: FloatArray | float) -> FloatArray:
@@ -232,26 +251,29 @@ def log(x: FloatArray | float) -> FloatArray:
     Args:
         x: Positive (at least the smallest normal number) and finite, or NaN, which stays NaN.
     """
-    x = np.asarray(x)
-    if x.dtype != np.float32:
-        x = x.astype(np.float64)
-    kind = x.dtype.type
+    x = _in_precision(x)
     integers, fraction, _, _, _ = _LAYOUT[x.dtype]
     bits = x.view(integers)
     # x = m 2^e with m between the roots of 1/2 and of 2
-    exponent = (bits - kind(math.sqrt(0.5)).view(integers)) >> integers(fraction)
-    mantissa = (bits - (exponent << integers(fraction))).view(x.dtype)
-    ratio = (mantissa - kind(1.0)) / (mantissa + kind(1.0))
+    exponent = (bits - x.dtype.type(math.sqrt(0.5)).view(integers)) >> fraction
+    mantissa = (bits - (exponent << fraction)).view(x.dtype)
+    ratio = (mantissa - 1.0) / (mantissa + 1.0)
     square = ratio * ratio
-    terms = _LOG_TERMS[x.dtype]
-    series = np.full_like(ratio, 1.0 / (2 * terms - 1))
-    for n in range(terms - 2, -1, -1):
+    first, second, *others = _LOG_SERIES[x.dtype]
+    series = square * first + second
+    for coefficient in others:
         series *= square
-        series += kind(1.0 / (2 * n + 1))
+        series += coefficient
     times = exponent.astype(x.dtype)
-    result = kind(2.0) * ratio * series + times * kind(_LN2_LOW)
-    result += times * kind(_LN2_HIGH)
+    result = 2.0 * ratio * series + times * _LN2_LOW
+    result += times * _LN2_HIGH
     return np.asarray(np.where(np.isnan(x), x, result))
+
+
+def _in_precision(x: FloatArray | float) -> FloatArray:
+    """As an array of single precision where it is one, else of double."""
+    x = np.asarray(x)
+    return x if x.dtype == np.float32 else x.astype(np.float64, copy=False)
 
 
 def log_sum(values: FloatArray) -> float:
@@ -262,9 +284,7 @@ def log_sum(values: FloatArray) -> float:
 
 def sigmoid(z: FloatArray) -> FloatArray:
     """1 / (1 + e^-z), in the precision of z; z is limited to +-30."""
-    z = np.asarray(z)
-    kind = z.dtype.type
-    return np.asarray(kind(1.0) / (kind(1.0) + exp(-np.clip(z, kind(-30.0), kind(30.0)))))
+    return np.asarray(1.0 / (1.0 + exp(-np.minimum(np.maximum(z, -30.0), 30.0))))
 
 
 def log_odds(rates: FloatArray) -> FloatArray:

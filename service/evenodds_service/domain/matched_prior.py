@@ -22,6 +22,7 @@ MIN_MATCHED, MAX_MATCHED = 0.05, 64.0
 MOST_SECTIONS = 64
 """More at a time cost more than they save, even for one prompt."""
 
+_LOG_MIN_MATCHED, _LOG_RANGE = float(exact.log(MIN_MATCHED)), float(exact.log(MAX_MATCHED / MIN_MATCHED))
 _HALVINGS = 24
 _CELLS = 4_096
 _MEAN_RANGE = (1e-3, 1.0 - 1e-3)
@@ -51,7 +52,7 @@ def matched_concentration(
     if sections is None:
         sections = int(np.clip(_CELLS // max(mean.size, 1), 2, MOST_SECTIONS))
     inner = np.arange(1, sections) / sections
-    low, width = np.full(mean.shape, exact.log(MIN_MATCHED)), float(exact.log(MAX_MATCHED / MIN_MATCHED))
+    low, width = np.full(mean.shape, _LOG_MIN_MATCHED), _LOG_RANGE
     for _ in range(math.ceil(_HALVINGS / math.log2(sections))):
         s = exact.exp(low + width * inner)
         short = informative_probability(mean * s, (1.0 - mean) * s, group_size) < informative

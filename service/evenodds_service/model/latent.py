@@ -10,7 +10,8 @@ Axes: N prompts, d inputs, F features phi, O = 2 heads (rate, informative).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,33 +32,79 @@ _BANDWIDTH = 0.5
 _DESIGNED_AT_ONCE = 2_048
 
 
-def predict_latent(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Success rate and informative probability of prompts outside the pool, float32 [N] each, in (0, 1).
+class LatentPrior:
+    """What a fit says of prompts outside the pool. What every prediction needs of its weights is computed once.
 
     Args:
         weights: Of a fit.
-        x_N_d: Inputs under the basis of that fit.
-
-    Raises:
-        ValueError: the inputs are not as wide as the fit's.
     """
-    width = weights["landmarks"].shape[1]
-    if x_N_d.shape[1] != width:
-        raise ValueError(f"the model was fitted on {width} inputs, these have {x_N_d.shape[1]}: refit it")
-    parts = [
-        exact.product(design(weights, x_N_d[first : first + _DESIGNED_AT_ONCE]), weights["coefficients"])
-        for first in range(0, len(x_N_d), _DESIGNED_AT_ONCE)
-    ]
-    return outputs(weights["calibration"], np.concatenate([np.zeros((0, 2)), *parts]))
+
+    def __init__(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        self._scales = weights["scales"]
+        self._landmarks = landmarks_of(weights)
+        self._coefficients = exact.Factor.of(weights["coefficients"])
+        self._calibration = weights["calibration"]
+
+    def predict(self, x_N_d: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Success rate and informative probability, float32 [N] each, in (0, 1).
+
+        Args:
+            x_N_d: Inputs under the basis of the fit.
+
+        Raises:
+            ValueError: the inputs are not as wide as the fit's.
+        """
+        width = self._scales.shape[1]
+        if x_N_d.shape[1] != width:
+            raise ValueError(f"the model was fitted on {width} inputs, these have {x_N_d.shape[1]}: refit it")
+        parts = [
+            exact.product(
+                design(self._scales, self._landmarks, x_N_d[first : first + _DESIGNED_AT_ONCE]), self._coefficients
+            )
+            for first in range(0, len(x_N_d), _DESIGNED_AT_ONCE)
+        ]
+        return outputs(self._calibration, np.concatenate([np.zeros((0, 2)), *parts]))
 
 
-def design(weights: Mapping[str, NDArray[np.float32]], x_N_d: FloatArray) -> NDArray[np.float32]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Landmarks:
+    """M landmark prompts under the scale of one kernel, as products with other prompts need them, and their squares."""
+
+    factor: exact.Factor
+    squares_M: FloatArray
+
+    @staticmethod
+    def of(landmarks_M_d: FloatArray) -> Landmarks:
+        """Of scaled inputs."""
+        return Landmarks(exact.Factor.of(landmarks_M_d.T), _squares(landmarks_M_d))
+
+
+def landmarks_of(weights: Mapping[str, NDArray[np.float32]]) -> tuple[Landmarks, ...]:
+    """Of each kernel."""
+    return tuple(Landmarks.of(weights["landmarks"] * scale) for scale in weights["scales"])
+
+
+def design(scales: NDArray[np.float32], landmarks: Sequence[Landmarks], x_N_d: FloatArray) -> NDArray[np.float32]:
     """The scaled surface features and the kernels between prompts and landmarks, float32 [N, F]."""
-    scales = weights["scales"]
     surface = np.flatnonzero(scales[0])
     blocks = [x_N_d[:, surface] * scales[0, surface]]
-    blocks += [kernel(x_N_d * scale, weights["landmarks"] * scale) for scale in scales]
+    blocks += [kernel(x_N_d * scale, of_kernel) for scale, of_kernel in zip(scales, landmarks, strict=True)]
     return np.concatenate(blocks, axis=1).astype(np.float32, copy=False)
+
+
+def kernel(rows_N_d: FloatArray, landmarks: Landmarks) -> FloatArray:
+    """exp(-|a - b|^2 / (2 bandwidth^2)), [N, M] in the precision of the rows; a row depends on its prompt alone."""
+    squares = exact.product(rows_N_d, landmarks.factor)
+    squares *= -2.0
+    squares += _squares(rows_N_d)[:, None]
+    squares += landmarks.squares_M
+    np.maximum(squares, 0.0, out=squares)
+    return exact.exp((squares * (-0.5 / _BANDWIDTH**2)).astype(rows_N_d.dtype))
+
+
+def _squares(rows_N_d: FloatArray) -> FloatArray:
+    """|a|^2 of each row, float64 [N]."""
+    return np.asarray((rows_N_d * rows_N_d).sum(axis=1, dtype=np.float64))
 
 
 def outputs(calibration: FloatArray, held_n_O: FloatArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -78,14 +125,3 @@ def outputs(calibration: FloatArray, held_n_O: FloatArray) -> tuple[NDArray[np.f
     silent = np.clip(1.0 - informative_probability(a, b, max(round(group_size), 2)), *RATES)
     informative = exact.sigmoid(t[4] + t[5] * g[:, 1] - exact.log_odds(silent))
     return mean.astype(np.float32), informative.astype(np.float32)
-
-
-def kernel(rows_N_d: FloatArray, landmarks_M_d: FloatArray) -> FloatArray:
-    """exp(-|a - b|^2 / (2 bandwidth^2)), [N, M] in the precision of the rows; a row depends on its prompt alone."""
-    lengths = [(rows * rows).sum(axis=1, dtype=np.float64) for rows in (rows_N_d, landmarks_M_d)]
-    squares = exact.product(rows_N_d, landmarks_M_d.T)
-    squares *= -2.0
-    squares += lengths[0][:, None]
-    squares += lengths[1]
-    np.maximum(squares, 0.0, out=squares)
-    return exact.exp((squares * (-0.5 / _BANDWIDTH**2)).astype(rows_N_d.dtype))

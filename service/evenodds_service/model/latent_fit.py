@@ -28,10 +28,12 @@ from evenodds_service.model.latent import (
     ROWS_AT_ONCE,
     SLOPE,
     UNIT,
+    Landmarks,
+    LatentPrior,
     design,
     kernel,
+    landmarks_of,
     outputs,
-    predict_latent,
 )
 
 FOLDS = 6
@@ -59,7 +61,7 @@ class FittedLatent:
     Attributes:
         mean_N, informative_N: float32 [N] in (0, 1): success rate, and probability that a group of the fit's size is
             informative, of every prompt of the pool. An observed prompt's own outcomes did not take part in either.
-        weights: For `predict_latent` on new prompts.
+        weights: For `LatentPrior`, which predicts new prompts.
         report: `observations`, `prompts`; and of the newest observations, predicted without their prompts' outcomes:
             `rate_correlation`, `log_loss` per attempt, `level_log_loss` of the policy's mean rate alone (what the text
             has to beat), and `informative_log_loss` per group.
@@ -98,7 +100,7 @@ def fit_latent(
     prompts_U, row_n = np.unique(history.prompts, return_inverse=True)
     weights = _choose_kernels(x_N_d, n_surface, n_observed=len(prompts_U), seed=seed)
     whitening_F_F = _whitening(weights)
-    design_U_F = design(weights, x_N_d[prompts_U])
+    design_U_F = design(weights["scales"], landmarks_of(weights), x_N_d[prompts_U])
     context = _Context(design_U_F @ whitening_F_F, _worth(history, row_n), _folds(prompts_U), device)
 
     rates_n = history.successes / history.attempts
@@ -115,7 +117,7 @@ def fit_latent(
     calibration = _calibrate(recent, level_logits_n, held_n_O)
     weights["coefficients"] = (whitening_F_F @ np.stack([rate_F, shape_F], axis=1)).astype(np.float32)
     weights["calibration"] = np.array([group_size, level_logits_n[-1], *calibration], dtype=np.float32)
-    mean_N, informative_N = predict_latent(weights, x_N_d)
+    mean_N, informative_N = LatentPrior(weights).predict(x_N_d)
     mean_N[prompts_U], informative_N[prompts_U] = outputs(weights["calibration"], held_U_O)
     report = {"observations": float(len(history)), "prompts": float(len(prompts_U))}
     report |= _held_out_report(recent, calibration, level_logits_n, held_n_O)
@@ -194,7 +196,7 @@ def _whitening(weights: Mapping[str, NDArray[np.float32]]) -> FloatArray:
     whitening[:n_linear, :n_linear] = math.sqrt(_LINEAR_SHARE) * np.eye(n_linear)
     for i, scale in enumerate(weights["scales"].astype(np.float64)):
         landmarks = weights["landmarks"] * scale
-        gram = kernel(landmarks, landmarks) + _JITTER * np.eye(n_landmarks)
+        gram = kernel(landmarks, Landmarks.of(landmarks)) + _JITTER * np.eye(n_landmarks)
         block = slice(n_linear + i * n_landmarks, n_linear + (i + 1) * n_landmarks)
         whitening[block, block] = math.sqrt(_KERNEL_SHARE) * np.linalg.inv(np.linalg.cholesky(gram)).T
     return whitening.astype(np.float32)

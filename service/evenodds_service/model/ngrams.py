@@ -131,9 +131,7 @@ def fit(
     n_prompts = matrix.shape[0]
     rates = successes / attempts
     targets_n_H, prior = _targets(rates, attempts, group_size)
-    # An over-dispersed count of n attempts is worth n (s + 1) / (s + n); the usual one weighs 1.
-    s = _LABEL_CONCENTRATION
-    weight_n = attempts * (s + _USUAL_ATTEMPTS) / (_USUAL_ATTEMPTS * (s + attempts))
+    weight_n = _worth(attempts)
 
     document_counts = np.bincount(matrix.indices, minlength=2 * _SIDE)
     rarity_F = (np.log((1 + n_prompts) / (1 + document_counts)) + 1.0).astype(np.float16)
@@ -147,9 +145,7 @@ def fit(
 
     full = slice(N_FOLDS * len(HEADS), None)
     heads_N_H = scaled @ ridge.sparse_F_R[:, full] + dense @ ridge.dense_d_R[:, full] + ridge.intercept_R[full]
-    crossed = scaled[labelled] @ ridge.sparse_F_R + dense[labelled] @ ridge.dense_d_R + ridge.intercept_R
-    crossed_n_M_H = crossed.reshape(len(labelled), N_FOLDS + 1, len(HEADS))
-    heads_N_H[labelled] = crossed_n_M_H[np.arange(len(labelled)), fold_n]
+    heads_N_H[labelled] = _crossed(ridge, scaled[labelled], dense[labelled], fold_n)
 
     shown = np.where(np.isfinite(informative_share), informative_share, targets_n_H[:, 1])
     known_n_H = heads_N_H[labelled]
@@ -167,17 +163,34 @@ def fit(
         "spread_H": spread_H.astype(np.float32),
         "stack_K_2": stack_K_2.astype(np.float32),
     }
-    mean_n, informative_n = predicted_N_2[labelled, 0], predicted_N_2[labelled, 1]
-    report = {
-        "n_labels": float(len(labelled)),
+    report = _quality(predicted_N_2[labelled], rates, shown, weight_n)
+    report |= {"label_concentration": float(prior.sum()), "iterations": float(ridge.iterations)}
+    return FittedNgrams(predicted_N_2[:, 0].astype(np.float32), predicted_N_2[:, 1].astype(np.float32), weights, report)
+
+
+def _worth(attempts: FloatArray) -> FloatArray:
+    """An over-dispersed count of n attempts is worth n (s + 1) / (s + n); the usual one weighs 1."""
+    s = _LABEL_CONCENTRATION
+    return np.asarray(attempts * (s + _USUAL_ATTEMPTS) / (_USUAL_ATTEMPTS * (s + attempts)))
+
+
+def _crossed(ridge: _Ridge, scaled_n: sparse.csr_matrix, dense_n_d: FloatArray, fold_n: IntArray) -> FloatArray:
+    """The heads of the labelled prompts, each from the fit that has not seen its fold, [n, H]."""
+    crossed = scaled_n @ ridge.sparse_F_R + dense_n_d @ ridge.dense_d_R + ridge.intercept_R
+    crossed_n_M_H = crossed.reshape(len(fold_n), N_FOLDS + 1, len(HEADS))
+    return np.asarray(crossed_n_M_H[np.arange(len(fold_n)), fold_n])
+
+
+def _quality(predicted_n_2: FloatArray, rates: FloatArray, shown: FloatArray, weight_n: FloatArray) -> dict[str, float]:
+    """How well the labels were predicted without having been seen."""
+    mean_n, informative_n = predicted_n_2.T
+    return {
+        "n_labels": float(len(rates)),
         "spearman": spearman(mean_n, rates),
         "log_loss": _log_loss(mean_n, rates, weight_n),
         "base_log_loss": _log_loss(np.full_like(rates, np.average(rates, weights=weight_n)), rates, weight_n),
         "informative_log_loss": _log_loss(informative_n, shown, weight_n),
-        "label_concentration": float(prior.sum()),
-        "iterations": float(ridge.iterations),
     }
-    return FittedNgrams(predicted_N_2[:, 0].astype(np.float32), predicted_N_2[:, 1].astype(np.float32), weights, report)
 
 
 def predict(

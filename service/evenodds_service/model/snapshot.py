@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ _HEADER = "header"
 Weights = dict[str, FloatArray]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class SharedModel:
     """Fitted priors of a run.
 
@@ -123,20 +124,27 @@ class SharedModel:
             last_step=header.get("last_step", int(header["report"].get("paper.last_step", -1))),
         )
 
-    def predict(self, texts: Sequence[str | None], block: RawBlock) -> dict[str, FittedPrior]:
+    def on(self, basis: Basis | None) -> SharedModel:
+        """The same model with this very basis where it is equal to its own, so that nothing is projected twice."""
+        return replace(self, basis=basis) if basis is not None and basis.equals(self.basis) else self
+
+    def predict(
+        self, texts: Sequence[str | None], block: RawBlock, x_n_d: FloatArray | None = None
+    ) -> dict[str, FittedPrior]:
         """What each prior says about n prompts outside the pool.
 
         Args:
             texts: n texts; None counts as empty.
             block: Their raw features.
+            x_n_d: These as `basis` projects them, where the caller has done that.
         """
-        x_n_d = self.basis.project(block)
+        x_n_d = self.basis.project(block) if x_n_d is None else x_n_d
         told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
             words = [text or "" for text in texts]
             told["ngrams"] = ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:])
         if "latent" in self.weights:
-            told["latent"] = latent.predict_latent(self.weights["latent"], x_n_d)
+            told["latent"] = self._latent.predict(x_n_d)
         fitted: dict[str, FittedPrior] = {}
         if told:  # all priors in one pass, which for few texts costs no more than one
             means, informative = (np.stack([pair[i] for pair in told.values()]) for i in (0, 1))
@@ -147,6 +155,10 @@ class SharedModel:
         if PAPER in self.weights:
             fitted[PAPER] = self._published(block)
         return fitted
+
+    @cached_property
+    def _latent(self) -> latent.LatentPrior:
+        return latent.LatentPrior(self.weights["latent"])
 
     def _published(self, block: RawBlock) -> FittedPrior:
         """The published model's predictions. Imports torch, which no other prior needs."""

@@ -123,9 +123,11 @@ _DIGITS = b"0123456789"
 _LOWER = b"abcdefghijklmnopqrstuvwxyz"
 _OPERATORS = b"+-*/=<>^_|"
 _ASCII = bytes(range(128))
-_LONG = 200.0  # characters, where the effect of length on difficulty bends
+_LONG = float(exact.log(1.0 + 200.0))  # characters, where the effect of length on difficulty bends
+_THOUSAND = 3.0 * float(exact.log(10.0))
 _CHARACTERS = _COUNTS.index("characters")
 _EXCESS_LENGTH, _LARGEST_NUMBER = (len(_COUNTS) + _LEVELS.index(name) for name in ("excess_length", "largest_number"))
+_LOGARITHMS = [*range(len(_COUNTS)), _LARGEST_NUMBER]
 
 
 def surface_features(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -139,10 +141,9 @@ def surface_features(texts: Sequence[str]) -> NDArray[np.float32]:
     """
     rows = [_row(text) for text in texts]
     table_N_S = np.array(rows, dtype=np.float64).reshape(len(rows), len(SURFACE_NAMES))
-    counts = table_N_S[:, : len(_COUNTS)]
-    counts[:] = exact.log(1.0 + counts)
-    table_N_S[:, _EXCESS_LENGTH] = np.maximum(table_N_S[:, _CHARACTERS] - exact.log(1.0 + _LONG), 0.0)
-    table_N_S[:, _LARGEST_NUMBER] = exact.log(1.0 + table_N_S[:, _LARGEST_NUMBER]) / (3.0 * exact.log(10.0))
+    table_N_S[:, _LOGARITHMS] = exact.log(1.0 + table_N_S[:, _LOGARITHMS])
+    table_N_S[:, _EXCESS_LENGTH] = np.maximum(table_N_S[:, _CHARACTERS] - _LONG, 0.0)
+    table_N_S[:, _LARGEST_NUMBER] /= _THOUSAND
     return table_N_S.astype(np.float32)
 
 

@@ -192,7 +192,7 @@ class LiveRun:
         """Use this snapshot from here on; one that cannot be used is as good as none, on every replica alike."""
         try:
             content = store.snapshot(self.run_id, version).weights
-            self.model = SharedModel.from_bytes(content, embedder=embedder or "")
+            self.model = SharedModel.from_bytes(content, embedder=embedder or "").on(self.state.basis)
         except SnapshotUnusable as error:
             logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
             self.model = None
@@ -232,8 +232,10 @@ class LiveRun:
     ) -> tuple[FloatArray, FloatArray]:
         """Beta parameters of the belief about prompts outside the pool, [n]."""
 
-        def fitted() -> Mapping[str, FittedPrior]:
-            return self.model.predict(texts, block) if self.model is not None else {}
+        def fitted(x_n_d: FloatArray | None) -> Mapping[str, FittedPrior]:
+            if self.model is None:
+                return {}
+            return self.model.predict(texts, block, x_n_d if self.model.basis is self.state.basis else None)
 
         return PREDICTORS[predictor].new_beliefs(self.state, block, fitted)
 

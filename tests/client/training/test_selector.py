@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from benchmarks.latency import service as served
 from tests.client.proxy import SLOW_SECONDS, proxy_before
+from tests.client.training.child import observe_in_child
 from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Batch, Client, ConfigurationError, InvalidRequest, PromptSelector
@@ -334,8 +335,8 @@ def test_what_is_no_observation_is_left_out_and_said_once(
 def test_an_attempt_without_a_reward_is_left_out_and_no_other(service: Service, make: Make) -> None:
     selector = make()
 
-    outcomes: dict[str, list[float | None]] = {"p0": [1, None, 0, float("nan")], "p1": [None], "p2": []}
-    selector.observe(1, outcomes)
+    rewards: dict[str, list[float | None]] = {"p0": [1, None, 0, float("nan")], "p1": [None], "p2": []}
+    selector.observe(1, rewards)
 
     assert selector.flush()
     assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
@@ -469,11 +470,6 @@ def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> No
         assert visit.selection_id == chosen[0][0].selection_id
 
 
-def _observe_in_child(selector: PromptSelector, step: int) -> None:
-    selector.observe(step, {prompt_id: [1] for prompt_id in selector.select(step, 4)})
-    selector.flush()
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
     """The service is a process of its own: a child would inherit the locks that its threads hold."""
@@ -485,7 +481,7 @@ def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
         selector.wait_until_ready()
         context: Any = multiprocessing.get_context(method)
 
-        children = [context.Process(target=_observe_in_child, args=(selector, step)) for step in (1, 2)]
+        children = [context.Process(target=observe_in_child, args=(selector, step)) for step in (1, 2)]
         for child in children:
             child.start()
         selector.observe(3, {"p0": [0]})

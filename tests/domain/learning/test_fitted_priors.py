@@ -15,10 +15,9 @@ from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.mixture import FITTED, MATCHED, PRIORS, STACKED, STRENGTHS
 from evenodds_service.domain.learning.prediction import (
     beliefs_of,
-    new_prompt_beliefs,
     shared_priors,
 )
-from evenodds_service.domain.learning.predictors import PAPER, GpsPaper
+from evenodds_service.domain.learning.predictors import PAPER, Gps, GpsPaper
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior
@@ -281,10 +280,9 @@ def test_a_new_prompt_gets_what_the_snapshot_says_of_it(pool: Pool, rates: Float
     state = started(pool)
     publish(state, pool, 1, {"ngrams": prior(rates, 20.0)})
     observe(state, pool, rates, steps=3)
-    outside = Pool(surface_width=3, embedding_width=0)
-    outside.append(make_block(2, surface=np.zeros((2, 3))))
+    outside = make_block(2, surface=np.zeros((2, 3)))
 
-    a, b = new_prompt_beliefs(state, outside, {"ngrams": prior(np.array([0.1, 0.9]), 20.0)})
+    a, b = Gps().new_beliefs(state, outside, lambda _: {"ngrams": prior(np.array([0.1, 0.9]), 20.0)})
 
     low, high = a / (a + b)
     assert low < 0.3
@@ -340,7 +338,7 @@ def test_a_rate_that_was_rounded_to_never_or_always_is_still_a_belief(pool: Pool
     """A snapshot keeps rates in half precision, in which .9999 is 1."""
     fitted = {PAPER: prior(np.array([0.0, 1.0, 0.5]), 4.0)}
 
-    a, b = GpsPaper().new_beliefs(started(pool), pool.raw(0, 3), lambda: fitted)
+    a, b = GpsPaper().new_beliefs(started(pool), pool.raw(0, 3), lambda _: fitted)
 
     assert (a > 0).all()
     assert (b > 0).all()

@@ -21,11 +21,10 @@ from evenodds_service.domain.learning.mixture import AGEING, MEMORIES, PRIORS, M
 from evenodds_service.domain.learning.prediction import (
     BLOCK,
     beliefs_of,
-    new_prompt_beliefs,
     running_mean,
     shared_priors,
 )
-from evenodds_service.domain.learning.predictors import Mopps
+from evenodds_service.domain.learning.predictors import Gps, Mopps
 from evenodds_service.domain.learning.state import State, copied
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 from evenodds_service.domain.prompts import RawBlock
@@ -374,10 +373,9 @@ def test_prompts_outside_the_pool_are_believed_like_unseen_ones_inside(make_bloc
     world = World(make_block, 0, 200)
     log = Log(world.block)
     world.visit(log, range(150), attempts=8)
-    outside = Pool(surface_width=4, embedding_width=12)
-    outside.append(make_block(50, surface=world.block.surface_N_S[150:], embedding=world.block.embedding_N_D[150:]))
+    outside = make_block(50, surface=world.block.surface_N_S[150:], embedding=world.block.embedding_N_D[150:])
 
-    a, b = new_prompt_beliefs(log.state, outside, {})
+    a, b = Gps().new_beliefs(log.state, outside, lambda _: {})
 
     inside_a, inside_b = beliefs_of(log.state, log.pool, np.arange(150, 200))
     assert a == pytest.approx(inside_a, rel=1e-4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_the_weights_that_are_kept_follow_each_change(change: str) -> None:
     mixture = Mixture.new(FEW)
     mixture.update(np.random.default_rng(0).normal(size=SHAPE))
     before = mixture.kept()
-    acts = {
+    acts: dict[str, Callable[[], object]] = {
         "update": lambda: mixture.update(np.random.default_rng(1).normal(size=SHAPE)),
         "forget": lambda: mixture.forget(0.5),
         "admit": lambda: mixture.admit(np.ones(len(PRIORS), dtype=bool)),

@@ -64,7 +64,7 @@ def at_zero(state: State) -> bytes:
     return to_bytes(state)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), voided=st.sets(st.integers(2, 25)), cut=st.integers(0, 26))
 def test_voided_entries_leave_no_trace(pool: Pool, seed: int, voided: set[int], cut: int) -> None:
     entries = random_entries(seed, 24)

@@ -135,7 +135,9 @@ def rank(
     steps: list[RankStep] = []
     for step in range(plan.rank_steps):
         observed = plan.observed(seed, step)
-        _observe(client, run, plan, step, observed, plan.outcomes(seed, step), ids=ids, watch=watch)
+        observations = _observations(plan, ids, observed, plan.outcomes(seed, step))
+        with watch.timed("observe"):
+            client.observe(run, step, observations)
         seen[observed] = True
         with watch.timed("predict"):
             reply = client.predict(run, asked, step=step + 1)
@@ -175,7 +177,9 @@ def select(
             reply = client.select_batch(run, step, plan.batch_size, seed=seed, candidates=candidates)
         chosen = np.array([index[prompt.prompt_id] for prompt in reply.prompts])
         outcomes = plan.outcomes(seed, step)
-        _observe(client, run, plan, step, chosen, outcomes, ids=ids, watch=watch, selection_id=reply.selection_id)
+        observations = _observations(plan, ids, chosen, outcomes)
+        with watch.timed("observe"):
+            client.observe(run, step, observations, selection_id=reply.selection_id)
         visits.update(chosen.tolist())
         steps.append(
             SelectStep(
@@ -188,20 +192,5 @@ def select(
     return select_figures(steps, n_prompts=len(ids), visits=list(visits.values()), group_size=plan.group_size)
 
 
-def _observe(
-    client: Client,
-    run: str,
-    plan: Plan,
-    step: int,
-    prompts: IntArray,
-    outcomes_N: IntArray,
-    *,
-    ids: list[str],
-    watch: Stopwatch,
-    selection_id: str | None = None,
-) -> None:
-    observations = [
-        Observation(prompt_id=ids[i], successes=int(outcomes_N[i]), attempts=plan.group_size) for i in prompts
-    ]
-    with watch.timed("observe"):
-        client.observe(run, step, observations, selection_id=selection_id)
+def _observations(plan: Plan, ids: list[str], prompts: IntArray, outcomes_N: IntArray) -> list[Observation]:
+    return [Observation(prompt_id=ids[i], successes=int(outcomes_N[i]), attempts=plan.group_size) for i in prompts]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -184,6 +184,12 @@ def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
     raise ValueError(f"{what} of width {given}, the pool holds width {width}: send vectors of one model only")
 
 
+def as_kept(block: RawBlock) -> RawBlock:
+    """The block in the precision in which a pool would keep it, so that new prompts have the features of known ones."""
+    surface, embedding = block.surface_N_S.astype(np.float16), block.embedding_N_D.astype(np.float16)
+    return replace(block, surface_N_S=surface, embedding_N_D=embedding)
+
+
 def _append(array: NDArray[ScalarT], n: int, more: NDArray[ScalarT]) -> NDArray[ScalarT]:
     """Write `more` behind the first n rows, doubling the capacity where needed."""
     needed = n + len(more)
@@ -258,6 +264,11 @@ class Basis:
             components_D_P=components_D_P,
         )
 
+    def equals(self, other: Basis) -> bool:
+        """Whether both project alike, to the last bit."""
+        (header, arrays), (others, other_arrays) = self.to_arrays(), other.to_arrays()
+        return header == others and all(np.array_equal(arrays[name], other_arrays[name]) for name in arrays)
+
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, FloatArray]]:
         """The basis as JSON-ready values and as arrays; `from_arrays` takes both back."""
         header = {
@@ -321,8 +332,9 @@ def _columns(block: RawBlock, numeric_names: Sequence[str]) -> FloatArray:
             if features:
                 columns[row, s:-1] = [features.get(name, np.nan) for name in numeric_names]
         columns = np.clip(columns, -_FINITE, _FINITE)  # so that no square or sum overflows
-    rates = np.clip(block.prior_rates_N.astype(np.float64), 0.01, 0.99)
-    columns[:, -1] = exact.log_odds(rates)
+    known = np.isfinite(block.prior_rates_N)
+    if known.any():
+        columns[known, -1] = exact.log_odds(np.clip(block.prior_rates_N[known].astype(np.float64), 0.01, 0.99))
     return columns
 
 

@@ -146,17 +146,19 @@ def beliefs_of(
     return a_n, b_n
 
 
-def new_prompt_beliefs(state: State, outside: Pool, fitted: Mapping[str, FittedPrior]) -> tuple[FloatArray, FloatArray]:
-    """Parameters (a, b) of the `gps` belief about prompts outside the pool, given as a pool of their own, [n].
+def new_prompt_beliefs(
+    state: State, x_n_d: FloatArray | None, prior_rates_n: FloatArray, fitted: Mapping[str, FittedPrior]
+) -> tuple[FloatArray, FloatArray]:
+    """Parameters (a, b) of the `gps` belief about prompts outside the pool, [n].
 
     Args:
+        x_n_d, prior_rates_n: As in `shared_priors`.
         fitted: What the state's snapshot says about them.
     """
-    x = state.basis.project(outside.raw(0, outside.n)) if state.basis is not None else None
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
-    means_C_n, scales_C_n, _ = shared_priors(state, x, outside.prior_rates(outside.n), fitted, wanted)
-    none = np.zeros((len(MEMORIES), outside.n), dtype=np.float32)
+    means_C_n, scales_C_n, _ = shared_priors(state, x_n_d, prior_rates_n, fitted, wanted)
+    none = np.zeros((len(MEMORIES), len(prior_rates_n)), dtype=np.float32)
     return mixture.predict(weights, means_C_n, none, none, scales_C_n)
 
 

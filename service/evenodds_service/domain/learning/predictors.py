@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, TypeAlias
 import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
-from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.features import Pool, as_kept
 from evenodds_service.domain.learning.mixture import MEMORIES
 from evenodds_service.domain.learning.prediction import EachBlock, beliefs_of, new_prompt_beliefs, rows_of
 from evenodds_service.domain.learning.state import State
@@ -26,7 +26,7 @@ Beliefs: TypeAlias = tuple[FloatArray, FloatArray]
 """Parameters a and b of Beta distributions of success rates, float64 [n] each."""
 
 
-Fitted: TypeAlias = Callable[[], Mapping[str, FittedPrior]]
+Fitted: TypeAlias = Callable[[FloatArray | None], Mapping[str, FittedPrior]]
 
 
 class Predictor(Protocol):
@@ -62,7 +62,8 @@ class Predictor(Protocol):
         """About the prompts of a block, which the pool does not hold: flat, unless something is shared with them.
 
         Args:
-            fitted: What the state's snapshot says about them; called only where it is read.
+            fitted: What the state's snapshot says about them; called only where it is read, with their projected
+                features under the state's basis where they are known.
         """
         return _flat(len(block.prompt_ids))
 
@@ -85,9 +86,8 @@ class Gps(Predictor):
         return beliefs_of(state, pool, indices, steps_n=steps_n, each_block=each_block)
 
     def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
-        outside = Pool(surface_width=block.surface_N_S.shape[1], embedding_width=block.embedding_N_D.shape[1])
-        outside.append(block)
-        return new_prompt_beliefs(state, outside, fitted())
+        x_n_d = state.basis.project(as_kept(block)) if state.basis is not None else None
+        return new_prompt_beliefs(state, x_n_d, block.prior_rates_N, fitted(x_n_d))
 
 
 class GpsPaper(Predictor):
@@ -102,7 +102,7 @@ class GpsPaper(Predictor):
         return _flat(_count(state, indices)) if prior is None else self._of(rows_of(prior, rows))
 
     def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> Beliefs:
-        prior = fitted().get(PAPER)
+        prior = fitted(None).get(PAPER)
         return _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
 
     @staticmethod
