@@ -79,6 +79,7 @@ from evenodds.schemas import (
 from evenodds.training.batch import Batch
 from evenodds.training.selector import PromptSelector
 from evenodds.training.status import Counts
+from evenodds.training.text import text_of
 from evenodds.version import __version__
 
 __all__ = [
@@ -155,4 +156,5 @@ __all__ = [
     "WindowReport",
     "__version__",
     "answers_of",
+    "text_of",
 ]

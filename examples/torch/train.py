@@ -38,8 +38,10 @@ def main(base_url: str, checkpoint: str = "checkpoint.pt") -> None:
             row["prompt_id"]: [float(random.random() > row["sum"] / 80) for _ in range(GROUP_SIZE)] for row in rows
         }
         selector.observe(step, rewards)
-        informative = sum(len(set(group)) > 1 for group in rewards.values()) / len(rewards)
-        print(f"step {step}: informative {informative:.2f}")
+        # A dictionary of floats: wandb.log(figures, step=step), mlflow.log_metrics(figures, step=step), or, for
+        # TensorBoard, writer.add_scalar(name, value, step) for each of figures.items().
+        figures = selector.metrics()
+        print(f"step {step}: informative {figures['evenodds/informative_share']:.2f}")
         if step % 5 == 4:
             torch.save(sampler.state_dict(), checkpoint)
     selector.close()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO on GSM8K with verl 0.9.0, as prepared by its examples/data_preprocess/gsm8k.py.
+# GRPO on GSM8K with verl 0.9.1, as prepared by its examples/data_preprocess/gsm8k.py.
 set -euo pipefail
 export VERL_USE_EXTERNAL_MODULES=evenodds.integrations.verl_v1
 python3 -m verl.trainer.main_ppo \

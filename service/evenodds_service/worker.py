@@ -78,6 +78,15 @@ class Worker:
             if not worked:
                 stop.wait(self._poll_seconds)
 
+    def run_until_idle(self, stop: threading.Event) -> None:
+        """Work until nothing is due, or `stop` is set.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        while not stop.is_set() and self.work_once():
+            pass
+
     def work_once(self) -> bool:
         """Ask for the refits that are due, and work on one. Returns whether there was one.
 

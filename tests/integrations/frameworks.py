@@ -163,6 +163,7 @@ class Sample:
     prompt: Any = ""
     group_index: int | None = None
     index: int | None = None
+    rollout_id: int | None = None
     reward: Any = None
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -210,19 +211,33 @@ class StandardSampler(TaskSampler):
         self.tasks = tasks
 
 
-PRIME_RL = {
-    "prime_rl.orchestrator.curriculum.samplers": {"TaskSampler": TaskSampler, "StandardSampler": StandardSampler}
-}
+class TrainSource:
+    """One environment, whose groups have three attempts."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.envs = [SimpleNamespace(name="env", config=SimpleNamespace(group_size=3))]
+        self.curricula = {"env": SimpleNamespace(sampler=sampler)}
+
+    def next_task(self, *, step: int) -> Any:
+        return SimpleNamespace(task=next(self.curricula["env"].sampler), step=step)
+
+
+def prime_rl() -> dict[str, dict[str, Any]]:
+    return {
+        "prime_rl.orchestrator.curriculum.samplers": {"TaskSampler": TaskSampler, "StandardSampler": StandardSampler},
+        "prime_rl.orchestrator.train_source": {"TrainSource": type("TrainSource", (TrainSource,), {})},
+    }
 
 
 def task(key: str) -> Any:
     return SimpleNamespace(key=key, data=SimpleNamespace(prompt_text=f"Do {key}."))
 
 
-def episode(task: Any, reward: float, **more: Any) -> Any:
-    """One episode with one trace."""
+def episode(task: Any, reward: float, *, step: int | None = None, **more: Any) -> Any:
+    """One episode with one trace, dispatched at a step of the orchestrator."""
     trace = {"reward": reward, "has_error": False, "agent": SimpleNamespace(trainable=True), "num_turns": 1, **more}
-    return SimpleNamespace(task=task, ok=True, traces=[SimpleNamespace(**trace)])
+    run = SimpleNamespace(work=SimpleNamespace(step=step))
+    return SimpleNamespace(task=task, ok=True, traces=[SimpleNamespace(**trace)], run=run)
 
 
 # Trinity-RFT
@@ -270,3 +285,109 @@ def nemo_loader(name: str, n: int) -> Any:
 def rewards_tensor(rewards: list[float]) -> torch.Tensor:
     """Token-level scores whose sums are these rewards, [N, 2]."""
     return torch.tensor([[0.0, reward] for reward in rewards])
+
+
+# tinker-cookbook
+
+
+class RLDataset:
+    pass
+
+
+class EnvGroupBuilder:
+    pass
+
+
+TINKER = {"tinker_cookbook.rl.types": {"RLDataset": RLDataset, "EnvGroupBuilder": EnvGroupBuilder}}
+
+
+# SkyRL
+
+
+class StatefulDataLoader(DataLoader[Any]):
+    """torchdata's, without workers: its state is the sampler's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.sampler.state_dict()  # type: ignore[attr-defined]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
+
+
+TORCHDATA = {"torchdata.stateful_dataloader": {"StatefulDataLoader": StatefulDataLoader}}
+
+
+class SkyDataset:
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, dict[str, Any], str]:
+        return [{"role": "user", "content": f"What is {index} + {index}?"}], None, {}, str(index)
+
+    def collate_fn(self, rows: list[Any]) -> list[dict[str, Any]]:
+        return [dict(zip(("prompt", "env_class", "env_extras", "uid"), row, strict=True)) for row in rows]
+
+
+# OpenRLHF
+
+
+class OpenRLHFDataset:
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[str, str, str, None]:
+        return "default", f"What is {index} + {index}?", str(2 * index), None
+
+    def collate_fn(self, rows: list[Any]) -> tuple[list[Any], ...]:
+        return tuple(list(column) for column in zip(*rows, strict=True))
+
+
+class SamplesGenerator:
+    """Attempts at a batch of prompts, and a filter that drops groups whose mean score is 0 or 1."""
+
+    def __init__(self, prompts_dataloader: Any, n_samples: int) -> None:
+        self.prompts_dataloader = prompts_dataloader
+        self.n_samples = n_samples
+
+    def generate_samples(self, rewards: dict[str, float]) -> list[Any]:
+        kept = []
+        drawn = iter(self.prompts_dataloader)
+        for _ in range(4):
+            _, prompts, labels, _ = next(drawn)
+            group = [
+                self._process_response_into_experience({"prompt": prompts[0], "label": labels[0], **rewards})
+                for _ in range(self.n_samples)
+            ]
+            if 0 < sum(response["scores"] for response in group) < self.n_samples:
+                kept += group
+        return kept
+
+    def generate_eval_samples(self) -> None:
+        self._process_response_into_experience({"prompt": "What is 0 + 0?", "label": "0", "scores": 0.0})
+
+    def _process_response_into_experience(self, response: Any) -> Any:
+        return response
+
+
+def prepare_datasets(strategy: Any, tokenizer: Any) -> Any:
+    return DataLoader(strategy.dataset), None, 10
+
+
+class OpenRLHFTrainer:
+    """As much of `PPOTrainer` as the adapter touches: it looks its parts up among its module's names."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.prompts_dataloader, _, _ = prepare_datasets(strategy, None)
+        self.samples_generator = SamplesGenerator(self.prompts_dataloader, strategy.args.rollout.n_samples_per_prompt)
+
+
+def openrlhf_strategy(*, batch_size: int, n_samples: int) -> Any:
+    rollout = SimpleNamespace(batch_size=batch_size, n_samples_per_prompt=n_samples)
+    return SimpleNamespace(args=SimpleNamespace(rollout=rollout), dataset=OpenRLHFDataset(10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import random
@@ -46,12 +47,13 @@ def adapter(name: str) -> Any:
 # verl 0.7.1
 
 
-def verl_batch(dataset: frameworks.RLHFDataset, rows: list[int], scores: list[float]) -> Any:
+def verl_batch(dataset: frameworks.RLHFDataset, rows: list[int], scores: list[float], **columns: Any) -> Any:
     return SimpleNamespace(
         batch={"token_level_scores": frameworks.rewards_tensor(scores)},
         non_tensor_batch={
             "data_source": [dataset.dataframe[row]["data_source"] for row in rows],
             "extra_info": [dataset.dataframe[row]["extra_info"] for row in rows],
+            **columns,
         },
     )
 
@@ -108,6 +110,34 @@ def test_verl_goes_on_in_the_middle_of_an_epoch(trainers_service: TrainersServic
     ]
 
 
+def test_verl_reads_the_verifiers_own_key_where_the_score_holds_a_penalty(
+    trainers_service: TrainersService, settings: dict[str, Any]
+) -> None:
+    dataset = frameworks.RLHFDataset(12)
+    data = {"train_batch_size": 4, "evenodds": {**settings, "reward_key": "acc"}}
+    with frameworks.installed(frameworks.VERL_071, "evenodds.integrations.verl"):
+        sampler = adapter("verl").EvenOddsSampler(dataset, data)
+        connected(sampler._connection)
+        rows = [row for row in itertools.islice(sampler, 4) for _ in range(2)]
+        penalised = [0.7, -1.5] * 4
+        with pytest.raises(ConfigurationError, match=r"reward_key 'acc' is not among .* \(data_source, extra_info\)"):
+            sampler.update(verl_batch(dataset, rows, penalised))
+        sampler.update(verl_batch(dataset, rows, penalised, acc=[True, False] * 4))
+        assert sampler._connection.selector.flush()
+        sampler._connection.selector.close()
+
+    assert [(won, n) for _, _, won, n in observed(trainers_service, settings["run"])] == [(1.0, 2)] * 4
+
+
+def test_verl_says_that_a_data_set_does_not_fill_a_batch(settings: dict[str, Any]) -> None:
+    data = {"train_batch_size": 4, "evenodds": {**settings, "base_url": None}}
+    with (
+        frameworks.installed(frameworks.VERL_071, "evenodds.integrations.verl"),
+        pytest.raises(ConfigurationError, match="3 prompts do not fill a batch of 4"),
+    ):
+        adapter("verl").EvenOddsSampler(frameworks.RLHFDataset(3), data)
+
+
 def test_verl_rows_need_an_index() -> None:
     dataset = frameworks.RLHFDataset(2)
     dataset.dataframe[1]["extra_info"] = {}
@@ -149,7 +179,9 @@ def test_verls_v1_trainers_draw_from_the_service_and_report_what_they_train_on(
             meta = frameworks.Meta([*keys, "pad"], [{}] * len(keys) + [{"is_padding": True}])
             metrics: dict[str, Any] = {}
             assert trainer._compute_advantage(meta, metrics) is meta
-            assert metrics == {"advantages": 9}
+            assert metrics["advantages"] == 9
+            assert metrics["evenodds/informative_share"] == 1.0
+            assert metrics["evenodds/from_service"] == 1.0
         assert selector.flush()
         assert trainer._evenodds_chosen == {}
         selector.close()
@@ -158,6 +190,35 @@ def test_verls_v1_trainers_draw_from_the_service_and_report_what_they_train_on(
     assert observed(trainers_service, settings["run"]) == sorted(
         (prompt_id, step, 1.0, 2) for step, ids in enumerate(chosen, start=1) for prompt_id in ids
     )
+
+
+@pytest.mark.parametrize("reward_key", [None, "acc"])
+def test_several_outputs_of_one_session_of_verl_are_one_attempt(
+    trainers_service: TrainersService, settings: dict[str, Any], reward_key: str | None
+) -> None:
+    queue = frameworks.TransferQueue()
+    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+        base = adapter("verl_v1").trainer_base
+        config = verl_config(evenodds=settings if reward_key is None else {**settings, "reward_key": reward_key})
+        config.actor_rollout_ref = SimpleNamespace(rollout=SimpleNamespace(n=3))
+        trainer = base.TRAINER_REGISTRY["sync"](config, frameworks.RLHFDataset(12), queue)
+        trainer._init_dataloader()
+        selector = connected(trainer._evenodds)
+        for uid in trainer._fetch_one_gen_batch()["uid"]:
+            for session, (rewards, acc) in enumerate([([1.0], True), ([0.0, 0.0, 0.0], False), ([0.0, 0.0], False)]):
+                for index, reward in enumerate(rewards):
+                    queue.fields[f"{uid}_{session}_{index}"] = {
+                        "uid": uid,
+                        "rm_scores": frameworks.rewards_tensor([reward if reward_key is None else -1.7])[0],
+                        "extra_fields": {"reward_extra_info": {"acc": acc}},
+                    }
+        meta = frameworks.Meta(list(queue.fields), [{}] * len(queue.fields))
+        trainer._compute_advantage(meta, {})
+        assert selector.flush()
+        selector.close()
+
+    assert [(won, n) for _, _, won, n in observed(trainers_service, settings["run"])] == [(1.0, 3)] * 4
+    assert trainers_service.client.run(settings["run"]).group_size == 3
 
 
 def test_verls_v1_trainers_are_as_before_where_nothing_is_configured() -> None:
@@ -227,7 +288,7 @@ def test_slime_draws_groups_reports_all_samples_and_goes_back(
         for group in later:
             for sample in group:
                 sample.reward, sample.status = 1.0, frameworks.Sample.Status.TRUNCATED
-        slime.report(args, [[group] for group in later], source)
+        slime.report(args, later, source)
         assert selector.flush()
         before = observed(trainers_service, settings["run"])
         selector.close()
@@ -253,6 +314,63 @@ def test_slime_draws_groups_reports_all_samples_and_goes_back(
     assert {step for _, step, _, _ in observed(trainers_service, settings["run"])} == {0}
 
 
+@pytest.mark.parametrize("shape", ["lists", "rollout ids"])
+def test_several_samples_of_one_attempt_of_slime_count_once(
+    trainers_service: TrainersService, settings: dict[str, Any], tmp_path: Path, shape: str
+) -> None:
+    with frameworks.installed(frameworks.SLIME, "evenodds.integrations.slime"):
+        slime = adapter("slime")
+        args = slime_args(settings, tmp_path, n_samples_per_prompt=4)
+        source = slime.EvenOddsDataSource(args)
+        connected(source.connection)
+        groups = []
+        for group in source.get_samples(2):
+            attempts = []
+            for number, (sample, reward) in enumerate(zip(group, [1.0, 1.0, 1.0, 0.0], strict=True)):
+                sample.reward, sample.status = reward, frameworks.Sample.Status.COMPLETED
+                parts = [copy.deepcopy(sample) for _ in range(5 if number == 3 else 1)]
+                for part in parts:
+                    part.rollout_id = number if shape == "rollout ids" else None
+                attempts.append(parts)
+            groups.append(attempts if shape == "lists" else list(itertools.chain(*attempts)))
+        slime.report(args, groups, source)
+        assert source.connection.selector.flush()
+        source.connection.selector.close()
+
+    assert [(won, n) for _, _, won, n in observed(trainers_service, settings["run"])] == [(3.0, 4)] * 2
+    assert trainers_service.client.run(settings["run"]).group_size == 4
+
+
+def test_slime_says_that_nothing_is_reported(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    offline = {**settings, "base_url": None, "run_settings": None}
+    with frameworks.installed(frameworks.SLIME, "evenodds.integrations.slime"):
+        path = "slime.rollout.fully_async_rollout.generate_rollout_fully_async"
+        args = slime_args(offline, tmp_path, rollout_function_path=path, rollout_batch_size=2)
+        source = adapter("slime").EvenOddsDataSource(args)
+        for _ in range(10):
+            source.get_samples(1)
+
+    at_start, later = [record.getMessage() for record in caplog.records]
+    assert f"{path} never calls --rollout-all-samples-process-path" in at_start
+    assert f"8 prompts were chosen for run '{settings['run']}' since outcomes were last reported" in later
+
+
+def test_slime_tells_rows_with_one_id_from_rows_that_repeat_a_prompt(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    offline = {**settings, "base_url": None, "run_settings": None}
+    with frameworks.installed(frameworks.SLIME, "evenodds.integrations.slime"):
+        slime = adapter("slime")
+        twice = [frameworks.Sample(prompt=text, metadata={"prompt_id": "q"}) for text in ("A?", "B?")]
+        with pytest.raises(ConfigurationError, match="row 1 of --prompt-data has the metadata prompt_id 'q'"):
+            slime.EvenOddsDataSource(slime_args(offline, tmp_path, samples=twice))
+        slime.EvenOddsDataSource(slime_args(offline, tmp_path, samples=[frameworks.Sample(prompt="A?")] * 3))
+
+    assert "2 rows of --prompt-data repeat the prompt of an earlier row" in caplog.records[-1].getMessage()
+
+
 def test_slime_without_a_pool_or_a_configuration_says_so(tmp_path: Path) -> None:
     with frameworks.installed(frameworks.SLIME, "evenodds.integrations.slime"):
         slime = adapter("slime")
@@ -270,7 +388,7 @@ def test_prime_rl_gets_task_after_task_and_reports_groups_as_they_end(
 ) -> None:
     tasks = [frameworks.task(f"t{i}") for i in range(10)]
     chance = random.Random(0)
-    with frameworks.installed(frameworks.PRIME_RL, "evenodds.integrations.prime_rl"):
+    with frameworks.installed(frameworks.prime_rl(), "evenodds.integrations.prime_rl"):
         module = adapter("prime_rl")
         module.install(settings, batch_size=4)
         sampler = module.samplers.StandardSampler(tasks)
@@ -295,13 +413,36 @@ def test_prime_rl_gets_task_after_task_and_reports_groups_as_they_end(
         (key, step, 1.0, 2) for step, keys in enumerate(chosen) for key in keys
     )
     assert metrics["evenodds/undelivered"] == 0
-    assert metrics["evenodds/service_batches"] == 3
+    assert metrics["evenodds/coverage"] == 1.0
     assert [following] == selected(trainers_service, settings["run"], 3)
+
+
+def test_a_dropped_group_of_prime_rl_shifts_no_other(
+    trainers_service: TrainersService, settings: dict[str, Any]
+) -> None:
+    tasks = [frameworks.task(f"t{i}") for i in range(2)]
+    with frameworks.installed(frameworks.prime_rl(), "evenodds.integrations.prime_rl"):
+        module = adapter("prime_rl")
+        module.install(settings, batch_size=2)
+        source = module.train_source.TrainSource(module.samplers.StandardSampler(tasks))
+        sampler = source.curricula["env"].sampler
+        connected(sampler._connection)
+        for step in range(6):
+            for task in [source.next_task(step=10 + step).task for _ in range(2)]:
+                if step not in (0, 3):  # their groups were stale, and are never shown
+                    sampler.observe([frameworks.episode(task, reward, step=10 + step) for reward in (1.0, 0.0, 0.0)])
+        assert sampler._connection.selector.flush()
+        sampler._connection.selector.close()
+
+    assert observed(trainers_service, settings["run"]) == sorted(
+        (task.key, step, 1.0, 3) for step in (1, 2, 4, 5) for task in tasks
+    )
+    assert trainers_service.client.run(settings["run"]).group_size == 3
 
 
 def test_prime_rl_gives_each_environment_a_run_and_refuses_endless_tasks(settings: dict[str, Any]) -> None:
     tasks = [frameworks.task("a")]
-    with frameworks.installed(frameworks.PRIME_RL, "evenodds.integrations.prime_rl"):
+    with frameworks.installed(frameworks.prime_rl(), "evenodds.integrations.prime_rl"):
         module = adapter("prime_rl")
         module.install({**settings, "base_url": None}, batch_size=4)
 
@@ -310,6 +451,8 @@ def test_prime_rl_gives_each_environment_a_run_and_refuses_endless_tasks(setting
         assert [m._connection.selector.run for m in made] == [settings["run"], f"{settings['run']}-2"]
         with pytest.raises(ConfigurationError, match="a taskset without end has no pool to choose from"):
             module.EvenOddsSampler(iter(tasks), settings, batch_size=4)
+        with pytest.raises(ConfigurationError, match="tasks: two have the key 'a': keys must differ within a taskset"):
+            module.EvenOddsSampler(tasks * 2, settings, batch_size=4)
 
 
 # Trinity-RFT
@@ -334,6 +477,8 @@ def test_trinity_selects_rows_and_takes_means_as_feedback(
         selector.load_state_dict(state)
         third = selector.get_indices(4)
         selector._connection.selector.close()
+        with pytest.raises(ConfigurationError, match=r"row 0 of the taskset has no column 'uid' \(id_key\)"):
+            registry.modules["evenodds"](rows, SimpleNamespace(seed=7, kwargs={**kwargs, "id_key": "uid"}))
         with pytest.raises(ConfigurationError, match="group_size 0; say how many attempts a mean is of"):
             registry.modules["evenodds"](rows, SimpleNamespace(seed=7, kwargs=settings))
 
@@ -367,6 +512,8 @@ def test_nemo_rl_draws_rows_of_all_loaders_and_reports_what_it_is_handed(
         more, _ = dataloader(iterators, loaders, expected_num_prompts=2, target_weight_version=1)
         repeated = {key: [item for item in column for _ in range(2)] for key, column in batch.items()}
         dataloader.observe(repeated, [1.0, 0.0] * 4)
+        with pytest.raises(ConfigurationError, match="observe: the batch lacks evenodds_id, evenodds_step, which this"):
+            dataloader.observe({"message_log": []}, [])
         selector = dataloader._connection.selector
         assert selector.flush()
         dataloader.load_state_dict(dataloader.state_dict(), loaders)

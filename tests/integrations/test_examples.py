@@ -17,7 +17,19 @@ from tests.integrations.conftest import TrainersService, observed
 from evenodds.integrations.connection import Connection
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-FRAMEWORKS = ("torch", "trl", "verl", "verl_v1", "slime", "prime_rl", "trinity", "nemo_rl")
+FRAMEWORKS = (
+    "torch",
+    "trl",
+    "verl",
+    "verl_v1",
+    "slime",
+    "prime_rl",
+    "trinity",
+    "nemo_rl",
+    "tinker",
+    "skyrl",
+    "openrlhf",
+)
 
 
 def run_example(path: str, *arguments: str, cwd: Path) -> str:
@@ -74,8 +86,10 @@ def test_what_an_example_names_of_ours_exists(framework: str) -> None:
         **frameworks.VERL_071,
         **frameworks.verl_090(frameworks.TransferQueue()),
         **frameworks.SLIME,
-        **frameworks.PRIME_RL,
+        **frameworks.prime_rl(),
         **frameworks.trinity(frameworks.Registry()),
+        **frameworks.TINKER,
+        **frameworks.TORCHDATA,
     }
     named = set(re.findall(r"evenodds\.integrations\.(\w+)(?:\.(\w+))?", text))
     assert named

@@ -43,7 +43,7 @@ STANDINS = {
     **frameworks.VERL_071,
     **frameworks.verl_090(frameworks.TransferQueue()),
     **frameworks.SLIME,
-    **frameworks.PRIME_RL,
+    **frameworks.prime_rl(),
     **frameworks.trinity(frameworks.Registry()),
 }
 

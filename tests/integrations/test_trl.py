@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.integrations.conftest import TrainersService, observed
 from tests.integrations.tiny import PROMPTS, ROWS, config, says_the_digit, tiny_model
+from tests.waiting import until
 
 from evenodds import ConfigurationError, PromptSelector
 from evenodds.integrations.trl import GRPOSelection
@@ -65,6 +66,28 @@ def test_a_config_that_would_undo_the_choice_is_refused(tmp_path: Path, change: 
 def test_rows_are_needed_for_all_prompts(tmp_path: Path) -> None:
     with PromptSelector(None, "r", ["a", "b"]) as selector, pytest.raises(ConfigurationError, match="have none: 'b'"):
         GRPOSelection(selector, config(tmp_path)).dataset([{"prompt_id": "a", "prompt": "A"}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "A"}], r"rows\[0\] has no column 'prompt_id', which tells prompts apart: add it, or name another"),
+        ([{"prompt_id": "a"}, {"prompt_id": "a"}], r"rows\[1\] has the prompt_id 'a' of an earlier row"),
+    ],
+)
+def test_rows_without_ids_of_their_own_are_named(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
+    with PromptSelector(None, "r", ["a"]) as selector, pytest.raises(ConfigurationError, match=message):
+        GRPOSelection(selector, config(tmp_path)).dataset(rows)
+
+
+def test_the_run_gets_the_trainers_group_size(
+    trainers_service: TrainersService, make_selector: Make, tmp_path: Path
+) -> None:
+    selector = make_selector()
+
+    GRPOSelection(selector, config(tmp_path, num_generations=8))
+
+    until(lambda: trainers_service.client.run(selector.run).group_size == 8, "the group size of the trainer")
 
 
 def test_rewards_of_another_range_are_mapped_and_those_outside_of_it_raise(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@
     prime_rl    task sampler
     trinity     task selector of Trinity-RFT
     nemo_rl     custom dataloader of NeMo-RL
+    tinker      dataset of tinker-cookbook
+    skyrl       trainer of SkyRL
+    openrlhf    data loader and samples generator of OpenRLHF
+    ray         the service and its refits on a Ray cluster
     litellm     budgets before and outcomes after each call of LiteLLM's proxy
 
 Importing `evenodds` or this package imports none of them. `examples/` shows each at work.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,10 @@ from evenodds.training.batch import Batch
 from evenodds.training.inputs import as_rate, as_reward
 from evenodds.training.selector import PromptSelector
 
+logger = logging.getLogger(__name__)
+
+_CHOICES_WITHOUT_REPORT = 8
+
 
 class Connection:
     """A selector and the next choice to make. Each choice has a step of its own, also where a policy makes several.
@@ -21,6 +26,9 @@ class Connection:
             success, [0, 1] by default; anything else is an argument of `PromptSelector`.
         where: Where the settings stand in the framework's configuration, for its errors.
         first_step: The step of the first choice.
+        group_size: Attempts that the framework makes at each prompt, where it says so.
+        unreported_prompts: Warn once so many prompts were chosen in a row without a report; by default when eight
+            choices were made without any.
 
     Raises:
         ConfigurationError: The settings are not like that.
@@ -33,23 +41,47 @@ class Connection:
         *,
         where: str,
         first_step: int = 0,
+        group_size: int | None = None,
+        unreported_prompts: int | None = None,
     ) -> None:
         options = _plain(settings or {})
         missing = [name for name in ("base_url", "run") if name not in options]
         if missing:
             raise ConfigurationError(f"{where}: {' and '.join(missing)} missing; base_url says where the service is")
         self._range = RewardRange.of(options.pop("reward_range", (0.0, 1.0)), where=where)
+        if group_size is not None:
+            options["run_settings"] = _with_group_size(options.get("run_settings") or {}, group_size, where)
         try:
             self.selector = PromptSelector(options.pop("base_url"), options.pop("run"), prompts, **options)
         except (TypeError, ConfigurationError) as error:
             raise ConfigurationError(f"{where}: {error}") from error
         self.next_step = first_step
+        self._where = where
+        self._unreported_prompts = unreported_prompts
+        self._n_choices = self._n_unreported = 0
+        self._has_warned = False
 
     def choose(self, n_prompts: int) -> Batch:
         """The next choice."""
         batch = self.selector.select(self.next_step, n_prompts)
         self.next_step += 1
+        self._n_choices += 1
+        self._n_unreported += n_prompts
+        if not self._has_warned and self._is_silent():
+            self._has_warned = True
+            logger.warning(
+                "%s: %d prompts were chosen for run %r since outcomes were last reported: nothing is learned from "
+                "them. See the example's README for what reports them",
+                self._where,
+                self._n_unreported,
+                self.selector.run,
+            )
         return batch
+
+    def _is_silent(self) -> bool:
+        if self._unreported_prompts is not None:
+            return self._n_unreported >= self._unreported_prompts
+        return self._n_choices >= _CHOICES_WITHOUT_REPORT
 
     def observe(self, step: int, rewards: Mapping[str, Sequence[float | None]]) -> None:
         """Report rewards by prompt id; they are scaled by `reward_range`. None and NaN are no attempts.
@@ -63,6 +95,10 @@ class Connection:
             if len(group)
         }
         self.selector.observe(step, scaled)
+        self._reported()
+
+    def _reported(self) -> None:
+        self._n_choices = self._n_unreported = 0
 
     def observe_means(self, step: int, means: Mapping[str, float], *, attempts: int) -> None:
         """Report the mean reward of each prompt's group of so many attempts, where a framework tells no more."""
@@ -75,6 +111,7 @@ class Connection:
                 if mean is not None
             ],
         )
+        self._reported()
 
     def state_dict(self) -> dict[str, Any]:
         """What belongs into the checkpoint."""
@@ -129,6 +166,18 @@ class RewardRange:
         return rate
 
 
+def _with_group_size(run_settings: Mapping[str, Any], group_size: int, where: str) -> dict[str, Any]:
+    given = run_settings.get("group_size", group_size)
+    if given != group_size:
+        logger.warning(
+            "%s: group_size is %d, as many attempts as the trainer makes, and not %r as run_settings say",
+            where,
+            group_size,
+            given,
+        )
+    return {**run_settings, "group_size": group_size}
+
+
 def checkpoint(selector: PromptSelector, next_step: int) -> dict[str, Any]:
     """The state of a selector whose steps are counted: a resumed training chooses anew after the newest observed one.
 
@@ -151,16 +200,6 @@ def go_back(selector: PromptSelector, state: Mapping[str, Any]) -> int:
         raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
     selector.load_state_dict(selector_state)
     return next_step
-
-
-def text_of(prompt: object) -> str | None:
-    """The text of a prompt as frameworks keep it: a string, or messages with a role and a content."""
-    if isinstance(prompt, str):
-        return prompt or None
-    if not isinstance(prompt, Sequence):
-        return None
-    texts = [message.get("content") for message in prompt if isinstance(message, Mapping)]
-    return "\n\n".join(text for text in texts if isinstance(text, str) and text) or None
 
 
 def _plain(value: Any) -> Any:

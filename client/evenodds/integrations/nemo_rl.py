@@ -62,17 +62,26 @@ class SelectedDataloader:
             parts.append(part)
         return BatchedDataDict.from_batches(parts), data_iterators
 
-    def observe(self, batch: Mapping[str, Any], rewards: Iterable[float]) -> None:
+    def observe(self, batch: Mapping[str, Any], rewards: Iterable[float | None]) -> None:
         """Report the rewards of a rolled-out batch, one for each of its (repeated) rows.
 
         Args:
             batch: As the rollout returned it: with the columns that this dataloader added.
+
+        Raises:
+            ConfigurationError: It lacks them, a reward is outside `reward_range`, or this process drew nothing.
         """
-        by_step: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for prompt_id, step, reward in zip(batch[ID], batch[STEP], rewards, strict=True):
-            by_step[int(step)][prompt_id].append(float(reward))
         if self._connection is None:
             raise ConfigurationError("observe: nothing was drawn in this process; call it where the dataloader runs")
+        missing = [name for name in (ID, STEP) if name not in batch]
+        if missing:
+            raise ConfigurationError(
+                f"observe: the batch lacks {', '.join(missing)}, which this dataloader adds: hand over the batch that "
+                "the rollout returned (run_multi_turn_rollout keeps them, rollouts through NeMo-Gym do not)"
+            )
+        by_step: dict[int, dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
+        for prompt_id, step, reward in zip(batch[ID], batch[STEP], rewards, strict=True):
+            by_step[int(step)][prompt_id].append(reward)
         for step, groups in sorted(by_step.items()):
             self._connection.observe(step, groups)
 

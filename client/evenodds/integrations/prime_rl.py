@@ -6,15 +6,21 @@ in the place of the standard one: in a launcher of your own, before the orchestr
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from prime_rl.orchestrator import train_source
 from prime_rl.orchestrator.curriculum import samplers
 from prime_rl.orchestrator.curriculum.samplers import TaskSampler
 
 from evenodds.errors import ConfigurationError
-from evenodds.integrations.connection import Connection, text_of
+from evenodds.integrations.connection import Connection
+from evenodds.training.text import text_of
+
+_KEPT_DRAWS = 64
+"""Of each task: those that are under way, and those whose groups were dropped."""
 
 
 class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not installed where this is checked
@@ -35,7 +41,11 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
     def __init__(self, tasks: Sequence[Any] | Iterator[Any], settings: Mapping[str, Any], *, batch_size: int) -> None:
         if not isinstance(tasks, Sequence):
             raise ConfigurationError("tasks: a taskset without end has no pool to choose from")
-        self._by_key = {task.key: task for task in tasks}
+        self._by_key: dict[str, Any] = {}
+        for task in tasks:
+            if task.key in self._by_key:
+                raise ConfigurationError(f"tasks: two have the key {task.key!r}: keys must differ within a taskset")
+            self._by_key[task.key] = task
         self._batch_size = min(batch_size, len(self._by_key))
         pool = [
             {"prompt_id": key} | ({"text": text} if (text := text_of(task.data.prompt_text)) else {})
@@ -43,16 +53,19 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
         ]
         self._connection = Connection(settings, pool, where="settings")
         self._waiting: deque[str] = deque()
-        # At which steps each task was chosen and not observed yet, oldest first.
-        self._steps: dict[str, deque[int]] = defaultdict(deque)
+        self.trainer_step: int | None = None
+        """The orchestrator's step, which the groups that are drawn now will carry. Set before each draw."""
+        # At which choice each task was drawn, by the orchestrator's step at which it was: [(trainer step, step)].
+        self._drawn: dict[str, deque[tuple[int | None, int]]] = defaultdict(lambda: deque(maxlen=_KEPT_DRAWS))
+        self._step_of: dict[str, int] = {}
 
     def __next__(self) -> Any:
         if not self._waiting:
             batch = self._connection.choose(self._batch_size)
             self._waiting.extend(batch)
-            for prompt_id in batch:
-                self._steps[prompt_id].append(batch.step)
+            self._step_of = dict.fromkeys(batch, batch.step)
         key = self._waiting.popleft()
+        self._drawn[key].append((self.trainer_step, self._step_of[key]))
         if len(self._waiting) == self._batch_size // 2:
             self._connection.selector.prefetch(self._connection.next_step, self._batch_size)
         return self._by_key[key]
@@ -66,10 +79,30 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
             if episode.ok and not trace.has_error and trace.agent.trainable and trace.num_turns > 0
         ]
         key = group[0].task.key
-        steps = self._steps.get(key)
-        step = steps.popleft() if steps else max(0, self._connection.next_step - 1)
         if rewards:
-            self._connection.observe(step, {key: rewards})
+            self._connection.observe(self._chosen_at(key, group), {key: rewards})
+
+    def set_group_size(self, attempts: int) -> None:
+        """How many attempts the environment makes at each task."""
+        self._connection.selector.set_group_size(attempts)
+
+    def _chosen_at(self, key: str, group: list[Any]) -> int:
+        """The choice that drew the task of this group.
+
+        A group that is dropped or stale is never shown, so that the draws of a task cannot be counted off. The group
+        says at which of the orchestrator's steps it was dispatched, and so which draw it is of. Where it does not say,
+        the newest counts.
+        """
+        drawn = self._drawn.get(key)
+        if not drawn:
+            return max(0, self._connection.next_step - 1)
+        work = getattr(getattr(group[0], "run", None), "work", None)
+        at = getattr(work, "step", None)
+        for draw in drawn:
+            if at is not None and draw[0] == at:
+                drawn.remove(draw)
+                return draw[1]
+        return drawn.pop()[1]
 
     def state_dict(self) -> dict[str, Any]:
         """What belongs into the checkpoint."""
@@ -79,16 +112,11 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
         """Go back to it, together with the service. What was chosen and not finished is chosen anew."""
         self._connection.load_state_dict(state_dict)
         self._waiting.clear()
-        self._steps.clear()
+        self._drawn.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Counts of this process, under `sampler/`."""
-        counts = self._connection.selector.counts()
-        return {
-            "evenodds/service_batches": float(counts.service_batches),
-            "evenodds/uniform_batches": float(counts.uniform_batches),
-            "evenodds/undelivered": float(counts.observed - counts.delivered),
-        }
+        """See `PromptSelector.metrics`; prime-rl puts them under `sampler/`."""
+        return self._connection.selector.metrics()
 
 
 def install(settings: Mapping[str, Any], *, batch_size: int) -> None:
@@ -106,3 +134,28 @@ def install(settings: Mapping[str, Any], *, batch_size: int) -> None:
         return EvenOddsSampler(tasks, {**settings, "run": run}, batch_size=batch_size)
 
     samplers.StandardSampler = make
+    _follow(train_source.TrainSource)
+
+
+def _follow(source: Any) -> None:
+    """Let samplers know at which of the orchestrator's steps they draw, and how many attempts a task gets."""
+    if getattr(source, "_follows_evenodds", False):
+        return
+    made, next_task = source.__init__, source.next_task
+
+    @functools.wraps(made)
+    def make_source(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        for env in self.envs:
+            sampler = self.curricula[env.name].sampler
+            if isinstance(sampler, EvenOddsSampler):
+                sampler.set_group_size(env.config.group_size)
+
+    @functools.wraps(next_task)
+    def next_task_at(self: Any, *, step: int) -> Any:
+        for curriculum in self.curricula.values():
+            if isinstance(curriculum.sampler, EvenOddsSampler):
+                curriculum.sampler.trainer_step = step
+        return next_task(self, step=step)
+
+    source.__init__, source.next_task, source._follows_evenodds = make_source, next_task_at, True

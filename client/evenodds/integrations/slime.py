@@ -22,10 +22,12 @@ except ImportError:
     from miles.rollout.data_source import RolloutDataSourceWithBuffer
 
 from evenodds.errors import ConfigurationError
-from evenodds.integrations.connection import Connection, text_of
+from evenodds.integrations.connection import Connection
+from evenodds.training.text import text_of
 
 logger = logging.getLogger(__name__)
 
+_ROLLOUTS_WITHOUT_REPORT = 4
 KEY = "evenodds"
 """Where a sample's metadata say which choice it belongs to."""
 
@@ -43,12 +45,26 @@ class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # 
         super().__init__(args)
         if self.dataset is None:
             raise ConfigurationError("there is no pool to choose from: set --prompt-data and --rollout-global-dataset")
-        self._by_id = {_prompt_id(sample): sample for sample in self.dataset.samples}
+        self._by_id = _by_id(self.dataset.samples)
         pool = [
             {"prompt_id": prompt_id} | ({"text": text} if (text := text_of(sample.prompt)) else {})
             for prompt_id, sample in self._by_id.items()
         ]
-        self.connection = Connection(getattr(args, KEY, None), pool, where=f"{KEY} in the file of --custom-config-path")
+        n_rollout = max(getattr(args, "rollout_batch_size", 1), getattr(args, "over_sampling_batch_size", None) or 1)
+        self.connection = Connection(
+            getattr(args, KEY, None),
+            pool,
+            where=f"{KEY} in the file of --custom-config-path",
+            group_size=args.n_samples_per_prompt,
+            unreported_prompts=_ROLLOUTS_WITHOUT_REPORT * n_rollout,
+        )
+        if "fully_async" in str(getattr(args, "rollout_function_path", "")):
+            logger.warning(
+                "%s never calls --rollout-all-samples-process-path: prompts are chosen and nothing is reported, so "
+                "that nothing is learned; use slime's own sglang_rollout, or report from your rollout function with "
+                "evenodds.integrations.slime.report(args, all_samples, data_source)",
+                args.rollout_function_path,
+            )
 
     def get_samples(self, num_samples: int) -> list[list[Any]]:
         """Groups of `n_samples_per_prompt` samples: what waits in the buffer, then what the service chooses."""
@@ -97,16 +113,41 @@ class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # 
 def report(args: Any, all_samples: Iterable[Any], data_source: Any) -> None:
     """Report the rewards of all samples of a rollout, those that a filter dropped too.
 
-    Samples that were aborted or failed, or have no reward, are no attempts of the policy and are left out.
+    Samples that were aborted or failed, or have no reward, are no attempts of the policy and are left out. Several
+    samples of one attempt (a list in the place of a sample, or samples with the same `rollout_id`) count once: the last
+    that has a reward.
+
+    Args:
+        all_samples: Groups, each a list of samples or of lists of samples.
     """
-    rewards: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for sample in _flat(all_samples):
-        chosen = (sample.metadata or {}).get(KEY)
-        if chosen is None or sample.reward is None or sample.status.value in ("pending", "aborted", "failed"):
-            continue
-        rewards[chosen["step"]][chosen["prompt_id"]].append(float(sample.get_reward_value(args)))
+    rewards: dict[int, dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
+    for attempt in _attempts(all_samples):
+        made = [
+            sample
+            for sample in attempt
+            if (sample.metadata or {}).get(KEY) is not None
+            and sample.reward is not None
+            and sample.status.value not in ("pending", "aborted", "failed")
+        ]
+        if made:
+            chosen = made[-1].metadata[KEY]
+            rewards[chosen["step"]][chosen["prompt_id"]].append(made[-1].get_reward_value(args))
     for step, groups in sorted(rewards.items()):
         data_source.connection.observe(step, groups)
+
+
+def _attempts(groups: Iterable[Any]) -> Iterator[list[Any]]:
+    """The samples of each attempt."""
+    for group in groups:
+        of_rollout: dict[Any, list[Any]] = defaultdict(list)
+        for sample in group:
+            if isinstance(sample, list):
+                yield list(_flat(sample))
+            elif getattr(sample, "rollout_id", None) is None:
+                yield [sample]
+            else:
+                of_rollout[sample.rollout_id].append(sample)
+        yield from of_rollout.values()
 
 
 def _flat(samples: Iterable[Any]) -> Iterator[Any]:
@@ -115,6 +156,27 @@ def _flat(samples: Iterable[Any]) -> Iterator[Any]:
             yield from _flat(item)
         else:
             yield item
+
+
+def _by_id(samples: Iterable[Any]) -> dict[str, Any]:
+    """Raises ConfigurationError: two rows have the same id and are not the same."""
+    by_id: dict[str, Any] = {}
+    n_repeated = 0
+    for number, sample in enumerate(samples):
+        prompt_id = _prompt_id(sample)
+        if prompt_id in by_id and (sample.metadata or {}).get("prompt_id") is not None:
+            raise ConfigurationError(
+                f"row {number} of --prompt-data has the metadata prompt_id {prompt_id!r} of an earlier row"
+            )
+        n_repeated += prompt_id in by_id
+        by_id.setdefault(prompt_id, sample)
+    if n_repeated:
+        logger.warning(
+            "%d rows of --prompt-data repeat the prompt of an earlier row and are one prompt with it; metadata "
+            '"prompt_id" tells them apart',
+            n_repeated,
+        )
+    return by_id
 
 
 def _prompt_id(sample: Any) -> str:

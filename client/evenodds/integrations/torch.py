@@ -61,6 +61,11 @@ class _Steps:
         n_steps: int | None,
         epoch_steps: int | None = None,
     ) -> None:
+        if epoch_steps is not None and epoch_steps < 1:
+            n = len(selector.prompt_ids)
+            raise ConfigurationError(
+                f"epoch_steps {epoch_steps!r} must be at least 1: {n} prompts do not fill a batch of {batch_size}"
+            )
         for name, value, least in (("batch_size", batch_size, 1), ("first_step", first_step, 0)):
             if value < least:
                 raise ConfigurationError(f"{name} {value!r} must be at least {least}")

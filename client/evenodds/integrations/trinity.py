@@ -15,7 +15,8 @@ from trinity.buffer.selector import SELECTORS
 from trinity.buffer.selector.selector import BaseSelector
 
 from evenodds.errors import ConfigurationError
-from evenodds.integrations.connection import Connection, text_of
+from evenodds.integrations.connection import Connection
+from evenodds.training.text import text_of
 
 WHERE = "data_selector.kwargs"
 
@@ -44,9 +45,12 @@ class EvenOddsSelector(BaseSelector):  # type: ignore[misc]  # Trinity-RFT is no
         pool: list[dict[str, object]] = []
         for index, row in enumerate(data_source.dataset):
             text = text_of(row.get(prompt_key))
+            if id_key is not None and row.get(id_key) is None:
+                raise ConfigurationError(f"{WHERE}: row {index} of the taskset has no column {id_key!r} (id_key)")
             prompt: dict[str, object] = {"prompt_id": str(index if id_key is None else row[id_key])}
             pool.append(prompt | ({"text": text} if text else {}))
-        self._connection = Connection({"seed": config.seed, **kwargs}, pool, where=WHERE)
+        settings = {"seed": config.seed, **kwargs}
+        self._connection = Connection(settings, pool, where=WHERE, group_size=self._group_size)
         self._ids = self._connection.selector.prompt_ids
         self._indices = {prompt_id: index for index, prompt_id in enumerate(self._ids)}
         self._chosen_at: dict[int, int] = {}
@@ -60,7 +64,7 @@ class EvenOddsSelector(BaseSelector):  # type: ignore[misc]  # Trinity-RFT is no
 
     def feedback(self, indices: list[int], values: list[float]) -> None:
         """Report groups by the means of their rewards."""
-        by_step: dict[int, dict[str, float]] = defaultdict(dict)
+        by_step: dict[int, dict[str, float]] = defaultdict(dict)  # NaN, of a group that all failed, is left out
         for index, value in zip(indices, values, strict=True):
             step = self._chosen_at.get(int(index), max(0, self._connection.next_step - 1))
             by_step[step][self._ids[int(index)]] = float(value)

@@ -57,6 +57,7 @@ class GRPOSelection:
         self._selector = selector
         self._id_column = id_column
         self._n_prompts = config.generation_batch_size // config.num_generations
+        selector.set_group_size(config.num_generations)
         # Both count batches of the data loader: those that one generation serves, and those of one optimizer step.
         self._per_generation = config.num_iterations * config.steps_per_generation
         self._per_step = config.gradient_accumulation_steps
@@ -69,9 +70,19 @@ class GRPOSelection:
             rows: Mappings with `prompt`, the id column, and whatever the reward functions need.
 
         Raises:
-            ConfigurationError: A prompt of the selector has no row.
+            ConfigurationError: A row has no id, two have the same, or a prompt of the selector has no row.
         """
-        by_id = {str(row[self._id_column]): dict(row) for row in rows}
+        by_id: dict[str, dict[str, Any]] = {}
+        for number, row in enumerate(rows):
+            if row.get(self._id_column) is None:
+                raise ConfigurationError(
+                    f"rows[{number}] has no column {self._id_column!r}, which tells prompts apart: add it, or name "
+                    "another with id_column"
+                )
+            prompt_id = str(row[self._id_column])
+            if prompt_id in by_id:
+                raise ConfigurationError(f"rows[{number}] has the {self._id_column} {prompt_id!r} of an earlier row")
+            by_id[prompt_id] = dict(row)
         missing = [prompt_id for prompt_id in self._selector.prompt_ids if prompt_id not in by_id]
         if missing:
             raise ConfigurationError(f"rows: {len(missing)} prompts of the selector have none: {missing[0]!r} ...")
@@ -125,6 +136,10 @@ class GRPOSelection:
                     succeeded = None if reward is None else success(reward)
                     outcomes[str(prompt_id)].append(scale.scaled(succeeded, str(prompt_id)))
             self._selector.observe(columns["trainer_state"].global_step, outcomes)
+            log_metric = columns.get("log_metric")
+            if log_metric is not None:
+                for name, value in self._selector.metrics().items():
+                    log_metric(name, value)
 
         if inspect.iscoroutinefunction(reward_function):
 

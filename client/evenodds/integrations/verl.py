@@ -5,6 +5,7 @@ data.sampler.class_name=EvenOddsSampler
 data.dataloader_num_workers=0
 +data.evenodds.base_url=http://127.0.0.1:8000
 +data.evenodds.run=math-7b
++data.evenodds.reward_key=acc             # where the score holds more than success (an overlong penalty, say)
 """
 
 from __future__ import annotations
@@ -14,9 +15,16 @@ from typing import Any
 
 from verl.experimental.dataset.sampler import AbstractCurriculumSampler
 
+from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
 from evenodds.integrations.torch import PromptSampler
-from evenodds.integrations.verl_rows import pool_of, prompt_id_of, rewards_by_prompt
+from evenodds.integrations.verl_rows import (
+    no_such_key,
+    pool_of,
+    prompt_id_of,
+    rewards_by_prompt,
+    without_reward_key,
+)
 
 WHERE = "data.evenodds"
 
@@ -33,7 +41,8 @@ class EvenOddsSampler(AbstractCurriculumSampler):  # type: ignore[misc]  # verl 
     def __init__(self, data_source: Sized, data_config: Mapping[str, Any]) -> None:
         batch_size = data_config.get("gen_batch_size") or data_config["train_batch_size"]
         pool = pool_of(data_source, data_config.get("prompt_key", "prompt"))
-        self._connection = Connection(data_config.get("evenodds"), pool, where=WHERE)
+        settings, self._reward_key = without_reward_key(data_config.get("evenodds"))
+        self._connection = Connection(settings, pool, where=WHERE)
         self._sampler = PromptSampler(
             self._connection.selector, batch_size, first_step=1, epoch_steps=len(data_source) // batch_size
         )
@@ -45,9 +54,21 @@ class EvenOddsSampler(AbstractCurriculumSampler):  # type: ignore[misc]  # verl 
         return len(self._sampler)
 
     def update(self, batch: Any) -> None:
-        """Report a trained batch: the sum of each answer's token-level scores is its reward."""
-        scores = batch.batch["token_level_scores"].sum(-1).tolist()
+        """Report a trained batch: what stands under `reward_key`, or else the sum of the token-level scores.
+
+        Raises:
+            ConfigurationError: The reward function returns no such key, or a reward is outside `reward_range`.
+        """
         columns = batch.non_tensor_batch
+        if self._reward_key is None:
+            scores = batch.batch["token_level_scores"].sum(-1).tolist()
+        elif self._reward_key in columns:
+            scores = list(columns[self._reward_key])
+        else:
+            raise no_such_key(self._reward_key, columns)
+        missing = [name for name in ("data_source", "extra_info") if name not in columns]
+        if missing:
+            raise ConfigurationError(f"the trained batch lacks the columns {missing}, which tell its prompts apart")
         ids = [
             prompt_id_of(source, extra_info)
             for source, extra_info in zip(columns["data_source"], columns["extra_info"], strict=True)

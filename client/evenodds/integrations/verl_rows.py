@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evenodds.errors import ConfigurationError
-from evenodds.integrations.connection import text_of
+from evenodds.training.text import text_of
 
 
 def prompt_id_of(data_source: object, extra_info: Mapping[str, Any]) -> str:
@@ -36,9 +36,25 @@ def pool_of(dataset: Any, prompt_key: str) -> list[dict[str, object]]:
     return pool
 
 
-def rewards_by_prompt(prompt_ids: Iterable[str], rewards: Iterable[float]) -> dict[str, Sequence[float]]:
+def rewards_by_prompt(prompt_ids: Iterable[str], rewards: Iterable[float | None]) -> dict[str, Sequence[float | None]]:
     """The rewards of each prompt's group."""
-    groups: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[float | None]] = defaultdict(list)
     for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
-        groups[prompt_id].append(float(reward))
+        groups[prompt_id].append(reward)
     return dict(groups)
+
+
+def without_reward_key(settings: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, str | None]:
+    """The settings for `Connection`, and the verifier's own key (`reward_key`), if rewards stand under one."""
+    if settings is None:
+        return None, None
+    return {str(name): settings[name] for name in settings if name != "reward_key"}, settings.get("reward_key")
+
+
+def no_such_key(reward_key: str, there: Iterable[str]) -> ConfigurationError:
+    """The verifier gives no such key."""
+    names = ", ".join(sorted(there)) or "none"
+    return ConfigurationError(
+        f"data.evenodds: reward_key {reward_key!r} is not among what the reward function returns besides the score "
+        f"({names}): let it return a dict with that key"
+    )

@@ -3,6 +3,7 @@
     export VERL_USE_EXTERNAL_MODULES=evenodds.integrations.verl_v1
     +data.evenodds.base_url=http://127.0.0.1:8000
     +data.evenodds.run=math-7b
+    +data.evenodds.reward_key=acc    # where the score holds more than success (an overlong penalty, say)
 
 `trainer.v1.trainer_mode` stays as it is (`sync`, `colocate_async`, `separate_async`): verl compares that name in many
 places, so the registered trainers are replaced by subclasses under their own names. Without `data.evenodds` they do
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import verl.trainer.ppo.v1  # noqa: F401  # registers the trainers
@@ -20,7 +22,13 @@ from verl.trainer.ppo.v1 import trainer_base
 
 from evenodds.integrations.connection import Connection
 from evenodds.integrations.torch import PromptSampler
-from evenodds.integrations.verl_rows import pool_of, prompt_id_of, rewards_by_prompt
+from evenodds.integrations.verl_rows import (
+    no_such_key,
+    pool_of,
+    prompt_id_of,
+    rewards_by_prompt,
+    without_reward_key,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +55,8 @@ class SelectsPrompts:
                 "take their prompts for unseen; train without it"
             )
         pool = pool_of(self.train_dataset, data.get("prompt_key", "prompt"))
-        self._evenodds = Connection(data.evenodds, pool, where=WHERE)
+        settings, self._evenodds_reward_key = without_reward_key(data.evenodds)
+        self._evenodds = Connection(settings, pool, where=WHERE, group_size=_group_size(self.config))
         self._evenodds_sampler = PromptSampler(
             self._evenodds.selector,
             data.train_batch_size,
@@ -78,24 +87,62 @@ class SelectsPrompts:
         computed = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         if self._evenodds is not None:
             self._report(batch)
+            metrics.update(self._evenodds.selector.metrics())
         return computed
 
     def _report(self: Any, batch: Any) -> None:
         real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        field = "rm_scores" if self._evenodds_reward_key is None else "extra_fields"
+        attempts = last_of_sessions(real)
         data = trainer_base.tq.kv_batch_get(
-            keys=real, partition_id=batch.partition_id, select_fields=["uid", "rm_scores"]
+            keys=attempts, partition_id=batch.partition_id, select_fields=["uid", field]
         )
-        trajectories: dict[int, tuple[list[str], list[float]]] = defaultdict(lambda: ([], []))
-        for uid, scores in zip(_list(data["uid"]), data["rm_scores"], strict=True):
+        trajectories: dict[int, tuple[list[str], list[float | None]]] = defaultdict(lambda: ([], []))
+        for uid, value in zip(_list(data["uid"]), list(data[field]), strict=True):
             if uid in self._evenodds_chosen:  # not what a checkpoint of the queue brought back
                 prompt_id, step = self._evenodds_chosen[uid]
                 ids, rewards = trajectories[step]
                 ids.append(prompt_id)
-                rewards.append(float(scores.sum()))
+                rewards.append(_reward(value, self._evenodds_reward_key))
         for uid in set(_list(data["uid"])):
             self._evenodds_chosen.pop(uid, None)
         for step, (ids, rewards) in trajectories.items():
             self._evenodds.observe(step, rewards_by_prompt(ids, rewards))
+
+
+def last_of_sessions(keys: Iterable[str]) -> list[str]:
+    """One key for each attempt: an agent may give several outputs in one session, which share its reward.
+
+    Args:
+        keys: `{uid}_{session}_{index}`, as verl names trajectories; others stand for themselves.
+    """
+    last: dict[str, tuple[int, str]] = {}
+    for key in keys:
+        session, _, index = key.rpartition("_")
+        if "_" not in session or not index.isdigit():
+            session, index = key, "0"
+        last[session] = max(last.get(session, (-1, key)), (int(index), key))
+    return [key for _, key in last.values()]
+
+
+def _reward(value: Any, reward_key: str | None) -> float | None:
+    if reward_key is None:
+        return float(value.sum())
+    fields = getattr(value, "data", value)  # tensordict wraps what is no tensor
+    extra = fields.get("reward_extra_info") or {}
+    if reward_key not in extra:
+        raise no_such_key(reward_key, extra)
+    reward: float | None = extra[reward_key]
+    return reward
+
+
+def _group_size(config: Any) -> int | None:
+    """`actor_rollout_ref.rollout.n`."""
+    try:
+        n = int(config.actor_rollout_ref.rollout.n)
+    except (AttributeError, KeyError, TypeError):
+        return None
+    return n if n > 1 else None
 
 
 def _list(column: Any) -> list[Any]:

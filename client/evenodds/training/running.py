@@ -10,8 +10,10 @@ from evenodds.schemas import SelectRequest
 from evenodds.training.batch import Batch
 from evenodds.training.batch_requests import BatchRequests, NotAnswered
 from evenodds.training.inputs import Setup
+from evenodds.training.metrics import Metrics
 from evenodds.training.sender import OutboxSender
 from evenodds.training.status import Status
+from evenodds.training.watch import Watch
 
 KEPT_BATCHES = 8
 KEPT_SELECTIONS = 1_000
@@ -37,6 +39,9 @@ class Running:
         self.status = Status(setup.base_url, setup.run)
         self.batches: dict[str, Batch] = {}
         self.selections: dict[int, str] = {}
+        self.chosen: dict[int, frozenset[str]] = {}
+        self.watch = Watch(self.status)
+        self.metrics = Metrics(len(prompt_ids))
         self.last_request: SelectRequest | None = None
         self._prefetches = setup.prefetches
         self._lock = threading.Lock()
@@ -57,9 +62,12 @@ class Running:
                 del self.batches[next(iter(self.batches))]
 
     def remember(self, batch: Batch) -> None:
-        """Which selection the outcomes of its step will belong to."""
-        if batch.selection_id is not None:
-            with self._lock:
+        """What the outcomes of its step will belong to."""
+        with self._lock:
+            self.chosen[batch.step] = frozenset(batch.prompt_ids)
+            while len(self.chosen) > KEPT_BATCHES:
+                del self.chosen[next(iter(self.chosen))]
+            if batch.selection_id is not None:
                 self.selections[batch.step] = batch.selection_id
                 while len(self.selections) > KEPT_SELECTIONS:
                     del self.selections[next(iter(self.selections))]
@@ -68,6 +76,7 @@ class Running:
         """Choose anew for every step."""
         with self._lock:
             self.batches.clear()
+            self.chosen.clear()
             self.selections.clear()
         self.last_request = None
         if self.requests is not None:

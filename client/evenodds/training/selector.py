@@ -9,9 +9,10 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
@@ -359,6 +360,28 @@ class PromptSelector:
         self._rank = _checked_rank(rank)
         self._broadcast = broadcast
 
+    def set_group_size(self, attempts: int) -> None:
+        """Tell the run how many attempts each prompt gets: for adapters that learn it from their framework.
+
+        Another `group_size` of `run_settings` gives way, with a warning.
+
+        Raises:
+            ConfigurationError: It is not in [1, 1024], or the selector is closed.
+        """
+        settings = checked_settings({"group_size": attempts})
+        here = self._here()
+        given = (self._setup.run_settings or {}).get("group_size")
+        if given == attempts:
+            return
+        if given is not None:
+            here.status.say_once(
+                "group size given",
+                f"group_size is {attempts}, as many attempts as the trainer makes, and not {given} as run_settings say",
+            )
+        self._setup = replace(self._setup, run_settings={**(self._setup.run_settings or {}), **(settings or {})})
+        if self._rank == 0:
+            here.sender.change(self._setup)
+
     @property
     def has_broadcast(self) -> bool:
         """Whether rank 0 chooses for all ranks."""
@@ -367,6 +390,25 @@ class PromptSelector:
     def counts(self) -> Counts:
         """What this selector has done so far in this process."""
         return self._here().status.counts
+
+    def metrics(self, prefix: str = "evenodds/") -> dict[str, float]:
+        """Figures of this process for the trainer's own tracker (W&B, TensorBoard, MLflow); {} before the first step.
+
+        `informative_share`: of the newest observed step, the share of groups whose rewards differ. `forecast_share` and
+        `forecast_error`: what the service foretold of it, and by how much it is more. `coverage`: the share of the
+        prompts that were chosen so far. `from_service`: 1 if the service chose the newest batch, 0 if it is uniform.
+        `select_seconds`: how long the trainer waited for it. `uniform_batches`, `undelivered`: as `counts` has them.
+
+        Args:
+            prefix: Of the names.
+        """
+        here = self._here()
+        counts = here.status.counts
+        figures = here.metrics.figures()
+        if figures:
+            figures["uniform_batches"] = float(counts.uniform_batches)
+            figures["undelivered"] = float(max(0, counts.observed - counts.delivered - counts.refused))
+        return {prefix + name: value for name, value in figures.items()}
 
     def refusals(self) -> tuple[tuple[Delivery, str], ...]:
         """The deliveries that the service refused for what they hold, and why."""
@@ -428,12 +470,14 @@ class PromptSelector:
 
     def _selected(self, request: SelectRequest) -> Batch:
         here = self._here()
+        began = time.monotonic()
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
             batch = self._choose(request, here)
         else:
             batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
             self._incarnation = batch.incarnation
         here.remember(batch)
+        here.metrics.chosen(batch, time.monotonic() - began)
         return batch
 
     def _choose(self, request: SelectRequest, here: Running) -> Batch:
@@ -530,6 +574,11 @@ class PromptSelector:
             )
         if not sound:
             return sound
+        here.metrics.observed(at, sound)
+        here.watch.not_chosen(at, sound, here.chosen.get(at))
+        pool = here.sender.pool
+        if self._broadcast is None:  # else each rank reports its part of a group
+            here.watch.attempts(at, sound, None if pool is None else pool.group_size)
         self._observed_step = max(at, self._observed_step or 0)
         if self._keeps:
             chosen = here.selections.get(at) if selection_id is None else checked_selection_id(selection_id)

@@ -60,6 +60,7 @@ class OutboxSender:
         self.pool: Pool | None = None
         self._is_ready = threading.Event()
         self._is_outdated = False
+        self._is_changed = False
         self._error: str | None = None
         self._stopped = threading.Event()
         self._woken = threading.Event()
@@ -117,6 +118,12 @@ class OutboxSender:
     def wait_until_ready(self, seconds: float) -> bool:
         """Wait for the run and its pool. Whether all of the trainer's prompts are there."""
         return self._is_ready.wait(seconds) and self.pool is not None and self.pool.n_missing == 0
+
+    def change(self, setup: Setup) -> None:
+        """The run's settings are others now."""
+        self._setup = setup
+        self._is_changed = True
+        self._woken.set()
 
     def look_again(self) -> None:
         """The pool is not what it was: find out what it has now, in the background."""
@@ -220,6 +227,8 @@ class OutboxSender:
             try:
                 if not self._is_ready.is_set():
                     self._load_pool()
+                elif self._is_changed:
+                    self._change_run()
                 elif self._is_outdated:
                     self._is_outdated = False
                     self._look_at_pool()
@@ -256,6 +265,23 @@ class OutboxSender:
             if self.pool is not None and self._setup.prompts is not None:
                 self.pool = replace(self.pool, n_missing=len(self._prompt_ids))  # it cannot be told how many
         self._is_ready.set()
+
+    def _change_run(self) -> None:
+        assert self._client is not None
+        self._is_changed = False
+        try:
+            run = self._client.put_run(self._setup.run, **(self._setup.run_settings or {}))
+        except ProblemError as error:
+            if not is_for_good(error):
+                self._is_changed = True
+                raise
+            self._status.say_once("settings", f"the service keeps the run's settings as they are: {error}")
+            return
+        except Exception:
+            self._is_changed = True
+            raise
+        if self.pool is not None:
+            self.pool = replace(self.pool, group_size=run.group_size)
 
     def _look_at_pool(self) -> None:
         assert self._client is not None

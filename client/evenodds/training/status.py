@@ -17,7 +17,9 @@ class Counts:
         service_batches: Batches that the service chose.
         uniform_batches: Batches that it did not choose: it failed, or was late, or there is none.
         observed: Observations that were taken in.
-        delivered: Observations that the service has confirmed to this process.
+        delivered: Observations that the service has confirmed to this process. Where processes share an outbox one of
+            them delivers for all: its count is above what it observed, those of the others below. `flush` tells
+            whether all were delivered.
         left_out: Outcomes that are no observations: of a prompt that nobody knows, say.
         without_reward: Attempts that were left out because their reward was None or NaN.
         refused: Observations that the service refuses for what they hold.

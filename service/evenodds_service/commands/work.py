@@ -13,6 +13,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `work`."""
     parser = commands.add_parser("work", help="refit shared models in the background, on a GPU where there is one")
     parser.add_argument("--exit-with", type=int, metavar="PID", help="end when the parent process, PID, ends")
+    parser.add_argument("--once", action="store_true", help="work until nothing is due, then end")
     parser.set_defaults(command=work)
 
 
@@ -54,7 +55,10 @@ def work(options: argparse.Namespace) -> int:
     )
     logging.info("worker %s fits on %s", f"{socket.gethostname()}-{os.getpid()}", device)
     try:
-        worker.run(stop)
+        if options.once:
+            worker.run_until_idle(stop)
+        else:
+            worker.run(stop)
     finally:
         store.close()
     return 0

@@ -182,7 +182,7 @@ def test_a_dead_service_costs_one_warning_and_its_recovery_one_note(
         selector.wait_until_ready()
         proxy.mode = "dead"
         for step in range(4):
-            selector.observe(step, {prompt_id: [1, 0] for prompt_id in selector.select(step, 4)})
+            selector.observe(step, {prompt_id: [1, 0, 1, 0] for prompt_id in selector.select(step, 4)})
         during = warnings(caplog)
 
         proxy.mode = "fine"
@@ -549,7 +549,7 @@ def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> No
             selector.close()
     assert all(len(set(batches)) == 1 for batches in chosen)
     assert proxy.met["fine", "select_batch"] == 2
-    assert proxy.met["fine", "prompts"] == 1
+    assert proxy.met["fine", "prompts?keep_existing=true"] == 1
     assert all(flushed)
     assert len(history(service.client, ranks[0])) == 6
     for rank in range(3):  # each reports under the selection of rank 0
@@ -681,3 +681,32 @@ def test_it_survives_pickling(make: Make) -> None:
 
     assert copy.select(1, 4) == selector.select(1, 4)
     copy.close()
+
+
+def test_the_figures_of_a_step_are_those_of_its_batch_and_outcomes(service: Service, make: Make) -> None:
+    selector = make()
+    assert selector.wait_until_ready()
+    before = selector.metrics()
+    batch = selector.select(0, 4)
+    silent, *others = batch.prompt_ids
+
+    selector.observe(0, {silent: [1, 1]})
+    more: dict[str, list[float | None]] = {prompt_id: [1, 0] for prompt_id in others[:2]}
+    more[silent] = [1, 1 + 1e-9]
+    selector.observe(0, more)
+    selector.observe(0, [{"prompt_id": others[2], "successes": 4, "attempts": 4}])
+    assert selector.flush()
+    figures = selector.metrics(prefix="")
+
+    assert before == {}
+    assert batch.forecast is not None
+    assert figures.pop("select_seconds") < PATIENCE_SECONDS
+    assert figures == {
+        "coverage": 4 / 40,
+        "from_service": 1.0,
+        "informative_share": 0.5,
+        "forecast_share": batch.forecast.informative_share,
+        "forecast_error": 0.5 - batch.forecast.informative_share,
+        "uniform_batches": 0.0,
+        "undelivered": 0.0,
+    }
