@@ -216,7 +216,7 @@ class Ruled(Gps):
             self._history.append(History(prompts, steps, successes, attempts, informative))
             n = self._state.n_observations
             if n - self._fitted >= min(WORKER_MOST, max(FIRST_FIT_OBSERVATIONS, self._fitted)):
-                self._refit(step)
+                self.refit(step)
                 self._fitted = n
 
     def predict(self) -> Forecast:

@@ -90,7 +90,7 @@ class Gps:
             steps = np.full(len(prompts), step, dtype=np.int64)
             self._history.append(History(prompts, steps, successes, attempts, informative))
             if step >= self._next_refit:
-                self._refit(step)
+                self.refit(step)
 
     def predict(self) -> Forecast:
         a, b = beliefs_of(self._state, self._pool)
@@ -127,7 +127,7 @@ class Gps:
         """Weights of the experts, prior x strength x memory, summing to 1."""
         return self._state.mixture.weights()
 
-    def _refit(self, step: int) -> None:
+    def refit(self, step: int) -> None:
         """What the worker does: fit the shared model on the history and let its snapshot enter the log."""
         state = self._state
         assert state.basis is not None  # the pool is not empty

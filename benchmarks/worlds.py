@@ -11,7 +11,7 @@ from scipy import sparse
 from evenodds_service.commands.replay.recordings import Recording, read_recording
 from evenodds_service.domain.arrays import BoolArray, FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
 from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import ngram_matrix
@@ -33,6 +33,7 @@ class World:
         embeddings_N_D: float32 unit vectors of the built-in embedder.
         ngrams: Of `ngram_matrix`.
         prior_rates_N: What the caller knows of the prompts beforehand, NaN where nothing; None: nothing of any.
+        named_rates: What other models showed on them.
     """
 
     recording: Recording
@@ -42,6 +43,7 @@ class World:
     ngrams: sparse.csr_matrix
     group_size: int = field(default=GROUP_SIZE)
     prior_rates_N: FloatArray | None = None
+    named_rates: NamedRates = NO_RATES
 
     @property
     def n_prompts(self) -> int:
@@ -61,6 +63,7 @@ class World:
                 prior_rates_N=np.full(n, np.nan, dtype=np.float32) if known is None else known.astype(np.float32),
                 surface_N_S=self.surface_N_S,
                 embedding_N_D=self.embeddings_N_D,
+                named_rates=self.named_rates,
             )
         )
         return pool
@@ -80,6 +83,10 @@ def open_world(folder: Path, *, models: str = "") -> World:
     Raises:
         RecordingError: a file is missing or malformed.
     """
-    recording = read_recording(folder, models=models)
+    return world_of(read_recording(folder, models=models))
+
+
+def world_of(recording: Recording) -> World:
+    """The recording with the features of its prompts."""
     texts = tuple(prompt.text or "" for prompt in recording.prompts)
     return World(recording, texts, surface_features(texts), open_embedder(BUILTIN).embed(texts), ngram_matrix(texts))

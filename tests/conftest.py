@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 from benchmarks.bad_weather import started_server
 from hypothesis import HealthCheck, settings
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event
 from tests.waiting import PATIENCE_SECONDS
 from tests.working_folder import pytest_sessionfinish, pytest_sessionstart, pytest_terminal_summary
 
@@ -31,7 +31,7 @@ from evenodds import Client
 from evenodds_service.api.app import create_app
 from evenodds_service.settings import Settings
 from evenodds_service.storage import engine
-from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.engine import Patience, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
 
@@ -43,8 +43,8 @@ open_durable_sqlite = engine._open_sqlite
 """What the service opens SQLite with: every commit waits for the disk."""
 
 
-def _open_quick_sqlite(*arguments: Any) -> Engine:
-    opened = open_durable_sqlite(*arguments)
+def _open_quick_sqlite(url: URL, usual: Patience, options: dict[str, Any]) -> Engine:
+    opened = open_durable_sqlite(url, usual, options)
     event.listen(opened, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
     return opened
 

@@ -22,7 +22,7 @@ from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
-from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.prompts import KnownRate, NamedRates, RawBlock
 from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.embedder import BUILTIN_NAME, open_embedder
@@ -72,7 +72,14 @@ def block(texts: Sequence[str], first: int, last: int) -> RawBlock:
         prior_rates_N=rates,
         surface_N_S=surface_features(some).astype(np.float16),
         embedding_N_D=_EMBEDDER.embed(some).astype(np.float16),
+        named_rates=NamedRates.of([_shown_by_others(text, first + i) for i, text in enumerate(some)]),
     )
+
+
+def _shown_by_others(text: str, index: int) -> dict[str, KnownRate]:
+    """By more than are read one by one, each on a part of the prompts."""
+    n = 4.0 + len(text)
+    return {f"model {j}": (n / (n + 9.0 * j) * 8.0, 8) for j in range(10) if (index + j) % 3}
 
 
 class Replay:

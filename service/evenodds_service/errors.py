@@ -40,6 +40,7 @@
         ├── PromptConflict          prompt_conflict      a prompt id is taken by another prompt
         ├── EmbedderFixed           embedder_fixed       the pool's vectors come from another embedder
         ├── EmbeddingWidthConflict  embedding_width      the pool's vectors have another length
+        ├── RateNamesLimit          rate_names_limit     rates of more others than a run may know
         ├── VectorUnstorable        vector_unstorable    a value that a 16-bit float cannot hold
         ├── RequestConflict         request_conflict     a request id was used with another body
         ├── SelectionUnknown        selection_unknown    there is no such selection
@@ -295,7 +296,7 @@ class PromptConflict(StoreError):
     Attributes:
         item: Position of the offending prompt among the prompts of the call, from 0.
         prompt_id: Its id.
-        attribute: What differs: `text`, `category`, `features` or `prior_rate`.
+        attribute: What differs: `text`, `category`, `features`, `prior_rate` or `prior_rates`.
     """
 
     code = "prompt_conflict"
@@ -322,6 +323,12 @@ class EmbeddingWidthConflict(StoreError):
     """The pool's vectors have another length."""
 
     code = "embedding_width"
+
+
+class RateNamesLimit(StoreError):
+    """The pool's prompts bring rates of more others than a run may know."""
+
+    code = "rate_names_limit"
 
 
 class VectorUnstorable(StoreError):

@@ -86,6 +86,7 @@ def test_a_prompt_keeps_what_it_came_with(caller: Caller) -> None:
         "category": "arithmetic",
         "features": {"length": 12.5, "n_digits": 0},
         "prior_rate": 0.25,
+        "prior_rates": {"qwen-7b": 0.5, "llama-8b": {"successes": 2.5, "attempts": 8}},
     }
 
     caller.load([prompt])
@@ -318,3 +319,86 @@ def test_what_the_pool_has_with_another_content_is_kept_and_named_where_that_is_
 
     assert reply == (1, 0, {"a": "text", "b": "category"}, 3)
     assert client.prompt(caller.run, "a").text == "A?"
+
+
+def test_what_others_showed_moves_the_forecast_and_may_come_with_new_texts(caller: Caller) -> None:
+    rated = [{"prompt_id": f"p{i}", "text": f"What is {i}?", "prior_rates": {"other": i / 20}} for i in range(20)]
+    caller.load(rated)
+
+    easy, hard = (prediction["success_rate"] for prediction in caller.predict("p19", "p0"))
+    body = {"run": caller.run, "prompts": [{"text": "And now?", "prior_rates": {"other": rate}} for rate in (0, 1)]}
+    new_hard, new_easy = (told["success_rate"] for told in caller.ok("POST", "/predict", json=body)["predictions"])
+
+    assert hard < 0.45 < 0.55 < easy
+    assert new_hard < 0.45 < 0.55 < new_easy
+
+
+def test_an_observation_may_add_a_prompt_with_what_others_showed(caller: Caller) -> None:
+    rates = {"other": {"successes": 3, "attempts": 8}}
+    observation = {"prompt_id": "new", "text": "What is new?", "rewards": [1, 0], "prior_rates": rates}
+
+    caller.observe(0, observation)
+
+    state = caller.client.prompt(caller.run, "new")
+    assert state.model_dump()["prior_rates"] == rates
+
+
+@pytest.mark.parametrize(
+    ("rates", "fault"),
+    [
+        ({"a": 1.5}, "prior_rates.a"),
+        ({"a": "0.5"}, "a should be a number, got '0.5'"),
+        ({"a": {"successes": 9, "attempts": 8}}, "9 successes of 8 attempts: at most all can succeed"),
+        ({"a": {"successes": 0, "attempts": 0}}, "attempts"),
+        ({"": 0.5}, "at least 1 character"),
+        ({f"m{i}": 0.5 for i in range(65)}, "at most 64 items"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(caller: Caller, rates: dict[str, Any], fault: str) -> None:
+    problem = caller.refused("POST", prompts_path(caller), json={"prompts": [{"prompt_id": "a", "prior_rates": rates}]})
+
+    assert (problem.status, problem.code) == (422, "malformed")
+    assert fault in problem.detail
+
+
+def test_a_run_knows_the_rates_of_so_many_others_and_says_so(caller: Caller) -> None:
+    caller.load([{"prompt_id": "a", "prior_rates": {f"m{i}": 0.5 for i in range(60)}}])
+    caller.load([{"prompt_id": "b", "prior_rates": {f"m{i}": 0.5 for i in range(56, 64)}}])
+    more = {"prompts": [{"prompt_id": "c", "prior_rates": {"m5": 0.5, "m64": 0.5}}]}
+
+    problem = caller.refused("POST", prompts_path(caller), json=more)
+
+    assert (problem.status, problem.code) == (409, "rate_names_limit")
+    assert "prior_rates of 65 others, the most is 64 (the first too many is 'm64')" in problem.detail
+    assert caller.load([{"prompt_id": "c", "prior_rates": {"m5": 0.5}}])["added"] == 1
+
+
+def test_a_prompt_does_not_change_what_others_showed(caller: Caller) -> None:
+    caller.load([{"prompt_id": "a", "prior_rates": {"other": 0.5}}])
+
+    problem = caller.refused(
+        "POST", prompts_path(caller), json={"prompts": [{"prompt_id": "a", "prior_rates": {"other": 0.6}}]}
+    )
+
+    assert (problem.status, problem.code) == (409, "prompt_conflict")
+    assert "with another prior rates" in problem.detail
+    assert caller.load([{"prompt_id": "a", "prior_rates": {"other": 0.5}}])["existing"] == 1
+
+
+def test_rates_come_line_by_line_and_go_along_with_a_fork(caller: Caller) -> None:
+    lines = '{"prompt_id": "a", "prior_rates": {"x": 0.9}}\n{"prompt_id": "b", "prior_rates": {"x": [1, 8]}}\n'
+    kind = {"Content-Type": "application/x-ndjson"}
+    problem = caller.refused("POST", prompts_path(caller), content=lines, headers=kind)
+    assert problem.detail.startswith("line 2")
+    good = lines.replace("[1, 8]", '{"successes": 1, "attempts": 8}')
+    assert caller.ok("POST", prompts_path(caller), content=good, headers=kind)["added"] == 2
+    fork = f"{caller.run}.fork"
+
+    caller.client.put_run(fork, fork_of=caller.run)
+
+    ours, theirs = (caller.client.predict(run, ["a", "b"]).predictions for run in (caller.run, fork))
+    assert ours == theirs
+    assert ours[0].success_rate > ours[1].success_rate
+    many = {"prompts": [{"prompt_id": "c", "prior_rates": {f"m{i}": 0.5 for i in range(64)}}]}
+    reply = caller.http.post(f"/runs/{fork}/prompts", json=many)
+    assert reply.json()["code"] == "rate_names_limit"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
 
 
 class MakeBlock(Protocol):
@@ -23,6 +23,7 @@ class MakeBlock(Protocol):
         groups: tuple[str | None, ...] | None = None,
         numeric: tuple[Mapping[str, float] | None, ...] | None = None,
         prior_rates: FloatArray | None = None,
+        named_rates: NamedRates = NO_RATES,
     ) -> RawBlock: ...
 
 
@@ -39,6 +40,7 @@ def make_block() -> MakeBlock:
         groups: tuple[str | None, ...] | None = None,
         numeric: tuple[Mapping[str, float] | None, ...] | None = None,
         prior_rates: FloatArray | None = None,
+        named_rates: NamedRates = NO_RATES,
     ) -> RawBlock:
         return RawBlock(
             first=first,
@@ -48,6 +50,7 @@ def make_block() -> MakeBlock:
             prior_rates_N=np.full(n, np.nan, np.float32) if prior_rates is None else prior_rates.astype(np.float32),
             surface_N_S=np.zeros((n, 0), np.float32) if surface is None else surface.astype(np.float32),
             embedding_N_D=np.zeros((n, 0), np.float32) if embedding is None else embedding.astype(np.float32),
+            named_rates=named_rates,
         )
 
     return make

@@ -29,6 +29,7 @@ FULL = NewPrompt(
     group="arithmetic",
     features={"length": 0.1, "depth": -3.0},
     prior_rate=0.30000000000000004,
+    prior_rates={"b": 0.1, "a": (2.5, 8)},
     vector_key="v",
 )
 
@@ -46,6 +47,7 @@ def test_prompts_come_back_as_they_were_added_in_order_of_arrival(store: Store, 
         FULL.group,
         FULL.features,
         FULL.prior_rate,
+        FULL.prior_rates,
         FULL.vector_key,
         index=0,
     )

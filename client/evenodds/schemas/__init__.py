@@ -26,6 +26,7 @@ from evenodds.schemas.fields import (
     MAX_GROUP_SIZE,
     MAX_ID,
     MAX_ITEMS,
+    MAX_RATE_NAMES,
     MAX_STEP,
     MAX_TEXT,
     MAX_TIERS,
@@ -70,6 +71,7 @@ from evenodds.schemas.loop import (
 )
 from evenodds.schemas.operations import Health, Problem
 from evenodds.schemas.prompts import (
+    KnownCounts,
     Prediction,
     PredictReply,
     PredictRequest,
@@ -119,6 +121,7 @@ __all__ = [
     "MAX_GROUP_SIZE",
     "MAX_ID",
     "MAX_ITEMS",
+    "MAX_RATE_NAMES",
     "MAX_STEP",
     "MAX_TEXT",
     "MAX_TIERS",
@@ -158,6 +161,7 @@ __all__ = [
     "GroupSize",
     "Health",
     "Key",
+    "KnownCounts",
     "Label",
     "Lenient",
     "LiftReport",

@@ -15,6 +15,8 @@ MAX_TEXT = 200_000
 MAX_ID = 256
 MAX_VECTOR = 8_192
 MAX_FEATURES = 64
+MAX_RATE_NAMES = 64
+"""Most others whose rates a prompt brings along, and most that a run knows."""
 MAX_GROUP_SIZE = 1_024
 MAX_STEP = 2**53
 """Any larger whole number is not exact in JSON as most programs read it."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
     MAX_ITEMS,
+    MAX_RATE_NAMES,
     Features,
     GroupSize,
     Key,
@@ -26,6 +28,27 @@ class Named(Request):
     prompt_id: PromptId | None = None
 
 
+class KnownCounts(Request):
+    """What another showed on a prompt: successes of attempts."""
+
+    successes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    attempts: Annotated[int, Field(ge=1, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def _not_more_than_all(self) -> KnownCounts:
+        if self.successes > self.attempts:
+            raise ValueError(f"{self.successes:g} successes of {self.attempts} attempts: at most all can succeed")
+        return self
+
+
+def _kind_of(known: object) -> str:
+    return "counts" if isinstance(known, (Mapping, KnownCounts)) else "rate"
+
+
+KnownRate = Annotated[Annotated[Rate, Tag("rate")] | Annotated[KnownCounts, Tag("counts")], Discriminator(_kind_of)]
+"""Faults name what was meant: a rate, or counts."""
+
+
 class Described(HasOlderNames, Request):
     """What may be known of a prompt besides its id."""
 
@@ -37,6 +60,12 @@ class Described(HasOlderNames, Request):
     embedding: Vector | None = Field(default=None, description="the caller's own vector (embedder 'caller')")
     features: Features | None = Field(default=None, description="numeric features by name")
     prior_rate: Rate | None = Field(default=None, description="a success rate known beforehand, say of a profile")
+    prior_rates: Annotated[dict[Key, KnownRate], Field(max_length=MAX_RATE_NAMES)] | None = Field(
+        default=None,
+        description="what other models or runs showed on the prompt, by name: a success rate, or successes of "
+        "attempts. How far each can be believed is learned from the first groups; a run knows at most "
+        f"{MAX_RATE_NAMES} names",
+    )
 
 
 class PromptIn(Described, Named):
@@ -53,7 +82,12 @@ class PromptsIn(Request):
     model_config = example(
         prompts=[
             {"prompt_id": "sum-1", "text": "What is 17 + 25?", "category": "arithmetic"},
-            {"prompt_id": "root-1", "text": "Solve x^2 - 5x + 6 = 0.", "category": "algebra", "prior_rate": 0.4},
+            {
+                "prompt_id": "root-1",
+                "text": "Solve x^2 - 5x + 6 = 0.",
+                "category": "algebra",
+                "prior_rates": {"qwen-7b": 0.4, "llama-8b": {"successes": 3, "attempts": 8}},
+            },
         ]
     )
 
@@ -79,6 +113,7 @@ class PromptInfo(HasOlderNames, Reply):
     group: Annotated[str | None, older("group")] = None
     features: dict[str, float] | None
     prior_rate: float | None
+    prior_rates: dict[str, float | KnownCounts] | None = None
 
 
 class PromptPage(Reply):

@@ -50,6 +50,7 @@ STATUS_OF: Mapping[str, int] = {
     "fill_needs_rest": 409,
     "embedder_fixed": 409,
     "embedding_width": 409,
+    "rate_names_limit": 409,
     "embedding_refused": 409,
     "vector_unstorable": 409,
     "embedder_unavailable": 409,

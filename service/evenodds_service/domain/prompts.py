@@ -6,8 +6,20 @@ import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
+
+RATE_ATTEMPTS = 8.0
+"""A known rate that comes without a number of attempts counts as one of so many."""
+
+UNNAMED = ""
+"""Who showed the `prior_rate`."""
+
+KnownRate: TypeAlias = "float | tuple[float, int]"
+"""What another model showed on a prompt: its success rate, or successes of attempts."""
 
 
 def text_key(text: str) -> str:
@@ -26,6 +38,7 @@ class NewPrompt:
     group: str | None = None
     features: Mapping[str, float] | None = None
     prior_rate: float | None = None
+    prior_rates: Mapping[str, KnownRate] | None = None
     vector_key: str | None = None
 
 
@@ -61,6 +74,42 @@ class NewPrompts:
     keeps_existing: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedRates:
+    """What R others showed on n prompts, by name.
+
+    Attributes:
+        names: R names.
+        rates_N_R: Success rates, float32; NaN where the other has not tried the prompt.
+        attempts_N_R: Of how many attempts each is, float32, at least 1.
+    """
+
+    names: tuple[str, ...]
+    rates_N_R: FloatArray
+    attempts_N_R: FloatArray
+
+    @staticmethod
+    def of(known: Sequence[Mapping[str, KnownRate] | None]) -> NamedRates:
+        """From the rates that each of n prompts came with. Names stand in the order of their first appearance."""
+        names = tuple(dict.fromkeys(name for rates in known if rates for name in sorted(rates)))
+        if not names:
+            return NO_RATES
+        column = {name: i for i, name in enumerate(names)}
+        rates_N_R = np.full((len(known), len(names)), np.nan, dtype=np.float32)
+        attempts_N_R = np.full((len(known), len(names)), RATE_ATTEMPTS, dtype=np.float32)
+        for row, rates in enumerate(known):
+            for name, told in (rates or {}).items():
+                k, n = told if isinstance(told, tuple) else (told * RATE_ATTEMPTS, RATE_ATTEMPTS)
+                rates_N_R[row, column[name]], attempts_N_R[row, column[name]] = k / n, n
+        return NamedRates(names, rates_N_R, attempts_N_R)
+
+    def __getitem__(self, rows: slice) -> NamedRates:
+        return NamedRates(self.names, self.rates_N_R[rows], self.attempts_N_R[rows])
+
+
+NO_RATES = NamedRates((), np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.float32))
+
+
 @dataclass(frozen=True, slots=True)
 class RawBlock:
     """Raw features of the consecutive prompts `first .. first + n - 1` of a pool.
@@ -73,6 +122,7 @@ class RawBlock:
         prior_rates_N: float32 [n]; NaN where the caller knew none.
         surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
         embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
+        named_rates: What others showed, by their names; `NO_RATES` where nothing is known of any of these prompts.
     """
 
     first: int
@@ -82,6 +132,20 @@ class RawBlock:
     prior_rates_N: FloatArray
     surface_N_S: FloatArray
     embedding_N_D: FloatArray
+    named_rates: NamedRates = NO_RATES
+
+    @property
+    def told(self) -> NamedRates:
+        """What others showed, the one behind `prior_rate` first."""
+        rates_N_1 = self.prior_rates_N[:, None]
+        attempts_N_1 = np.full(rates_N_1.shape, RATE_ATTEMPTS, dtype=np.float32)
+        if not self.named_rates.names:
+            return NamedRates((UNNAMED,), rates_N_1, attempts_N_1)
+        return NamedRates(
+            (UNNAMED, *self.named_rates.names),
+            np.concatenate((rates_N_1, self.named_rates.rates_N_R), axis=1),
+            np.concatenate((attempts_N_1, self.named_rates.attempts_N_R), axis=1),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.prompts import NewPrompt, NewPrompts, RawBlock, Vector, text_key
+from evenodds_service.domain.prompts import KnownRate, NamedRates, NewPrompt, NewPrompts, RawBlock, Vector, text_key
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, RunSettings
 from evenodds_service.errors import EmbedderNotAllowed, EmbeddingRefused
 from evenodds_service.model.embedder import Embedder, open_embedder
@@ -25,6 +25,15 @@ MOST_EMBEDDERS = 8
 """Models kept open: an instruction makes another one, some tens of MB with the built-in weights."""
 CACHED_TEXTS = 8_192
 """Texts outside of pools whose features are kept in memory: some 10 MB with the built-in embedder."""
+
+
+class CountsLike(Protocol):
+    """Successes of attempts."""
+
+    @property
+    def successes(self) -> float: ...
+    @property
+    def attempts(self) -> int: ...
 
 
 class PromptLike(Protocol):
@@ -42,6 +51,8 @@ class PromptLike(Protocol):
     def features(self) -> Mapping[str, float] | None: ...
     @property
     def prior_rate(self) -> float | None: ...
+    @property
+    def prior_rates(self) -> Mapping[str, float | CountsLike] | None: ...
 
 
 class Featurizer:
@@ -154,6 +165,7 @@ class Featurizer:
             prior_rates_N=np.array([np.nan if i.prior_rate is None else i.prior_rate for i in items], np.float32),
             surface_N_S=surface,
             embedding_N_D=embedding,
+            named_rates=NamedRates.of([_known_rates(item.prior_rates) for item in items]),
         )
 
     def _cached(self, texts: Sequence[str], embedder: Embedder | None) -> tuple[FloatArray, FloatArray]:
@@ -203,7 +215,16 @@ def new_prompt(item: PromptLike) -> NewPrompt:
         group=item.category,
         features=item.features or None,
         prior_rate=item.prior_rate,
+        prior_rates=_known_rates(item.prior_rates),
     )
+
+
+def _known_rates(told: Mapping[str, float | CountsLike] | None) -> Mapping[str, KnownRate] | None:
+    if not told:
+        return None
+    return {
+        name: rate if isinstance(rate, (int, float)) else (rate.successes, rate.attempts) for name, rate in told.items()
+    }
 
 
 def _resolved(run: Run, items: Sequence[PromptLike]) -> tuple[RunSettings, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from datetime import datetime
 
@@ -64,6 +65,7 @@ class ForkMethods(Transactions):
                 "settings": settings_to_json(kept),
                 "embedding_width": source.embedding_width,
                 "n_prompts": source.n_prompts,
+                "rate_names": json.dumps(source.rate_names) if source.rate_names else None,
                 "log_position": cut,
                 "head_step": head_step,
                 "n_observations": n_observations,

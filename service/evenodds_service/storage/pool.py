@@ -17,13 +17,14 @@ import numpy as np
 from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
 
 from evenodds_service.domain.log_entries import PoolEntry
-from evenodds_service.domain.prompts import NewPrompt, NewPrompts, Prompt, RawBlock, Vector
+from evenodds_service.domain.prompts import KnownRate, NamedRates, NewPrompt, NewPrompts, Prompt, RawBlock, Vector
 from evenodds_service.domain.settings import CALLER
 from evenodds_service.errors import (
     EmbedderFixed,
     EmbeddingWidthConflict,
     PromptConflict,
     PromptUnknown,
+    RateNamesLimit,
     RunUnknown,
 )
 from evenodds_service.storage.entries import append_entries
@@ -32,6 +33,9 @@ from evenodds_service.storage.tables import embeddings, pool_blocks, prompts, ru
 from evenodds_service.storage.transactions import Transactions, chunks, insert_or_ignore
 from evenodds_service.storage.values import PromptsAdded, Run
 from evenodds_service.storage.vectors import absent_vectors, read_vectors, store_vectors
+
+MAX_RATE_NAMES = 64
+"""Most others whose rates the prompts of one run bring along."""
 
 
 class PoolMethods(Transactions):
@@ -49,7 +53,7 @@ class PoolMethods(Transactions):
         """Add what the pool does not have; all or nothing. Takes one log position if any prompt is new.
 
         `embedder` and `embedding_width` are written to the run where it has none yet. A prompt whose id the
-        pool has counts as existing if nothing that it states (text, group, features, prior rate) differs.
+        pool has counts as existing if nothing that it states (text, group, features, prior rates) differs.
 
         Args:
             vectors: Of the new prompts' texts. Those of embedder `caller` become the run's own.
@@ -59,7 +63,8 @@ class PoolMethods(Transactions):
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
             PromptConflict: a prompt id is in the pool, or earlier in this call, with another text, category,
-                features or prior rate; names the item's position in the call and the id.
+                features or prior rates; names the item's position in the call and the id.
+            RateNamesLimit: the prompts bring rates of more others than a run may know.
             EmbedderFixed: `embedder` differs from the run's: another caller decided first.
             EmbeddingWidthConflict: `embedding_width`, or a vector of the run's embedder, differs from the
                 run's width.
@@ -136,7 +141,8 @@ class PoolMethods(Transactions):
             name = stored_embedder(embedder, run_id)
             joined = joined.outerjoin(vectors, and_(vectors.c.embedder == name, vectors.c.key == prompts.c.vector_key))
             embedding = vectors.c.vector
-        columns = (prompts.c.prompt_id, prompts.c.group, prompts.c.features, prompts.c.prior_rate)
+        told = (prompts.c.prior_rate, prompts.c.prior_rates)
+        columns = (prompts.c.prompt_id, prompts.c.group, prompts.c.features, *told)
         statement = (
             select(*columns, surfaces.c.vector, embedding, runs.c.embedding_width)
             .select_from(joined)
@@ -147,7 +153,7 @@ class PoolMethods(Transactions):
             rows = connection.execute(statement).all()
         if not rows:
             raise RunUnknown(f"run with id {run_id} does not exist: create it first")
-        width = (rows[0][6] or 0) if embedder is not None else 0
+        width = (rows[0][7] or 0) if embedder is not None else 0
         rows = [row for row in rows if row[0] is not None]  # a run without such prompts is one row without a prompt
         return RawBlock(
             first=first,
@@ -155,8 +161,9 @@ class PoolMethods(Transactions):
             groups=tuple(row[1] for row in rows),
             numeric=tuple(_features_of(row[2]) for row in rows),
             prior_rates_N=np.asarray([row[3] for row in rows], dtype=np.float32),  # None becomes NaN
-            surface_N_S=read_vectors([row[4] for row in rows], embedder=surface, default_width=0),
-            embedding_N_D=read_vectors([row[5] for row in rows], embedder=embedder or "", default_width=width),
+            surface_N_S=read_vectors([row[5] for row in rows], embedder=surface, default_width=0),
+            embedding_N_D=read_vectors([row[6] for row in rows], embedder=embedder or "", default_width=width),
+            named_rates=_named_rates([row[4] for row in rows]),
         )
 
     def save_packed_block(self, run_id: int, content: bytes, *, first: int, last: int, features: str) -> None:
@@ -227,7 +234,9 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
         twin = known.get(prompt.prompt_id)
         if twin is None:
             index = run.n_prompts + len(rows)
-            known[prompt.prompt_id] = _Known(index, prompt.text_key, prompt.group, prompt.features, prompt.prior_rate)
+            known[prompt.prompt_id] = _Known(
+                index, prompt.text_key, prompt.group, prompt.features, prompt.prior_rate, prompt.prior_rates
+            )
             rows.append(_row_of(run, index, prompt))
             continue
         attribute = _difference(twin, prompt)
@@ -241,6 +250,9 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
                 attribute=attribute,
                 earlier_in_call=twin.index >= run.n_prompts,
             )
+    _settle_rate_names(
+        connection, run, [prompt for prompt in new_prompts if known[prompt.prompt_id].index >= run.n_prompts]
+    )
     own_names = [
         replace(vector, embedder=stored_embedder(CALLER, run.id)) if vector.embedder == CALLER else vector
         for vector in new.vectors
@@ -263,6 +275,26 @@ class _Known:
     group: str | None
     features: Mapping[str, float] | None
     prior_rate: float | None
+    prior_rates: Mapping[str, KnownRate] | None
+
+
+def _settle_rate_names(connection: Connection, run: Run, fresh: Sequence[NewPrompt]) -> None:
+    """Keep the names of all whose rates the run's prompts have.
+
+    Raises:
+        RateNamesLimit: they would be more than `MAX_RATE_NAMES`.
+    """
+    names = dict.fromkeys(run.rate_names)
+    for prompt in fresh:
+        names.update(dict.fromkeys(prompt.prior_rates or ()))
+    if len(names) == len(run.rate_names):
+        return
+    if len(names) > MAX_RATE_NAMES:
+        raise RateNamesLimit(
+            f"run {run.name!r} would know prior_rates of {len(names)} others, the most is {MAX_RATE_NAMES} (the first "
+            f"too many is {list(names)[MAX_RATE_NAMES]!r}): leave some out, or join checkpoints of one model"
+        )
+    connection.execute(update(runs).where(runs.c.id == run.id).values(rate_names=json.dumps(list(names))))
 
 
 def _settle_embedder(connection: Connection, run: Run, new: NewPrompts) -> None:
@@ -299,14 +331,15 @@ def _settle_embedder(connection: Connection, run: Run, new: NewPrompts) -> None:
 
 
 def _known_prompts(connection: Connection, run_id: int, prompt_ids: Sequence[str]) -> dict[str, _Known]:
-    columns = (prompts.c.index, prompts.c.text_key, prompts.c.group, prompts.c.features, prompts.c.prior_rate)
+    told = (prompts.c.prior_rate, prompts.c.prior_rates)
+    columns = (prompts.c.index, prompts.c.text_key, prompts.c.group, prompts.c.features, *told)
     known = {}
     for some in chunks(prompt_ids):
         statement = select(prompts.c.prompt_id, *columns).where(
             prompts.c.run_id == run_id, prompts.c.prompt_id.in_(some)
         )
-        for prompt_id, index, text_key, group, features, prior_rate in connection.execute(statement):
-            known[prompt_id] = _Known(index, text_key, group, _features_of(features), prior_rate)
+        for prompt_id, index, text_key, group, features, rate, rates in connection.execute(statement):
+            known[prompt_id] = _Known(index, text_key, group, _features_of(features), rate, _rates_of(rates))
     return known
 
 
@@ -320,6 +353,8 @@ def _difference(known: _Known, prompt: NewPrompt) -> str | None:
         return "features"
     if prompt.prior_rate not in (None, known.prior_rate):
         return "prior_rate"
+    if prompt.prior_rates and dict(prompt.prior_rates) != known.prior_rates:
+        return "prior_rates"
     return None
 
 
@@ -333,6 +368,7 @@ def _row_of(run: Run, index: int, prompt: NewPrompt) -> dict[str, object]:
         "group": prompt.group,
         "features": json.dumps(dict(prompt.features), allow_nan=False) if prompt.features else None,
         "prior_rate": prompt.prior_rate,
+        "prior_rates": json.dumps(dict(prompt.prior_rates), allow_nan=False) if prompt.prior_rates else None,
         "vector_key": prompt.vector_key,
     }
 
@@ -341,6 +377,18 @@ def _features_of(stored: str | None) -> dict[str, float] | None:
     return None if stored is None else json.loads(stored)
 
 
+def _rates_of(stored: str | None) -> dict[str, KnownRate] | None:
+    if stored is None:
+        return None
+    told = json.loads(stored).items()
+    return {name: (rate[0], rate[1]) if isinstance(rate, list) else rate for name, rate in told}
+
+
+def _named_rates(stored: Sequence[str | None]) -> NamedRates:
+    return NamedRates.of([_rates_of(rates) for rates in stored])
+
+
 def _prompt_of(row: RowMapping) -> Prompt:
     values = {name: value for name, value in row.items() if name != "run_id"}
-    return Prompt(**{**values, "features": _features_of(values["features"])})
+    told = {"features": _features_of(values["features"]), "prior_rates": _rates_of(values["prior_rates"])}
+    return Prompt(**{**values, **told})

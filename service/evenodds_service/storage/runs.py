@@ -174,7 +174,8 @@ def settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
 
 
 def _run_of(row: RowMapping) -> Run:
-    return Run(**{**row, "settings": settings_from_json(row["settings"])})
+    rate_names = tuple(json.loads(row["rate_names"] or "[]"))
+    return Run(**{**row, "settings": settings_from_json(row["settings"]), "rate_names": rate_names})
 
 
 def _unknown(described: str) -> RunUnknown:

@@ -82,6 +82,7 @@ runs = Table(
     Column("void_position", BigInteger, nullable=False, server_default="0"),  # of the newest rewind or retract
     Column("fork_of", Text),  # name of the run that it started from
     Column("fork_step", BigInteger),
+    Column("rate_names", Text),  # JSON: all names among the pool's prior_rates
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("embedding_width > 0", name="embedding_width"),
     CheckConstraint(
@@ -104,6 +105,7 @@ prompts = Table(
     Column("group", Text),
     Column("features", Text),  # JSON: name -> number
     Column("prior_rate", Double),
+    Column("prior_rates", Text),  # JSON: name -> rate, or [successes, attempts]
     Column("vector_key", Text),
     PrimaryKeyConstraint("run_id", "index"),
     UniqueConstraint("run_id", "prompt_id"),

@@ -32,6 +32,7 @@ class Run:
     void_position: int = 0  # of the newest rewind or retract in the log; 0 before the first
     fork_of: str | None = None  # name of the run that it started from
     fork_step: int | None = None  # as it stood at this step; None: with everything
+    rate_names: tuple[str, ...] = ()  # who showed what the pool's prompts have among their `prior_rates`
 
 
 @dataclass(frozen=True, slots=True)

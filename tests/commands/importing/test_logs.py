@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.commands import written_logs as written
@@ -54,8 +54,9 @@ def history(service: Service, run: str, prompt_id: str) -> list[tuple[int, float
     return [(visit.step, visit.successes, visit.attempts) for visit in reversed(visits)]
 
 
-def prompts(service: Service, run: str) -> list[tuple[str, str | None, float | None]]:
-    return [(prompt.prompt_id, prompt.text, prompt.prior_rate) for prompt in service.client.prompts(run)]
+def prompts(service: Service, run: str) -> list[tuple[str, str | None, Any]]:
+    told = (prompt.model_dump() for prompt in service.client.prompts(run))
+    return [(prompt["prompt_id"], prompt["text"], prompt["prior_rates"]) for prompt in told]
 
 
 def test_outcomes_are_joined_to_the_pool_by_text_and_a_second_import_counts_nothing_twice(
@@ -168,7 +169,7 @@ def test_rates_of_a_table_become_prior_rates_and_prompts_that_are_there_are_left
 
     first, again = load(table), load(table)
 
-    reason = "prompts that the pool has with another prior rate or none, which a run keeps as it was loaded"
+    reason = "prompts that the pool has with other prior rates or none, which a run keeps as it was loaded"
     assert first[:2] == (
         0,
         [
@@ -177,7 +178,10 @@ def test_rates_of_a_table_become_prior_rates_and_prompts_that_are_there_are_left
         ],
     )
     assert again[0] == 0
-    assert prompts(service, run)[2][1:] == (Q3, 0.375)
+    assert prompts(service, run)[2][1:] == (
+        Q3,
+        {"qwen_pass_rate": 0.5, "llama_pass_rate": {"successes": 1, "attempts": 4}},
+    )
     assert len(prompts(service, run)) == 3
 
 
@@ -188,7 +192,9 @@ def test_an_evaluation_may_be_known_beforehand_and_a_training_may_not(
     training = written.verl(tmp_path / "rollouts", {1: {Q1: [1.0]}})
 
     assert load(evaluation, "--as", "prior")[0] == 0
-    assert prompts(service, run)[2] == ("arithmetic/q3", Q3, 0.5)
+    prompt_id, text, rates = prompts(service, run)[2]
+    assert (prompt_id, text) == ("arithmetic/q3", Q3)
+    assert list(rates.values()) == [{"successes": 1, "attempts": 2}]
     assert (
         "a verl log is of a policy that moves and has no one rate for each prompt" in load(training, "--as", "prior")[2]
     )

@@ -13,6 +13,7 @@ from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.prompts import NO_RATES, NamedRates
 from evenodds_service.errors import CheckpointUnusable
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def pool(make_block: MakeBlock) -> Pool:
             groups=tuple("ab"[i % 2] for i in range(120)),
             numeric=({"depth": 1.0},) * 120,
             prior_rates=rng.random(120),
+            named_rates=NamedRates.of([{f"model {j}": rng.random() for j in range(i % 10)} for i in range(120)]),
         )
     )
     pool.attach(2, {})
@@ -129,8 +131,9 @@ def test_a_checkpoint_of_another_format_is_refused() -> None:
 
 @pytest.mark.parametrize("numeric", [None, {"depth": 0.1, "length": -1e300}])
 @pytest.mark.parametrize("embedding_width", [0, 5])
+@pytest.mark.parametrize("named_rates", [NO_RATES, NamedRates.of([{"b": 0.5}, None] * 10 + [{"a": (3, 8)}] * 20)])
 def test_a_packed_block_comes_back_as_it_was(
-    make_block: MakeBlock, numeric: dict[str, float] | None, embedding_width: int
+    make_block: MakeBlock, numeric: dict[str, float] | None, embedding_width: int, named_rates: NamedRates
 ) -> None:
     rng = np.random.default_rng(0)
     embedding = rng.normal(size=(40, embedding_width))
@@ -144,6 +147,7 @@ def test_a_packed_block_comes_back_as_it_was(
             groups=tuple(("b", "ä", None)[i % 3] for i in range(40)),
             numeric=(None, numeric) * 20,
             prior_rates=np.where(rng.random(40) < 0.5, rng.random(40), np.nan),
+            named_rates=named_rates,
         )
     )
     block = taken.raw(10, 40)
@@ -156,6 +160,9 @@ def test_a_packed_block_comes_back_as_it_was(
         ours, expected = getattr(again, name), getattr(block, name)
         assert ours.dtype == expected.dtype
         np.testing.assert_array_equal(ours, expected)
+    assert again.named_rates.names == block.named_rates.names
+    np.testing.assert_array_equal(again.named_rates.rates_N_R, block.named_rates.rates_N_R)
+    np.testing.assert_array_equal(again.named_rates.attempts_N_R, block.named_rates.attempts_N_R)
 
 
 def test_bytes_that_are_no_block_are_refused(pool: Pool, entries: list[Entry]) -> None:

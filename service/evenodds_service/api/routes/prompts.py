@@ -12,14 +12,24 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 
-from evenodds.schemas import PromptId, PromptIn, PromptInfo, PromptPage, PromptsAdded, PromptsIn, PromptState, Visit
+from evenodds.schemas import (
+    KnownCounts,
+    PromptId,
+    PromptIn,
+    PromptInfo,
+    PromptPage,
+    PromptsAdded,
+    PromptsIn,
+    PromptState,
+    Visit,
+)
 from evenodds_service.api.cursors import cursor_at, place_of
 from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
 from evenodds_service.api.intervals import credible_intervals
 from evenodds_service.api.middleware.access import Caller
 from evenodds_service.api.middleware.request_body import forget, lift_limit
 from evenodds_service.api.wire import now, predictions
-from evenodds_service.domain.prompts import Prompt
+from evenodds_service.domain.prompts import KnownRate, Prompt
 from evenodds_service.errors import PromptConflict
 from evenodds_service.storage.store import Run
 
@@ -50,7 +60,7 @@ router = APIRouter(responses=PROBLEMS, tags=["prompts"])
 
 def _prompts_schema() -> dict[str, Any]:
     """Of the JSON body, whole: FastAPI lists only the models that it reads itself."""
-    schema = PromptsIn.model_json_schema()
+    schema = PromptsIn.model_json_schema(ref_template="#/components/schemas/{model}")
     schema["properties"]["prompts"]["items"] = schema.pop("$defs")["PromptIn"]
     return schema
 
@@ -234,6 +244,16 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
         "category": prompt.group,
         "features": dict(prompt.features) if prompt.features else None,
         "prior_rate": prompt.prior_rate,
+        "prior_rates": _rates_told(prompt.prior_rates),
+    }
+
+
+def _rates_told(known: Mapping[str, KnownRate] | None) -> dict[str, float | KnownCounts] | None:
+    if known is None:
+        return None
+    return {
+        name: KnownCounts(successes=rate[0], attempts=rate[1]) if isinstance(rate, tuple) else rate
+        for name, rate in known.items()
     }
 
 

@@ -47,14 +47,6 @@ class KnownRates:
     category: str | None = None
     place: str = ""
 
-    @property
-    def prior_rate(self) -> float:
-        """The mean over the columns, in [0, 1]."""
-        values = [
-            rate if isinstance(rate, float) else rate["successes"] / rate["attempts"] for rate in self.rates.values()
-        ]
-        return math.fsum(values) / len(values)
-
 
 Entry = Group | KnownRates
 

@@ -5,10 +5,12 @@ Texts are the same where nothing but Unicode form and white space tells them apa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evenodds import Client
-from evenodds_service.commands.formats.outcomes import Group, KnownRates
+from evenodds.schemas import PromptInfo
+from evenodds_service.commands.formats.outcomes import Group, KnownRates, Rate
 from evenodds_service.domain.prompts import text_key
 
 _BY_TEXT = "text:"
@@ -19,7 +21,7 @@ _BY_TEXT = "text:"
 class _Known:
     text_key: str | None
     category: str | None
-    prior_rate: float | None
+    prior_rates: Mapping[str, Rate] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +32,14 @@ class NamedPrompt:
 
     Attributes:
         is_new: The pool did not have it when the import began, nor did an earlier entry.
-        prior_rate: What the pool has; None where it has none.
+        prior_rates: What the pool has; None where it has none.
     """
 
     prompt_id: str
     text: str | None
     category: str | None
     is_new: bool
-    prior_rate: float | None
+    prior_rates: Mapping[str, Rate] | None
 
 
 class KnownPrompts:
@@ -52,7 +54,7 @@ class KnownPrompts:
             key = text_key(prompt.text) if prompt.text is not None else None
             if key is None and prompt.prompt_id.startswith(_BY_TEXT):
                 key = prompt.prompt_id.removeprefix(_BY_TEXT)
-            self._add(prompt.prompt_id, _Known(key, prompt.category, prompt.prior_rate))
+            self._add(prompt.prompt_id, _Known(key, prompt.category, _rates_of(prompt)))
 
     def named(self, entry: Group | KnownRates) -> NamedPrompt | None:
         """The entry's prompt; None where it has neither an id nor a text."""
@@ -62,9 +64,9 @@ class KnownPrompts:
             prompt_id = entry.prompt_id or (_BY_TEXT + key if key is not None else None)
             if prompt_id is None:
                 return None
-            prior_rate = entry.prior_rate if isinstance(entry, KnownRates) else None
-            self._add(prompt_id, _Known(key, entry.category, prior_rate))
-            return NamedPrompt(prompt_id, entry.text, entry.category, is_new=True, prior_rate=None)
+            prior_rates = entry.rates if isinstance(entry, KnownRates) else None
+            self._add(prompt_id, _Known(key, entry.category, prior_rates))
+            return NamedPrompt(prompt_id, entry.text, entry.category, is_new=True, prior_rates=None)
         known = self._by_id[prompt_id]
         is_same_text = known.text_key == key or (known.text_key is None and not self.keeps_text)
         return NamedPrompt(
@@ -72,7 +74,7 @@ class KnownPrompts:
             entry.text if is_same_text else None,
             entry.category if entry.category == known.category else None,
             is_new=False,
-            prior_rate=known.prior_rate,
+            prior_rates=known.prior_rates,
         )
 
     def _found(self, entry: Group | KnownRates, key: str | None) -> str | None:
@@ -87,3 +89,13 @@ class KnownPrompts:
         self._by_id[prompt_id] = known
         if known.text_key is not None:
             self._by_text.setdefault(known.text_key, prompt_id)
+
+
+def _rates_of(prompt: PromptInfo) -> Mapping[str, Rate] | None:
+    """As readers give them."""
+    if prompt.prior_rates is None:
+        return None
+    return {
+        name: rate if isinstance(rate, float) else {"successes": rate.successes, "attempts": float(rate.attempts)}
+        for name, rate in prompt.prior_rates.items()
+    }

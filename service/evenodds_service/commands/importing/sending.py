@@ -6,7 +6,6 @@ Each report has an id made of where its content stands, so that a repetition cou
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -146,7 +145,7 @@ def send_rates(
     sent: Sent,
     advance: Callable[[], None],
 ) -> None:
-    """Add every prompt of the log with its known rate, the mean of its columns, as `prior_rate`.
+    """Add every prompt of the log with its known rates, by the names of its columns, as `prior_rates`.
 
     A prompt that the pool has keeps what it was loaded with: it is left out unless that is the same.
 
@@ -169,13 +168,13 @@ def send_rates(
             prompt = known.named(rates)
             if prompt is None:
                 continue
-            if not prompt.is_new and not _is_same(prompt.prior_rate, rates.prior_rate):
-                reason = "prompts that the pool has with another prior rate or none, which a run keeps as it was loaded"
+            if not prompt.is_new and prompt.prior_rates != dict(rates.rates):
+                reason = "prompts that the pool has with other prior rates or none, which a run keeps as it was loaded"
                 tally.leave_out(reason, rates.place)
                 continue
             row = {"prompt_id": prompt.prompt_id, "text": prompt.text, "category": prompt.category}
             try:
-                batch.append(PromptIn.model_validate(row | {"prior_rate": rates.prior_rate}))
+                batch.append(PromptIn.model_validate(row | {"prior_rates": rates.rates}))
             except ValidationError as error:
                 tally.leave_out(_not_storable(error), rates.place)
                 continue
@@ -234,10 +233,6 @@ def _observation(group: Group, known: KnownPrompts, sent: Sent, tally: Tally) ->
         return None
     sent.count(prompt)
     return observation
-
-
-def _is_same(one: float | None, other: float) -> bool:
-    return one is not None and math.isclose(one, other, rel_tol=1e-9)
 
 
 def _attempts(observation: Observation) -> int:

@@ -19,11 +19,12 @@ import numpy as np
 
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.guardrails import Guardrails
+from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.mixture import Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import Tallies
-from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
 FORMAT = 7
@@ -31,11 +32,13 @@ BLOCK_FORMAT = 1
 _SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", "float"))
 _ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))
 _BASIS = "basis_"
-_REGRESSIONS = ("surface", "embedding", "stack")
+_COLUMNS = "columns_"
+_REGRESSIONS = ("surface", "embedding", "stack", "runs")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 _COUNTED: dict[str, tuple[str, Any]] = {"tallies": ("record", Tallies), "guardrails": ("rails", Guardrails)}
 """Fields that are stored value by value, under the names that they were first stored under."""
 _BLOCK_ARRAYS = ("prior_rates_N", "surface_N_S", "embedding_N_D")
+_RATE_ARRAYS = ("rates_N_R", "attempts_N_R")
 
 
 def to_bytes(state: State) -> bytes:
@@ -48,6 +51,9 @@ def to_bytes(state: State) -> bytes:
     if state.basis is not None:
         header["basis"], basis_arrays = state.basis.to_arrays()
         arrays |= {f"{_BASIS}{name}": array for name, array in basis_arrays.items()}
+    if state.columns is not None:
+        header["columns"], column_arrays = state.columns.to_arrays()
+        arrays |= {f"{_COLUMNS}{name}": array for name, array in column_arrays.items()}
     for which in _REGRESSIONS:
         regression = getattr(state, which)
         if regression is not None:
@@ -86,6 +92,9 @@ def _state_of(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> State:
     if "basis" in header:
         parts = {name.removeprefix(_BASIS): array for name, array in arrays.items() if name.startswith(_BASIS)}
         state.basis = Basis.from_arrays(header["basis"], parts)
+    if "columns" in header:
+        parts = {name.removeprefix(_COLUMNS): array for name, array in arrays.items() if name.startswith(_COLUMNS)}
+        state.columns = RateColumns.from_arrays(header["columns"], parts)
     for which in _REGRESSIONS:
         if f"{which}_weights" in arrays:
             setattr(state, which, OnlineLogistic(*(arrays[f"{which}_{name}"] for name in _REGRESSION_ARRAYS)))
@@ -107,6 +116,9 @@ def block_to_bytes(block: RawBlock) -> bytes:
         "numeric": [features and dict(features) for features in block.numeric] if any(block.numeric) else None,
     }
     arrays = {name: getattr(block, name) for name in _BLOCK_ARRAYS}
+    if block.named_rates.names:
+        header["rate_names"] = block.named_rates.names
+        arrays |= {name: getattr(block.named_rates, name) for name in _RATE_ARRAYS}
     arrays["group_codes"] = np.fromiter(map(code.__getitem__, block.groups), dtype=np.int32, count=len(block.groups))
     return _packed(header, arrays)
 
@@ -128,9 +140,17 @@ def block_from_bytes(content: bytes) -> RawBlock:
             groups=tuple(map(names.__getitem__, arrays["group_codes"].tolist())),
             numeric=tuple(header["numeric"] or (None,) * n),
             **{name: arrays[name] for name in _BLOCK_ARRAYS},
+            named_rates=_named_rates(header, arrays),
         )
     except Exception as error:  # bytes that were damaged may hold anything
         raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error!r:.200}") from error
+
+
+def _named_rates(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> NamedRates:
+    """Of the block; blocks that were packed before there were any do not speak of them."""
+    if "rate_names" not in header:
+        return NO_RATES
+    return NamedRates(tuple(header["rate_names"]), *(arrays[name] for name in _RATE_ARRAYS))
 
 
 def _packed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:

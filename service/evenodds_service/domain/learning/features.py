@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
+from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.regression import FEATURE_STEP
-from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.prompts import NO_RATES, UNNAMED, FittedPrior, NamedRates, RawBlock
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64
@@ -53,6 +54,9 @@ class Pool:
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
         self._prior_rates = np.empty(0, dtype=np.float32)
+        self._told = NO_RATES
+        self._first_told: dict[str, int] = {}  # by who told it: the first prompt
+        self._known: tuple[RateColumns, FloatArray] | None = None
         self._matrix: tuple[Basis, FloatArray, IntArray] | None = None  # with how many rows of each chunk are done
         self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
 
@@ -62,6 +66,7 @@ class Pool:
         self._embedding = _with_rows(self._embedding, self.n, n)
         self._prior_rates = _with_rows(self._prior_rates, self.n, n)
         self._codes = _with_rows(self._codes, self.n, n)
+        self._told = _with_rates(self._told, self.n, n, ())
 
     def append(self, block: RawBlock) -> None:
         """Append consecutive prompts. A block without vectors (width 0) counts as rows of NaN.
@@ -80,6 +85,7 @@ class Pool:
         self._surface = _append(self._surface, self.n, surface)
         self._embedding = _append(self._embedding, self.n, embedding)
         self._prior_rates = _append(self._prior_rates, self.n, block.prior_rates_N)
+        self._append_told(block.told, n)
         self.index.update(zip(block.prompt_ids, range(self.n, self.n + n), strict=True))
         self.prompt_ids.extend(block.prompt_ids)
         codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in block.groups]
@@ -99,7 +105,34 @@ class Pool:
             prior_rates_N=self._prior_rates[first:last],
             surface_N_S=self._surface[first:last],
             embedding_N_D=self._embedding[first:last],
+            named_rates=self._named(first, last),
         )
+
+    def _named(self, first: int, last: int) -> NamedRates:
+        names = tuple(name for name in self._told.names if name != UNNAMED)
+        if not names:
+            return NO_RATES
+        columns = [self._told.names.index(name) for name in names]
+        told = self._told[first:last]
+        return NamedRates(names, told.rates_N_R[:, columns], told.attempts_N_R[:, columns])
+
+    def _append_told(self, new: NamedRates, n: int) -> None:
+        """Write what others showed on the next n prompts. Costs nothing while nobody has shown anything."""
+        tells = np.isfinite(new.rates_N_R)
+        tellers = [i for i in range(len(new.names)) if tells[:, i].any()]
+        for i in tellers:
+            self._first_told.setdefault(new.names[i], self.n + int(tells[:, i].argmax()))
+        fresh = tuple(new.names[i] for i in tellers if new.names[i] not in self._told.names)
+        if not (fresh or self._told.names):
+            return
+        needed, room = self.n + n, len(self._told.rates_N_R)
+        self._told = _with_rates(self._told, self.n, max(needed, 2 * room) if needed > room else room, fresh)
+        here = slice(self.n, needed)
+        self._told.rates_N_R[here], self._told.attempts_N_R[here] = np.nan, 1.0
+        for i in tellers:
+            column = self._told.names.index(new.names[i])
+            self._told.rates_N_R[here, column] = new.rates_N_R[:, i]
+            self._told.attempts_N_R[here, column] = new.attempts_N_R[:, i]
 
     def view(self, basis: Basis | None) -> Pool:
         """The pool as it stands, for whoever reads at length while it grows and takes other priors. Copies nothing."""
@@ -141,6 +174,28 @@ class Pool:
     def prior_rates(self, n: int) -> FloatArray:
         """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
         return self._prior_rates[:n]
+
+    def tellers(self, n: int) -> tuple[str, ...]:
+        """Who has shown something on the first n prompts, in the order of the first that they did."""
+        firsts = sorted((first, name) for name, first in self._first_told.items() if first < n)
+        return tuple(name for _, name in firsts)
+
+    def told(self, names: tuple[str, ...], rows: IntArray | slice) -> NamedRates:
+        """What these showed on these prompts."""
+        columns = [self._told.names.index(name) for name in names]
+        rates_n_R, attempts_n_R = self._told.rates_N_R[: self.n][rows], self._told.attempts_N_R[: self.n][rows]
+        return NamedRates(names, _rows_of(rates_n_R, columns), _rows_of(attempts_n_R, columns))
+
+    def known(self, columns: RateColumns, rows: IntArray | slice) -> FloatArray:
+        """What is known of these prompts as inputs of a regression, float32 [n, columns.width]; kept."""
+        kept = self._known
+        if kept is None or kept[0] is not columns:
+            kept = (columns, np.empty((0, columns.width), dtype=np.float32))
+        if len(kept[1]) < self.n:
+            missing = columns.project(self.told(columns.names, slice(len(kept[1]), self.n)))
+            kept = (columns, np.concatenate((kept[1], missing)))
+        self._known = kept
+        return kept[1][rows]
 
     def rows(self, basis: Basis, rows: IntArray | slice) -> FloatArray:
         """Projected features of these prompts, float32 [n, d]; kept. Those of others need not be there."""
@@ -206,6 +261,24 @@ def _with_rows(array: NDArray[ScalarT], n: int, rows: int) -> NDArray[ScalarT]:
     grown = np.empty((rows, *array.shape[1:]), dtype=array.dtype)
     grown[:n] = array[:n]
     return grown
+
+
+def _with_rates(told: NamedRates, n: int, rows: int, fresh: tuple[str, ...]) -> NamedRates:
+    """The first n rows, with columns for fresh names, and room for `rows` at least."""
+    if not fresh and (rows <= len(told.rates_N_R) or not told.names):
+        return told
+    names = told.names + fresh
+    shape = (max(rows, len(told.rates_N_R)), len(names))
+    rates_N_R, attempts_N_R = np.full(shape, np.nan, dtype=np.float32), np.ones(shape, dtype=np.float32)
+    if told.names:
+        rates_N_R[:n, : len(told.names)] = told.rates_N_R[:n]
+        attempts_N_R[:n, : len(told.names)] = told.attempts_N_R[:n]
+    return NamedRates(names, rates_N_R, attempts_N_R)
+
+
+def _rows_of(values_n_R: FloatArray, columns: list[int]) -> FloatArray:
+    """These columns, row by row in memory: sums along a row are then the same for every number of rows."""
+    return np.ascontiguousarray(values_n_R[:, columns])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

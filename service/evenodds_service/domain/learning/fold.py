@@ -12,9 +12,27 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Basis, Pool
-from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, STACKED
-from evenodds_service.domain.learning.prediction import _aged, _mixed, _own, _priors_of, _stackable, beliefs_of
-from evenodds_service.domain.learning.regression import OnlineLogistic, effective_count, further_count
+from evenodds_service.domain.learning.known_rates import (
+    FIRST_COMPARISON,
+    MOST_COLUMNS,
+    RateColumns,
+)
+from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, RUNS, STACKED
+from evenodds_service.domain.learning.prediction import (
+    _aged,
+    _mixed,
+    _own,
+    _priors_of,
+    _stackable,
+    beliefs_of,
+    running_mean,
+)
+from evenodds_service.domain.learning.regression import (
+    SLOPE_VARIANCE,
+    OnlineLogistic,
+    effective_count,
+    further_count,
+)
 from evenodds_service.domain.learning.state import State, _grow, present
 from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 
@@ -22,6 +40,8 @@ REGRESSION_KEEP = 0.98
 CALIBRATION_KEEP = 0.95
 RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
+RUNS_SHARE = 0.7
+"""Of the stack's weights at its start, where others have shown something."""
 
 LOOKED_AT = 2_048
 """Prompts, spread evenly over the pool, from whose beliefs the tallies keep how those moved."""
@@ -45,6 +65,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     if isinstance(entry, PoolEntry):
         _grow(state, entry.n_prompts)
         _ensure_basis(state, pool)
+        _ensure_columns(state, pool)
         _admit(state, pool)
     elif isinstance(entry, ObserveEntry):
         _known(state, entry.prompts)
@@ -55,7 +76,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     elif isinstance(entry, SnapshotEntry):
         state.model_version = entry.version
         if state.stack is None and _stackable(_mixed(state, pool)):
-            state.stack = OnlineLogistic.averaging(1 + len(FITTED))
+            state.stack = _new_stack(state)
         _admit(state, pool)
     state.position = entry.position
     return state
@@ -136,6 +157,8 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         if known.any():
             # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
             state.stack.update(stack_inputs[known], k[known], counts[known], further_count(counts, before)[known])
+    if state.columns is not None and state.runs is not None:
+        _learn_from_others(state, state.columns, state.runs, pool, prompts, k, counts)
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
@@ -170,7 +193,8 @@ def _forget(state: State) -> None:
     state.running_counts *= REGRESSION_KEEP
     state.found_informative *= CALIBRATION_KEEP
     state.foreseen_informative *= CALIBRATION_KEEP
-    for regression in (state.surface, state.embedding, state.stack):
+    state.closeness_R *= REGRESSION_KEEP
+    for regression in (state.surface, state.embedding, state.stack, state.runs):
         if regression is not None:
             regression.forget(REGRESSION_KEEP)
 
@@ -237,6 +261,72 @@ def _ensure_basis(state: State, pool: Pool) -> None:
     state.basis, state.surface, state.embedding = fresh, surface, embedding
 
 
+def _ensure_columns(state: State, pool: Pool) -> None:
+    """Derive the columns of what others showed, and again when there are others or the pool has doubled.
+
+    Costs nothing in a pool of which nothing is known.
+    """
+    columns, names = state.columns, pool.tellers(state.n_prompts)
+    if not names or (columns is not None and columns.names == names and state.n_prompts < 2 * columns.n_prompts):
+        return
+    fresh = RateColumns.of(pool.told(names, slice(0, state.n_prompts)))
+    if columns is None:
+        state.columns, state.runs = fresh, fresh.regression()
+        state.closeness_R = np.zeros(len(names))
+        if state.stack is not None:
+            state.stack = state.stack.widened()
+        return
+    closeness = dict(zip(columns.names, state.closeness_R.tolist(), strict=True))
+    usual = state.closeness_R.sum() / len(state.closeness_R)
+    state.closeness_R = np.array([closeness.get(name, usual) for name in names])
+    _read(state, pool, fresh.keeping(columns))
+
+
+def _read(state: State, pool: Pool, columns: RateColumns) -> None:
+    """Read these columns from here on; what was learned on the present ones is carried over."""
+    before, runs = state.columns, state.runs
+    assert before is not None  # there are columns from the first known rate on, and their regression
+    assert runs is not None
+    rows = slice(0, state.n_prompts)
+    old_x, new_x = before.project(pool.told(before.names, rows)), pool.known(columns, rows)
+    both = np.flatnonzero(np.isfinite(old_x[:, 0]) & np.isfinite(new_x[:, 0]))[:BASIS_ENOUGH]
+    state.columns, state.runs = columns, columns.regression()
+    state.runs.adopt(runs, old_x[both], new_x[both])
+
+
+def _learn_from_others(
+    state: State,
+    columns: RateColumns,
+    runs: OnlineLogistic,
+    pool: Pool,
+    prompts: IntArray,
+    k: FloatArray,
+    counts: FloatArray,
+) -> None:
+    """Learn from these outcomes how far this policy is like the others, and, if they are many, like which of them."""
+    x = pool.known(columns, prompts)
+    told = np.isfinite(x[:, 0])
+    if not told.any():
+        return
+    runs.update(x[told], k[told], counts[told])
+    if len(columns.names) <= MOST_COLUMNS:
+        return
+    log_odds = columns.log_odds(pool.told(columns.names, prompts[told]))
+    state.closeness_R = state.closeness_R + columns.foreseen(log_odds, k[told], counts[told], running_mean(state))
+    state.n_compared += int(told.sum())
+    if state.n_compared >= max(FIRST_COMPARISON, 2 * columns.n_compared):
+        _read(state, pool, columns.reading(state.closeness_R, state.n_compared))
+
+
+def _new_stack(state: State) -> OnlineLogistic:
+    """Starts as the mean of its inputs' log-odds; what others showed, where something is known, counts most."""
+    if state.runs is None:
+        return OnlineLogistic.averaging(1 + len(FITTED))
+    rest = (1.0 - RUNS_SHARE) / (1 + len(FITTED))
+    slopes = np.array([rest] * (1 + len(FITTED)) + [RUNS_SHARE])
+    return OnlineLogistic.starting(slopes, np.full(len(slopes), SLOPE_VARIANCE))
+
+
 def _admit(state: State, pool: Pool) -> None:
     """Let the priors that have something to say since take part in the mixture."""
     absent = set(FITTED) - set(_mixed(state, pool))
@@ -244,6 +334,8 @@ def _admit(state: State, pool: Pool) -> None:
         absent.add(STACKED)
     if state.embedding is None:
         absent.add("embedding")
+    if state.runs is None:
+        absent.add(RUNS)
     if not np.isfinite(pool.prior_rates(state.n_prompts)).any():
         absent.add("caller")
     state.mixture.admit(present(*absent))

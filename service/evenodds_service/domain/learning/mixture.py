@@ -22,11 +22,13 @@ MEMORIES = (1.0, 0.8, 0.5, 1.0, 1.0)
 """What a prompt's evidence is multiplied with at its next visit."""
 AGEING = (1.0, 1.0, 1.0, 0.95, 0.85)
 """The same for each step that the policy has moved on since the last visit, be there another visit or not."""
-PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent", "stacked")
+PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent", "stacked", "runs")
 FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
 STACKED = "stacked"
 """The online regression's and the fitted priors' log-odds, weighed and shifted by what was observed since."""
+RUNS = "runs"
+"""What others showed on the same prompts, weighed and shifted to this policy by what was observed."""
 SHAPED = (*FITTED, STACKED)
 """Priors whose strengths have a scale for each prompt."""
 MATCHED = 2.0

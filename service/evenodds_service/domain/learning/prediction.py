@@ -13,9 +13,10 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.mixture import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, STACKED, Experts
+from evenodds_service.domain.learning.mixture import AGEING, FITTED, MATCHED, MEMORIES, PRIORS, RUNS, STACKED, Experts
+from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.prompts import FittedPrior
+from evenodds_service.domain.prompts import FittedPrior, NamedRates
 
 BLOCK = 16_384
 """Prompts whose beliefs are computed together: their arrays stay in the processor's cache."""
@@ -32,6 +33,7 @@ def shared_priors(
     fitted: Mapping[str, FittedPrior],
     wanted: BoolArray,
     rows: IntArray | slice | None = None,
+    known_n_c: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray, FloatArray | None]:
     """What each shared prior says about n prompts.
 
@@ -45,6 +47,8 @@ def shared_priors(
             stands in).
         wanted: Which priors are asked for, bool [C]; the means of others may be left at the running mean.
         rows: Which of the prompts that `fitted` speaks of these n are; without it they are the same ones.
+        known_n_c: What others showed, as inputs of `runs`; rows of NaN where nothing is known (the online regression
+            stands in). None: nothing of any.
 
     Returns:
         Mean success rates [C, n] in (0, 1); what each prior's strengths are multiplied with, [C, n]; and the stack's
@@ -62,18 +66,25 @@ def shared_priors(
     read = [name for name in FITTED if name in fitted and (wanted[PRIORS.index(name)] or stack is not None)]
     priors = {name: rows_of(fitted[name], slice(0, n) if rows is None else rows) for name in read}
     newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
+    runs = state.runs if wanted[PRIORS.index(RUNS)] or stack is not None else None
+    told = np.zeros(n, dtype=np.bool_) if runs is None or known_n_c is None else np.isfinite(known_n_c[:, 0])
+    newer |= runs is not None and not told.all()
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
         means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
     if state.embedding is not None and (wanted[PRIORS.index("embedding")] or newer):
         means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
+    if runs is not None:
+        means_C_n[PRIORS.index(RUNS)] = means_C_n[stand_in]
+        if known_n_c is not None and told.any():
+            means_C_n[PRIORS.index(RUNS), told] = runs.predict(known_n_c[told])
     for name, prior in priors.items():
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
         scales_C_n[c] = np.where(known, prior.concentrations_N / MATCHED, 1.0)
     if stack is None:
         return means_C_n, scales_C_n, None
-    inputs = _log_odds(state, x_n_d, priors)
+    inputs = _log_odds(state, stack, x_n_d, priors, known_n_c)
     c, stacked = PRIORS.index(STACKED), stack.mode(inputs)
     known = np.isfinite(stacked)
     means_C_n[c] = np.where(known, stacked, means_C_n[stand_in])
@@ -86,17 +97,29 @@ def _stackable(fitted: Mapping[str, FittedPrior]) -> bool:
     return all(name in fitted for name in FITTED)
 
 
-def _log_odds(state: State, x_n_d: FloatArray, fitted: Mapping[str, FittedPrior]) -> FloatArray:
-    """Inputs of the stack, float32 [n, 2 + fitted priors]: 1, the online regression's and the fitted priors' log-odds.
+def _log_odds(
+    state: State,
+    stack: OnlineLogistic,
+    x_n_d: FloatArray,
+    fitted: Mapping[str, FittedPrior],
+    known_n_c: FloatArray | None,
+) -> FloatArray:
+    """Inputs of the stack, float32: 1, log-odds of the online regression, of the fitted priors and, if read, of `runs`.
 
-    NaN for prompts that are newer than the snapshot.
+    NaN for prompts that are newer than the snapshot. Where others have shown nothing, `runs` says what the rest says on
+    average.
     """
     online = state.embedding or state.surface
     assert online is not None  # there are features, so there are regressions
     means = np.clip(np.stack([fitted[name].means_N for name in FITTED], axis=1), 1e-3, 1.0 - 1e-3)
-    inputs = np.ones((len(means), 2 + len(FITTED)), dtype=np.float32)
+    inputs = np.ones((len(means), len(stack.weights)), dtype=np.float32)
     inputs[:, 1] = online.log_odds(x_n_d[:, : len(online.weights)])
-    inputs[:, 2:] = exact.log_odds(means)
+    inputs[:, 2 : 2 + len(FITTED)] = exact.log_odds(means)
+    if state.runs is not None and len(stack.weights) > 2 + len(FITTED):
+        inputs[:, -1] = inputs[:, 1:-1].sum(axis=1) / np.float32(1 + len(FITTED))
+        if known_n_c is not None:
+            told = np.isfinite(known_n_c[:, 0])
+            inputs[told, -1] = state.runs.log_odds(known_n_c[told])
     return inputs
 
 
@@ -165,18 +188,20 @@ def _inputs(
 
 
 def new_prompt_beliefs(
-    state: State, x_n_d: FloatArray | None, prior_rates_n: FloatArray, fitted: Mapping[str, FittedPrior]
+    state: State, x_n_d: FloatArray | None, told: NamedRates, fitted: Mapping[str, FittedPrior]
 ) -> tuple[FloatArray, FloatArray, Experts]:
     """The `gps` belief about prompts outside the pool, as `mixed_beliefs_of`.
 
     Args:
-        x_n_d, prior_rates_n: As in `shared_priors`.
+        x_n_d: As in `shared_priors`.
+        told: What others showed, the one behind `prior_rate` first.
         fitted: What the state's snapshot says about them.
     """
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
-    means_C_n, scales_C_n, _ = shared_priors(state, x_n_d, prior_rates_n, fitted, wanted)
-    none = np.zeros((len(MEMORIES), len(prior_rates_n)), dtype=np.float32)
+    known = state.columns.project(told) if state.columns is not None else None
+    means_C_n, scales_C_n, _ = shared_priors(state, x_n_d, told.rates_N_R[:, 0], fitted, wanted, known_n_c=known)
+    none = np.zeros((len(MEMORIES), len(told.rates_N_R)), dtype=np.float32)
     inputs = (means_C_n, none, none, scales_C_n)
     return *mixture.predict(weights, *inputs), mixture.experts(weights, *inputs)
 
@@ -185,7 +210,9 @@ def _priors_of(
     state: State, pool: Pool, rows: IntArray | slice, x_n_d: FloatArray | None, wanted: BoolArray
 ) -> tuple[FloatArray, FloatArray, FloatArray | None]:
     """`shared_priors` of these prompts of the pool, whose features are x, under the state's snapshot."""
-    return shared_priors(state, x_n_d, pool.prior_rates(state.n_prompts)[rows], _mixed(state, pool), wanted, rows)
+    known = pool.known(state.columns, rows) if state.columns is not None else None
+    rates_n = pool.prior_rates(state.n_prompts)[rows]
+    return shared_priors(state, x_n_d, rates_n, _mixed(state, pool), wanted, rows, known)
 
 
 def _mixed(state: State, pool: Pool) -> Mapping[str, FittedPrior]:

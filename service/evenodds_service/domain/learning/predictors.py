@@ -109,7 +109,7 @@ class Gps(Predictor):
 
     def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
         x_n_d = state.basis.project(as_kept(block)) if state.basis is not None else None
-        return new_prompt_beliefs(state, x_n_d, block.prior_rates_N, fitted(x_n_d))
+        return new_prompt_beliefs(state, x_n_d, block.told, fitted(x_n_d))
 
 
 class GpsPaper(Predictor):

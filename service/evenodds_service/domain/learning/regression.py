@@ -49,11 +49,21 @@ class OnlineLogistic:
     @staticmethod
     def averaging(n_inputs: int) -> OnlineLogistic:
         """Starts as the mean of `n_inputs` log-odds, columns 1 .. n_inputs, with an offset of 0."""
-        prior_precision = np.full(1 + n_inputs, 1.0 / SLOPE_VARIANCE)
-        prior_precision[0] = 1.0 / INTERCEPT_VARIANCE
-        weights = np.full(1 + n_inputs, 1.0 / n_inputs)
-        weights[0] = 0.0
-        return OnlineLogistic(weights, np.diag(prior_precision), prior_precision)
+        return OnlineLogistic.starting(np.full(n_inputs, 1.0 / n_inputs), np.full(n_inputs, SLOPE_VARIANCE))
+
+    @staticmethod
+    def starting(slopes: FloatArray, variances: FloatArray) -> OnlineLogistic:
+        """Starts with these weights of columns 1 .. d-1, each with its prior variance, and an offset of 0."""
+        prior_precision = np.concatenate(([1.0 / INTERCEPT_VARIANCE], 1.0 / variances))
+        return OnlineLogistic(np.concatenate(([0.0], slopes)), np.diag(prior_precision), prior_precision)
+
+    def widened(self) -> OnlineLogistic:
+        """The same with one more column, whose weight starts at 0."""
+        d = len(self.weights)
+        prior_precision = np.append(self.prior_precision, 1.0 / SLOPE_VARIANCE)
+        precision = np.diag(prior_precision)
+        precision[:d, :d] = self.precision
+        return OnlineLogistic(np.append(self.weights, 0.0), precision, prior_precision)
 
     def forget(self, keep: float) -> None:
         """L <- keep L + (1 - keep) L0: older evidence counts less, the prior stays."""

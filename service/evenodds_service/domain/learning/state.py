@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.guardrails import Guardrails
-from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, STACKED, Mixture
+from evenodds_service.domain.learning.known_rates import RateColumns
+from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, RUNS, STACKED, Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.tallies import Tallies
 
@@ -22,7 +23,12 @@ class State:
     """The fold of a run's log up to `position`.
 
     Attributes:
-        stack: Weighs the log-odds of the online regression and of the fitted priors; None before the first snapshot.
+        stack: Weighs the log-odds of the online regression, of the fitted priors, and of `runs` once there is one; None
+            before the first snapshot.
+        columns: How what others showed on the pool's prompts becomes inputs of `runs`; None where nothing is known.
+        runs: The regression on these columns.
+        closeness_R: How well each of them foresaw the outcomes, older ones counting less; kept where they are many.
+        n_compared: Over how many prompts.
         successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
@@ -42,10 +48,16 @@ class State:
     n_observations: int = 0
     model_version: int = 0
     basis: Basis | None = None
-    mixture: Mixture = field(default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED, STACKED)))
+    mixture: Mixture = field(
+        default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED, STACKED, RUNS))
+    )
     surface: OnlineLogistic | None = None
     embedding: OnlineLogistic | None = None
     stack: OnlineLogistic | None = None
+    columns: RateColumns | None = None
+    runs: OnlineLogistic | None = None
+    closeness_R: FloatArray = field(default_factory=lambda: np.zeros(0))
+    n_compared: int = 0
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))

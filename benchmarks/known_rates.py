@@ -1,0 +1,130 @@
+"""What other models' pass rates are worth to a run, sent as `prior_rates` with its prompts.
+
+    python -m benchmarks.known_rates FOLDER [--models k50] [--history 0 1 2 5] [--mean]   (or EVENODDS_DATA=FOLDER)
+
+FOLDER holds a table of models (`math_qwen_multisample`, `bigcodebench_models`). Three of its models, weak, middle and
+strong, are the policy of a new run each: 128 random prompts a step, 8 attempts drawn at the recorded rates. R other
+models, drawn by chance, none of the policy's own base model (the name before `@`), showed `--attempts` attempts on each
+prompt beforehand. With one recorded sample a model, the policy is the mean of the ten models around the chosen one, and
+none of these is among the others. The shared model is refitted before each measurement.
+
+Figures by visits a prompt: Spearman over the pool and over prompts never seen, log loss (nats an attempt) of the pool,
+and the mean chance of an informative group among the best 256 that were never seen (256 of the forecast).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from benchmarks.contenders import Gps
+from benchmarks.loops import log_loss
+from benchmarks.worlds import World, world_of
+
+from evenodds_service.commands.replay.recordings import Recording, read_recording
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.prompts import NamedRates
+from evenodds_service.domain.ranks import spearman
+
+VISITS = (0.0, 0.25, 0.5, 1.0, 2.0)
+BATCH, GROUP_SIZE, BEST, AROUND = 128, 8, 256, 5
+POLICIES = (0.2, 0.5, 0.8)
+"""Which of the models from weak to strong are the policies."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=os.environ.get("EVENODDS_DATA"))
+    parser.add_argument("--history", nargs="+", type=int, default=[0, 1, 2, 5, 20], help="others, 0: none")
+    parser.add_argument("--attempts", type=int, default=8, help="of each other on each prompt")
+    parser.add_argument("--prompts", type=int, default=1_500, help="of the table, drawn by chance")
+    parser.add_argument("--models", default="", help="only models whose name contains this, say k50")
+    parser.add_argument("--mean", action="store_true", help="send the mean of the others as prior_rate instead")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.folder is None:
+        parser.error("name the folder of a table of models, or set EVENODDS_DATA")
+    recording = read_recording(Path(arguments.folder), models=arguments.models)
+    world = world_of(_some(recording, arguments.prompts, arguments.seed))
+    sys.stdout.write("| R | figure | " + " | ".join(f"{visits:g}" for visits in VISITS) + " |\n")
+    for n_others in arguments.history:
+        runs = [_run(world, share, n_others, arguments) for share in POLICIES]
+        for name in runs[0]:
+            cells = np.mean([run[name] for run in runs], axis=0)
+            sys.stdout.write(f"| {n_others} | {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |\n")
+        sys.stdout.flush()
+
+
+def _some(recording: Recording, n: int, seed: int) -> Recording:
+    """The recording of n random prompts."""
+    n = min(n, recording.n_prompts)
+    rows = np.sort(np.random.default_rng([seed, 1]).choice(recording.n_prompts, size=n, replace=False))
+    return replace(
+        recording,
+        prompts=tuple(recording.prompts[i] for i in rows.tolist()),
+        successes_V_N=recording.successes_V_N[:, rows],
+        attempts_V_N=recording.attempts_V_N[:, rows],
+    )
+
+
+def _run(world: World, share: float, n_others: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """One policy's run: each figure after so many visits a prompt."""
+    recording, n = world.recording, world.n_prompts
+    rates_V_N = recording.successes_V_N / recording.attempts_V_N
+    chosen = round(share * (len(recording.stages) - 1))
+    if recording.attempts_V_N.max() == 1:
+        first = min(max(chosen - AROUND, 0), len(recording.stages) - 2 * AROUND)
+        own = list(range(first, first + 2 * AROUND))
+    else:
+        base = _base(recording.stages[chosen])
+        own = [v for v, stage in enumerate(recording.stages) if v == chosen or _base(stage) == base]
+    rates_N = rates_V_N[own].mean(axis=0) if recording.attempts_V_N.max() == 1 else rates_V_N[chosen]
+    chance = np.random.default_rng([arguments.seed, chosen])
+    others = chance.permutation([v for v in range(len(recording.stages)) if v not in own])[:n_others]
+    shown = chance.binomial(arguments.attempts, rates_V_N[others]) if n_others else np.zeros((0, n))
+    attempts = np.float64(arguments.attempts)
+    if n_others and arguments.mean:
+        world = replace(world, prior_rates_N=shown.mean(axis=0) / attempts)
+    elif n_others:
+        names = tuple(recording.stages[v] for v in others.tolist())
+        counts = np.full((n, n_others), attempts, dtype=np.float32)
+        world = replace(world, named_rates=NamedRates(names, (shown.T / attempts).astype(np.float32), counts))
+    method = Gps(world)
+    seen = np.zeros(n, dtype=bool)
+    informative_N = 1.0 - rates_N**GROUP_SIZE - (1.0 - rates_N) ** GROUP_SIZE
+    figures: dict[str, list[float]] = {name: [] for name in ("spearman", "never seen", "log loss", "best never seen")}
+    step = 0
+    for visits in VISITS:
+        while step * BATCH < visits * n:
+            prompts = np.sort(chance.choice(n, size=BATCH, replace=False))
+            k = chance.binomial(GROUP_SIZE, rates_N[prompts]).astype(np.float64)
+            method.observe(step, prompts, k, np.full(BATCH, float(GROUP_SIZE)))
+            seen[prompts] = True
+            step += 1
+        if step:
+            method.refit(step)
+        _measure(figures, method, seen, rates_N, informative_N)
+    return figures
+
+
+def _measure(
+    figures: dict[str, list[float]], method: Gps, seen: BoolArray, rates_N: FloatArray, informative_N: FloatArray
+) -> None:
+    forecast, never = method.predict(), np.flatnonzero(~seen)
+    best: IntArray = never[np.argsort(-forecast.informative_N[never], kind="stable")[:BEST]]
+    figures["spearman"].append(spearman(forecast.mean_N, rates_N))
+    figures["never seen"].append(spearman(forecast.mean_N[never], rates_N[never]) if len(never) > BEST else np.nan)
+    figures["log loss"].append(log_loss(forecast.mean_N, rates_N))
+    figures["best never seen"].append(float(informative_N[best].mean()) if len(never) > BEST else np.nan)
+
+
+def _base(stage: str) -> str:
+    return stage.partition("@")[0]
+
+
+if __name__ == "__main__":
+    main()
