@@ -17,7 +17,8 @@ from benchmarks.contenders import Gps, GpsPaper, Parts
 from benchmarks.rivals import Forecast, Method, MoPPS, Uniform
 from benchmarks.worlds import World
 
-from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain import exact
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.prediction import beliefs_of
@@ -25,7 +26,7 @@ from evenodds_service.domain.log_entries import SelectEntry
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
 from evenodds_service.domain.selection.fill import Calibration, Fill, filled
-from evenodds_service.domain.selection.pickers import Good, InProportion, Likeness, MostUnlike, Picker
+from evenodds_service.domain.selection.pickers import DRAWN, Good, Likeness, MostUnlike, Picker, best
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
 from evenodds_service.model.history import History
 from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
@@ -199,6 +200,26 @@ class Oracle:
         return some[order[:batch_size]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class InProportion:
+    """`factor` n by chance in proportion to score^power, without replacement.
+
+    The prompt whose exponential waiting time -log(tie) / score^power is the shortest comes first (the same draw as the
+    greatest of log-weights with Gumbel noise).
+    """
+
+    power: int
+    factor: int = DRAWN
+
+    def __call__(self, scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:
+        rows = np.flatnonzero(among_N)
+        weights = np.maximum(scores_N[rows], 1e-9)
+        waiting = -exact.log(1.0 - ties_N[rows])
+        for _ in range(self.power):
+            waiting /= weights
+        return rows[best(-waiting, ties_N[rows], np.ones(len(rows), dtype=bool), self.factor * n)]
+
+
 class Ruled(Gps):
     """`gps` with a rule of choice: that of the service, or one that is tried."""
 
@@ -261,7 +282,7 @@ class Ruled(Gps):
     def _picker(self) -> Picker:
         draw, recent = self._rule.draw, self._state.recent_batches
         if draw == SERVICE:
-            return picker_of("yield", TOLERANCE, recent, self._directions, is_filled=self._rule.fill > 0)
+            return picker_of("yield", TOLERANCE, recent, self._directions)
         kind, k = draw[:2], int(draw[2:])
         likeness = Likeness.to(recent, self._directions)
         return MostUnlike(Good(TOLERANCE, factor=k) if kind == "gd" else InProportion(k), likeness)

@@ -12,20 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
-from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 
 DRAWN = 3
 """Prompts that are drawn for each one that is picked of them. The most unlike of all good ones are outliers: with
 batches of 32 from 50,000 prompts the most unlike of 2,048 taught no faster than chance (1.04 times), those of 3 n 1.15
-times (`benchmarks.trainings`)."""
-
-FILL_POWER = 3
-"""A batch that is to be filled is drawn in proportion to this power of the score: it is large, and with good prompts
-alone it would narrow the training. It took 2.59 times fewer steps than uniform choice, the most unlike of all good ones
-2.29 (batches of 8 from 6,000); 1.67 and 1.30 (32 from 50,000)."""
-
-_LEAST_SCORE = 1e-9
+times. Filled batches are drawn likewise: docs/decisions.md, "domain/selection" (`benchmarks.trainings`)."""
 
 SHORTLIST_FACTOR, SHORTLIST_LEAST = 8, 2_048
 _ROUNDS = 64
@@ -113,26 +105,6 @@ class Good:
             return first
         good_N = among_N & (scores_N >= min(scores_N[first[-1]], scores_N[first[0]] - self.tolerance))
         return best(ties_N, ties_N, good_N, self.factor * n)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InProportion:
-    """`factor` n by chance in proportion to score^power, without replacement.
-
-    The prompt whose exponential waiting time -log(tie) / score^power is the shortest comes first (the same draw as the
-    greatest of log-weights with Gumbel noise).
-    """
-
-    power: int
-    factor: int = DRAWN
-
-    def __call__(self, scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:
-        rows = np.flatnonzero(among_N)
-        weights = np.maximum(scores_N[rows], _LEAST_SCORE)
-        waiting = -exact.log(1.0 - ties_N[rows])
-        for _ in range(self.power):
-            waiting /= weights
-        return rows[best(-waiting, ties_N[rows], np.ones(len(rows), dtype=bool), self.factor * n)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,9 +22,7 @@ from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, 
 from evenodds_service.domain.selection.eligibility import held_back, outstanding, rest_steps, resting
 from evenodds_service.domain.selection.fill import Calibration, Fill, Outlook, filled, outlook
 from evenodds_service.domain.selection.pickers import (
-    FILL_POWER,
     Good,
-    InProportion,
     Likeness,
     MaxSum,
     MostUnlike,
@@ -114,17 +112,10 @@ def picker_of(
     diversity: float,
     recent_batches: Sequence[IntArray],
     directions_of: Callable[[IntArray], FloatArray],
-    *,
-    is_filled: bool = False,
 ) -> Picker:
-    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own.
-
-    Args:
-        is_filled: Whether the batch has as many prompts as it takes to find so many informative groups.
-    """
+    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own."""
     if acquisition == "yield" and diversity > 0.0:
-        draw = InProportion(FILL_POWER) if is_filled else Good(tolerance=diversity)
-        return MostUnlike(draw, Likeness.to(recent_batches, directions_of))
+        return MostUnlike(Good(tolerance=diversity), Likeness.to(recent_batches, directions_of))
     if acquisition == "paper":
         return MaxSum(Likeness.to(recent_batches, directions_of), weight=diversity)
     return best  # chance, and Thompson sampling as published, heed nothing but the score
@@ -173,8 +164,7 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
     )
     allowed = _allowed(state, settings, request)
     directions_of = partial(_directions, state, pool)
-    is_filled = fill is not None
-    picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of, is_filled=is_filled)
+    picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of)
     rest = rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=n_wanted)
     preferred = partial(_preferred, allowed, state, request, rest=rest, scores_N=scores_N, least=shares.least)
     among = partial(
