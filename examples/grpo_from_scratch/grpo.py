@@ -101,23 +101,27 @@ def advantages(rewards: Tensor) -> Tensor:
 
 def step(
     model: Transformer, optimizer: torch.optim.Optimizer, rollouts: Rollouts, *, n_groups: int | None = None
-) -> None:
+) -> bool:
     """One update: ascend the mean over all attempts of advantage x log probability of the answer.
 
     Groups whose rewards are all equal have advantage 0. They count in the mean, and cost no pass.
 
     Args:
         n_groups: Over how many groups' attempts the mean is taken; all of these by default.
+
+    Returns:
+        Whether there was anything to learn from.
     """
     informative = rollouts.informative.nonzero()[:, 0]
     if len(informative) == 0:
-        return
+        return False
     moving = rollouts.only(informative)
     group_size = moving.rewards.shape[1]
     questions = questions_of(moving.problems, model.levels, moving.rewards.device).repeat_interleave(group_size, 0)
     log_p = log_probabilities(model, questions, moving.answers.flatten(0, 1)).sum(1)  # [m G]
     n_attempts = group_size * (len(rollouts.problems) if n_groups is None else n_groups)
     _update(model, optimizer, -(advantages(moving.rewards).flatten() * log_p).sum() / n_attempts)
+    return True
 
 
 def _update(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

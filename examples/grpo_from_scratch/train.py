@@ -160,8 +160,8 @@ def train(
         reply, chosen = batches.choose(step)
         times.append(time.perf_counter())
         rollouts, moving = _attempt(model, chosen, method=method, plan=plan, generator=generator)
-        grpo.step(model, optimizer, moving)
-        warm_up.step()
+        if grpo.step(model, optimizer, moving):
+            warm_up.step()
         times.append(time.perf_counter())
         batches.report(step, reply, rollouts)
         times.append(time.perf_counter())

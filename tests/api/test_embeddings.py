@@ -94,7 +94,7 @@ def test_a_vector_of_another_length_cannot_be_predicted(own: Caller) -> None:
 def test_a_vector_that_is_not_finite_is_refused(own: Caller, value: str) -> None:
     content = '{"prompts": [{"prompt_id": "b", "embedding": [0, VALUE, 0]}]}'.replace("VALUE", value)
 
-    problem = own.refused("POST", path(own), content=content)
+    problem = own.refused("POST", path(own), content=content, headers={"Content-Type": "application/json"})
 
     assert (problem.status, problem.code) == (422, "malformed")
     got = "nan" if value == "NaN" else "inf"

@@ -41,7 +41,7 @@ def test_each_line_is_a_prompt(caller: Caller) -> None:
 
     reply = send(caller, content).json()
 
-    assert reply == {"run": caller.run, "added": 2, "existing": 1, "pool_size": 2, "log_position": 1}
+    assert reply == {"run": caller.run, "added": 2, "existing": 1, "pool_size": 2, "log_position": 1, "conflicts": {}}
     assert [prompt.prompt_id for prompt in caller.client.prompts(caller.run)] == ["a", "b"]
 
 
@@ -98,7 +98,7 @@ def test_long_lines_are_stored_in_smaller_blocks(caller: Caller) -> None:
             b'{"prompt_id": "\xff"}\n',
             422,
             "malformed",
-            ": Invalid JSON: invalid unicode code point at line 1 column 16",
+            ": it is no UTF-8 (byte 0xff at position 15): encode it as UTF-8",
         ),
         (b'{"prompt_id": "x", "prior_rate": NaN}\n', 422, "malformed", ".prior_rate: Input should be a finite number"),
         (

@@ -208,7 +208,7 @@ def test_faulty_settings_are_named_and_none_changes(caller: Caller, body: Any, d
 
 
 @without_the_database
-@pytest.mark.parametrize("name", ["bad name", ".hidden", "-x", "a" * 129, "ünicode", "a\n", "a\x00"])
+@pytest.mark.parametrize("name", ["bad name", ".hidden", "-x", "a" * 129, "ünicode", "a\n"])
 @pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
 def test_a_bad_run_name_is_refused(caller: Caller, method: str, name: str) -> None:
     path = "/runs/" + "".join(f"%{byte:02X}" for byte in name.encode())

@@ -186,9 +186,9 @@ def test_the_images_install_what_was_tested(stages: dict[str, list[tuple[str, st
     runs = [rest for word, rest in stages["build-worker"] if word == "RUN"]
     installs = [part for run in runs for part in run.split("&&") if " install " in part]
 
-    assert len(installs) == 3
-    assert all("--constraint constraints.txt" in install for install in installs)
-    assert [install.split()[-1] for install in installs] == ["'.[api,telemetry]'", "torch", "'.[service,telemetry]'"]
+    ours = [install for install in installs if "/opt/evenodds/bin/python" in install]
+    assert all("--constraint constraints.txt" in install for install in ours)
+    assert [install.split()[-1] for install in ours] == ["'.[api,telemetry]'", "torch", "'.[service,telemetry]'"]
 
 
 def test_the_service_is_the_api_and_torch() -> None:

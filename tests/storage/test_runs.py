@@ -141,6 +141,7 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
         "refits": 1,
         "snapshots": 1,
         "checkpoints": 1,
+        "decisions": 0,
     }
     assert vectors == {"surface", f"caller:{other.id}"}
 

@@ -69,7 +69,7 @@ _SMALL_PROMPTS = 256
 
 ObserveBody = Annotated[
     Annotated[ObserveRequest, Tag("by-run")] | Annotated[VerdictRequest, Tag("by-decision")],
-    Discriminator(lambda body: "by-decision" if "decision_id" in body else "by-run"),
+    Discriminator(lambda body: "by-decision" if isinstance(body, dict) and "decision_id" in body else "by-run"),
     Body(examples=ObserveRequest.model_json_schema()["examples"]),
 ]
 
