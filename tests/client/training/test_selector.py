@@ -549,7 +549,7 @@ def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> No
             selector.close()
     assert all(len(set(batches)) == 1 for batches in chosen)
     assert proxy.met["fine", "select_batch"] == 2
-    assert proxy.met["fine", "prompts?keep_existing=true"] == 1
+    assert proxy.met["fine", "prompts"] == 1
     assert all(flushed)
     assert len(history(service.client, ranks[0])) == 6
     for rank in range(3):  # each reports under the selection of rank 0
