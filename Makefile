@@ -16,15 +16,15 @@ setup: $(STAMP)
 serve: $(STAMP)  ## run the service on SQLite, with its worker
 	$(BIN)/evenodds serve --with-worker
 
-# One thread in each matrix product: two test processes on two cores are faster than threads that wait for each other.
+# One thread in each matrix product: test processes side by side are faster than threads that wait for each other.
 test test-all: export OPENBLAS_NUM_THREADS = 1
 test test-all: export OMP_NUM_THREADS = 1
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 3 --dist loadfile -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile
 
 test-kernels: $(STAMP)  ## the tests of numbers, and one log, under every BLAS kernel that this machine can run
 	$(BIN)/python -m tests.kernels
