@@ -42,7 +42,7 @@ def train(client: Client, run: str, *, steps: range, batch_size: int = 12, seed:
 
 @pytest.fixture
 def trained(caller: Caller) -> Caller:
-    caller.create(control_share=0.25)
+    caller.create(control_share=0.25, cooldown_steps=0)  # a rest would cost a small pool much of the lift
     caller.load([{"prompt_id": f"p{i}", "text": f"Say {i}.", "category": "abc"[i % 3]} for i in range(60)])
     train(caller.client, caller.run, steps=range(12))
     return caller
@@ -74,7 +74,7 @@ def test_the_report_tells_what_training_brought(trained: Caller) -> None:
     assert report.lift.policy_share == policy.informative_share
     low, high = report.lift.difference_interval
     assert low < report.lift.difference < high
-    assert report.lift.difference > 0
+    assert report.lift.difference > 0.1
     assert report.lift.rollouts_saved is not None
     assert report.lift.rollouts_saved > 0
     assert report.coverage.pool_size == 60

@@ -219,6 +219,15 @@ def test_a_bad_run_name_is_refused(caller: Caller, method: str, name: str) -> No
     assert problem.detail.startswith("run: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$', got '")
 
 
+@without_the_database
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
+def test_a_run_name_with_a_nul_character_is_refused(caller: Caller, method: str) -> None:
+    problem = caller.refused(method, "/runs/a%00", **({"json": {}} if method == "PUT" else {}))
+
+    assert (problem.status, problem.code) == (422, "malformed")
+    assert problem.detail == r"run: a NUL character (\u0000) cannot be stored: remove it"
+
+
 @pytest.mark.parametrize("name", ["a", "0", "Math-7B_v1.0", "a" * 128])
 def test_letters_digits_dots_dashes_and_underscores_make_a_name(caller: Caller, name: str) -> None:
     assert caller.client.put_run(name, embedder="none").run == name

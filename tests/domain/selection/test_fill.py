@@ -69,7 +69,7 @@ def test_as_many_are_expected_as_were_asked_for_unless_there_is_a_limit(
     most = 6 * n_wanted
     choice = filled(n_wanted, Fill(most, factor), NEW, Pool(probability), n_eligible=9_000)
 
-    expected = outlook(choice.informative_probabilities, np.ones(n_wanted), n_wanted, None, NEW).expected
+    expected = outlook(choice.informative_probabilities, lambda: np.ones(n_wanted), n_wanted, None, NEW).expected
 
     if len(choice.prompts) < most and probability >= 0.1:
         assert factor * n_wanted - 1e-6 <= expected <= factor * n_wanted + 1.0
@@ -84,7 +84,7 @@ def test_nineteen_of_twenty_intervals_hold_what_was_found(bias: float) -> None:
         past = rng.uniform(0.2, 0.9, size=160)
         calibration = Calibration(float((rng.random(160) < bias * past).sum()), float(past.sum()))
         chosen: FloatArray = rng.uniform(0.2, 0.9, size=24)
-        seen = outlook(chosen, chosen[:8], 8, None, calibration)
+        seen = outlook(chosen, chosen[:8].copy, 8, None, calibration)
         held += seen.low <= (rng.random(24) < bias * chosen).sum() <= seen.high
 
     assert 0.93 <= held / n_trials <= 0.995
@@ -94,7 +94,7 @@ def test_nineteen_of_twenty_intervals_hold_what_was_found(bias: float) -> None:
 def test_an_interval_lies_within_the_batch_and_holds_its_middle(
     probability: float, n: int, found: float, foreseen: float
 ) -> None:
-    seen = outlook(np.full(n, probability), np.full(4, probability), 4, 1.0, Calibration(found, foreseen))
+    seen = outlook(np.full(n, probability), lambda: np.full(4, probability), 4, 1.0, Calibration(found, foreseen))
 
     assert 0.0 <= seen.low <= seen.expected <= seen.high <= n
     assert seen.relative_cost is not None

@@ -66,7 +66,7 @@ class Outlook:
 
     Attributes:
         expected: Informative groups.
-        low, high: Between them their number lies with a probability of .95.
+        low, high: Whole numbers; from one to the other their number lies with a probability of .95 at least.
         relative_cost: Of rollouts and updates to the same accuracy, against plain batches of B prompts; None where the
             cost of an update is not known.
     """
@@ -114,15 +114,20 @@ def _all_that_fit(of_size: Callable[[int], Choice], n: int) -> Choice:
 
 
 def outlook(
-    chosen: FloatArray, plain: FloatArray, n_wanted: int, update_cost: float | None, calibration: Calibration
+    chosen: FloatArray,
+    plain: Callable[[], FloatArray],
+    n_wanted: int,
+    update_cost: float | None,
+    calibration: Calibration,
 ) -> Outlook:
     """What a filled batch lets expect, and what it costs.
 
-    The groups' outcomes vary, independently of each other, and c is not known exactly; both variances add up.
+    The groups' outcomes vary, independently of each other, and c is not known exactly; both variances add up. What is
+    counted are whole groups, so the interval ends at whole numbers.
 
     Args:
         chosen: Probabilities V_G that a group is informative, of the batch's prompts, [M].
-        plain: Likewise of the B prompts that would be chosen without filling.
+        plain: Likewise of the B prompts that would be chosen without filling; asked for where the cost is.
         n_wanted: B.
         update_cost: As in `Fill`.
     """
@@ -134,9 +139,10 @@ def outlook(
     reach = _QUANTILE * math.sqrt(variance)
     cost = None
     if update_cost is not None:
-        found = float(np.minimum(c * plain, 1.0).sum())
+        found = float(np.minimum(c * plain(), 1.0).sum())
         cost = relative_cost(n_wanted, n, expected=expected, plain=found, update_cost=update_cost)
-    return Outlook(expected, max(0.0, expected - reach), min(float(n), expected + reach), cost)
+    low, high = math.floor(expected - reach + 1e-9), math.ceil(expected + reach - 1e-9)
+    return Outlook(expected, float(max(0, low)), float(min(n, high)), cost)
 
 
 def relative_cost(n_wanted: int, n_prompts: int, *, expected: float, plain: float, update_cost: float) -> float:

@@ -187,11 +187,13 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
             choice = filled(n_wanted, fill, calibration, of_size, n_eligible=n_eligible)
     except NotEnoughPrompts as error:
         raise _advised(error, state.n_prompts, settings) from None
+
+    def plain() -> FloatArray:
+        rested = preferred(min(n_wanted, n_eligible))
+        return forecasts.informative_N[best(scores_N, np.zeros_like(scores_N), rested.eligible_N, n_wanted)]
+
     expected = None
     if fill is not None:
-        rested = preferred(min(n_wanted, n_eligible))
-        good_B = best(scores_N, np.zeros_like(scores_N), rested.eligible_N, n_wanted)
-        plain = forecasts.informative_N[good_B]
         expected = outlook(choice.informative_probabilities, plain, n_wanted, fill.update_cost, calibration)
     prompts = choice.prompts
     return Chosen(
