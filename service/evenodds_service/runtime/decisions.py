@@ -113,6 +113,11 @@ class Decisions:
                 self._waiting.pop(decision.decision_id, None)
 
 
+def run_of(decision_id: str) -> str:
+    """Name of the run that a decision is about, by its id; the id itself where it is no such id."""
+    return decision_id.rsplit(".", 2)[0]
+
+
 def _made_at(decision_id: str) -> datetime | None:
     """When a decision was made, by its id; None where it is no such id."""
     parts = decision_id.rsplit(".", 2)

@@ -32,6 +32,7 @@ from evenodds_service.errors import (
     ServiceError,
     StoreUnavailable,
 )
+from evenodds_service.runtime.decisions import run_of
 from evenodds_service.storage.store import ApiKey, Scope, Store
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ async def run_is_allowed(request: Request) -> None:
         if isinstance(body, dict):
             named += [body.get("run"), body.get("fork_of")]
             if isinstance(body.get("decision_id"), str):
-                named.append(body["decision_id"].rsplit(".", 2)[0])
+                named.append(run_of(body["decision_id"]))
             if request.url.path == _CHAT_PATH:
                 named.append(str(body.get("model")).partition(":")[0])
     for run in named:

@@ -47,6 +47,7 @@ from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import ChoiceOutdated, RunUnknown, StoreError, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
 from evenodds_service.runtime.coalescer import Coalescer
+from evenodds_service.runtime.decisions import run_of
 from evenodds_service.runtime.featurizer import new_prompt
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import LiveRuns
@@ -105,7 +106,7 @@ def _by_decision(body: VerdictRequest, services: Services) -> ObserveRequest:
     decision = services.decisions.find(body.decision_id)
     prompt = json.loads(decision.prompt)
     return ObserveRequest(
-        run=body.decision_id.rsplit(".", 2)[0],
+        run=run_of(body.decision_id),
         step=decision.step,
         request_id=body.request_id or hashlib.sha256(body.decision_id.encode()).hexdigest(),
         observations=(Observation.model_validate({**prompt, "rewards": body.rewards}),),

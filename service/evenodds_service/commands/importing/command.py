@@ -8,14 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evenodds import Client, Conflict, EvenOddsError, ServerError, TransportError
+from evenodds import Client, Conflict, EvenOddsError
 from evenodds_service.commands.formats.outcomes import LogRefused, Tally, Wishes
 from evenodds_service.commands.formats.reading import OF_TRAININGS, PROMPTS, Log, open_log
 from evenodds_service.commands.importing import prompts
 from evenodds_service.commands.importing.known_prompts import KnownPrompts
 from evenodds_service.commands.importing.sending import Sent, send_outcomes, send_rates
-
-_INTERRUPTED = 130
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
             return prompts.run(options)
         as_prior = _is_prior(options.as_, log)
     except LogRefused as error:
-        return _fault(str(error))
+        return prompts.fault(str(error))
     sent, tally = Sent(options.source or Path(options.file).resolve().name, options.dry_run), Tally()
     again = "run the same command again to go on from there"
     try:
@@ -60,16 +58,11 @@ def run(options: argparse.Namespace) -> int:
                 send = send_rates if as_prior else send_outcomes
                 send(client, options.run, log, wishes, tally=tally, known=known, sent=sent, advance=advance)
     except LogRefused as error:
-        return _fault(f"{error}; {sent.so_far}")
+        return prompts.fault(f"{error}; {sent.so_far}")
     except Conflict as error:
-        return _fault(f"{_explained(error, sent)}; {sent.so_far}")
-    except (TransportError, ServerError) as error:
-        return _fault(f"{error}; {sent.so_far}: {again}")
-    except EvenOddsError as error:
-        return _fault(f"{error}; {sent.so_far}")
-    except KeyboardInterrupt:
-        _fault(f"interrupted; {sent.so_far}: {again}")
-        return _INTERRUPTED
+        return prompts.fault(f"{_explained(error, sent)}; {sent.so_far}")
+    except (EvenOddsError, KeyboardInterrupt) as error:
+        return prompts.ended(error, sent.so_far, again)
     print("\n".join([*sent.lines(log.format), *tally.told()]))
     return 0 if sent.n_groups or sent.n_rates else 1
 
@@ -92,8 +85,3 @@ def _explained(error: Conflict, sent: Sent) -> str:
         "since, or other options were given. Forget what was imported first, by POST /runs/{run}/retract with "
         f"request_id {sent.request_id!r}; or, if this is another log of the same name, name it by --source"
     )
-
-
-def _fault(message: str) -> int:
-    print(f"evenodds import: {message}", file=sys.stderr)
-    return 1

@@ -76,14 +76,9 @@ def run(options: argparse.Namespace) -> int:
                 raise ImportRefused("it holds no prompt: put one JSON object on each line")
             pool = client.run(options.run).pool_size
     except ImportRefused as error:
-        return _fault(f"{_name(options.file)}: {error}")
-    except (TransportError, ServerError) as error:
-        return _fault(f"{error}; {progress}: {again}")
-    except EvenOddsError as error:
-        return _fault(f"{error}; {progress}")
-    except KeyboardInterrupt:
-        _fault(f"interrupted; {progress}: {again}")
-        return _INTERRUPTED
+        return fault(f"{_name(options.file)}: {error}")
+    except (EvenOddsError, KeyboardInterrupt) as error:
+        return ended(error, str(progress), again)
     if options.dry_run:
         print(f"dry run: nothing was sent; {progress.added:,} lines are prompts; the pool has {pool:,}")
         return 0
@@ -193,6 +188,22 @@ def _name(file: str) -> str:
     return "standard input" if file == "-" else file
 
 
-def _fault(message: str) -> int:
+def ended(error: EvenOddsError | KeyboardInterrupt, so_far: str, again: str) -> int:
+    """Say on standard error why an import ended early. Returns its exit status.
+
+    Args:
+        so_far: What is stored.
+        again: How to go on, where that may help.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        fault(f"interrupted; {so_far}: {again}")
+        return _INTERRUPTED
+    if isinstance(error, (TransportError, ServerError)):
+        return fault(f"{error}; {so_far}: {again}")
+    return fault(f"{error}; {so_far}")
+
+
+def fault(message: str) -> int:
+    """Say on standard error what is wrong. Returns the exit status of it."""
     print(f"evenodds import: {message}", file=sys.stderr)
     return 1

@@ -287,11 +287,10 @@ def _read(state: State, pool: Pool, columns: RateColumns) -> None:
     before, runs = state.columns, state.runs
     assert before is not None  # there are columns from the first known rate on, and their regression
     assert runs is not None
-    rows = slice(0, state.n_prompts)
-    old_x, new_x = before.project(pool.told(before.names, rows)), pool.known(columns, rows)
-    both = np.flatnonzero(np.isfinite(old_x[:, 0]) & np.isfinite(new_x[:, 0]))[:BASIS_ENOUGH]
+    tells = np.isfinite(pool.told(before.names, slice(0, state.n_prompts)).rates_N_R).any(axis=1)
+    some = np.flatnonzero(tells)[:BASIS_ENOUGH]  # the names of before are among those of now: both know these prompts
     state.columns, state.runs = columns, columns.regression()
-    state.runs.adopt(runs, old_x[both], new_x[both])
+    state.runs.adopt(runs, before.project(pool.told(before.names, some)), pool.known(columns, some))
 
 
 def _learn_from_others(
