@@ -21,6 +21,7 @@ from evenodds import PromptIn
 from evenodds_service.domain.log_entries import NewObservation, Outcomes, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.domain.settings import RunSettings
+from evenodds_service.model import paper_fit
 from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
@@ -183,3 +184,9 @@ def bench(database_url: str) -> Iterator[Bench]:
     upgrade(engine)
     yield Bench(database_url, engine, Store(engine), Clock())
     engine.dispose()
+
+
+@pytest.fixture
+def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published model learns little from a batch: enough to differ, and soon done."""
+    monkeypatch.setattr(paper_fit, "UPDATES_PER_STEP", 2)
