@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from sqlalchemy import Engine, text
+from tests.backends import mainly_sqlite
 from tests.commands.test_command_line import serve
 from tests.waiting import until
 
@@ -70,6 +71,7 @@ def grown(store: Store, engine: Engine, n: int) -> Run:
     return store.run("math")
 
 
+@mainly_sqlite
 def test_a_killed_service_starts_again_from_its_own_checkpoint(
     database_url: str, engine: Engine, serve: Callable[..., Server]
 ) -> None:
