@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.backends import mainly_sqlite_service
+
 from evenodds import Client, GatewayBudget
 from evenodds.client import API_KEY_VARIABLE
 from evenodds_service.settings import Settings
@@ -25,6 +27,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+@mainly_sqlite_service
 def test_the_curl_walk_runs_from_top_to_bottom(service: Service) -> None:
     script = "\n".join(block for block in blocks("sh") if "curl" in block).replace(ADDRESS, service.base_url)
     script = script.replace("curl ", "curl --silent --show-error --fail-with-body ")
@@ -37,6 +40,7 @@ def test_the_curl_walk_runs_from_top_to_bottom(service: Service) -> None:
     assert (run.pool_size, run.observations, run.head_step) == (3, 2, 1)
 
 
+@mainly_sqlite_service
 def test_the_trainers_loop_runs_and_learns(service: Service, tmp_path: Path) -> None:
     program, _ = blocks("python")
     file = tmp_path / "loop.py"
@@ -50,6 +54,7 @@ def test_the_trainers_loop_runs_and_learns(service: Service, tmp_path: Path) -> 
         assert client.run("sums").observations == 20 * 32
 
 
+@mainly_sqlite_service
 def test_the_gateways_function_answers_and_reports(service: Service) -> None:
     _, program = blocks("python")
     efforts: list[str | None] = []
