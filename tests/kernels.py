@@ -34,9 +34,9 @@ _TESTS = Path(__file__).parent
 
 _PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin", "-m", "numbers"]
 _NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-_LEAN = ["--confcutdir=tests/domain", "--hypothesis-profile=ci", "-k", "not log_k"]
+_LEAN = ["--confcutdir=tests/domain", "--hypothesis-profile=kernels", "-k", "not log_k"]
 """Without the service, which the fixtures of all tests import and which takes longer than the tests, as other plugins
-and torch do; with hypothesis' profile of the same examples at any load; and without bounds on losses, which hold with a
+and torch do; with few examples of hypothesis, the same at any load; and without bounds on losses, which hold with a
 margin."""
 
 
