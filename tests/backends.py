@@ -15,8 +15,5 @@ def _mainly_sqlite(fixture: str, scope: Literal["function", "session"]) -> pytes
 mainly_sqlite = _mainly_sqlite("database_url", "function")
 """For what is the same whatever the database: on PostgreSQL too, but only by `make test-all`."""
 
-mainly_sqlite_service = _mainly_sqlite("service", "session")
-"""The same for the service that all tests share."""
-
 mainly_sqlite_store = _mainly_sqlite("shared_database_url", "session")
 """The same for the store of `tests/storage`."""

@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from tests.backends import mainly_sqlite_service
 
 from evenodds.client import API_KEY_VARIABLE
 from evenodds.schemas import OLDER_NAMES, RunUpdate
@@ -56,7 +55,6 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@mainly_sqlite_service
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_blocks_of_a_page_run_from_top_to_bottom(
     page: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
