@@ -4,6 +4,8 @@ Unsloth and ms-swift inherit both from TRL.
 `GRPOTrainer` and `accelerate` read one generation ahead: the batch of a generation is chosen before the outcomes of the
 one before it are known. With several processes each reads the dataset; rank 0 chooses for all, and each reports the
 rewards that it has computed.
+
+Each generation has `generation_batch_size` completions and all of them are trained on, so that no batch can be filled.
 """
 
 from __future__ import annotations
