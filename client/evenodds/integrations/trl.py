@@ -49,6 +49,11 @@ class GRPOSelection:
     """
 
     def __init__(self, selector: PromptSelector, config: Any, *, id_column: str = "prompt_id") -> None:
+        if not hasattr(config, "generation_batch_size"):
+            raise ConfigurationError(
+                f"{type(config).__name__}: it must be a GRPOConfig. TRL's asynchronous trainer draws prompts and "
+                "rewards them in a process of its own, which is not told the step"
+            )
         for name, wanted in (("shuffle_dataset", False), ("ignore_data_skip", True), ("dataloader_num_workers", 0)):
             if getattr(config, name) != wanted:
                 raise ConfigurationError(f"GRPOConfig: {name} is {getattr(config, name)!r}, set it to {wanted!r}")
