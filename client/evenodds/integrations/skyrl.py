@@ -85,11 +85,14 @@ class SelectsPrompts:
         selector, fill = self._evenodds.selector, self._evenodds.fill
         batches: dict[str, Any]
         if fill is None:
-            self._evenodds_sampler = PromptSampler(selector, batch_size, **steps)
-            batches = {"batch_size": batch_size, "sampler": self._evenodds_sampler, "drop_last": True}
+            batches = {
+                "batch_size": batch_size,
+                "sampler": PromptSampler(selector, batch_size, **steps),
+                "drop_last": True,
+            }
         else:
-            self._evenodds_sampler = FilledBatchSampler(selector, batch_size, fill=fill, **steps)
-            batches = {"batch_sampler": self._evenodds_sampler}
+            batches = {"batch_sampler": FilledBatchSampler(selector, batch_size, fill=fill, **steps)}
+        self._evenodds_sampler = batches["sampler" if fill is None else "batch_sampler"]
         self.train_dataloader = StatefulDataLoader(
             self.train_dataset,
             collate_fn=self.train_dataset.collate_fn,
