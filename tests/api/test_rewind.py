@@ -222,3 +222,30 @@ def test_malformed_requests_are_refused(caller: Caller, call: str, body: dict[st
 
     assert (problem.status, problem.code) == (422, "malformed")
     assert problem.detail.startswith(detail)
+
+
+def test_what_an_older_incarnation_still_reports_is_refused_without_a_selection_too(caller: Caller) -> None:
+    client = caller.client
+    create(client, caller.run)
+
+    def report(incarnation: str, step: int) -> None:
+        seen = [{"prompt_id": f"p{step}", "rewards": [1]}]
+        client.observe(caller.run, step, seen, request_id=f"{incarnation}.{step}")
+
+    for step in (1, 2):
+        report("first", step)
+    voided = client.rewind(caller.run, 2, incarnation="second")  # finds nothing, and is told all the same
+    assert client.rewind(caller.run, 2, incarnation="second").log_position == voided.log_position
+    with pytest.raises(Conflict, match=r"selection_voided.*incarnation 'first' at step 3.*went back behind that step"):
+        report("first", 3)
+    report("first", 0)  # a step that the second one has gone through too
+    report("second", 3)
+    report("third", 3)  # it has not gone back yet: its rewind is on its way
+    client.observe(caller.run, 3, [{"prompt_id": "p9", "rewards": [1]}], request_id="another.callers")
+    client.rewind(caller.run, 2, incarnation="third")
+    with pytest.raises(Conflict, match="incarnation 'second' at step 4"):
+        report("second", 4)
+    report("third", 4)
+
+    kept = [visit.step for prompt_id in IDS for visit in client.prompt(caller.run, prompt_id).history]
+    assert sorted(kept) == [0, 1, 2, 3, 4]

@@ -305,14 +305,17 @@ TINKER = {"tinker_cookbook.rl.types": {"RLDataset": RLDataset, "EnvGroupBuilder"
 
 
 class StatefulDataLoader(DataLoader[Any]):
-    """torchdata's, without workers: its state is the sampler's."""
+    """torchdata's, without workers: its state is the sampler's, or the batch sampler's where that has one."""
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.sampler.state_dict()  # type: ignore[attr-defined]
+        state: dict[str, Any] = self._stateful().state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
+        self._stateful().load_state_dict(state)
+
+    def _stateful(self) -> Any:
+        return self.batch_sampler if hasattr(self.batch_sampler, "state_dict") else self.sampler
 
 
 TORCHDATA = {"torchdata.stateful_dataloader": {"StatefulDataLoader": StatefulDataLoader}}

@@ -280,7 +280,7 @@ def test_slime_draws_groups_reports_all_samples_and_goes_back(
                 sample.reward, sample.status = reward, frameworks.Sample.Status.COMPLETED
         groups[0][0].status = frameworks.Sample.Status.ABORTED
         groups[1][0].reward = None
-        slime.report(args, groups, source)
+        slime.report(args, groups, source.get_samples)  # what slime itself hands over
         source.save(0)
         later = source.get_samples(4)
         source.add_samples(later[:1])
@@ -540,6 +540,11 @@ def test_nemo_rl_draws_rows_of_all_loaders_and_reports_what_it_is_handed(
         ({"reward_range": 1}, r"settings: reward_range 1 must be two numbers, as \[-1, 1\]"),
         ({"deadline": 1}, "settings: .*unexpected keyword argument 'deadline'"),
         ({"seed": -1}, "settings: seed -1 must be in"),
+        (
+            {"fill": {"size": 8}},
+            r"settings: fill {'size': 8} must be true, or have no keys but fill_factor, max_prompts",
+        ),
+        ({"fill": 2}, "settings: fill 2 must be true, or have no keys but"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_place(change: dict[str, Any], message: str) -> None:
@@ -548,7 +553,9 @@ def test_a_wrong_setting_is_named_with_its_place(change: dict[str, Any], message
     given = {"base_url": None, "run": "r", **change}
 
     with pytest.raises(ConfigurationError, match=message):
-        Connection({key: value for key, value in given.items() if value is not ...}, ["a"], where="settings")
+        Connection(
+            {key: value for key, value in given.items() if value is not ...}, ["a"], where="settings", no_fill=""
+        )
 
 
 @pytest.mark.parametrize(
@@ -564,7 +571,9 @@ def test_a_reward_outside_of_its_range_is_an_error_at_once(
 ) -> None:
     from evenodds.integrations.connection import Connection
 
-    connection = Connection({"base_url": None, "run": "r", "reward_range": reward_range}, ["a", "b"], where="settings")
+    connection = Connection(
+        {"base_url": None, "run": "r", "reward_range": reward_range}, ["a", "b"], where="settings", no_fill=""
+    )
 
     with pytest.raises(ConfigurationError, match=message):
         connection.observe(0, {"b": [1, 0], "a": [1, reward]})
@@ -580,7 +589,8 @@ def test_rewards_of_both_signs_give_a_hopeless_prompt_its_rate(
 ) -> None:
     from evenodds.integrations.connection import Connection
 
-    connection = Connection({**settings, "reward_range": [-1, 1]}, [{"prompt_id": "a", "text": "A"}], where="settings")
+    given, pool = {**settings, "reward_range": [-1, 1]}, [{"prompt_id": "a", "text": "A"}]
+    connection = Connection(given, pool, where="settings", no_fill="")
     connected(connection)
     for step in range(4):
         connection.observe(step, {"a": [-1.0, -1.0, None, float("nan")]})

@@ -107,7 +107,7 @@ def test_the_configurations_are_understood() -> None:
 
     assert trinity.pop("group_size") == 8
     for settings in (slime, trinity):
-        connection = Connection({**settings, "base_url": None}, ["a"], where="example")
+        connection = Connection({**settings, "base_url": None}, ["a"], where="example", no_fill=None)
         assert connection.selector.run == settings["run"]
         connection.selector.close()
 

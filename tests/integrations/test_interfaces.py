@@ -38,6 +38,19 @@ FITS = [
         for name in ("__next__", "observe", "state_dict", "load_state_dict", "metrics")
     ],
     ("NVIDIA-NeMo/RL", "example_custom_dataloader", "nemo_rl", "SelectedDataloader.__call__"),
+    ("tinker-cookbook==0.6.1", "RLDataset.get_batch", "tinker", "SelectedDataset.get_batch"),
+    *[
+        ("tinker-cookbook==0.6.1", f"EnvGroupBuilder.{name}", "tinker", f"ReportingBuilder.{name}")
+        for name in ("make_envs", "compute_group_rewards", "cleanup", "logging_tags")
+    ],
+    *[
+        ("skyrl==0.3.0", f"RayPPOTrainer.{name}", "skyrl", f"SelectsPrompts.{name}")
+        for name in (
+            "_build_train_dataloader_and_compute_training_steps",
+            "handle_dynamic_sampling",
+            "postprocess_generator_output",
+        )
+    ],
 ]
 STANDINS = {
     **frameworks.VERL_071,
@@ -45,6 +58,8 @@ STANDINS = {
     **frameworks.SLIME,
     **frameworks.prime_rl(),
     **frameworks.trinity(frameworks.Registry()),
+    **frameworks.TINKER,
+    **frameworks.TORCHDATA,
 }
 
 

@@ -131,9 +131,11 @@ def test_tinker_reads_the_verifiers_own_metric(trainers_service: TrainersService
 class SkyTrainer:
     """As much of `RayPPOTrainer` as the adapter touches."""
 
-    def __init__(self, n_rows: int) -> None:
+    def __init__(self, n_rows: int, dynamic_sampling: str | None = None) -> None:
+        algorithm = SimpleNamespace(dynamic_sampling=SimpleNamespace(type=dynamic_sampling))
         self.cfg = SimpleNamespace(
-            trainer=SimpleNamespace(train_batch_size=4), generator=SimpleNamespace(n_samples_per_prompt=2)
+            trainer=SimpleNamespace(train_batch_size=4, algorithm=algorithm),
+            generator=SimpleNamespace(n_samples_per_prompt=2),
         )
         self.train_dataset = frameworks.SkyDataset(n_rows)
         self.all_metrics: dict[str, float] = {}
@@ -141,6 +143,13 @@ class SkyTrainer:
 
     def _build_train_dataloader_and_compute_training_steps(self) -> None:
         self.train_dataloader: Any = None
+
+    def handle_dynamic_sampling(self, generator_output: Any, uids: list[str]) -> Any:
+        """Its filter: groups whose rewards differ."""
+        groups = [slice(i, i + 2) for i in range(0, len(uids), 2)]
+        kept = [group for group in groups if len(set(generator_output["rewards"][group])) > 1]
+        rewards = [reward for group in kept for reward in generator_output["rewards"][group]]
+        return {"rewards": rewards}, [uid for group in kept for uid in uids[group]], False
 
     def postprocess_generator_output(self, generator_output: Any, uids: list[str]) -> Any:
         return generator_output, uids

@@ -1,4 +1,4 @@
-"""The service on a real, local Ray: it is found under its name, comes back when it is killed, and refits in tasks."""
+"""The service on a real, local Ray: another driver finds it, it comes back when it is killed, and refits in tasks."""
 
 from __future__ import annotations
 
@@ -29,44 +29,86 @@ DRIVER = """
 import sys, ray
 from evenodds.integrations.ray import start, stop
 
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[3])
-for _ in sys.stdin:
+ray.init(address=sys.argv[3], log_to_driver=False)
+for line in sys.stdin:
+    if line == "stop\\n":
+        stop()
+        stop()
+        break
     url = start(sys.argv[1], port=int(sys.argv[2]), look_seconds=0.5)
     pid = ray.get(ray.get_actor("evenodds", namespace="evenodds").pid.remote())
     print(url, pid, flush=True)
-stop()
-stop()
 """
 
 
-@pytest.mark.slow
-def test_the_service_is_found_again_comes_back_when_killed_and_refits(tmp_path: Path, unused_port: int) -> None:
-    python = python_with(tmp_path / "python", *PACKAGES)
-    sockets = tempfile.mkdtemp(prefix="ray-")  # the paths of sockets may not be long
-    driver = subprocess.Popen(
-        [python, "-c", DRIVER, f"sqlite:///{tmp_path}/evenodds.db", str(unused_port), sockets],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+HEAD = """
+import sys, ray
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1])
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+class Cluster:
+    """A Ray of one node that outlives its drivers, and the drivers that connect to it."""
+
+    def __init__(self, folder: Path, service_port: int) -> None:
+        self._python = python_with(folder / "python", *PACKAGES)
+        self._sockets = tempfile.mkdtemp(prefix="ray-")  # the paths of sockets may not be long
+        self._environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "HOME": str(folder),
+        }
+        self._head = self._program(HEAD, self._sockets)
+        assert self._head.stdout is not None
+        self._arguments = [f"sqlite:///{folder}/evenodds.db", str(service_port), self._head.stdout.readline().strip()]
+
+    def driver(self) -> subprocess.Popen[str]:
+        return self._program(DRIVER, *self._arguments)
+
+    def close(self) -> None:
+        self._head.communicate()  # it ends with its input
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _program(self, text: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self._python, "-c", text, *arguments],
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+
+def said_by(driver: subprocess.Popen[str], word: str) -> list[str]:
+    """What a driver answers to a line."""
     assert driver.stdin is not None
     assert driver.stdout is not None
+    driver.stdin.write(f"{word}\n")
+    driver.stdin.flush()
+    return driver.stdout.readline().split()
 
-    def started() -> list[str]:
-        assert driver.stdin is not None
-        assert driver.stdout is not None
-        driver.stdin.write("start\n")
-        driver.stdin.flush()
-        return driver.stdout.readline().split()
 
+@pytest.mark.slow
+def test_a_second_driver_finds_the_service_which_comes_back_when_killed_and_refits(
+    tmp_path: Path, unused_port: int
+) -> None:
+    cluster = Cluster(tmp_path, unused_port)
+    drivers = []
     try:
-        url, pid = started()
-        again = started()
+        drivers.append(cluster.driver())
+        url, pid = said_by(drivers[0], "start")
+        drivers[0].kill()
+        drivers[0].wait()
         with Client(url) as client:
             client.put_run("math", embedder="none", refit={"every_observations": 1})
             client.add_prompts("math", [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(40)])
+            drivers.append(cluster.driver())
+            found = said_by(drivers[1], "start")
             client.observe("math", 0, [{"prompt_id": f"p{i}", "successes": i % 5, "attempts": 4} for i in range(40)])
             os.kill(int(pid), signal.SIGKILL)
 
@@ -77,13 +119,15 @@ def test_the_service_is_found_again_comes_back_when_killed_and_refits(tmp_path: 
                     return False
 
             until(is_refitted, "the service after it was killed, and a refit by a task")
-        _, pid_afterwards = started()
+        _, pid_afterwards = said_by(drivers[1], "start")
+        assert said_by(drivers[1], "stop") == []
+        ended = drivers[1].wait(120)
     finally:
-        driver.stdin.close()
-        driver.wait(120)
-        driver.stdout.close()
-        shutil.rmtree(sockets, ignore_errors=True)
+        for driver in drivers:
+            driver.kill()
+            driver.communicate()
+        cluster.close()
 
-    assert again == [url, pid]
+    assert found == [url, pid]
     assert pid_afterwards != pid
-    assert driver.returncode == 0
+    assert ended == 0

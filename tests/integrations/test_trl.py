@@ -63,6 +63,20 @@ def test_a_config_that_would_undo_the_choice_is_refused(tmp_path: Path, change: 
         GRPOSelection(selector, config(tmp_path, **change))
 
 
+def test_the_asynchronous_trainer_is_refused_with_the_reason() -> None:
+    from trl.experimental.async_grpo import AsyncGRPOConfig
+
+    fields = inspect.signature(AsyncGRPOConfig).parameters
+    config = object.__new__(AsyncGRPOConfig)  # to make one as it is asks for a GPU
+
+    assert "generation_batch_size" not in fields
+    with (
+        PromptSelector(None, "r", ["a"]) as selector,
+        pytest.raises(ConfigurationError, match="AsyncGRPOConfig: it must be a GRPOConfig"),
+    ):
+        GRPOSelection(selector, config)
+
+
 def test_rows_are_needed_for_all_prompts(tmp_path: Path) -> None:
     with PromptSelector(None, "r", ["a", "b"]) as selector, pytest.raises(ConfigurationError, match="have none: 'b'"):
         GRPOSelection(selector, config(tmp_path)).dataset([{"prompt_id": "a", "prompt": "A"}])

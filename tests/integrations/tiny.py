@@ -81,6 +81,7 @@ def says_the_digit(prompts: list[str], completions: list[str], digit: list[str],
 
 def main(base_url: str, run: str, folder: Path) -> None:
     """Train, and write into `folder` what this rank has rewarded: [step, prompt id, reward] for each attempt."""
+    from tests.waiting import PATIENCE_SECONDS
     from trl import GRPOTrainer
 
     from evenodds import PromptSelector
@@ -122,7 +123,7 @@ def main(base_url: str, run: str, folder: Path) -> None:
             callbacks=[selection.callback()],
         )
         trainer.train(resume_from_checkpoint=given["resume"])
-        assert selector.flush(given["deadline_seconds"])
+        assert selector.flush(PATIENCE_SECONDS)
         (folder / f"{given['name']}-{rank}.json").write_text(json.dumps(rewarded))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from evenodds.errors import ConfigurationError
@@ -23,8 +23,10 @@ class Connection:
 
     Args:
         settings: `base_url` (null is offline) and `run`; `reward_range`, two numbers that stand for failure and
-            success, [0, 1] by default; anything else is an argument of `PromptSelector`.
+            success, [0, 1] by default; `fill`, true or the options of `Fill`, for batches of as many prompts as it
+            takes to find so many informative groups; anything else is an argument of `PromptSelector`.
         where: Where the settings stand in the framework's configuration, for its errors.
+        no_fill: Why the framework cannot take a varying number of prompts: `fill` is refused with it. None: it can.
         first_step: The step of the first choice.
         group_size: Attempts that the framework makes at each prompt, where it says so.
         unreported_prompts: Warn once so many prompts were chosen in a row without a report; by default when eight
@@ -40,6 +42,7 @@ class Connection:
         prompts: Iterable[str | PromptIn | Mapping[str, object]],
         *,
         where: str,
+        no_fill: str | None,
         first_step: int = 0,
         group_size: int | None = None,
         unreported_prompts: int | None = None,
@@ -49,6 +52,9 @@ class Connection:
         if missing:
             raise ConfigurationError(f"{where}: {' and '.join(missing)} missing; base_url says where the service is")
         self._range = RewardRange.of(options.pop("reward_range", (0.0, 1.0)), where=where)
+        self.fill = Fill.of(options.pop("fill", None), where=where)
+        if self.fill is not None and no_fill is not None:
+            raise ConfigurationError(f"{where}: fill cannot be had here: {no_fill}")
         if group_size is not None:
             options["run_settings"] = _with_group_size(options.get("run_settings") or {}, group_size, where)
         try:
@@ -61,12 +67,19 @@ class Connection:
         self._n_choices = self._n_unreported = 0
         self._has_warned = False
 
-    def choose(self, n_prompts: int) -> Batch:
-        """The next choice."""
-        batch = self.selector.select(self.next_step, n_prompts)
+    def choose(self, n_prompts: int, *, is_refill: bool = False) -> Batch:
+        """The next choice: so many prompts, or with `fill` as many as it takes to find so many informative groups.
+
+        Args:
+            is_refill: Choose just so many all the same: for a batch that a choice before has not filled.
+        """
+        if self.fill is None or is_refill:
+            batch = self.selector.select(self.next_step, n_prompts)
+        else:
+            batch = self.selector.select_informative(self.next_step, n_prompts, **asdict(self.fill))
         self.next_step += 1
         self._n_choices += 1
-        self._n_unreported += n_prompts
+        self._n_unreported += len(batch)
         if not self._has_warned and self._is_silent():
             self._has_warned = True
             logger.warning(
@@ -120,6 +133,30 @@ class Connection:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to it: the service too."""
         self.next_step = go_back(self.selector, state)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How a filled batch is asked for, as `PromptSelector.select_informative` has it."""
+
+    fill_factor: float | None = None
+    max_prompts: int | None = None
+    update_cost: float | None = None
+
+    @classmethod
+    def of(cls, given: object, *, where: str) -> Fill | None:
+        """None where it is not asked for (None or false).
+
+        Raises:
+            ConfigurationError: It is neither true nor such options.
+        """
+        if given is None or given is False:
+            return None
+        options = {} if given is True else given
+        names = [field.name for field in fields(cls)]
+        if not isinstance(options, Mapping) or not set(options) <= set(names):
+            raise ConfigurationError(f"{where}: fill {given!r} must be true, or have no keys but {', '.join(names)}")
+        return cls(**options)
 
 
 @dataclass(frozen=True)

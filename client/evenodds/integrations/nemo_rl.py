@@ -8,7 +8,7 @@
     data.use_multiple_dataloader=true data.custom_dataloader=select_prompts.dataloader
 
 Nothing in NeMo-RL tells a dataloader what came of its prompts: `observe` needs a line in `grpo.py`; see
-`examples/nemo_rl`.
+`examples/nemo_rl`. It asserts how many prompts a batch has, so that none can be filled; `fill` is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
 
+NO_FILL = "NeMo-RL asserts that each batch has grpo.num_prompts_per_step prompts (times batch_multiplier)"
 ID, STEP = "evenodds_id", "evenodds_step"
 """Columns that the batches get."""
 
@@ -102,7 +103,7 @@ class SelectedDataloader:
                 for task, dataloader in dataloaders.items()
                 for index, row in enumerate(_rows(dataloader.dataset))
             ]
-            self._connection = Connection(self._settings, pool, where="settings")
+            self._connection = Connection(self._settings, pool, where="settings", no_fill=NO_FILL)
         return self._connection
 
 

@@ -1,7 +1,8 @@
 """OpenRLHF: prompts that the service chooses, and rewards as its samples generator gets them, before its filter.
 
 `following(PPOTrainer, settings)` in a launcher of your own, in the place of `PPOTrainer` (see `examples/openrlhf`).
-Nothing of OpenRLHF is imported: the trainer's class is handed over.
+Nothing of OpenRLHF is imported: the trainer's class is handed over. There is no wave to fill: with dynamic filtering it
+replaces each filtered prompt by one more, until its batch is full; `fill` is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
 
 WHERE = "settings of OpenRLHF's trainer"
+NO_FILL = "OpenRLHF draws one prompt after the other, and with dynamic filtering until its batch is full"
 
 
 class SelectedDataloader:
@@ -33,7 +35,7 @@ class SelectedDataloader:
         pool = [{"prompt_id": prompt_id, "text": dataset[row][1]} for prompt_id, row in self._rows.items()]
         self._batch_size = batch_size
         self._n_samples = group_size
-        self.connection = Connection(settings, pool, where=WHERE, group_size=group_size)
+        self.connection = Connection(settings, pool, where=WHERE, no_fill=NO_FILL, group_size=group_size)
         self._waiting: deque[tuple[str, int]] = deque()
         self._chosen_at: dict[str, int] = {}
         self._rewards: dict[str, list[float | None]] = defaultdict(list)

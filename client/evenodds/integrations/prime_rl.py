@@ -2,6 +2,7 @@
 
 `Curriculum` builds its samplers from two known configurations and takes no import path, so `install` puts this sampler
 in the place of the standard one: in a launcher of your own, before the orchestrator starts (see `examples/prime_rl`).
+There is no wave to fill: the orchestrator draws one task after the other until its batch is full; `fill` is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
 from evenodds.training.text import text_of
 
+NO_FILL = "prime-rl's orchestrator draws one task after the other until its batch is full"
 _KEPT_DRAWS = 64
 """Of each task: those that are under way, and those whose groups were dropped."""
 
@@ -51,7 +53,7 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
             {"prompt_id": key} | ({"text": text} if (text := text_of(task.data.prompt_text)) else {})
             for key, task in self._by_key.items()
         ]
-        self._connection = Connection(settings, pool, where="settings")
+        self._connection = Connection(settings, pool, where="settings", no_fill=NO_FILL)
         self._waiting: deque[str] = deque()
         self.trainer_step: int | None = None
         """The orchestrator's step, which the groups that are drawn now will carry. Set before each draw."""

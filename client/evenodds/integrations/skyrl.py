@@ -4,7 +4,8 @@
         def get_trainer(self, *args, **kwargs):
             return following(RayPPOTrainer, {"base_url": "http://127.0.0.1:8000", "run": "math"})(*args, **kwargs)
 
-Nothing of SkyRL is imported: the trainer's class is handed over.
+Nothing of SkyRL is imported: the trainer's class is handed over. With `fill` a batch has as many prompts as it takes to
+find `train_batch_size` informative groups, which `dynamic_sampling.type=filter` leaves to be trained on.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
-from evenodds.integrations.torch import PromptSampler
+from evenodds.integrations.torch import FilledBatchSampler, PromptSampler
 from evenodds.training.text import text_of
 
 WHERE = "settings of SkyRL's trainer"
+NO_FILL = (
+    "SkyRL trains on all groups of a batch, silent or not: set trainer.algorithm.dynamic_sampling.type=filter, which "
+    "drops silent ones"
+)
 
 
 def following(trainer: type[Any], settings: Mapping[str, Any]) -> type[Any]:
@@ -68,18 +73,37 @@ class SelectsPrompts:
         ]
         batch_size = self.cfg.trainer.train_batch_size
         options = {name: value for name, value in self._evenodds_settings.items() if name != "id_key"}
-        self._evenodds = Connection(options, pool, where=WHERE, group_size=self.cfg.generator.n_samples_per_prompt)
-        self._evenodds_sampler = PromptSampler(
-            self._evenodds.selector, batch_size, first_step=1, epoch_steps=len(rows) // batch_size
+        self._evenodds_filters = _dynamic_sampling(self.cfg)
+        self._evenodds = Connection(
+            options,
+            pool,
+            where=WHERE,
+            no_fill=None if self._evenodds_filters == "filter" else NO_FILL,
+            group_size=self.cfg.generator.n_samples_per_prompt,
         )
+        steps = {"first_step": 1, "epoch_steps": len(rows) // batch_size}
+        selector, fill = self._evenodds.selector, self._evenodds.fill
+        batches: dict[str, Any]
+        if fill is None:
+            batches = {
+                "batch_size": batch_size,
+                "sampler": PromptSampler(selector, batch_size, **steps),
+                "drop_last": True,
+            }
+        else:
+            batches = {"batch_sampler": FilledBatchSampler(selector, batch_size, fill=fill, **steps)}
+        self._evenodds_sampler = batches["sampler" if fill is None else "batch_sampler"]
         self.train_dataloader = StatefulDataLoader(
             self.train_dataset,
-            batch_size=batch_size,
-            sampler=self._evenodds_sampler,
             collate_fn=self.train_dataset.collate_fn,
             num_workers=0,  # workers would read ahead of the outcomes
-            drop_last=True,
+            **batches,
         )
+
+    def handle_dynamic_sampling(self: Any, generator_output: Any, uids: list[str]) -> Any:
+        """Report the rewards of all groups, before dynamic sampling drops or replaces any."""
+        self._report(generator_output, uids)
+        return super().handle_dynamic_sampling(generator_output, uids)  # type: ignore[misc]
 
     def postprocess_generator_output(
         self: Any,
@@ -89,8 +113,9 @@ class SelectsPrompts:
         metrics_uids: list[str] | None = None,
     ) -> Any:
         """Report the rewards of all groups, those too that are dropped afterwards."""
-        whole = generator_output if metrics_generator_output is None else metrics_generator_output
-        self._report(whole, uids if metrics_uids is None else metrics_uids)
+        if self._evenodds_filters is None:  # else they were reported before it had its way
+            whole = generator_output if metrics_generator_output is None else metrics_generator_output
+            self._report(whole, uids if metrics_uids is None else metrics_uids)
         given: list[Any] = [generator_output, uids]
         if metrics_generator_output is not None or metrics_uids is not None:
             given += [metrics_generator_output, metrics_uids]
@@ -105,6 +130,12 @@ class SelectsPrompts:
             if is_whole:
                 groups[self._evenodds_ids[uid]].append(sum(reward) if isinstance(reward, list) else reward)
         self._evenodds.observe(self._evenodds_sampler.newest_step, groups)
+
+
+def _dynamic_sampling(cfg: Any) -> str | None:
+    """What `trainer.algorithm.dynamic_sampling.type` says."""
+    kind: str | None = cfg.trainer.algorithm.dynamic_sampling.type
+    return kind
 
 
 def _prompt_id(messages: Any, extras: Mapping[str, Any], id_key: str | None) -> str:

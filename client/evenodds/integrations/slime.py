@@ -3,6 +3,9 @@
 --data-source-path evenodds.integrations.slime.EvenOddsDataSource
 --rollout-all-samples-process-path evenodds.integrations.slime.report
 --custom-config-path evenodds.yaml         # evenodds: {base_url: http://127.0.0.1:8000, run: math-7b}
+
+With `fill` a rollout begins with as many groups as it takes to find `--rollout-batch-size` informative ones, which
+`--dynamic-sampling-filter-path` lets through; the others are reported and not trained on.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ except ImportError:
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
+from evenodds.training.batch import Batch
 from evenodds.training.text import text_of
 
 logger = logging.getLogger(__name__)
@@ -38,7 +42,8 @@ class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # 
     A prompt's id is `metadata["prompt_id"]`, or else a hash of its text.
 
     Raises:
-        ConfigurationError: `evenodds` is missing from the configuration, or there is no global data set.
+        ConfigurationError: `evenodds` is missing from the configuration, or there is no global data set; or `fill` is
+            set, and no filter that drops silent groups.
     """
 
     def __init__(self, args: Any) -> None:
@@ -55,9 +60,13 @@ class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # 
             getattr(args, KEY, None),
             pool,
             where=f"{KEY} in the file of --custom-config-path",
+            no_fill=_no_fill(args),
             group_size=args.n_samples_per_prompt,
             unreported_prompts=_ROLLOUTS_WITHOUT_REPORT * n_rollout,
         )
+        self._n_wanted = getattr(args, "rollout_batch_size", 1)
+        self.is_filled = False
+        """Whether this rollout has had a filled choice: what it still asks for then are refills."""
         if "fully_async" in str(getattr(args, "rollout_function_path", "")):
             logger.warning(
                 "%s never calls --rollout-all-samples-process-path: prompts are chosen and nothing is reported, so "
@@ -71,9 +80,15 @@ class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # 
         groups: list[list[Any]] = self._get_samples_from_buffer(num_samples)
         n_missing = num_samples - len(groups)
         if n_missing > 0:
-            batch = self.connection.choose(n_missing)
+            batch = self._chosen(n_missing, len(groups))
             groups += [self._group(prompt_id, batch.step) for prompt_id in batch]
         return groups
+
+    def _chosen(self, n_missing: int, n_buffered: int) -> Batch:
+        if self.connection.fill is None or self.is_filled:
+            return self.connection.choose(n_missing, is_refill=True)
+        self.is_filled = True
+        return self.connection.choose(max(1, self._n_wanted - n_buffered))
 
     def save(self, rollout_id: Any) -> None:
         """Keep the state with the trainer's checkpoint of this rollout."""
@@ -119,7 +134,9 @@ def report(args: Any, all_samples: Iterable[Any], data_source: Any) -> None:
 
     Args:
         all_samples: Groups, each a list of samples or of lists of samples.
+        data_source: The `EvenOddsDataSource`, or its `get_samples`, which is what slime hands over.
     """
+    source: EvenOddsDataSource = getattr(data_source, "__self__", data_source)
     rewards: dict[int, dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     for attempt in _attempts(all_samples):
         made = [
@@ -133,7 +150,17 @@ def report(args: Any, all_samples: Iterable[Any], data_source: Any) -> None:
             chosen = made[-1].metadata[KEY]
             rewards[chosen["step"]][chosen["prompt_id"]].append(made[-1].get_reward_value(args))
     for step, groups in sorted(rewards.items()):
-        data_source.connection.observe(step, groups)
+        source.connection.observe(step, groups)
+    source.is_filled = False  # slime reports at the end of a rollout
+
+
+def _no_fill(args: Any) -> str | None:
+    if getattr(args, "dynamic_sampling_filter_path", None) is not None:
+        return None
+    return (
+        "slime trains on the first groups that are done, silent or not: set --dynamic-sampling-filter-path to a filter "
+        "that drops silent ones"
+    )
 
 
 def _attempts(groups: Iterable[Any]) -> Iterator[list[Any]]:

@@ -4,7 +4,8 @@
     dataset = SelectedDataset(builders, settings, batch_size=64, n_batches=500)
 
 The index of a batch is the step. tinker-cookbook's checkpoints hold the index alone, and so a training that begins at a
-later one goes back to it.
+later one goes back to it. With `fill` a batch has as many groups as it takes to find `batch_size` informative ones, and
+tinker-cookbook's `remove_constant_reward_groups` leaves those to be trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is no
         settings: See `Connection`; and `reward_key`, the metric of an attempt's last step that says whether it
             succeeded (`correct` of `ProblemEnv`), where the reward holds more than success. By default the whole
             reward of an attempt counts: that of all steps and of the group.
-        batch_size: Groups of a batch.
+        batch_size: Groups of a batch; with `fill`, informative ones.
         n_batches: Batches of the training: its length, as tinker-cookbook counts epochs.
         texts: What each prompt is judged by until it was tried.
         group_size: Attempts of a group.
@@ -50,7 +51,7 @@ class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is no
         texts = texts or {}
         pool = [{"prompt_id": i} | ({"text": texts[i]} if texts.get(i) else {}) for i in builders]
         options = {name: value for name, value in settings.items() if name != "reward_key"}
-        self.connection = Connection(options, pool, where="settings", group_size=group_size)
+        self.connection = Connection(options, pool, where="settings", no_fill=None, group_size=group_size)
         self._reward_key = settings.get("reward_key")
         self._builders = dict(builders)
         self._batch_size, self._n_batches = batch_size, n_batches

@@ -7,6 +7,7 @@ of the batches before them are known: `prefetch_factor * num_workers` batches wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from typing import Any, TypedDict
 
@@ -14,7 +15,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from evenodds.errors import ConfigurationError
-from evenodds.integrations.connection import checkpoint, go_back
+from evenodds.integrations.connection import Fill, checkpoint, go_back
 from evenodds.training.batch import Batch
 from evenodds.training.selector import PromptSelector
 
@@ -161,6 +162,62 @@ class PromptSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self._steps.remaining() * self._steps.batch_size // self._shard[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What belongs into the checkpoint."""
+        return self._steps.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to it.
+
+        Raises:
+            ConfigurationError: It is no state of this sampler.
+        """
+        self._steps.load_state_dict(state)
+
+
+class FilledBatchSampler(Sampler[list[int]]):
+    """Positions in a dataset, for each step as many as it takes to find so many informative groups in one wave.
+
+    Give it to a `DataLoader` as `batch_sampler`, without workers. Roll out all that a step gets, hand all outcomes to
+    `selector.informative` together with `batch`, and train on what it returns. Stateful as `PromptSampler`.
+
+    Args:
+        selector: As in `PromptSampler`; so are `first_step`, `n_steps`, `epoch_steps` and `positions`.
+        informative_groups: Groups wanted of each step.
+    """
+
+    def __init__(
+        self,
+        selector: PromptSelector,
+        informative_groups: int,
+        *,
+        fill: Fill | None = None,
+        first_step: int = 0,
+        n_steps: int | None = None,
+        epoch_steps: int | None = None,
+        positions: Mapping[str, int] | None = None,
+    ) -> None:
+        self._steps = _Steps(
+            selector, informative_groups, first_step=first_step, n_steps=n_steps, epoch_steps=epoch_steps
+        )
+        self._fill = asdict(fill or Fill())
+        self._positions = positions if positions is not None else _in_order(selector)
+        self.batch: Batch | None = None
+        """The newest one; None before the first."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            self.batch = self._steps.selector.select_informative(step, self._steps.batch_size, **self._fill)
+            yield [self._positions[prompt_id] for prompt_id in self.batch]
+
+    @property
+    def newest_step(self) -> int:
+        """As in `PromptSampler`."""
+        return self._steps.newest
+
+    def __len__(self) -> int:
+        return self._steps.remaining()
 
     def state_dict(self) -> dict[str, Any]:
         """What belongs into the checkpoint."""

@@ -3,6 +3,9 @@
 buffer.explorer_input.tasksets[0].data_selector:
   selector_type: evenodds
   kwargs: {base_url: http://127.0.0.1:8000, run: math-7b, group_size: 8}
+
+The explorer and the trainer keep in step by `buffer.batch_size` tasks and `buffer.train_batch_size` experiences, so
+that no batch can be filled: what is more would wait and grow old. `fill` is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from evenodds.integrations.connection import Connection
 from evenodds.training.text import text_of
 
 WHERE = "data_selector.kwargs"
+NO_FILL = "Trinity's explorer and trainer keep in step by batches of one size, and what is more would grow old"
 
 
 @SELECTORS.register_module("evenodds")
@@ -50,7 +54,7 @@ class EvenOddsSelector(BaseSelector):  # type: ignore[misc]  # Trinity-RFT is no
             prompt: dict[str, object] = {"prompt_id": str(index if id_key is None else row[id_key])}
             pool.append(prompt | ({"text": text} if text else {}))
         settings = {"seed": config.seed, **kwargs}
-        self._connection = Connection(settings, pool, where=WHERE, group_size=self._group_size)
+        self._connection = Connection(settings, pool, where=WHERE, no_fill=NO_FILL, group_size=self._group_size)
         self._ids = self._connection.selector.prompt_ids
         self._indices = {prompt_id: index for index, prompt_id in enumerate(self._ids)}
         self._chosen_at: dict[int, int] = {}

@@ -4,6 +4,8 @@ Unsloth and ms-swift inherit both from TRL.
 `GRPOTrainer` and `accelerate` read one generation ahead: the batch of a generation is chosen before the outcomes of the
 one before it are known. With several processes each reads the dataset; rank 0 chooses for all, and each reports the
 rewards that it has computed.
+
+Each generation has `generation_batch_size` completions and all of them are trained on, so that no batch can be filled.
 """
 
 from __future__ import annotations
@@ -47,6 +49,11 @@ class GRPOSelection:
     """
 
     def __init__(self, selector: PromptSelector, config: Any, *, id_column: str = "prompt_id") -> None:
+        if not hasattr(config, "generation_batch_size"):
+            raise ConfigurationError(
+                f"{type(config).__name__}: it must be a GRPOConfig. TRL's asynchronous trainer draws prompts and "
+                "rewards them in a process of its own, which is not told the step"
+            )
         for name, wanted in (("shuffle_dataset", False), ("ignore_data_skip", True), ("dataloader_num_workers", 0)):
             if getattr(config, name) != wanted:
                 raise ConfigurationError(f"GRPOConfig: {name} is {getattr(config, name)!r}, set it to {wanted!r}")

@@ -6,6 +6,8 @@ data.dataloader_num_workers=0
 +data.evenodds.base_url=http://127.0.0.1:8000
 +data.evenodds.run=math-7b
 +data.evenodds.reward_key=acc             # where the score holds more than success (an overlong penalty, say)
+
+verl's data loader makes batches of one size of what a sampler yields, so that none can be filled; `fill` is refused.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from evenodds.integrations.verl_rows import (
 )
 
 WHERE = "data.evenodds"
+NO_FILL = "verl's data loader makes batches of one size of what a sampler yields"
 
 
 class EvenOddsSampler(AbstractCurriculumSampler):  # type: ignore[misc]  # verl is untyped
@@ -42,7 +45,7 @@ class EvenOddsSampler(AbstractCurriculumSampler):  # type: ignore[misc]  # verl 
         batch_size = data_config.get("gen_batch_size") or data_config["train_batch_size"]
         pool = pool_of(data_source, data_config.get("prompt_key", "prompt"))
         settings, self._reward_key = without_reward_key(data_config.get("evenodds"))
-        self._connection = Connection(settings, pool, where=WHERE)
+        self._connection = Connection(settings, pool, where=WHERE, no_fill=NO_FILL)
         self._sampler = PromptSampler(
             self._connection.selector, batch_size, first_step=1, epoch_steps=len(data_source) // batch_size
         )

@@ -7,7 +7,7 @@
 
 `trainer.v1.trainer_mode` stays as it is (`sync`, `colocate_async`, `separate_async`): verl compares that name in many
 places, so the registered trainers are replaced by subclasses under their own names. Without `data.evenodds` they do
-what they always did.
+what they always did. `fill` is refused: verl's replay buffer decides how many prompts are rolled out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from evenodds.integrations.verl_rows import (
 logger = logging.getLogger(__name__)
 
 WHERE = "data.evenodds"
+NO_FILL = "verl's replay buffer decides how many prompts are rolled out, and refills what it evicts"
 
 
 class SelectsPrompts:
@@ -56,7 +57,7 @@ class SelectsPrompts:
             )
         pool = pool_of(self.train_dataset, data.get("prompt_key", "prompt"))
         settings, self._evenodds_reward_key = without_reward_key(data.evenodds)
-        self._evenodds = Connection(settings, pool, where=WHERE, group_size=_group_size(self.config))
+        self._evenodds = Connection(settings, pool, where=WHERE, no_fill=NO_FILL, group_size=_group_size(self.config))
         self._evenodds_sampler = PromptSampler(
             self._evenodds.selector,
             data.train_batch_size,

@@ -19,8 +19,8 @@ class Batch:
         prompt_ids: As many as were asked for, or as it takes to fill the batch; all different.
         arms: For each prompt: `policy` or `control` as the service chose, `uniform` where it did not choose.
         reply: All that the service said; None for a uniform batch.
-        incarnation: Names the training since it last went back to a checkpoint, for all ranks that get this batch;
-            None where it never did.
+        incarnation: Names the training since it began or last went back to a checkpoint, for all ranks that get this
+            batch; None where a rank other than 0 chose it for itself.
     """
 
     step: int

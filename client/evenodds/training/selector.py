@@ -132,7 +132,7 @@ class PromptSelector:
         self._first_step: int | None = None
         self._begins_anew = rank == 0
         self._observed_step: int | None = None
-        self._incarnation: str | None = None if existing != "auto" else uuid4().hex
+        self._incarnation: str | None = uuid4().hex if rank == 0 else None
         self._is_closed = False
         self._made_in = os.getpid()
         self._running: Running | None = None

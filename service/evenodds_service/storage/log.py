@@ -15,6 +15,7 @@ from evenodds_service.domain.prompts import NewPrompts
 from evenodds_service.errors import PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
 from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entries, read_entry
 from evenodds_service.storage.pool import GrownPool, grow_pool
+from evenodds_service.storage.rewind import refuse_forgotten
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import log, selections
 from evenodds_service.storage.transactions import Transactions
@@ -37,7 +38,7 @@ class LogMethods(Transactions):
             RunUnknown: also where the run was deleted since the caller looked it up.
             RequestConflict: the request id was used with another body (hash).
             SelectionUnknown: no such selection in this run.
-            SelectionVoided: a rewind has voided the selection.
+            SelectionVoided: a rewind has voided the selection, or ended the incarnation that made the observations.
             PromptUnknown: an observation's prompt is neither in the pool nor in `new`.
             PromptConflict, EmbedderFixed, EmbeddingWidthConflict, VectorUnstorable: as in add_prompts.
             ValueError: successes or attempts out of range; see ObserveEntry.
@@ -48,6 +49,8 @@ class LogMethods(Transactions):
             if first is not None:
                 return first
             selection_step = _selection_step(connection, run, outcomes.selection_id)
+            if outcomes.selection_id is None and outcomes.request_id is not None and run.void_position > 0:
+                refuse_forgotten(connection, run, outcomes.request_id, outcomes.step)
             grown = grow_pool(connection, run, new) if new is not None else GrownPool(0, {}, None)
             observations = outcomes.observations
             entry = ObserveEntry(

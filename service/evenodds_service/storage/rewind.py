@@ -12,9 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, insert, or_, select, update
 
+from evenodds_service.errors import SelectionVoided
 from evenodds_service.storage.entries import compact_json, voided_rows
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import checkpoints, log, refits, runs, selections, snapshots
@@ -26,7 +28,8 @@ _PAGE = 1_000
 
 class RewindMethods(Transactions):
     def rewind(self, run_id: int, *, step: int, incarnation: str | None = None, now: datetime) -> Voided:
-        """Void every observation and selection with a step above `step`. Without any, nothing is written.
+        """Void every observation and selection with a step above `step`. Without any, nothing is written, unless an
+        incarnation is named: then what older ones report later is refused, see `refuse_forgotten`.
 
         Args:
             incarnation: Observations whose request id begins with it and a dot stay: the restarted trainer made them.
@@ -91,7 +94,51 @@ def rewind_run(connection: Connection, run: Run, *, step: int, incarnation: str 
     chosen_later = and_(selections.c.run_id == run.id, selections.c.voided_at.is_(None), selections.c.step > step)
     connection.execute(update(selections).where(chosen_later).values(voided_at=position))
     asked = {"step": step} if incarnation is None else {"step": step, "incarnation": incarnation}
-    return _record(connection, run, "rewind", asked, found, now=now)
+    is_news = incarnation is not None and asked not in [told for _, told in _rewinds(connection, run)]
+    return _record(connection, run, "rewind", asked, found, is_news=is_news, now=now)
+
+
+def refuse_forgotten(connection: Connection, run: Run, request_id: str, step: int) -> None:
+    """Refuse what an incarnation of the trainer reports of a step that the run has gone back behind since.
+
+    That is one which had reported or gone back itself before another went back: a process that hung, say, or what lay
+    on the disk of another machine. Outcomes of a selection need no such look, because their selection is voided. It
+    reads the run's log, which few reports make necessary: those without a selection, after a rewind.
+
+    Args:
+        request_id: Begins with the incarnation's name and a dot; others are nobody's.
+
+    Raises:
+        SelectionVoided: It is such a report.
+    """
+    name, dot, _ = request_id.partition(".")
+    if not dot:
+        return
+    rewinds = _rewinds(connection, run)
+    gone_back = [(at, told) for at, told in rewinds if told["step"] < step and told.get("incarnation", name) != name]
+    if not gone_back:
+        return
+    is_own = and_(log.c.run_id == run.id, log.c.request_id.startswith(f"{name}.", autoescape=True))
+    first = connection.execute(select(func.min(log.c.position)).where(is_own)).scalar()
+    known_at = [at for at, told in rewinds if told.get("incarnation") == name] + ([] if first is None else [first])
+    ended_at = gone_back[-1][0]
+    if known_at and min(known_at) < ended_at:
+        raise SelectionVoided(
+            f"observations of incarnation {name!r} at step {step} of run {run.name!r}: the trainer went back behind "
+            f"that step at log position {ended_at}, and they belong to a policy that the run has forgotten; drop them"
+        )
+
+
+def _rewinds(connection: Connection, run: Run) -> list[tuple[int, dict[str, Any]]]:
+    """Where each rewind stands in the log, and what was asked: `step`, and `incarnation` where it was named."""
+    if run.void_position == 0:
+        return []
+    statement = select(log.c.position, log.c.body).where(
+        log.c.run_id == run.id, log.c.kind == "rewind", log.c.position <= run.void_position
+    )
+    rows = connection.execute(statement.order_by(log.c.position)).all()
+    asked = [(row.position, json.loads(row.body)) for row in rows]
+    return [(at, {name: body[name] for name in ("step", "incarnation") if name in body}) for at, body in asked]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +208,21 @@ def _mark_rows(
 
 
 def _record(
-    connection: Connection, run: Run, kind: str, asked: Mapping[str, object], found: _Found, *, now: datetime
+    connection: Connection,
+    run: Run,
+    kind: str,
+    asked: Mapping[str, object],
+    found: _Found,
+    *,
+    is_news: bool = False,
+    now: datetime,
 ) -> Voided:
-    """Write the entry that voids, drop what was derived from what is voided, and move the run on."""
-    if found.first is None:
+    """Write the entry that voids, drop what was derived from what is voided, and move the run on.
+
+    Args:
+        is_news: Write it also where nothing is voided.
+    """
+    if found.first is None and not is_news:
         return Voided(run.log_position, run.head_step, 0, 0)
     position = run.log_position + 1
     body = {
@@ -176,7 +234,9 @@ def _record(
     connection.execute(
         insert(log).values(run_id=run.id, position=position, kind=kind, body=compact_json(body), created_at=now)
     )
-    connection.execute(delete(checkpoints).where(checkpoints.c.run_id == run.id, checkpoints.c.position >= found.first))
+    if found.first is not None:
+        stale = (checkpoints.c.run_id == run.id, checkpoints.c.position >= found.first)
+        connection.execute(delete(checkpoints).where(*stale))
     n_observations = run.n_observations - found.n_observations
     model_version = run.model_version
     if found.first_observed is not None:

@@ -192,6 +192,26 @@ def test_what_another_rank_reports_before_rank_zero_could_go_back_is_kept(
     assert steps_observed(service, first.run) == [1] * 4 + [2] * 2
 
 
+def test_a_process_that_lives_on_after_its_training_has_gone_back_adds_nothing(
+    service: Service, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hung = make(outbox=tmp_path / "another machine")
+    train(hung, 1)
+    assert hung.flush()
+    resumed = make()
+    resumed.load_state_dict(hung.state_dict())
+    assert resumed.flush()
+
+    hung.observe(2, {"p0": [1, 0]})  # of a uniform batch, which has no selection
+    assert hung.flush()
+    train(resumed, 2)
+    assert resumed.flush()
+
+    assert steps_observed(service, resumed.run) == [1] * 4 + [2] * 4
+    assert hung.counts().refused == 1
+    assert "belong to a policy that the run has forgotten" in caplog.records[-1].getMessage()
+
+
 def test_a_rank_without_broadcast_that_goes_back_is_warned(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = make().state_dict(step=1)
 

@@ -18,7 +18,8 @@ def rewind(run: RunPath, body: RewindRequest, services: Dependencies) -> Voided:
 
     The run stands as if none of it had happened; prompts stay in the pool. A step above may be selected and reported
     anew, under the same request ids too. Outcomes for a selection that was forgotten are refused (409). With an
-    `incarnation`, what the restarted trainer itself has reported already is kept.
+    `incarnation`, what the restarted trainer itself has reported already is kept, and what an older one still reports
+    of such steps is refused (409), without a selection too.
     """
     run_id = services.store.run(run).id
     voided = services.store.rewind(run_id, step=body.step, incarnation=body.incarnation, now=now())
