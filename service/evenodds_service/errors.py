@@ -355,6 +355,12 @@ class SelectionConflict(StoreError):
     code = "selection_conflict"
 
 
+class StepJump(ServiceError):
+    """A step lies far beyond all that the run has gone through: a slip would age all that it knows, for good."""
+
+    code = "step_jump"
+
+
 class SelectionVoided(StoreError):
     """A rewind has voided the selection."""
 
