@@ -67,6 +67,7 @@ STATUS_OF: Mapping[str, int] = {
 """The status of each error that a caller can meet, by its code. Any other is a fault of the service: 500."""
 
 HTTP_CODES: Mapping[int, str] = {
+    400: "body_incomplete",
     404: "route_unknown",
     405: "method_not_allowed",
     408: "too_slow",
@@ -199,7 +200,7 @@ def _allowed(request: Request) -> list[str]:
 
 async def _left(request: Request, error: Exception) -> Response:
     """Its caller has left in the middle of the body: nobody hears this, and it is no fault of the service."""
-    return problem(request, 400, "body_incomplete", "the connection ended before the body did: send it again")
+    return problem(request, 400, HTTP_CODES[400], "the connection ended before the body did: send it again")
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
