@@ -45,6 +45,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pip check
 	$(BIN)/python .ci/pins.py
+	$(BIN)/python .ci/words.py
 
 audit:  ## known vulnerabilities of what constraints.txt pins; asks the internet, and fails where it knows nothing of a package
 	$(PYTHON) -m venv $(VENV)-audit
