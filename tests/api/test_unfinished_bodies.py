@@ -75,6 +75,7 @@ def test_unfinished_bodies_take_no_more_than_their_budget(
     until(lambda: small.http.post("/runs/math/prompts", json=body).status_code == 200, "room for the next")
 
 
+@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("media_type", [JSON, NDJSON], ids=["JSON", "NDJSON"])
 def test_who_leaves_in_the_middle_of_a_body_is_no_fault_of_the_service(
     caller: Caller, service: Service, media_type: dict[str, str], caplog: pytest.LogCaptureFixture
