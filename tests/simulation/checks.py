@@ -58,6 +58,7 @@ class History:
     Attributes:
         proven: By run, the newest log position that somebody was told of.
         first: By run and request id, the first answer to a report.
+        rates: By prompt, the true share of successes among its attempts.
         forecasts: Predicted and true success rate of prompts with 16 attempts and more.
     """
 

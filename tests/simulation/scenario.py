@@ -174,8 +174,9 @@ class _Scenario:
         self.world, self.engine, self.folder = world, engine, folder
         chance = world.chance
         self.is_over = False
-        rates = {f"{run}-{i}": true_rate(run, i) for run, n in POOL.items() for i in range(n)}
-        self.history = History(world, folder / "evenodds.db", rates, is_skewed=world.rates["skew"] > 0)
+        self.rates = {f"{run}-{i}": true_rate(run, i) for run, n in POOL.items() for i in range(n)}
+        shown = {prompt_id: rate * (GROUP_SIZE - 1) / GROUP_SIZE for prompt_id, rate in self.rates.items()}
+        self.history = History(world, folder / "evenodds.db", shown, is_skewed=world.rates["skew"] > 0)
         self.keys = _Keys(self) if chance.random() < 0.3 else None
         self.network = _WatchedNetwork(world, self.history, self.keys)
         self.processes: list[Process] = []
@@ -183,6 +184,11 @@ class _Scenario:
         self.trainer = _Trainer(self)
         self.writers = [_Writer(self, n) for n in range(chance.choice((1, 2)))]
         self.fit_seconds = chance.choice((2.0, 10.0, 40.0))
+
+    def successes(self, prompt_id: str, mark: int) -> float:
+        """What came of a group of attempts at a prompt. One of them always fails, so that a mark fits in."""
+        rate, chance = self.rates[prompt_id], self.world.chance
+        return sum(chance.random() < rate for _ in range(GROUP_SIZE - 1)) + mark * MARK
 
     def store(self) -> SimulatedStore:
         return SimulatedStore(self.engine, self.world, self.history.committed)
@@ -522,8 +528,7 @@ class _Trainer:
         outcomes, made = [], []
         for prompt_id in batch.prompt_ids:
             self._marks += 1
-            solved = sum(chance.random() < self._scenario.history.rates[prompt_id] for _ in range(GROUP_SIZE - 1))
-            successes = solved + self._marks * MARK
+            successes = self._scenario.successes(prompt_id, self._marks)
             outcomes.append({"prompt_id": prompt_id, "successes": successes, "attempts": GROUP_SIZE})
             made.append(_Told(self._marks, step, batch.selection_id))
         self._told += made
@@ -614,14 +619,18 @@ class _Writer:
         else:
             client.run(SHARED)
 
+    def _rows(self, ids: list[str], mark: int) -> list[dict[str, Any]]:
+        """Outcomes of these prompts, the first of them with the mark."""
+        counts = [self._scenario.successes(prompt_id, mark * (i == 0)) for i, prompt_id in enumerate(ids)]
+        return [
+            {"prompt_id": prompt_id, "successes": successes, "attempts": GROUP_SIZE}
+            for prompt_id, successes in zip(ids, counts, strict=True)
+        ]
+
     def _observe_anew(self, client: Client, ids: list[str]) -> None:
         self._n += 1
         mark = 100_000 * (1 + self._number) + self._n
-        rates, chance = self._scenario.history.rates, self._world.chance
-        rows: list[dict[str, Any]] = []
-        for i, prompt_id in enumerate(ids):
-            solved = sum(chance.random() < rates[prompt_id] for _ in range(GROUP_SIZE - 1))
-            rows.append({"prompt_id": prompt_id, "successes": solved + (i == 0) * mark * MARK, "attempts": GROUP_SIZE})
+        chance, rows = self._world.chance, self._rows(ids, mark)
         if chance.random() < 0.05:
             rows.append({"text": text_of(SHARED, mark), "successes": 1, "attempts": 2})
         self._step += chance.random() < 0.4
@@ -655,21 +664,11 @@ class _Writer:
         if chance.random() < 0.7 and not asked.replayed:
             self._n += 1
             mark = 100_000 * (1 + self._number) + self._n
-            rows = [
-                {"prompt_id": prompt.prompt_id, "successes": 4 + (i == 0) * mark * MARK, "attempts": GROUP_SIZE}
-                for i, prompt in enumerate(asked.prompts)
-            ]
-            name = f"w{self._number}-{self._n}"
-            self._report(
-                client,
-                {
-                    "run": SHARED,
-                    "step": step,
-                    "observations": rows,
-                    "request_id": name,
-                    "selection_id": asked.selection_id,
-                },
-            )
+            ids = [prompt.prompt_id for prompt in asked.prompts if prompt.prompt_id in self._scenario.rates]
+            if ids:
+                call = {"run": SHARED, "step": step, "observations": self._rows(ids, mark)}
+                name = f"w{self._number}-{self._n}"
+                self._report(client, {**call, "request_id": name, "selection_id": asked.selection_id})
 
     def _retract(self, client: Client, ids: list[str]) -> None:
         chance = self._world.chance
