@@ -159,6 +159,8 @@ class History:
         if not key[1]:
             return
         earlier = self.first.get(key)
+        if self._was_voided(run, told["log_position"]):
+            return  # true when it was written or looked up, and overtaken on its way
         if told["replayed"]:
             self.world.sometimes["a report was repeated"] += 1
             if earlier is not None and self._was_voided(run, earlier.told["log_position"]):
