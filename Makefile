@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all test-kernels test-loaded check audit sbom bench bench-quality demo wheel openapi migration
+.PHONY: setup serve test test-all test-kernels test-loaded simulate check audit sbom bench bench-quality demo wheel openapi migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ test-kernels: $(STAMP)  ## the tests of numbers, and one log, under every BLAS k
 test-loaded: $(STAMP)  ## make test beside two busy loops and a disk writer; TIMES=3 repeats it, NICE=10 is kinder
 	tests/loaded.sh $(TIMES)
 
+simulate: export OPENBLAS_NUM_THREADS = 1
+simulate: export OMP_NUM_THREADS = 1
+simulate: $(STAMP)  ## services, workers and trainers under every fault; SEEDS=123 replays one, SEEDS=0:10000 OPTIONS=--nightly
+	$(BIN)/python -m tests.simulation $(or $(SEEDS),0:200) --processes 2 $(OPTIONS)
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,10 +47,10 @@ check: $(STAMP)
 	$(BIN)/python .ci/pins.py
 	$(BIN)/python .ci/words.py
 
-audit:  ## known vulnerabilities of what constraints.txt pins; asks the internet
+audit:  ## known vulnerabilities of what constraints.txt pins; asks the internet, and fails where it knows nothing of a package
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet pip-audit
-	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(VENV)-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip $(OPTIONS)
 
 sbom: $(STAMP)  ## the installed packages as CycloneDX, sbom.cdx.json; asks the internet for the tool
 	$(PYTHON) -m venv $(VENV)-sbom

@@ -365,6 +365,7 @@ class Calls(Protocol):
         *,
         request_id: str | None = None,
         selection_id: str | None = None,
+        confirm_step: bool = False,
     ) -> Exchange[ObserveReply]:
         """Report outcomes of attempts. Either all observations are accepted or none.
 
@@ -375,14 +376,18 @@ class Calls(Protocol):
                 fresh one by default, which makes the retries of this call safe, but not a second call.
             selection_id: The selection whose outcomes these are. They may come late, out of order, in several
                 calls, and with outcomes of other prompts.
+            confirm_step: The step is meant, also where it lies far beyond the run's newest (100,000 steps, unless the
+                service is told otherwise).
 
         Raises:
             NotFound: There is no such run, or no such prompt and no text to add it.
-            Conflict: `request_id` was used with another report, or a rewind has voided the selection.
+            Conflict: `request_id` was used with another report, or a rewind has voided the selection; or the step
+                needs to be confirmed.
         """
         request_id = uuid4().hex if request_id is None else request_id
         request = _request("observe", ObserveRequest, locals())
-        return (yield from self.call("POST", "/observe", ObserveReply, content=_json(request)))
+        query = _confirmation(confirm_step)
+        return (yield from self.call("POST", "/observe", ObserveReply, query=query, content=_json(request)))
 
     def observe_decision(
         self, decision_id: str, rewards: Sequence[float], *, request_id: str | None = None
@@ -449,6 +454,7 @@ class Calls(Protocol):
         cooldown_steps: int | None = None,
         max_visits: int | None = None,
         allow_outstanding: bool = False,
+        confirm_step: bool = False,
         groups: Mapping[str, float] | None = None,
         groups_at_most: Mapping[str, float] | None = None,
     ) -> Exchange[SelectReply]:
@@ -472,16 +478,19 @@ class Calls(Protocol):
             target_rate: Instead of the run's, for this batch; so are the arguments up to `max_visits`.
             allow_outstanding: Choose prompts again whose outcomes from earlier selections have not come yet. They
                 are left out otherwise, for the run's `lease_steps`, while enough others remain.
+            confirm_step: As in `observe`.
             groups, groups_at_most: Older names of `categories` and `categories_at_most`, until 1.0.
 
         Raises:
             NotFound: There is no such run, candidate or category.
             Conflict: The step has a batch already, by other arguments; too few prompts may be chosen; a category's
-                least share is above its largest; or informative groups are asked for where no prompt rests.
+                least share is above its largest; informative groups are asked for where no prompt rests; or the step
+                needs to be confirmed.
         """
         given = {**locals(), "allow_outstanding": allow_outstanding or None}
         request = _request("select_batch", SelectRequest, given)
-        return (yield from self.call("POST", "/select_batch", SelectReply, content=_json(request)))
+        query = _confirmation(confirm_step)
+        return (yield from self.call("POST", "/select_batch", SelectReply, query=query, content=_json(request)))
 
     def allocate(
         self,
@@ -645,3 +654,7 @@ def _prompt_batches(prompts: Iterable[PromptIn | Mapping[str, object]]) -> list[
 
 def _prompts_body(items: Sequence[bytes]) -> bytes:
     return b'{"prompts":[' + b",".join(items) + b"]}"
+
+
+def _confirmation(confirm_step: bool) -> dict[str, str] | None:
+    return {"confirm_step": "true"} if confirm_step else None

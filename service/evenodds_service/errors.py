@@ -14,6 +14,7 @@
     ├── ChatRefused              malformed             a chat request that this model cannot answer
     ├── UnknownPrompts           prompt_unknown        prompt ids that are not in the pool
     ├── NotEnoughPrompts         not_enough_prompts    fewer prompts may be selected than were asked for
+    ├── StepJump                 step_jump             a step far beyond all others has to be confirmed
     ├── FillNeedsRest            fill_needs_rest       a batch is to be filled where no prompt rests
     ├── SharesConflict           shares_conflict       a category's least share of a batch is above its largest
     ├── EmbeddingRefused         embedding_refused     a vector that the run cannot take
@@ -167,6 +168,12 @@ class NotEnoughPrompts(ServiceError):
         self.asked, self.eligible, self.group, self.what = asked, eligible, group, what
         who = what if group is None else f"categories: the share of {group!r}"
         super().__init__(f"{who} asks for {asked} prompts, {eligible} may be selected{advice}")
+
+
+class StepJump(ServiceError):
+    """A step lies far beyond all that the run has gone through: a slip would age all that it knows, for good."""
+
+    code = "step_jump"
 
 
 class FillNeedsRest(ServiceError):

@@ -46,6 +46,12 @@ class Settings(BaseModel):
     max_bodies_mb: int = Field(
         default=256, ge=1, le=100_000, description="most millions of bytes of the bodies of all requests at a time"
     )
+    max_step_jump: int = Field(
+        default=100_000,
+        ge=1,
+        le=2**53,
+        description="most steps that a run may advance at once without confirm_step=true",
+    )
     live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
     predict_staleness_ms: float = Field(
         default=0.0, ge=0, le=60_000, description="how far behind the log /predict may answer; 0 is exact"

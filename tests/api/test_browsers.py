@@ -1,14 +1,25 @@
-"""What a page of another site can make a browser do here: nothing. Requests carry the headers that Chromium sends."""
+"""What a page of another site can make a browser do here: nothing. Requests carry the headers that Chromium sends, and
+where there is a Chromium it sends them itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from tests.api.test_hostile import raw_status, sound
+from tests.api.test_page import in_a_browser, rendered
 
 from evenodds import Problem
 
@@ -189,3 +200,84 @@ def test_replies_are_kept_nowhere_and_read_as_what_they_are(caller: Caller) -> N
         policy = caller.http.get(path).headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy
+
+
+ATTACK = """<!doctype html><title>attack</title><pre id="said">unfinished</pre><iframe name="hidden"></iframe>
+<form id="form" method="post" enctype="text/plain" target="hidden"><input name="body"></form>
+<script type="module">
+const service = "SERVICE", run = "RUN", said = {page: location.origin};
+const body = JSON.stringify({prompts: [{prompt_id: "planted", text: "x"}]});
+async function attempt(name, work) {
+  try { said[name] = await work(); } catch (error) { said[name] = error.name; }
+}
+const prompts = `${service}/runs/${run}/prompts`;
+const json = {"Content-Type": "application/json"};
+const seen = async (reply) => `${reply.type} ${reply.status} ${(await reply.text()).length}`;
+await attempt("read", async () => seen(await fetch(`${service}/runs/${run}`)));
+await attempt("read without cors", async () => seen(await fetch(`${service}/runs/${run}`, {mode: "no-cors"})));
+await attempt("write as text", async () => seen(await fetch(prompts, {method: "POST", mode: "no-cors", body})));
+await attempt("write as json", async () => seen(await fetch(prompts, {method: "POST", headers: json, body})));
+await attempt("write as nothing", async () => String(navigator.sendBeacon(prompts, new Blob([body]))));
+const own = `${service}/runs/${run}`;
+await attempt("put", async () => seen(await fetch(own, {method: "PUT", headers: json, body: "{}"})));
+await attempt("delete", async () => seen(await fetch(own, {method: "DELETE"})));
+const form = document.getElementById("form");
+form.action = prompts;
+form.elements.body.name = body.slice(0, -1) + ', "x": "';
+form.elements[0].value = '"}';
+form.submit();
+await new Promise((done) => setTimeout(done, 2000));
+await attempt("read the frame", async () => String(frames.hidden.document.body.innerText.length));
+document.getElementById("said").textContent = JSON.stringify(said);
+</script>
+"""
+"""Everything that a page of another port can try without being asked about, and what it may try only when it was."""
+
+
+@contextmanager
+def served_from_another_port(folder: Path) -> Iterator[str]:
+    """Origin of a web server over the files of a folder."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://localhost:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.slow
+@in_a_browser
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_real_browser_lets_a_page_of_another_port_neither_write_nor_read(
+    caller: Caller, service: Service, tmp_path: Path, host: str
+) -> None:
+    def refused() -> float:
+        found = re.findall(r'^evenodds_requests_total{.*status="403".*} (.*)', caller.http.get("/metrics").text, re.M)
+        return sum(map(float, found))
+
+    caller.load_texts("a")
+    before, refused_before = caller.state(), refused()
+    address = service.base_url.replace("127.0.0.1", host)
+    (tmp_path / "attack.html").write_text(ATTACK.replace("SERVICE", address).replace("RUN", caller.run))
+    # The same page from the service's own origin may read: what is refused below is refused for its origin.
+    assert f'"run":"{caller.run}"' in rendered(f"{address}/runs/{caller.run}", tmp_path)
+
+    with served_from_another_port(tmp_path) as origin:
+        page = unescape(rendered(f"{origin}/attack.html", tmp_path))
+
+    said = json.loads(page.partition('<pre id="said">')[2].partition("</pre>")[0])
+    assert said.pop("page") == origin
+    assert len(said) == 8
+    # Nothing that can be read: what was sent without being asked about is opaque, or not shown at all.
+    assert set(said.values()) <= {"TypeError", "SecurityError", "opaque 0 0", "true"}
+    assert (said["read"], said["write as nothing"]) == ("TypeError", "true")
+    assert refused() - refused_before >= 3, "text, beacon and form came, and were refused"
+    assert caller.state() == before

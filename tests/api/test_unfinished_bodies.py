@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import socket
 import time
 import tracemalloc
@@ -72,6 +73,26 @@ def test_unfinished_bodies_take_no_more_than_their_budget(
         connection.close()
     body = {"prompts": [{"prompt_id": f"p{i}", "text": "x" * 100_000} for i in range(45)]}
     until(lambda: small.http.post("/runs/math/prompts", json=body).status_code == 200, "room for the next")
+
+
+@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("media_type", [JSON, NDJSON], ids=["JSON", "NDJSON"])
+def test_who_leaves_in_the_middle_of_a_body_is_no_fault_of_the_service(
+    caller: Caller, service: Service, media_type: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(status: int) -> float:
+        metrics = caller.http.get("/metrics").text
+        pattern = rf'^evenodds_requests_total{{.*route="/runs/{{run}}/prompts",status="{status}"}} (.*)'
+        return sum(map(float, re.findall(pattern, metrics, re.MULTILINE)))
+
+    caller.client.put_run("math", embedder="none")
+    before = told(400), told(500)
+    for connection in unfinished(service, 2, b'{"prompts": [', media_type):
+        connection.close()
+
+    until(lambda: told(400) == before[0] + 2, "both to be told")
+    assert told(500) == before[1]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_ndjson_holds_its_blocks_and_no_more(start_service: Callable[..., Service], tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class OutboxSender:
         self._woken = threading.Event()
         self._memory: Outbox | None = None
         self._disk: Outbox | None = None
+        self._opens_later = False
         self._keeping = SerialThread("evenodds-outbox")
         self._opened = self._keeping.submit(self._open)
         self._client: Client | None = None
@@ -133,6 +134,7 @@ class OutboxSender:
     def flush(self, seconds: float) -> bool:
         """Wait until nothing waits. Whether nothing does."""
         ends = time.monotonic() + seconds
+        self._keeping.submit(self._open_disk)
         while True:
             empty = self._keeping.submit(lambda: all(outbox.is_empty() for outbox in self._outboxes()))
             try:
@@ -161,17 +163,25 @@ class OutboxSender:
 
     def _open(self) -> None:
         self._memory = Outbox(None, self._setup.run)
-        if self._setup.folder is None:
+        self._opens_later = self._setup.folder is not None
+        self._open_disk()
+
+    def _open_disk(self) -> None:
+        """Open the file, if that is still to be done: a disk that was full or away at the start may be back by now."""
+        if not self._opens_later:
             return
         try:
             self._disk = Outbox(self._setup.folder, self._setup.run)
+            self._opens_later = False
         except (OSError, sqlite3.Error, OutboxBroken) as error:
+            self._opens_later = isinstance(error, (OSError, sqlite3.OperationalError))
             self._disk_failed(error)
 
     def _outboxes(self) -> list[Outbox]:
         return [outbox for outbox in (self._disk, self._memory) if outbox is not None]
 
     def _put(self, deliveries: Sequence[Delivery]) -> None:
+        self._open_disk()
         for outbox in self._outboxes():
             if self._tried(outbox, lambda outbox: outbox.put(deliveries)):
                 break

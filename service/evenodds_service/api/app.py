@@ -133,6 +133,7 @@ def _services(store: Store, settings: Settings) -> Services:
         ),
         decisions=Decisions(store, now=now),
         predictions=training.prediction_coalescer(live_runs),
+        max_step_jump=settings.max_step_jump,
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,
         text_rule=settings.text_rule or TextRule(),
         registry=CollectorRegistry(),

@@ -32,6 +32,7 @@ class Services:
     decisions: Decisions
     predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float
+    max_step_jump: int
     text_rule: TextRule
     registry: CollectorRegistry
     run_registry: CollectorRegistry

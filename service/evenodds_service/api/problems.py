@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from evenodds.schemas import Problem
 from evenodds.validation import fault_lines
@@ -45,6 +46,7 @@ STATUS_OF: Mapping[str, int] = {
     "request_conflict": 409,
     "selection_conflict": 409,
     "selection_voided": 409,
+    "step_jump": 409,
     "not_enough_prompts": 409,
     "shares_conflict": 409,
     "fill_needs_rest": 409,
@@ -65,6 +67,7 @@ STATUS_OF: Mapping[str, int] = {
 """The status of each error that a caller can meet, by its code. Any other is a fault of the service: 500."""
 
 HTTP_CODES: Mapping[int, str] = {
+    400: "body_incomplete",
     404: "route_unknown",
     405: "method_not_allowed",
     408: "too_slow",
@@ -107,6 +110,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ServiceError, _refused)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -192,6 +196,11 @@ def _allowed(request: Request) -> list[str]:
         if route.path_regex.match(request.scope["path"]):
             methods |= route.methods
     return sorted(methods)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Its caller has left in the middle of the body: nobody hears this, and it is no fault of the service."""
+    return problem(request, 400, HTTP_CODES[400], "the connection ended before the body did: send it again")
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -154,6 +154,19 @@ def test_a_selector_works_on_without_a_usable_disk(tmp_path: Path, caplog: pytes
         assert "is kept in memory until delivered" in record.getMessage()
 
 
+def test_a_disk_that_was_away_at_the_start_is_used_once_it_is_back(tmp_path: Path) -> None:
+    (tmp_path / "mount").write_text("not mounted yet")
+    folder = tmp_path / "mount" / "below"
+
+    with PromptSelector(None, "r", ["a"], outbox=folder, deadline_seconds=120) as selector:
+        selector.observe(1, {"a": [1]})
+        (tmp_path / "mount").unlink()
+        selector.observe(2, {"a": [0]})
+
+        assert [waiting["step"] for waiting in selector.state_dict()["undelivered"]] == [2, 1]
+    assert [delivery.step for delivery in Outbox(folder, "r").waiting()] == [2], "on disk, beyond the process's end"
+
+
 FULL = """
 import resource, sys
 from pathlib import Path

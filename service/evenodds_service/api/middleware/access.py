@@ -89,6 +89,7 @@ class KeyRing:
         self._lock = threading.Lock()
         self._keys: Mapping[str, ApiKey] = {}
         self._read_at = -math.inf
+        self._unread: StoreUnavailable | None = None  # why the keys are older than they should be
         self._buckets: dict[str, tuple[float, float]] = {}  # key -> requests left, as of
 
     async def check(self, secret: str | None, method: str, path: str) -> ApiKey:
@@ -96,7 +97,7 @@ class KeyRing:
 
         Raises:
             AccessRefused: the key is missing or not valid, or may not make this call.
-            StoreUnavailable: the keys were never read, and the database does not answer.
+            StoreUnavailable: the database does not answer, and the keys were never read or lack this one.
         """
         if not secret:
             raise KeyMissing(
@@ -109,6 +110,8 @@ class KeyRing:
         for stored, key in self._keys.items():  # all of them, whichever matches: the time tells nothing
             if hmac.compare_digest(given, stored):
                 found = key
+        if found is None and self._unread is not None:
+            raise self._unread  # it may have been made since: "not valid" would be a guess
         if found is None:
             raise KeyInvalid("this API key is not valid here, or was revoked: ask for a new one")
         if found.expires_at is not None and found.expires_at <= self._now():
@@ -131,11 +134,12 @@ class KeyRing:
         try:
             standing = [key for key in self._store.api_keys() if key.revoked_at is None]
             keys = {secret: key for key in standing for secret in (key.secret_hash, key.second_hash) if secret}
-        except StoreUnavailable:
+        except StoreUnavailable as error:
             if self._read_at == -math.inf:
                 raise
+            self._unread = error
             return  # what was read before still holds
-        self._keys, self._read_at = keys, self._clock()
+        self._keys, self._read_at, self._unread = keys, self._clock(), None
 
     def _note_use(self, name: str) -> None:
         try:

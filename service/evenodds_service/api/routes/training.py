@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Annotated, TypeVar
 
 import numpy as np
-from fastapi import APIRouter, BackgroundTasks, Body
+from fastapi import APIRouter, BackgroundTasks, Body, Query
 from fastapi.responses import Response
 from pydantic import Discriminator, Tag
 from starlette.concurrency import run_in_threadpool
@@ -29,6 +29,7 @@ from evenodds.schemas import (
     ObserveRequest,
     PredictReply,
     PredictRequest,
+    Problem,
     PromptRef,
     SelectedPrompt,
     SelectReply,
@@ -44,7 +45,7 @@ from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.selection.fill import Fill, Outlook
 from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
 from evenodds_service.domain.settings import RunSettings, check_shares
-from evenodds_service.errors import ChoiceOutdated, RunUnknown, StoreError, UnknownPrompts
+from evenodds_service.errors import ChoiceOutdated, RunUnknown, StepJump, StoreError, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.decisions import run_of
@@ -68,6 +69,9 @@ _SMALL_PROMPTS = 256
 """A request about so many prompts at most is small."""
 
 
+ConfirmStep = Annotated[
+    bool, Query(description="the step is meant, however far it lies beyond the run's newest (else 409 step_jump)")
+]
 ObserveBody = Annotated[
     Annotated[ObserveRequest, Tag("by-run")] | Annotated[VerdictRequest, Tag("by-decision")],
     Discriminator(lambda body: "by-decision" if isinstance(body, dict) and "decision_id" in body else "by-run"),
@@ -75,8 +79,14 @@ ObserveBody = Annotated[
 ]
 
 
-@router.post("/observe", summary="Report outcomes of attempts")
-def observe(body: ObserveBody, services: Dependencies, afterwards: BackgroundTasks) -> ObserveReply:
+@router.post(
+    "/observe",
+    summary="Report outcomes of attempts",
+    responses={410: {"model": Problem, "description": "The decision was made more than 24 hours ago"}},
+)
+def observe(
+    body: ObserveBody, services: Dependencies, afterwards: BackgroundTasks, confirm_step: ConfirmStep = False
+) -> ObserveReply:
     """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
 
     An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
@@ -85,6 +95,8 @@ def observe(body: ObserveBody, services: Dependencies, afterwards: BackgroundTas
     """
     if isinstance(body, VerdictRequest):
         body = _by_decision(body, services)
+    if not confirm_step:
+        _check_step(body, services)
     appended = _append(body, services)
     if appended.written is not None:
         afterwards.add_task(_keep_up, services.store, services.live_runs, appended.written)
@@ -95,6 +107,31 @@ def observe(body: ObserveBody, services: Dependencies, afterwards: BackgroundTas
         model_version=appended.model_version,
         replayed=appended.replayed,
     )
+
+
+def _check_step(body: ObserveRequest | SelectRequest, services: Services, run: Run | None = None) -> None:
+    """Look whether the step may be a slip. The first step of a run may be any: there is nothing that it could age.
+
+    Args:
+        run: As it is now, if that was read already. What memory holds may be older, and is good for a first look.
+
+    Raises:
+        StepJump
+    """
+
+    if run is None:
+        held = services.live_runs.held(body.run, math.inf)
+        head = -1 if held is None else held.live.state.head_step
+        if head >= 0 and body.step - head <= services.max_step_jump:
+            return
+        run = services.store.run(body.run)
+    if run.head_step is not None and body.step - run.head_step > services.max_step_jump:
+        raise StepJump(
+            f"step {body.step} lies {body.step - run.head_step:,} steps beyond the newest of run {run.name!r}, "
+            f"{run.head_step}, and the limit is {services.max_step_jump:,} (EVENODDS_MAX_STEP_JUMP): all that the run "
+            "knows would count as that old from then on; send the right step, or repeat the call with "
+            "?confirm_step=true"
+        )
 
 
 def _by_decision(body: VerdictRequest, services: Services) -> ObserveRequest:
@@ -273,7 +310,7 @@ def _predict(body: PredictRequest, services: Services) -> str:
 
 
 @router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
-def select_batch(body: SelectRequest, services: Dependencies) -> Response:
+def select_batch(body: SelectRequest, services: Dependencies, confirm_step: ConfirmStep = False) -> Response:
     """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409.
 
     Prompts that earlier selections chose and whose outcomes have not come within `lease_steps` are left out, unless
@@ -286,6 +323,8 @@ def select_batch(body: SelectRequest, services: Dependencies) -> Response:
         run, recorded = services.store.run_and_selection(body.run, body.step, arguments_hash=arguments_hash)
         if recorded is not None:
             break
+        if not confirm_step:
+            _check_step(body, services, run)
         with services.live_runs.live(run.id).selecting:
             live = services.live_runs.fold(run)  # at least; it holds what was chosen here while this one waited
             chosen = live.choose(_overlaid(body, run.settings), _request(body, run, live))
