@@ -6,7 +6,7 @@ Deterministic in its arguments on a CPU. Knows no store, no clock and no lease.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from evenodds_service.model.history import History
 from evenodds_service.model.latent_fit import fit_latent
 from evenodds_service.model.paper_fit import fit_paper, paper_inputs, predict_paper
 from evenodds_service.model.paper_network import PUBLISHED, SMALL, NetworkSize, size_of, width_of
-from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
+from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SOURCES, SharedModel, Weights, shaped
+from evenodds_service.model.sources import Joined, fit_sources
 
 MEMORY_STEPS = 100.0
 """An outcome counts exp(-age / memory) in the labels of the n-gram prior."""
@@ -46,6 +47,8 @@ class TrainingData:
         history: Observations of these prompts.
         model_size: Of the networks of `gps-paper`.
         warm_start: The model that is in use, if any.
+        sources: Outcomes of the runs that are learned from, if there are any.
+        source_ngrams: Of the pool's prompts and of the other prompts of these runs.
     """
 
     embedder: str
@@ -58,6 +61,8 @@ class TrainingData:
     history: History
     model_size: ModelSize = "small"
     warm_start: SharedModel | None = None
+    sources: Joined | None = None
+    source_ngrams: sparse.csr_matrix | None = None
 
 
 def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel:
@@ -96,13 +101,27 @@ def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel
         priors["latent"] = shaped(latent_fit.mean_N, latent_fit.informative_N, data.group_size)
         weights["latent"] = dict(latent_fit.weights)
         report |= {f"latent.{name}": float(value) for name, value in latent_fit.report.items()}
-    return SharedModel(
+    model = SharedModel(
         embedder=data.embedder,
         group_size=data.group_size,
         basis=data.basis,
         priors=priors,
         weights=weights,
         report=report,
+    )
+    return model if data.sources is None else _beside_sources(model, data, data.sources)
+
+
+def _beside_sources(model: SharedModel, data: TrainingData, joined: Joined) -> SharedModel:
+    """The model with what the runs that are learned from showed."""
+    texts = data.ngrams if data.source_ngrams is None else data.source_ngrams
+    fitted = fit_sources(joined, texts, data.history, group_size=data.group_size, seed=_SEED)
+    return replace(
+        model,
+        weights={**model.weights, SOURCES: fitted.weights},
+        report={**model.report, **{f"{SOURCES}.{name}": value for name, value in fitted.report.items()}},
+        sources=fitted.columns,
+        in_common=dict(joined.in_common),
     )
 
 

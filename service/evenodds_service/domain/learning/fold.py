@@ -75,6 +75,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _select(state, entry, pool)
     elif isinstance(entry, SnapshotEntry):
         state.model_version = entry.version
+        _take_sources(state, pool)
         if state.stack is None and _stackable(_mixed(state, pool)):
             state.stack = _new_stack(state)
         _admit(state, pool)
@@ -262,24 +263,52 @@ def _ensure_basis(state: State, pool: Pool) -> None:
 
 
 def _ensure_columns(state: State, pool: Pool) -> None:
-    """Derive the columns of what others showed, and again when there are others or the pool has doubled.
+    """Derive the columns of the rates that came with the prompts, and again when there are other names or the pool has
+    doubled.
 
     Costs nothing in a pool of which nothing is known.
     """
-    columns, names = state.columns, pool.tellers(state.n_prompts)
+    columns = state.columns
+    names = pool.tellers(state.n_prompts, also_alone=columns is not None and bool(columns.sources))
     if not names or (columns is not None and columns.names == names and state.n_prompts < 2 * columns.n_prompts):
         return
     fresh = RateColumns.of(pool.told(names, slice(0, state.n_prompts)))
+    if columns is not None:
+        fresh = fresh.keeping(columns).beside(columns.version, pool.sources(columns.version))
+    _take(state, pool, fresh)
+
+
+def _take_sources(state: State, pool: Pool) -> None:
+    """Read the columns of other runs that the snapshot has just brought, in place of those of the one before."""
+    sources, columns = pool.sources(state.model_version), state.columns
+    if sources is None and (columns is None or not columns.sources):
+        return
+    names = pool.tellers(state.n_prompts, also_alone=sources is not None)
+    if sources is None and not names:  # the runs that were learned from are gone, and with them what they showed
+        state.columns, state.runs, state.closeness_R, state.n_compared = None, None, np.zeros(0), 0
+        return
+    fresh = columns
+    if columns is None or columns.names != names:
+        fresh = RateColumns.of(pool.told(names, slice(0, state.n_prompts)))
+        fresh = fresh.keeping(columns) if columns is not None else fresh
+    assert fresh is not None  # there were columns, or there are now
+    _take(state, pool, fresh.beside(state.model_version, sources))
+
+
+def _take(state: State, pool: Pool, fresh: RateColumns) -> None:
+    """Read these columns from here on; of those before them is kept what was learned."""
+    columns, names = state.columns, fresh.names
     if columns is None:
         state.columns, state.runs = fresh, fresh.regression()
         state.closeness_R = np.zeros(len(names))
-        if state.stack is not None:
+        if state.stack is not None and len(state.stack.weights) < 2 + len(FITTED) + 1:
             state.stack = state.stack.widened()
         return
-    closeness = dict(zip(columns.names, state.closeness_R.tolist(), strict=True))
-    usual = state.closeness_R.sum() / len(state.closeness_R)
-    state.closeness_R = np.array([closeness.get(name, usual) for name in names])
-    _read(state, pool, fresh.keeping(columns))
+    if columns.names != names or columns.n_prompts != fresh.n_prompts:
+        closeness = dict(zip(columns.names, state.closeness_R.tolist(), strict=True))
+        usual = state.closeness_R.sum() / max(len(state.closeness_R), 1)
+        state.closeness_R = np.array([closeness.get(name, usual) for name in names])
+    _read(state, pool, fresh)
 
 
 def _read(state: State, pool: Pool, columns: RateColumns) -> None:
@@ -287,10 +316,12 @@ def _read(state: State, pool: Pool, columns: RateColumns) -> None:
     before, runs = state.columns, state.runs
     assert before is not None  # there are columns from the first known rate on, and their regression
     assert runs is not None
-    tells = np.isfinite(pool.told(before.names, slice(0, state.n_prompts)).rates_N_R).any(axis=1)
-    some = np.flatnonzero(tells)[:BASIS_ENOUGH]  # the names of before are among those of now: both know these prompts
+    known = pool.known_to(before, state.n_prompts) & pool.known_to(columns, state.n_prompts)
+    some = np.flatnonzero(known)[:BASIS_ENOUGH]
     state.columns, state.runs = columns, columns.regression()
-    state.runs.adopt(runs, before.project(pool.told(before.names, some)), pool.known(columns, some))
+    has_learned = state.n_observations > 0 or not columns.sources
+    if has_learned and len(some):
+        state.runs.adopt(runs, pool.inputs(before, some), pool.known(columns, some))
 
 
 def _learn_from_others(
@@ -310,8 +341,12 @@ def _learn_from_others(
     runs.update(x[told], k[told], counts[told])
     if len(columns.names) <= MOST_COLUMNS:
         return
-    log_odds = columns.log_odds(pool.told(columns.names, prompts[told]))
-    state.closeness_R = state.closeness_R + columns.foreseen(log_odds, k[told], counts[told], running_mean(state))
+    log_odds = columns.log_odds(pool.told(columns.names, prompts))
+    told = np.asarray(np.isfinite(log_odds).all(axis=1))
+    if not told.any():
+        return
+    closeness_R = columns.foreseen(log_odds[told], k[told], counts[told], running_mean(state))
+    state.closeness_R = state.closeness_R + closeness_R
     state.n_compared += int(told.sum())
     if state.n_compared >= max(FIRST_COMPARISON, 2 * columns.n_compared):
         _read(state, pool, columns.reading(state.closeness_R, state.n_compared))
