@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from evenodds import PromptIn
 from evenodds_service.domain.arrays import FloatArray
@@ -14,6 +16,9 @@ from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.ranks import spearman
 from evenodds_service.domain.settings import RunSettings
+from evenodds_service.model.history import History
+from evenodds_service.model.refit import TrainingData, fit_shared_model
+from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.worker import GROWN_SECONDS, Worker
@@ -66,6 +71,11 @@ def evaluated(bench: Bench, name: str, rates_N: FloatArray, **settings: Any) -> 
     observe(bench, name, 0, TRIED, rates_N, seed=len(name))
 
 
+def sources_only(data: TrainingData) -> SharedModel:
+    """What other runs showed, without the priors from the run's own outcomes, which take most of the time."""
+    return fit_shared_model(replace(data, history=History.empty()), device=torch.device("cpu"))
+
+
 def fitted(bench: Bench, name: str, worker: Worker) -> LiveRun:
     """The run after a refit, which is asked for if it is not due."""
     if not worker.work_once():
@@ -100,7 +110,7 @@ def test_the_first_batch_is_forecast_by_what_another_run_showed_on_the_same_text
     evaluated(bench, "A", truth)
     load(bench, "B", texts(shout=True), learn_from=("A",))
 
-    live = settled(bench, "B", bench.worker())
+    live = settled(bench, "B", bench.worker(sources_only))
 
     forecast, tried, others = means(live), list(TRIED), list(range(len(TRIED), N))
     assert (live.state.model_version, live.state.n_observations) == (1, 0)
@@ -120,7 +130,7 @@ def test_what_a_source_showed_goes_with_it(bench: Bench) -> None:
     load(bench, "moved", texts(), prefix="m")
     observe(bench, "moved", 0, TRIED, good, seed=3)
     load(bench, "B", texts(), learn_from=("A", "deleted", "retracted", "moved"))
-    worker = bench.worker()
+    worker = bench.worker(sources_only)
     before = settled(bench, "B", worker)
     for step in range(1, 7):
         observe(bench, "moved", step, [step], misleading)
@@ -149,7 +159,7 @@ def test_a_run_whose_sources_are_all_gone_goes_on_alone(bench: Bench) -> None:
     truth = rates()
     evaluated(bench, "A", truth)
     load(bench, "B", texts(), learn_from=("A",))
-    worker = bench.worker()
+    worker = bench.worker(sources_only)
     settled(bench, "B", worker)
     for step in range(4):
         observe(bench, "B", step, range(40 * step, 40 * step + 40), truth)
@@ -178,7 +188,7 @@ def test_runs_that_keep_no_texts_have_prompts_in_common(bench: Bench, joined_by:
     load(bench, "B", other, prefix="p" if joined_by == "ids" else "q", learn_from=("*",), **settings, **shared)
     load(bench, "stranger", other, prefix="q", learn_from=("A",), data_set="code", **settings)
 
-    worker = bench.worker()
+    worker = bench.worker(sources_only)
     live = settled(bench, "B", worker)
 
     assert spearman(means(live)[: len(TRIED)], truth[: len(TRIED)]) > 0.85
@@ -196,7 +206,7 @@ def test_a_policy_that_moved_is_two_columns_and_prompts_that_come_later_are_told
     for step in range(6):
         observe(bench, "A", step, range(N), early if step < 3 else late, seed=5)
     load(bench, "B", texts(90), learn_from=("A",))
-    worker = bench.worker()
+    worker = bench.worker(sources_only)
     settled(bench, "B", worker)
 
     load(bench, "B", texts(N), learn_from=("A",))  # which is more than twice as many
@@ -253,7 +263,7 @@ def test_a_run_that_finds_nobody_to_learn_from_is_fitted_as_one_that_does_not_as
     bench.learned("alone")
     bench.learned("asking", learn_from=("nobody-*", "asking"))
 
-    settled(bench, "alone", bench.worker())
+    settled(bench, "alone", bench.worker(sources_only))
 
     alone, asking = view(bench, "alone"), view(bench, "asking")
     assert asking.state.columns is None

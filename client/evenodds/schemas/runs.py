@@ -188,8 +188,8 @@ class Alarm(Reply):
     """Something that a person should look at."""
 
     code: str = Field(
-        description="group_silent, outcomes_stopped, skill_not_positive, fallback or coverage_stalls; a newer service "
-        "may know more",
+        description="group_silent, outcomes_stopped, skill_not_positive, sources_mislead, fallback or coverage_stalls; "
+        "a newer service may know more",
         examples=["outcomes_stopped"],
     )
     message: str = Field(description="what was seen, and what to check")

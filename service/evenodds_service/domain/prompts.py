@@ -18,6 +18,9 @@ RATE_ATTEMPTS = 8.0
 UNNAMED = ""
 """Who showed the `prior_rate`."""
 
+MEAN = "mean of all"
+"""Name of the column that is the mean of many."""
+
 KnownRate: TypeAlias = "float | tuple[float, int]"
 """What another model showed on a prompt: its success rate, or successes of attempts."""
 

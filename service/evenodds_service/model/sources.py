@@ -15,7 +15,7 @@ from scipy import sparse
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.prompts import SourceColumns
+from evenodds_service.domain.prompts import MEAN, SourceColumns
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
 
@@ -27,7 +27,6 @@ LEAST_PROMPTS = 16
 """A column needs so many prompts."""
 MOST_LABELS = 20_000
 """Prompts that the text model is fitted on."""
-MEAN = "mean of all"
 
 _MOVED_STEPS = 6
 _PHASES = (("early", True), ("middle", False), ("late", True))

@@ -21,7 +21,7 @@ from evenodds_service.domain.learning.checkpoint import (
     to_bytes,
 )
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import fold, unseen_share
+from evenodds_service.domain.learning.fold import fold, misled, unseen_share
 from evenodds_service.domain.learning.guardrails import Alarm, Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
 from evenodds_service.domain.learning.predictors import PREDICTORS, MixedBeliefs
@@ -269,6 +269,7 @@ class LiveRun:
             unseen_share=unseen_share(self.state),
             is_mixed=PREDICTORS[predictor].is_mixed,
             may_fall_back=may_fall_back,
+            misled=misled(self.state),
         )
 
     def choose(self, settings: RunSettings, request: SelectionRequest) -> Chosen:

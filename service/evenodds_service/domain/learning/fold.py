@@ -12,12 +12,13 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Basis, Pool
+from evenodds_service.domain.learning.guardrails import Misled
 from evenodds_service.domain.learning.known_rates import (
     FIRST_COMPARISON,
     MOST_COLUMNS,
     RateColumns,
 )
-from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, RUNS, STACKED
+from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, RUNS, STACKED
 from evenodds_service.domain.learning.prediction import (
     _aged,
     _mixed,
@@ -42,6 +43,9 @@ RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 RUNS_SHARE = 0.7
 """Of the stack's weights at its start, where others have shown something."""
+
+OTHERS_JUDGED, OTHERS_LEAST_WEIGHT = 256, 0.2
+"""After so many prompts others are said to mislead if they are believed less than this."""
 
 LOOKED_AT = 2_048
 """Prompts, spread evenly over the pool, from whose beliefs the tallies keep how those moved."""
@@ -141,6 +145,9 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
 
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
+    if state.runs is not None:
+        state.others_nats += state.mixture.gain(likelihoods, _reads_others(state))
+        state.others_counts += len(prompts)
     log_guard = state.mixture.log_guard
     state.mixture.update(likelihoods)
     skill = log_guard - state.mixture.log_guard  # of the mixture without its guard
@@ -160,6 +167,8 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
             state.stack.update(stack_inputs[known], k[known], counts[known], further_count(counts, before)[known])
     if state.columns is not None and state.runs is not None:
         _learn_from_others(state, state.columns, state.runs, pool, prompts, k, counts)
+        misleads = state.others_counts >= OTHERS_JUDGED and others_weight(state) < OTHERS_LEAST_WEIGHT
+        state.misled_since = (entry.step if state.misled_since < 0 else state.misled_since) if misleads else -1
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
@@ -286,6 +295,7 @@ def _take_sources(state: State, pool: Pool) -> None:
     names = pool.tellers(state.n_prompts, also_alone=sources is not None)
     if sources is None and not names:  # the runs that were learned from are gone, and with them what they showed
         state.columns, state.runs, state.closeness_R, state.n_compared = None, None, np.zeros(0), 0
+        state.misled_since = -1
         return
     fresh = columns
     if columns is None or columns.names != names:
@@ -350,6 +360,26 @@ def _learn_from_others(
     state.n_compared += int(told.sum())
     if state.n_compared >= max(FIRST_COMPARISON, 2 * columns.n_compared):
         _read(state, pool, columns.reading(state.closeness_R, state.n_compared))
+
+
+def _reads_others(state: State) -> BoolArray:
+    """Which priors read what others showed, bool [C]."""
+    is_read = state.stack is not None and len(state.stack.weights) > 2 + len(FITTED)
+    return np.array([prior == RUNS or (prior == STACKED and is_read) for prior in PRIORS])
+
+
+def others_weight(state: State) -> float:
+    """How far what others showed is believed: the slopes of the columns together. 1 is as it stands, 0 not at all, and
+    less than 0 the contrary.
+    """
+    return float(state.runs.weights[1:].sum()) if state.runs is not None else 0.0
+
+
+def misled(state: State) -> Misled | None:
+    """That what others showed is of no use, if it is."""
+    if state.misled_since < 0:
+        return None
+    return Misled(state.misled_since, others_weight(state), OTHERS_LEAST_WEIGHT)
 
 
 def _new_stack(state: State) -> OnlineLogistic:

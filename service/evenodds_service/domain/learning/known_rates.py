@@ -17,7 +17,7 @@ import numpy as np
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.regression import FEATURE_STEP, SLOPE_VARIANCE, OnlineLogistic
-from evenodds_service.domain.prompts import UNNAMED, NamedRates, SourceColumns
+from evenodds_service.domain.prompts import MEAN, NamedRates, SourceColumns
 
 MOST_COLUMNS = 8
 FIRST_COMPARISON = 64
@@ -94,9 +94,9 @@ class RateColumns:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """Names of the columns that are read; that of a mean is empty."""
+        """Names of the columns that are read."""
         few = len(self.names) <= MOST_COLUMNS
-        named = self.names if few else (UNNAMED, *(self.names[i] for i in self.nearest))
+        named = self.names if few else (MEAN, *(self.names[i] for i in self.nearest))
         return (*named, *self.sources)
 
     @property
