@@ -156,15 +156,17 @@ def learning(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[repo
     }
     own: dict[str, Make] = {"gps": GPS["gps"]}
     own |= {f"gps, {name}": gps_in(learning_world) for name, learning_world in worlds.items()}
+    greedy: dict[str, Make] = {"gps, greedy": GPS["gps, greedy"]}
+    greedy |= {f"gps, greedy, {name}": gps_in(learning_world, GREEDY) for name, learning_world in worlds.items()}
     return [
         open_table("32 random prompts observed a step, 1.2 visits a prompt", world, few, own, seeds, EPOCHS),
-        closed_table("128 of 512 random candidates", world, many, own, seeds),
+        closed_table("128 of 512 random candidates", world, many, {**own, **greedy}, seeds),
     ]
 
 
-def gps_in(world: World) -> Make:
+def gps_in(world: World, parts: Parts | None = None) -> Make:
     """`gps` in a world of its own, of the same prompts."""
-    return lambda _, seed: Gps(world, Parts(refit_every=REFIT_EVERY))
+    return lambda _, seed: Gps(world, replace(parts or Parts(), refit_every=REFIT_EVERY))
 
 
 PAPER_PARTS: Mapping[str, Make] = {
