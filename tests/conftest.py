@@ -57,6 +57,17 @@ settings.register_profile("any load", settings(), deadline=None, suppress_health
 settings.load_profile("any load")
 
 
+_SPEAK_SQL = ("api", "runtime", "storage", "worker")
+"""The rooms whose tests run on both databases by default. Elsewhere the database is one of two ways to store."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if "postgresql" in item.name and item.path.relative_to(tests).parts[0] not in _SPEAK_SQL:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
     """URL of the maintenance database of a server that lives as long as the test session."""
@@ -131,7 +142,8 @@ class Service:
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that all tests share, once for each backend. Each test works on runs of its own."""
-    with _empty_database(request, tmp_path_factory.mktemp("service")) as url, serving(url) as running:
+    template = request.getfixturevalue("migrated_template") if request.param == "postgresql" else None
+    with _empty_database(request, tmp_path_factory.mktemp("service"), template) as url, serving(url) as running:
         yield running
 
 
@@ -172,7 +184,8 @@ def serving(
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
     base_url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    chosen = Settings(**{"budget_deadline_ms": 60_000, **settings})
+    # A budget may be behind the log on purpose; that it is not, a test would have to wait for.
+    chosen = Settings(**{"budget_deadline_ms": 60_000, "budget_staleness_ms": 0, **settings})
     app = create_app(store, chosen, asks_for_keys=asks_for_keys, clock=clock)
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)

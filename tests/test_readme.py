@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.waiting import PATIENCE_SECONDS
+
 from evenodds import Client, GatewayBudget
 from evenodds.client import API_KEY_VARIABLE
 from evenodds_service.settings import Settings
@@ -39,8 +41,13 @@ def test_the_curl_walk_runs_from_top_to_bottom(service: Service) -> None:
 
 def test_the_trainers_loop_runs_and_learns(service: Service, tmp_path: Path) -> None:
     program, _ = blocks("python")
+    settings = 'run_settings={"group_size": 8}'
+    assert settings in program
+    patient = (
+        f"{settings}, deadline_seconds={PATIENCE_SECONDS}"  # a busy machine has a batch later than a trainer waits
+    )
     file = tmp_path / "loop.py"
-    file.write_text(program.replace(ADDRESS, service.base_url))
+    file.write_text(program.replace(ADDRESS, service.base_url).replace(settings, patient))
 
     loop = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
 

@@ -120,18 +120,21 @@ class Worker:
     def _request_due(self) -> None:
         for run in _all_runs(self._store):
             may_be = run.n_observations or (run.settings.learn_from and run.n_prompts)
-            if may_be and self._is_due(run):
-                self._store.request_refit(run.id, now=self._clock())
+            if may_be and (newest_seen := self._due_after(run)) is not None:
+                self._store.request_refit(run.id, now=self._clock(), newest_seen=newest_seen)
 
-    def _is_due(self, run: Run) -> bool:
+    def _due_after(self, run: Run) -> int | None:
+        """After which refit another one is due, 0 where it is the first; None where none is due."""
         refits = self._store.refits(run.id, limit=10)
         if not is_due(run, refits, now=self._clock()):
-            return False
+            return None
         # A run that is older than its refits seems to have lost what was published meanwhile: look again.
         try:
-            return is_due(self._store.run_with_id(run.id), refits, now=self._clock())
+            is_still_due = is_due(self._store.run_with_id(run.id), refits, now=self._clock())
         except RunUnknown:
-            return False
+            return None
+        newest = refits[0].id if refits else 0
+        return newest if is_still_due else None
 
     def _work(self, refit: Refit) -> None:
         started = time.monotonic()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
+from tests.api.conftest import Caller
 from tests.waiting import PATIENCE_SECONDS, until
 
 if TYPE_CHECKING:
-    from tests.api.conftest import Caller
     from tests.conftest import Service
 
 without_the_database = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
@@ -115,37 +115,19 @@ def test_the_least_and_the_most_attempts_are_kept(mopps: Caller) -> None:
 
 @without_the_database
 def test_the_price_follows_the_traffic_so_that_the_target_is_met_on_average(caller: Caller) -> None:
-    """300 prompts with beliefs of all kinds, asked for 1,500 times."""
+    """100 prompts with beliefs of all kinds, asked for 600 times."""
     chance = random.Random(0)
     caller.create(predictor="mopps")
-    names = [f"p{i}" for i in range(300)]
+    names = [f"p{i}" for i in range(100)]
     caller.load_texts(*names)
     outcomes = [{"prompt_id": n, "successes": chance.randint(0, 6), "attempts": 6} for n in names[::2]]
     caller.observe(0, *outcomes)
     put_policy(caller, target_attempts=5, max_attempts=24)
 
-    attempts = [asked(caller, chance.choice(names))["attempts"] for _ in range(1_500)]
+    attempts = [asked(caller, chance.choice(names))["attempts"] for _ in range(600)]
 
-    assert np.mean(attempts[300:]) == pytest.approx(5, rel=0.1)
+    assert np.mean(attempts[150:]) == pytest.approx(5, rel=0.1)
     assert len(set(attempts)) > 3
-
-
-@without_the_database
-def test_one_after_another_what_is_really_granted_keeps_to_the_target_too(caller: Caller) -> None:
-    """No prompt is ever solved, which the beliefs do not expect: without correction 24 attempts would be made each."""
-    caller.create(predictor="mopps")
-    names = [f"p{i}" for i in range(450)]
-    caller.load_texts(*names)
-    put_policy(caller, mode="sequential", target_attempts=4, max_attempts=24)
-    granted = []
-    for name in names:
-        made = 0
-        while asked(caller, name, failures=made)["go_on"]:
-            made += 1
-        granted.append(made)
-
-    assert np.mean(granted[:64]) > 6
-    assert np.mean(granted[300:]) == pytest.approx(4, rel=0.25)
 
 
 def test_a_new_text_is_priced_by_what_the_run_knows_of_texts(caller: Caller) -> None:
@@ -186,15 +168,22 @@ def test_many_at_once_are_answered_each_by_its_own_fault_or_answer(mopps: Caller
     assert refused["detail"].startswith(f"prompt: 1 not in the pool of run {mopps.run!r}: 'nobody'")
 
 
-def test_the_view_may_be_older_than_the_log_but_not_older_than_stated(mopps: Caller) -> None:
-    asked(mopps, "new")
-    mopps.observe(0, {"prompt_id": "new", "successes": 4, "attempts": 4})
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_view_may_be_older_than_the_log_but_not_older_than_stated(
+    start_service: Callable[..., Service], database_url: str
+) -> None:
+    service = start_service(database_url, budget_staleness_ms=200)
+    caller = Caller(service.http, service.client, run="r")
+    caller.create(predictor="mopps", embedder="none")
+    caller.load_texts("new")
+    asked(caller, "new")
+    caller.observe(0, {"prompt_id": "new", "successes": 4, "attempts": 4})
 
-    reply = until(lambda: (newer := asked(mopps, "new"))["log_position"] > 3 and newer, "an answer with the outcomes")
+    reply = until(lambda: (newer := asked(caller, "new"))["log_position"] > 1 and newer, "an answer with the outcomes")
 
-    assert reply["log_position"] == 4
+    assert reply["log_position"] == 2
     assert reply["attempts_seen"] == 4
-    assert mopps.predict("new")[0]["attempts_seen"] == 4  # exact by default
+    assert caller.predict("new")[0]["attempts_seen"] == 4  # exact by default
 
 
 @without_the_database

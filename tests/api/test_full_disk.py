@@ -61,7 +61,7 @@ def test_sqlite_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
                 writers.bring_home(5)
 
             assert alive.status == "ok"
-            assert reasons[0].startswith("the database did not do its part (")
+            assert reasons[0].startswith("the database is unavailable (")
             assert set(writers.refusals) == {"store_unavailable"}
             assert_nothing_is_lost(f"sqlite:///{tmp_path}/evenodds.db", writers, client)
     finally:
@@ -113,7 +113,7 @@ def test_sqlite_on_a_full_disk(small_disk: Path, start_service: Callable[..., Se
 
     writers, reasons = weather_the_full_disk(service, small_disk)
 
-    assert reasons == ("the database did not do its part (database or disk is full): repeat the call later",)
+    assert reasons == ("the database is unavailable (database or disk is full): repeat the call later",)
     assert set(writers.refusals) == {"store_unavailable"}
     assert_nothing_is_lost(url, writers, service.client)
     service.stop()

@@ -172,7 +172,7 @@ def test_a_service_whose_database_is_gone_is_alive_but_not_ready(
     assert alive.status_code == 200
     assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
     (reason,) = ready.json()["reasons"]
-    assert reason.startswith("the database did not do its part (")
+    assert reason.startswith("the database is unavailable (")
     assert 'database "lost" does not exist' in reason
     assert reason.endswith("): repeat the call later")
     problem = Problem.model_validate_json(call.content)

@@ -105,7 +105,7 @@ def test_readers_are_served_while_writers_wait(database_url: str, start_service:
     assert predicted.log_position == 1
     if is_sqlite:
         assert ready.status == "unavailable"
-        assert ready.reasons == ("the database did not do its part (database is locked): repeat the call later",)
+        assert ready.reasons == ("the database is unavailable (database is locked): repeat the call later",)
 
 
 def faults(database_url: str, writers: Writers, client: Client) -> tuple[int, int, list[str]]:

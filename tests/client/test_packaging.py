@@ -114,6 +114,7 @@ def test_the_base_install_asks_for_httpx_and_pydantic_only(metadata: email.messa
     assert metadata["Requires-Python"] == ">=3.10"
 
 
+@pytest.mark.slow
 def test_the_client_installs_from_the_wheel_and_imports_without_the_rest(wheel: Path, tmp_path: Path) -> None:
     run(python310(), "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"

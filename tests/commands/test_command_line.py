@@ -225,7 +225,7 @@ def test_serve_says_that_the_database_does_not_answer(
 ) -> None:
     assert main_with("serve", EVENODDS_DATABASE_URL="postgresql://nobody@127.0.0.1:1/nothing") == 1
 
-    assert capsys.readouterr().err.startswith("evenodds: the database did not do its part (")
+    assert capsys.readouterr().err.startswith("evenodds: the database is unavailable (")
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])

@@ -118,6 +118,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_draw_what_rank_zero_was_given(
     trainers_service: TrainersService, make_selector: Make, tmp_path: Any, unused_port: int
 ) -> None:

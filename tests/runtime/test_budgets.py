@@ -18,7 +18,7 @@ from evenodds.schemas import PromptRef
 from evenodds_service.api.app import create_app
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
-from evenodds_service.domain.settings import RunSettings
+from evenodds_service.domain.settings import BudgetPolicy, RunSettings
 from evenodds_service.errors import DeadlinePassed, Overloaded, StoreUnavailable
 from evenodds_service.model.embedder import Embedder
 from evenodds_service.runtime.budgets import DEFAULT_POLICY, Budget, Budgets
@@ -121,6 +121,26 @@ def test_what_is_too_old_is_read_anew_before_the_answer(office: Office) -> None:
     assert [reply.log_position for reply in (first, second, third)] == [1, 1, 2]
     assert [reply.seen for reply in (first, second, third)] == [0, 0, 4]
     assert second.age_seconds == pytest.approx(0.09)
+
+
+def test_one_after_another_what_is_really_granted_keeps_to_the_target_too(office: Office) -> None:
+    """No prompt is ever solved, which the beliefs do not expect: without correction 24 attempts would be made each."""
+    policy = BudgetPolicy(name="mine", mode="sequential", target_attempts=4, max_attempts=24)
+    office.store.put_budget_policy("r", policy)
+
+    async def granted() -> list[int]:
+        budgets, prompt, all_made = office.budgets(), PromptRef(prompt_id="p"), []
+        for _ in range(450):
+            made = 0
+            while (await budgets.ask("r", prompt, policy="mine", failures=made)).attempts > 0:
+                made += 1
+            all_made.append(made)
+        return all_made
+
+    attempts = asyncio.run(granted())
+
+    assert np.mean(attempts[:64]) > 6
+    assert np.mean(attempts[300:]) == pytest.approx(4, rel=0.25)
 
 
 def test_without_staleness_every_answer_has_read_the_log(office: Office) -> None:

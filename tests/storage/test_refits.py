@@ -43,6 +43,20 @@ def test_run_has_one_open_refit(store: Store, pool: Run, now: datetime) -> None:
         store.request_refit(0, now=now)
 
 
+def test_a_refit_that_was_found_due_before_another_one_ended_is_not_asked_for_again(
+    store: Store, pool: Run, now: datetime
+) -> None:
+    first = store.request_refit(pool.id, now=now, newest_seen=0)
+    store.claim_refit(worker="w", lease=LEASE, now=now)
+    publish(store, first, "w", now)
+
+    late = store.request_refit(pool.id, now=now, newest_seen=0)
+    next_one = store.request_refit(pool.id, now=now, newest_seen=first.id)
+
+    assert (late.id, late.status) == (first.id, "done")
+    assert (next_one.id > first.id, next_one.status) == (True, "pending")
+
+
 def test_oldest_pending_refit_is_claimed_first(store: Store, pool: Run, now: datetime) -> None:
     other = store.put_run("other", RunSettings(), now=now)[0]
     late = store.request_refit(pool.id, now=now + LEASE)

@@ -284,7 +284,7 @@ def test_a_worker_outlives_an_outage_of_the_database(bench: Bench, caplog: pytes
     with bench.impatient_store() as store:
         worker = bench.worker(bench.constant(0.5), store=store)
         with in_background(lambda: worker.run(stop)):
-            until(lambda: "the database did not do its part" in caplog.text, "the worker to meet the outage")
+            until(lambda: "the database is unavailable" in caplog.text, "the worker to meet the outage")
             during = bench.refits("math")
             outage.close()
             until(lambda: [refit.status for refit in bench.refits("math")] == ["done"], "the refit")

@@ -250,7 +250,8 @@ class PromptSelector:
     ) -> None:
         """Start to choose the prompts of a step, for `select` with the same arguments to find. Returns at once.
 
-        With `informative_groups` in place of `batch_size` it is `select_informative` that finds them.
+        With `informative_groups` in place of `batch_size` it is `select_informative` that finds them. The arguments are
+        those of both.
 
         The choice knows nothing of what is observed after this call. Raises what `select` raises.
         """

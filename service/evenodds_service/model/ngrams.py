@@ -108,7 +108,7 @@ def fit(
     group_size: int,
     seed: int,
 ) -> FittedNgrams:
-    """Fit on the labelled prompts and predict all N.
+    """Fit on the labelled prompts and predict all N. Longer than other functions: half of it says what goes in.
 
     Deterministic in its arguments. Prompts with the same n-grams share a fold, so that no label of a text enters
     its own prediction (unless fewer than `N_FOLDS` different texts are labelled).

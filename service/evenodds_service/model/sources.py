@@ -25,7 +25,7 @@ FIRST_COMPARISON = 64
 """Prompts of the run that are observed before the nearest of many columns are read."""
 LEAST_PROMPTS = 16
 """A column needs so many prompts."""
-MOST_LABELS = 30_000
+MOST_LABELS = 20_000
 """Prompts that the text model is fitted on."""
 
 _MOVED_STEPS = 6

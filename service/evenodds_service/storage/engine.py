@@ -162,16 +162,16 @@ def translated_faults() -> Iterator[None]:
         yield
     except PoolTimeoutError as error:
         reason = "all connections are in use"
-        raise StoreUnavailable(f"the database did not do its part ({reason}): repeat the call later") from error
+        raise StoreUnavailable(f"the database is unavailable ({reason}): repeat the call later") from error
     except (OperationalError, InterfaceError, InternalError) as error:
         # On PostgreSQL, an InternalError is a server that has become read-only, or a transaction that it has ended.
         reason = " ".join(str(error.orig).split())
-        raise StoreUnavailable(f"the database did not do its part ({reason}): repeat the call later") from error
+        raise StoreUnavailable(f"the database is unavailable ({reason}): repeat the call later") from error
     except DatabaseError as error:
         if not isinstance(error.orig, sqlite3.DatabaseError) or type(error.orig) is not sqlite3.DatabaseError:
             raise
         reason = f"the SQLite file is damaged: {error.orig}"  # of no other fault is it the plain class
-        raise StoreUnavailable(f"the database did not do its part ({reason}): restore it from a backup") from error
+        raise StoreUnavailable(f"the database is unavailable ({reason}): restore it from a backup") from error
 
 
 def _open_sqlite(url: URL, usual: Patience, options: dict[str, Any]) -> Engine:

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, false, func, insert, or_, select, update
 
 from evenodds_service.domain.log_entries import SnapshotEntry
 from evenodds_service.errors import RefitLost, RunUnknown, SnapshotUnknown
@@ -25,18 +25,23 @@ _LATEST_END = timedelta(hours=2)  # from now; a lease is an hour at most, and cl
 
 
 class RefitMethods(Transactions):
-    def request_refit(self, run_id: int, *, now: datetime) -> Refit:
+    def request_refit(self, run_id: int, *, now: datetime, newest_seen: int | None = None) -> Refit:
         """The pending or running refit of the run, else a new pending one (one open refit per run).
+
+        Args:
+            newest_seen: Id of the newest refit that the caller knew of when it found one due, 0 where there was none:
+                if there is a newer one by now, that is returned instead of a new one.
 
         Raises:
             RunUnknown
         """
         is_open = refits.c.status.in_(("pending", "running"))
+        is_newer = false() if newest_seen is None else refits.c.id > newest_seen
         pending = insert(refits).values(run_id=run_id, status="pending", requested_at=now).returning(refits)
         with self._writing() as connection:
             lock_run(connection, run_id)
-            statement = select(refits).where(refits.c.run_id == run_id, is_open)
-            row = connection.execute(statement).mappings().one_or_none()
+            statement = select(refits).where(refits.c.run_id == run_id, or_(is_open, is_newer))
+            row = connection.execute(statement.order_by(refits.c.id.desc()).limit(1)).mappings().one_or_none()
             if row is None:
                 row = connection.execute(pending).mappings().one()
         return _refit_of(row)

@@ -557,13 +557,18 @@ def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> No
         assert visit.selection_id == chosen[0][0].selection_id
 
 
+@pytest.fixture(scope="module")
+def own_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a service that is a process of its own: a child would inherit the locks that its threads hold."""
+    with served(f"sqlite:///{tmp_path_factory.mktemp('own')}/evenodds.db") as base_url:
+        yield base_url
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_may_use_it(method: str, tmp_path: Path) -> None:
-    """The service is a process of its own: a child would inherit the locks that its threads hold."""
+def test_other_processes_may_use_it(own_process: str, method: str, tmp_path: Path) -> None:
     with (
-        served(f"sqlite:///{tmp_path}/evenodds.db") as base_url,
-        Client(base_url) as client,
-        PromptSelector(base_url, "parent", PROMPTS, run_settings=SETTINGS, outbox=tmp_path) as selector,
+        Client(own_process) as client,
+        PromptSelector(own_process, method, PROMPTS, run_settings=SETTINGS, outbox=tmp_path) as selector,
     ):
         selector.wait_until_ready()
         context: Any = multiprocessing.get_context(method)

@@ -139,7 +139,7 @@ def reprobe_share_of(settings: RunSettings) -> float:
 
 
 def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRequest, forecasts: Forecasts) -> Chosen:
-    """Choose a batch.
+    """Choose a batch. Longer than other functions: it names every phase once, in order, and computes in none of them.
 
     Args:
         settings: The run's, overlaid by what was asked for.
@@ -155,13 +155,7 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
         _check_rest(settings)
     generator = np.random.default_rng([request.seed, request.step])
     scores_N = _scores(forecasts, acquisition, settings, generator)
-    shares = Shares(
-        least=_members(settings.groups, pool, state.n_prompts),
-        most=_members(settings.groups_at_most, pool, state.n_prompts),
-        is_least_strict=request.are_groups_strict,
-        reprobe=reprobe_share_of(settings) if fallback is None else 0.0,
-        control=settings.control_share,
-    )
+    shares = _shares(settings, pool, state.n_prompts, request, may_reprobe=fallback is None)
     allowed = _allowed(state, settings, request)
     directions_of = partial(_directions, state, pool)
     picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of)
@@ -206,6 +200,18 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
         position=state.position,
         model_version=state.model_version,
         outlook=expected,
+    )
+
+
+def _shares(
+    settings: RunSettings, pool: Pool, n_prompts: int, request: SelectionRequest, *, may_reprobe: bool
+) -> Shares:
+    return Shares(
+        least=_members(settings.groups, pool, n_prompts),
+        most=_members(settings.groups_at_most, pool, n_prompts),
+        is_least_strict=request.are_groups_strict,
+        reprobe=reprobe_share_of(settings) if may_reprobe else 0.0,
+        control=settings.control_share,
     )
 
 
