@@ -40,6 +40,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pip check
 	$(BIN)/python .ci/pins.py
+	$(BIN)/python .ci/words.py
 
 audit:  ## known vulnerabilities of what constraints.txt pins; asks the internet
 	$(PYTHON) -m venv $(VENV)-audit

@@ -60,6 +60,7 @@ _PRELOADED = (
     "alembic.command",
     "evenodds_service.__main__",
     "evenodds_service.api.app",
+    "evenodds_service.model.latent_fit",
     "evenodds_service.model.refit",
     "evenodds_service.settings",
     "evenodds_service.storage.migration",

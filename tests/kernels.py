@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]  # numpy types no private module
     __cpu_dispatch__,
@@ -29,13 +30,14 @@ _NEEDS = {
 }
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 _AT_ONCE = 2
+_TESTS = Path(__file__).parent
 
-_PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numbers"]
-_LEAN = ["--confcutdir=tests/domain", "--hypothesis-profile=ci", "-k", "not log_k", "tests/domain", "tests/model"]
-"""What computes. Without the service, which the fixtures of all tests import and which takes longer than the tests;
-with hypothesis' profile of the same examples at any load; and without bounds on losses, which hold with a margin."""
-_STORAGE = ["tests/storage"]
-"""What is kept. It takes no products: the oldest kernel and numpy's plain instructions are enough, on each backend."""
+_PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin", "-m", "numbers"]
+_NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+_LEAN = ["--confcutdir=tests/domain", "--hypothesis-profile=kernels", "-k", "not log_k"]
+"""Without the service, which the fixtures of all tests import and which takes longer than the tests, as other plugins
+and torch do; with few examples of hypothesis, the same at any load; and without bounds on losses, which hold with a
+margin."""
 
 
 def environments() -> dict[str, Mapping[str, str]]:
@@ -57,6 +59,12 @@ def environments() -> dict[str, Mapping[str, str]]:
     return found
 
 
+def marked(*rooms: str) -> list[str]:
+    """The files of these rooms' tests that hold tests marked `numbers`: what the others import takes seconds."""
+    files = (file for room in rooms for file in sorted((_TESTS / room).rglob("test_*.py")))
+    return [str(file) for file in files if "pytest.mark.numbers" in file.read_text()]
+
+
 def run(command: list[str], settings: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run this Python with the arguments under these settings."""
     inherited = {k: v for k, v in os.environ.items() if k not in (*_THREADS, "OPENBLAS_CORETYPE")}
@@ -69,11 +77,13 @@ def main() -> int:
 
         def timed(command: list[str], settings: Mapping[str, str]) -> tuple[subprocess.CompletedProcess[str], float]:
             started = time.monotonic()
-            return run([*_PYTEST, *command], settings), time.monotonic() - started
+            return run([*_PYTEST, *command], {**_NO_PLUGINS, **settings}), time.monotonic() - started
 
-        tried = {name: (_LEAN, settings) for name, settings in environments().items()}
+        computed = [*_LEAN, *marked("domain", "model")]
+        tried = {name: (computed, settings) for name, settings in environments().items()}
+        # What is kept takes no products: the oldest kernel and numpy's plain instructions are enough, on each backend.
         for name in (next(iter(tried)), list(tried)[-1]):
-            tried[f"storage, {name}"] = (_STORAGE, tried[name][1])
+            tried[f"storage, {name}"] = (marked("storage"), tried[name][1])
         for name, (result, seconds) in zip(tried, processes.map(lambda job: timed(*job), tried.values()), strict=True):
             last = (result.stdout.strip() or result.stderr.strip()).splitlines()[-1]
             sys.stdout.write(f"{name:36} {seconds:5.1f} s  {last}\n")

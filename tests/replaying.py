@@ -34,7 +34,7 @@ GROUP_SIZE, BATCH_SIZE = 8, 32
 SETTINGS = RunSettings(
     group_size=GROUP_SIZE, control_share=0.1, reprobe_share=0.05, groups={"g1": 0.25}, groups_at_most={"g2": 0.5}
 )
-LOADED = (400, 1_600)
+LOADED = (200, 800)
 """The pool grows fourfold, so that its basis is derived anew and the regressions are carried over."""
 
 _NEW = ("What is 17 + 25?", "Prove that there are infinitely many primes of the form 4k + 3.", "")

@@ -21,7 +21,7 @@ from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import TrainingData, fit_shared_model
 
-N_STEPS, GROWN_AT, REFITTED_AT = 60, 12, (20, 40)
+N_STEPS, GROWN_AT, REFITTED_AT = 30, 8, (12, 22)
 
 
 def made_log() -> Log:

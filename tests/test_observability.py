@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from tests.commands.test_command_line import evenodds, serve
+from tests.commands.test_command_line import main_with, serve, serving
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.errors import RunUnknown
@@ -24,27 +26,80 @@ from evenodds_service.redaction import described
 if TYPE_CHECKING:
     from tests.commands.test_command_line import Server
 
-__all__ = ["serve"]  # a fixture
+__all__ = ["main_with", "serve"]  # fixtures
 
 ROOT = Path(__file__).parents[1]
 SECRET = "a text that nobody else may read"
 
 
-def lines(server: Server) -> list[dict[str, Any]]:
-    server.end(signal.SIGTERM)
-    return [json.loads(line) for line in server.said if line.startswith("{")]
+class Collector:
+    """Receives traces as an OpenTelemetry collector does."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/v1/traces":
+                    export = ExportTraceServiceRequest.FromString(body)
+                    for resource in export.resource_spans:
+                        for scope in resource.scope_spans:
+                            collector.spans += scope.spans
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
 
-def test_every_request_is_one_line_with_its_id_and_without_its_body(serve: Callable[..., Server]) -> None:
-    server = serve()
-    with httpx.Client(base_url=server.base_url, timeout=PATIENCE_SECONDS) as http:
-        http.put("/runs/math", json={"embedder": "none"}, headers={"X-Request-ID": "first"})
-        http.post("/runs/math/prompts", json={"prompts": [{"prompt_id": "a", "text": SECRET}]})
-        http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
-        refused = http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET, "colour": "red"}]})
-        http.get("/healthz")
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    collector = Collector()
+    thread = threading.Thread(target=collector.server.serve_forever)
+    thread.start()
+    yield collector
+    collector.server.shutdown()
+    thread.join()
+    collector.server.server_close()
 
-    said = lines(server)
+
+@dataclass(frozen=True)
+class Told:
+    """What a service with traces said of five requests, one of them refused, and what it sent of them."""
+
+    refused: httpx.Response
+    said: list[str]
+    spans: list[Any]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    with collecting() as collector:
+        settings = {
+            "EVENODDS_TELEMETRY": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        with (
+            serving(tmp_path_factory.mktemp("told"), settings) as server,
+            httpx.Client(base_url=server.base_url, timeout=PATIENCE_SECONDS) as http,
+        ):
+            http.put("/runs/math", json={"embedder": "none"}, headers={"X-Request-ID": "first"})
+            http.post("/runs/math/prompts", json={"prompts": [{"prompt_id": "a", "text": SECRET}]})
+            http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
+            refused = http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET, "colour": "red"}]})
+            http.get("/healthz")
+            server.end(signal.SIGTERM)
+    return Told(refused, server.said, collector.spans)
+
+
+def test_every_request_is_one_line_with_its_id_and_without_its_body(told: Told) -> None:
+    said = [json.loads(line) for line in told.said if line.startswith("{")]
 
     requests = [line for line in said if line["event"] == "request"]
     assert [(line["method"], line["route"], line["status"]) for line in requests] == [
@@ -55,9 +110,17 @@ def test_every_request_is_one_line_with_its_id_and_without_its_body(serve: Calla
     ]
     assert requests[0]["request_id"] == "first"
     assert requests[0]["run"] == "math"
-    assert requests[3]["request_id"] == refused.headers["x-request-id"]
+    assert requests[3]["request_id"] == told.refused.headers["x-request-id"]
     assert all(line["milliseconds"] > 0 and line["timestamp"] and line["level"] == "info" for line in requests)
-    assert not [line for line in server.said if SECRET in line]
+    assert not [line for line in told.said if SECRET in line]
+
+
+def test_traces_go_out_where_they_are_asked_for(told: Told) -> None:
+    names = {span.name for span in told.spans}
+
+    assert {"PUT /runs/{run}", "POST /predict"} <= names
+    assert not [name for name in names if "healthz" in name]
+    assert not [span for span in told.spans if SECRET in str(span)]
 
 
 def test_text_is_for_people_and_the_level_is_a_setting(serve: Callable[..., Server]) -> None:
@@ -115,63 +178,10 @@ def test_of_an_errors_message_only_what_quotes_no_value_is_shown(error: Exceptio
     assert described(error) == shown
 
 
-class Collector:
-    """Receives traces as an OpenTelemetry collector does."""
+def test_a_bad_level_is_named(main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    status = main_with("serve", EVENODDS_LOG_LEVEL="loud")
 
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.arrived = threading.Event()
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.path == "/v1/traces":
-                    export = ExportTraceServiceRequest.FromString(body)
-                    for resource in export.resource_spans:
-                        for scope in resource.scope_spans:
-                            collector.spans += scope.spans
-                    collector.arrived.set()
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    collector = Collector()
-    thread = threading.Thread(target=collector.server.serve_forever)
-    thread.start()
-    yield collector
-    collector.server.shutdown()
-    thread.join()
-    collector.server.server_close()
-
-
-def test_traces_go_out_where_they_are_asked_for(serve: Callable[..., Server], collector: Collector) -> None:
-    server = serve(EVENODDS_TELEMETRY="true", OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100")
-    with httpx.Client(base_url=server.base_url, timeout=PATIENCE_SECONDS) as http:
-        http.put("/runs/math", json={"embedder": "none"})
-        http.post("/predict", json={"run": "math", "prompts": [{"text": SECRET}]})
-        http.get("/healthz")
-
-    server.end(signal.SIGTERM)
-
-    assert collector.arrived.is_set()
-    names = {span.name for span in collector.spans}
-    assert {"PUT /runs/{run}", "POST /predict"} <= names
-    assert not [name for name in names if "healthz" in name]
-    assert not [span for span in collector.spans if SECRET in str(span)]
-
-
-def test_a_bad_level_is_named(tmp_path: Path) -> None:
-    refused = evenodds("serve", cwd=tmp_path, EVENODDS_LOG_LEVEL="loud")
-
-    assert refused.returncode == 1
-    assert "EVENODDS_LOG_LEVEL" in refused.stderr
-    assert "'loud'" in refused.stderr
+    said = capsys.readouterr().err
+    assert status == 1
+    assert "EVENODDS_LOG_LEVEL" in said
+    assert "'loud'" in said

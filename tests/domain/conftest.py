@@ -7,9 +7,13 @@ from typing import Protocol
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
+
+# The same examples each time, and fewer: the same tests run once more under each kernel.
+settings.register_profile("kernels", settings.get_profile("ci"), max_examples=30)
 
 
 class MakeBlock(Protocol):

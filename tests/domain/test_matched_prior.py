@@ -11,7 +11,7 @@ from benchmarks.inflated_beta import (
     moments,
     updated,
 )
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evenodds_service.domain.distributions import beta_binomial_log_likelihood, informative_moments
@@ -52,6 +52,7 @@ def test_a_likelier_informative_group_asks_for_more_concentration(m: float, v: f
     assert low <= high
 
 
+@settings(max_examples=30)
 @given(MEANS, PROBABILITIES, GROUP_SIZES)
 def test_one_prompt_gets_the_concentration_that_it_gets_among_many(m: float, v: float, g: int) -> None:
     alone = matched_concentration(one(m), one(v), g)

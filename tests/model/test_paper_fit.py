@@ -16,6 +16,7 @@ TINY = NetworkSize(width=32, layers=1, heads=2, latent_width=4)
 WIDTH = 8
 N_SURFACE = 6
 N_INPUTS = 10
+N_BATCHES = 24
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CPU = torch.device("cpu")
 
@@ -84,7 +85,7 @@ def shifting() -> ShiftingWorld:
 
 @pytest.fixture(scope="module")
 def fitted_paper(shifting: ShiftingWorld) -> FittedPaper:
-    return fit_paper(shifting.batches(48), shifting.embeddings_N_D, seed=1, device=CPU, size=TINY)
+    return fit_paper(shifting.batches(N_BATCHES), shifting.embeddings_N_D, seed=1, device=CPU, size=TINY)
 
 
 def predict(weights: dict[str, np.ndarray], last: History | None, world: ShiftingWorld) -> FloatArray:
@@ -127,7 +128,7 @@ def test_the_papers_model_follows_a_shift_of_difficulty(shifting: ShiftingWorld,
 def test_the_papers_model_learns_from_batch_to_batch(fitted_paper: FittedPaper) -> None:
     elbos = fitted_paper.elbo_per_attempt
 
-    assert len(elbos) == 48
+    assert len(elbos) == N_BATCHES
     assert np.mean(elbos[-8:]) > np.mean(elbos[:4]) + 0.02
 
 
@@ -177,17 +178,18 @@ def test_the_same_seed_fits_the_same_paper_model(shifting: ShiftingWorld) -> Non
 
 
 def test_a_warm_start_continues_from_its_weights(shifting: ShiftingWorld, fitted_paper: FittedPaper) -> None:
-    batches = shifting.batches(50)
+    batches = shifting.batches(N_BATCHES + 2)
+    before, new = batches[:N_BATCHES], batches[N_BATCHES:]
 
     warm = fit_paper(
-        batches[48:],
+        new,
         shifting.embeddings_N_D,
         seed=2,
         device=CPU,
-        earlier=batches[:48],
+        earlier=before,
         warm_start=load(save(fitted_paper.weights)),
     )
-    cold = fit_paper(batches[48:], shifting.embeddings_N_D, seed=2, device=CPU, size=TINY, earlier=batches[:48])
+    cold = fit_paper(new, shifting.embeddings_N_D, seed=2, device=CPU, size=TINY, earlier=before)
 
     assert warm.elbo_per_attempt[0] > cold.elbo_per_attempt[0] + 0.01
 
@@ -217,7 +219,7 @@ def test_what_only_the_past_has_is_remembered_with_pairs_of_the_past_and_forgott
 
     kept, forgotten = (
         fit_paper([*early, *late], shifting.embeddings_N_D, seed=0, device=CPU, size=TINY, past_pairs=past_pairs)
-        for past_pairs in (4, 0)
+        for past_pairs in (2, 0)
     )
 
     assert correlation(predict(kept.weights, early[-1], shifting)[first], rates_N[first]) > 0.75

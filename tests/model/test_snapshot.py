@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,10 +19,11 @@ from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
-from evenodds_service.model import paper_fit
+from evenodds_service.model import paper_fit, paper_network
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
 from evenodds_service.model.paper_fit import fit_paper, predict_paper
+from evenodds_service.model.paper_network import NetworkSize, size_of
 from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
 from evenodds_service.model.snapshot import FORMAT, PAPER_CONTEXT, SharedModel
 from evenodds_service.model.surface import surface_features
@@ -75,8 +77,16 @@ def fitted(data: TrainingData) -> SharedModel:
     return fit_shared_model(data, device=torch.device("cpu"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_updates() -> Iterator[None]:
+    """The published model learns little from a batch: enough to differ, and soon done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper_fit, "UPDATES_PER_STEP", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
-def models() -> dict[str, SharedModel]:
+def models(few_updates: None) -> dict[str, SharedModel]:
     """By predictor."""
     return {"gps": fitted(training_data("gps")), "gps-paper": fitted(training_data("gps-paper"))}
 
@@ -194,13 +204,13 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
 def test_a_published_model_of_another_size_starts_anew_on_the_whole_history(
     models: dict[str, SharedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paper_fit, "UPDATES_PER_STEP", 1)  # an update of twenty million weights takes a second
+    larger = NetworkSize(width=96)  # an update of twenty million weights takes a second
+    monkeypatch.setattr(paper_network, "PUBLISHED", larger)
     given = replace(training_data("gps-paper"), model_size="published")
 
     after_small = fitted(replace(given, warm_start=models["gps-paper"]))
 
-    n_parameters = sum(array.size for name, array in after_small.weights[PAPER].items() if name != "size")
-    assert 18e6 < n_parameters < 22e6
+    assert size_of(after_small.weights[PAPER]) == larger
     cold = fitted(given)
     for name, array in after_small.weights[PAPER].items():
         np.testing.assert_array_equal(array, cold.weights[PAPER][name])

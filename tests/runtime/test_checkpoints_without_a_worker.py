@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from sqlalchemy import Engine, text
+from tests.backends import mainly_sqlite
 from tests.commands.test_command_line import serve
-from tests.waiting import until
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.runtime import live_run
 from evenodds_service.runtime.live_run import CHECKPOINT_EVERY, LiveRun
-from evenodds_service.storage.engine import WRITES, open_engine
+from evenodds_service.storage.engine import WRITES, Patience, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Run, Store
 
@@ -70,6 +71,7 @@ def grown(store: Store, engine: Engine, n: int) -> Run:
     return store.run("math")
 
 
+@mainly_sqlite
 def test_a_killed_service_starts_again_from_its_own_checkpoint(
     database_url: str, engine: Engine, serve: Callable[..., Server]
 ) -> None:
@@ -116,7 +118,8 @@ def test_a_checkpoint_that_cannot_be_saved_is_tried_again(
     database_url: str, engine: Engine, often: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = grown(Store(engine), engine, EVERY)
-    impatient = open_engine(database_url, timeout_seconds=0.5)
+    patience = Patience(lock=0.5, statement=PATIENCE_SECONDS, idle=PATIENCE_SECONDS)
+    impatient = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS, patience=patience)
     store, live = Store(impatient), LiveRun(run.id)
     live.catch_up(store, run)
 

@@ -13,7 +13,7 @@ from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Problem
 from evenodds_service.api.app import create_app
-from evenodds_service.api.routes.training import MOST_WAITING
+from evenodds_service.api.routes import training
 from evenodds_service.errors import Overloaded
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.storage import migration
@@ -199,7 +199,11 @@ def test_who_waits_for_so_many_seconds_only_leaves_then_and_makes_room() -> None
     assert [1] in oracle.rounds
 
 
-def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length(tmp_path: Path) -> None:
+def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 100
+    monkeypatch.setattr(training, "MOST_WAITING", limit)
     go_on = threading.Event()
 
     class Hanging(Store):
@@ -215,7 +219,7 @@ def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
-            asked = [asyncio.create_task(http.post("/predict", json=body)) for _ in range(MOST_WAITING + 50)]
+            asked = [asyncio.create_task(http.post("/predict", json=body)) for _ in range(limit + 50)]
             await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)  # nobody is served yet
             go_on.set()
             return list(await asyncio.gather(*asked))
@@ -228,4 +232,4 @@ def test_predictions_over_a_database_that_hangs_wait_in_a_line_of_limited_length
     assert 0 < len(refused) <= 50
     problem = Problem.model_validate_json(refused[0].content)
     assert (problem.code, refused[0].headers["retry-after"]) == ("overloaded", "1")
-    assert f"the limit is {MOST_WAITING}:" in problem.detail
+    assert f"the limit is {limit}:" in problem.detail

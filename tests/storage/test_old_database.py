@@ -29,7 +29,16 @@ MOVED = {"1fef846": 0.05}
 REVISIONS = sorted({path.name.partition(".")[0] for path in FOLDER.iterdir()})
 
 
-@pytest.mark.parametrize("checkpoints", ["kept", "gone"])
+@pytest.mark.parametrize(
+    ("new_database_url", "checkpoints"),
+    [
+        ("sqlite", "kept"),
+        ("postgresql", "gone"),
+        pytest.param("sqlite", "gone", marks=pytest.mark.slow),
+        pytest.param("postgresql", "kept", marks=pytest.mark.slow),
+    ],
+    indirect=["new_database_url"],
+)
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_database_of_an_older_release_answers_as_it_did(
     revision: str, checkpoints: str, new_database_url: str, start_service: Callable[[str], Service]

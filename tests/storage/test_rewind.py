@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select, update
+from tests.backends import mainly_sqlite_store
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import (
@@ -446,6 +447,7 @@ VOIDS = st.one_of(
 )
 
 
+@mainly_sqlite_store
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(acts=st.lists(st.one_of(WRITES, WRITES, VOIDS), min_size=3, max_size=25))
 def test_the_run_stands_as_if_what_was_voided_had_never_happened(

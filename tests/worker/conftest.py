@@ -21,10 +21,11 @@ from evenodds import PromptIn
 from evenodds_service.domain.log_entries import NewObservation, Outcomes, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.domain.settings import RunSettings
+from evenodds_service.model import paper_fit
 from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.featurizer import Featurizer
-from evenodds_service.storage.engine import WRITES, open_engine
+from evenodds_service.storage.engine import WRITES, Patience, open_engine
 from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Refit, Run, Store
 from evenodds_service.storage.tables import checkpoints
@@ -163,8 +164,9 @@ class Bench:
 
     @contextmanager
     def impatient_store(self) -> Iterator[Store]:
-        """One that waits three seconds for a lock."""
-        engine = open_engine(self.database_url, timeout_seconds=3)
+        """One that waits a second for a lock, and for all else as long as any machine needs."""
+        patience = Patience(lock=1, statement=PATIENCE_SECONDS, idle=PATIENCE_SECONDS)
+        engine = open_engine(self.database_url, timeout_seconds=PATIENCE_SECONDS, patience=patience)
         yield Store(engine)
         engine.dispose()
 
@@ -183,3 +185,9 @@ def bench(database_url: str) -> Iterator[Bench]:
     upgrade(engine)
     yield Bench(database_url, engine, Store(engine), Clock())
     engine.dispose()
+
+
+@pytest.fixture
+def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published model learns little from a batch: enough to differ, and soon done."""
+    monkeypatch.setattr(paper_fit, "UPDATES_PER_STEP", 2)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from tests.backends import mainly_sqlite
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.api.run_metrics import RunMetrics
@@ -66,6 +67,7 @@ def test_a_difference_below_the_lease_takes_nothing_from_anybody(bench: Bench) -
         assert bench.store.claim_refit(worker="elsewhere", lease=timedelta(seconds=60), now=elsewhere) is None
 
 
+@mainly_sqlite
 def test_refits_go_on_after_the_clock_was_set_back(bench: Bench) -> None:
     bench.learned("math", refit_every_seconds=600)
     bench.clock.advance(DAY)
@@ -79,6 +81,7 @@ def test_refits_go_on_after_the_clock_was_set_back(bench: Bench) -> None:
     assert bench.snapshots("math") == [1, 2]
 
 
+@mainly_sqlite
 def test_the_order_of_the_log_and_what_is_learned_from_it_do_not_depend_on_the_clock(bench: Bench) -> None:
     for name, seconds in (("steady", 1.0), ("jumping", -DAY)):
         bench.load(name, 40)
@@ -99,6 +102,7 @@ def test_the_order_of_the_log_and_what_is_learned_from_it_do_not_depend_on_the_c
         np.testing.assert_array_equal(ours, theirs)
 
 
+@mainly_sqlite
 def test_a_request_is_recognised_whatever_the_time(bench: Bench, start_service: Callable[[str], Service]) -> None:
     run = bench.load("math", 4)
     rows = [NewObservation.of_counts(0, 1, 8)]
@@ -117,6 +121,7 @@ def test_a_request_is_recognised_whatever_the_time(bench: Bench, start_service: 
     assert start_service(bench.database_url).client.predict("math", ["p0"]).predictions[0].attempts_seen == 8
 
 
+@mainly_sqlite
 def test_an_age_is_never_negative(bench: Bench) -> None:
     """The clock of the worker was ahead of this process's."""
     bench.learned("ahead")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pytest
 from sqlalchemy import Engine, delete, update
+from tests.backends import mainly_sqlite
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.checkpoint import to_bytes
@@ -93,6 +94,7 @@ def grown(bench: Bench, fit: Fit, *, predictor: PredictorName = "gps") -> int:
 
 
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
+@pytest.mark.usefixtures("few_updates")
 def test_every_refit_leaves_a_checkpoint_from_which_a_process_starts(bench: Bench, predictor: PredictorName) -> None:
     checkpoint = grown(bench, bench.real, predictor=predictor)
     run = bench.store.run("math")
@@ -109,6 +111,7 @@ def test_every_refit_leaves_a_checkpoint_from_which_a_process_starts(bench: Benc
     assert_same(older, whole)
 
 
+@mainly_sqlite
 def test_what_comes_later_is_folded_alike(bench: Bench) -> None:
     grown(bench, bench.constant(0.3))
     cold, _ = started(bench)
@@ -126,6 +129,7 @@ def test_what_comes_later_is_folded_alike(bench: Bench) -> None:
     assert_same(cold, whole)
 
 
+@mainly_sqlite
 def test_an_unusable_checkpoint_is_logged_and_the_whole_log_is_read(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -145,6 +149,7 @@ def test_an_unusable_checkpoint_is_logged_and_the_whole_log_is_read(
     assert warning.endswith("; folding its log from the beginning")
 
 
+@mainly_sqlite
 def test_a_reader_does_not_start_from_a_checkpoint_behind_the_position_that_it_knows(bench: Bench) -> None:
     grown(bench, bench.constant(0.3))
     store = Watched(bench.engine)

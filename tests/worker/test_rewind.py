@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tests.backends import mainly_sqlite
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.model.refit import TrainingData
@@ -55,6 +56,7 @@ def test_the_model_goes_back_to_the_one_that_saw_nothing_of_what_was_forgotten(b
             np.testing.assert_array_equal(now, then)
 
 
+@mainly_sqlite
 def test_a_view_goes_back_to_the_newest_checkpoint_that_is_left(bench: Bench) -> None:
     bench.learned("math")
     bench.worker(bench.constant(0.3)).work_once()
@@ -75,6 +77,7 @@ def test_a_view_goes_back_to_the_newest_checkpoint_that_is_left(bench: Bench) ->
     assert to_bytes(live.state) == to_bytes(whole.state) == to_bytes(cold.state)
 
 
+@mainly_sqlite
 def test_a_worker_whose_run_is_rewound_meanwhile_fits_again_on_what_is_left(bench: Bench) -> None:
     bench.learned("math")
     steps: list[list[int]] = []
@@ -96,6 +99,7 @@ def test_a_worker_whose_run_is_rewound_meanwhile_fits_again_on_what_is_left(benc
     assert (refit.status, refit.attempts, refit.report and refit.report["observations"]) == ("done", 2, 64)
 
 
+@mainly_sqlite
 def test_a_worker_fits_what_never_having_seen_it_would_give(bench: Bench) -> None:
     """The same training data, bit for bit, as of a run in which what was voided never happened."""
     seen: dict[str, TrainingData] = {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.backends import mainly_sqlite
 
 from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import PAPER_CONCENTRATION, SharedModel
@@ -33,6 +34,7 @@ def finite(reply: PredictReply) -> bool:
 
 
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
+@pytest.mark.usefixtures("few_updates")
 def test_every_service_switches_at_the_same_position_and_answers_alike(
     bench: Bench, start_service: Callable[[str], Service], predictor: str
 ) -> None:
@@ -78,6 +80,7 @@ def learn(client: Client, step: int) -> None:
     assert client.observe("math", step, rows, selection_id=batch.selection_id).model_version == batch.model_version
 
 
+@mainly_sqlite
 def test_the_published_model_is_the_belief_about_known_prompts_and_new_texts(
     bench: Bench, start_service: Callable[[str], Service]
 ) -> None:
@@ -101,6 +104,8 @@ def test_the_published_model_is_the_belief_about_known_prompts_and_new_texts(
     assert prove < compute
 
 
+@mainly_sqlite
+@pytest.mark.usefixtures("few_updates")
 def test_a_gps_paper_run_trains_from_the_first_batch_on(bench: Bench, start_service: Callable[[str], Service]) -> None:
     client = start_service(bench.database_url).client
     client.put_run("paper", predictor="gps-paper", refit={"every_observations": 8})
@@ -124,7 +129,9 @@ def test_a_gps_paper_run_trains_from_the_first_batch_on(bench: Bench, start_serv
     assert -2 < newest.report["paper.elbo_per_attempt"] < 0
 
 
+@mainly_sqlite
 @pytest.mark.parametrize("predictor", ["gps", "gps-paper"])
+@pytest.mark.usefixtures("few_updates")
 def test_prompts_newer_than_the_snapshot_are_answered_and_chosen(
     bench: Bench, start_service: Callable[[str], Service], predictor: str
 ) -> None:
@@ -145,6 +152,7 @@ def test_prompts_newer_than_the_snapshot_are_answered_and_chosen(
     assert finite(client.predict("math", [*KNOWN, *late, *NEW]))
 
 
+@mainly_sqlite
 def test_a_snapshot_of_another_embedder_is_logged_and_the_answers_are_as_without_one(
     bench: Bench, start_service: Callable[[str], Service], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,6 +172,7 @@ def test_a_snapshot_of_another_embedder_is_logged_and_the_answers_are_as_without
     assert "the snapshot was fitted on embedder 'another-model', the run's vectors come from 'builtin" in refused
 
 
+@mainly_sqlite
 def test_after_an_unusable_snapshot_the_next_one_is_used(bench: Bench, start_service: Callable[[str], Service]) -> None:
     client = start_service(bench.database_url).client
     bench.learned("math")

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.backends import mainly_sqlite
 from tests.waiting import PATIENCE_SECONDS, in_background, until
 
 from evenodds_service.domain.prompts import Prompt
@@ -43,6 +44,7 @@ def test_a_worker_refits_what_is_due_and_then_rests(bench: Bench) -> None:
     assert bench.refits("young") == ()
 
 
+@mainly_sqlite
 def test_the_report_says_what_was_fitted_and_how_long_each_part_took(bench: Bench) -> None:
     run = bench.learned("math")
 
@@ -55,6 +57,7 @@ def test_the_report_says_what_was_fitted_and_how_long_each_part_took(bench: Benc
     assert bench.store.snapshot(run.id, 1).fitted_position == run.log_position
 
 
+@mainly_sqlite
 def test_the_material_is_the_whole_run_also_what_came_since_the_last_refit(bench: Bench) -> None:
     seen: list[TrainingData] = []
 
@@ -79,6 +82,7 @@ def test_the_material_is_the_whole_run_also_what_came_since_the_last_refit(bench
     assert second.warm_start.report["rate"] == 0.25
 
 
+@mainly_sqlite
 def test_a_worker_that_starts_anew_fits_the_same_material(bench: Bench) -> None:
     seen: list[TrainingData] = []
 
@@ -182,6 +186,7 @@ def test_a_fit_that_raises_is_told_and_tried_again_after_a_while(
     assert bench.snapshots("math") == [1]
 
 
+@mainly_sqlite
 def test_one_bad_run_does_not_keep_the_others_from_their_fit(bench: Bench) -> None:
     bench.learned("bad", group_size=3)
     bench.learned("good")
@@ -197,6 +202,7 @@ def test_one_bad_run_does_not_keep_the_others_from_their_fit(bench: Bench) -> No
     assert [refit.status for refit in bench.refits("good")] == ["done"]
 
 
+@mainly_sqlite
 def test_a_refit_of_an_empty_run_fails_with_what_to_do(bench: Bench) -> None:
     run = bench.load("empty", 0)
     bench.store.request_refit(run.id, now=bench.clock())
@@ -207,6 +213,7 @@ def test_a_refit_of_an_empty_run_fails_with_what_to_do(bench: Bench) -> None:
     assert refit.error == ("NothingToFit: run 'empty' has no prompts to fit: load them with POST /runs/{run}/prompts")
 
 
+@mainly_sqlite
 @pytest.mark.parametrize("settings", [{}, {"predictor": "gps-paper"}, {"embedder": "none"}, {"predictor": "mopps"}])
 def test_a_refit_without_observations_publishes_what_there_is(bench: Bench, settings: dict[str, Any]) -> None:
     run = bench.load("math", 5, **settings)
@@ -294,6 +301,7 @@ def test_a_worker_outlives_an_outage_of_the_database(bench: Bench, caplog: pytes
     assert bench.snapshots("math") == [1]
 
 
+@mainly_sqlite
 def test_a_worker_that_is_told_to_stop_finishes_its_fit_first(bench: Bench) -> None:
     bench.learned("math")
     stop = threading.Event()
@@ -309,7 +317,7 @@ def test_a_worker_that_is_told_to_stop_finishes_its_fit_first(bench: Bench) -> N
 
 
 def test_two_workers_share_the_runs_without_doing_one_twice(bench: Bench) -> None:
-    names = [f"run{i}" for i in range(6)]
+    names = [f"run{i}" for i in range(4)]
     for name in names:
         bench.learned(name)
     stop = threading.Event()
@@ -321,5 +329,5 @@ def test_two_workers_share_the_runs_without_doing_one_twice(bench: Bench) -> Non
         )
         stop.set()
 
-    assert [bench.snapshots(name) for name in names] == [[1]] * 6
-    assert [refit.attempts for name in names for refit in bench.refits(name)] == [1] * 6
+    assert [bench.snapshots(name) for name in names] == [[1]] * 4
+    assert [refit.attempts for name in names for refit in bench.refits(name)] == [1] * 4

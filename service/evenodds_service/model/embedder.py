@@ -7,18 +7,23 @@ nothing: vectors are kept under `Embedder.name` by whoever asked for them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evenodds_service.domain.settings import BUILTIN
 from evenodds_service.errors import EmbedderUnavailable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BUILTIN_NAME = "builtin/1"
 """The name under which vectors of the built-in embedder are stored. A change of its values is a new name."""
@@ -98,11 +103,7 @@ def _open_builtin(prompt: str) -> Embedder:
                 "reinstall wordllama from its wheel (0.4 or newer)"
             )
 
-    from safetensors.numpy import load_file
-    from tokenizers import Tokenizer
-
-    weights_V_D = load_file(folder / _WEIGHTS)["embedding.weight"].astype(np.float32)
-    tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+    weights_V_D, tokenizer = _builtin_model(folder)
     width = weights_V_D.shape[1]
 
     def encode(texts: list[str]) -> NDArray[np.float32]:
@@ -116,6 +117,16 @@ def _open_builtin(prompt: str) -> Embedder:
         return vectors_N_D
 
     return Embedder(storage_name(BUILTIN, prompt), width, encode)
+
+
+@functools.cache
+def _builtin_model(folder: Path) -> tuple[NDArray[np.float32], Tokenizer]:
+    """Weights [V, D] and tokenizer; 32 MB, and read once in a process whatever instructions its runs have."""
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
+
+    weights_V_D = load_file(folder / _WEIGHTS)["embedding.weight"].astype(np.float32)
+    return weights_V_D, Tokenizer.from_file(str(folder / _TOKENIZER))
 
 
 def _open_sentence_transformer(model_name: str, prompt: str) -> Embedder:

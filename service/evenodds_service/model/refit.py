@@ -1,15 +1,16 @@
 """One refit: a run's history and pool in, its shared model out. The only entrance of the worker to what is learned.
 
-Deterministic in its arguments on a CPU. Knows no store, no clock and no lease.
+Deterministic in its arguments on a CPU. Knows no store, no clock and no lease. torch is imported by the first fit:
+whoever only gathers its data starts sooner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy import sparse
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
@@ -19,17 +20,16 @@ from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.domain.settings import ModelSize, PredictorName
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
-from evenodds_service.model.latent_fit import fit_latent
-from evenodds_service.model.paper_fit import fit_paper, paper_inputs, predict_paper
-from evenodds_service.model.paper_network import PUBLISHED, SMALL, NetworkSize, size_of, width_of
 from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SOURCES, SharedModel, Weights, shaped
 from evenodds_service.model.sources import Joined, fit_sources
+
+if TYPE_CHECKING:
+    import torch
 
 MEMORY_STEPS = 100.0
 """An outcome counts exp(-age / memory) in the labels of the n-gram prior."""
 
 _SEED = 0
-_SIZES: Mapping[ModelSize, NetworkSize] = {"small": SMALL, "published": PUBLISHED}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +72,8 @@ def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel
     """
     if PREDICTORS[data.predictor].is_published:
         return _fit_published(data, device)
+    from evenodds_service.model.latent_fit import fit_latent
+
     priors: dict[str, FittedPrior] = {}
     weights: dict[str, Weights] = {}
     report: dict[str, float] = {}
@@ -127,8 +129,11 @@ def _beside_sources(model: SharedModel, data: TrainingData, joined: Joined) -> S
 
 def _fit_published(data: TrainingData, device: torch.device) -> SharedModel:
     """The published model: fitted on the batches since its last fit, with those before, predicting from the newest."""
+    from evenodds_service.model.paper_fit import fit_paper, paper_inputs, predict_paper
+    from evenodds_service.model.paper_network import PUBLISHED, SMALL, size_of, width_of
+
     before = data.warm_start
-    size = _SIZES[data.model_size]
+    size = PUBLISHED if data.model_size == "published" else SMALL
     inputs_N_D = paper_inputs(data.embeddings_N_D, data.x_N_d[:, 1 : data.basis.n_surface])
     warm = before.weights.get(PAPER) if before is not None else None
     if warm is not None and (size_of(warm), width_of(warm)) != (size, inputs_N_D.shape[1]):

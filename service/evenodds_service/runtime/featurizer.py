@@ -22,7 +22,7 @@ from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_featu
 from evenodds_service.storage.store import Run, Store
 
 MOST_EMBEDDERS = 8
-"""Models kept open: an instruction makes another one, some tens of MB with the built-in weights."""
+"""Models kept open, with each instruction another one; all of the built-in model share its weights."""
 CACHED_TEXTS = 8_192
 """Texts outside of pools whose features are kept in memory: some 10 MB with the built-in embedder."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.numbers
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool(make_block: MakeBlock) -> Pool:
     rng = np.random.default_rng(0)
     pool = Pool(surface_width=3, embedding_width=6)
@@ -41,7 +41,7 @@ def pool(make_block: MakeBlock) -> Pool:
     return pool
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def entries() -> list[Entry]:
     """A log in which the pool grows, and its basis with it, after the middle."""
     rng = np.random.default_rng(1)
@@ -74,10 +74,15 @@ def folded(entries: list[Entry], pool: Pool, state: State | None = None) -> Stat
     return state
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2, 3, 9, 13, 14, 16, 18, 27])
-def test_a_checkpoint_and_the_tail_give_the_bits_of_the_whole_log(pool: Pool, entries: list[Entry], cut: int) -> None:
-    whole = folded(entries, pool)
+@pytest.fixture(scope="module")
+def whole(pool: Pool, entries: list[Entry]) -> State:
+    return folded(entries, pool)
 
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 9, 13, 14, 16, 18, 27])
+def test_a_checkpoint_and_the_tail_give_the_bits_of_the_whole_log(
+    pool: Pool, entries: list[Entry], whole: State, cut: int
+) -> None:
     resumed = folded(entries[cut:], pool, from_bytes(to_bytes(folded(entries[:cut], pool))))
 
     assert to_bytes(resumed) == to_bytes(whole)

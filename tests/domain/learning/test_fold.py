@@ -32,7 +32,7 @@ from evenodds_service.domain.prompts import RawBlock
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
 
-SEEDS = range(4)
+SEEDS = range(2)
 
 
 @contextmanager
@@ -382,7 +382,7 @@ def test_prompts_outside_the_pool_are_believed_like_unseen_ones_inside(make_bloc
     assert b == pytest.approx(inside_b, rel=1e-4)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(0, 2**32 - 1))
 def test_total_loss_over_a_log_never_exceeds_that_of_mopps_by_more_than_log_k(make_block: MakeBlock, seed: int) -> None:
     """The outcomes have nothing to do with the features, and keep changing sides."""
@@ -793,17 +793,17 @@ def test_threads_give_the_same_bits(make_block: MakeBlock) -> None:
 
 
 def test_a_pool_that_grows_by_little_is_copied_seldom_and_keeps_what_was_learned(make_block: MakeBlock) -> None:
-    world = World(make_block, 0, 600)
+    world = World(make_block, 0, 300)
     log = Log(world.block, n_prompts=100)
     log.observe(0, [3], [2.0], [8.0])
     homes = set()
 
-    for n in range(101, 600):
+    for n in range(101, 300):
         log.grow(n)
         log.observe(n, [n - 1], [1.0], [1.0])
         homes.add(log.state.visits_N.ctypes.data)
 
-    assert len(homes) < 15
+    assert len(homes) < 10
     assert (log.state.successes_L_N[0, 3], log.state.last_step_N[3]) == (2, 0)
-    assert log.state.visits_N[100:].tolist() == [1] * 499
+    assert log.state.visits_N[100:].tolist() == [1] * 199
     assert log.state.last_step_N[:100].tolist() == [-1] * 3 + [0] + [-1] * 96

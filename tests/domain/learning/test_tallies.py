@@ -175,7 +175,7 @@ def random_events(seed: int, *, jump: int = 1) -> Both:
     return both
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 40]))
 def test_the_sums_are_those_of_a_slow_count(seed: int, jump: int) -> None:
     both = random_events(seed, jump=jump)
@@ -192,7 +192,7 @@ def test_the_sums_are_those_of_a_slow_count(seed: int, jump: int) -> None:
         assert actual == pytest.approx(expected, abs=1e-9), which
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(0, 2**32 - 1))
 def test_a_group_of_attempts_reported_in_parts_counts_as_one(seed: int) -> None:
     rng = np.random.default_rng(seed)

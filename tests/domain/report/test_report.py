@@ -77,7 +77,7 @@ class Training:
             self.uniform_chances += [float(self.chances[eligible].mean())] * int((~control).sum())
 
 
-@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("changes", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_lift_is_unbiased_and_its_intervals_hold_the_truth_in_19_of_20(changes: bool) -> None:
     """Also where control_share changes, and where the easy prompts come at one of its values."""
     errors, holds, saves = [], [], []
