@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -280,8 +280,8 @@ class _KeptSource:
         self._keys: list[int] = []
         self._ids: list[str] = []
 
-    def read(self, store: Store, run: Run, *, with_ids: bool, texts: _KeptTexts) -> Source:
-        """The run as it stands. Its texts are left with `texts`.
+    def read(self, store: Store, run: Run, *, with_ids: bool, texts: _KeptTexts, own: Container[int]) -> Source:
+        """The run as it stands. Its texts are left with `texts`, save for those whose keys are among `own`.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
@@ -291,7 +291,7 @@ class _KeptSource:
             if not prompts:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
             keys = [_key_of(prompt) for prompt in prompts]
-            texts.add(keys, [prompt.text for prompt in prompts])
+            texts.add(keys, [prompt.text for prompt in prompts], own)
             self._keys += keys
             self._ids += [prompt.prompt_id for prompt in prompts]
         history = self._log.read(store, run, to=run.log_position, void_position=run.void_position)
@@ -305,9 +305,10 @@ class _KeptTexts:
         self._place: dict[int, int] = {}
         self._blocks: list[sparse.csr_matrix] = []
 
-    def add(self, keys: Sequence[int], texts: Sequence[str | None]) -> None:
-        """Those of them that are not there yet."""
-        fresh = {key: text for key, text in zip(keys, texts, strict=True) if text and key not in self._place}
+    def add(self, keys: Sequence[int], texts: Sequence[str | None], own: Container[int]) -> None:
+        """Those of them that are not there yet, and not among the run's own."""
+        told = zip(keys, texts, strict=True)
+        fresh = {key: text for key, text in told if text and key not in self._place and key not in own}
         if fresh:
             self._place |= {key: len(self._place) + i for i, key in enumerate(fresh)}
             self._blocks.append(ngram_matrix(list(fresh.values())))
@@ -382,13 +383,14 @@ class _KeptRun:
             self._sources, self._texts = {}, _KeptTexts()
             return None
         known, self._sources, found = self._sources, {}, []
+        own = frozenset(self._keys)
         for other in _all_runs(store):
             if other.id == run.id or not other.n_observations or not settings.learns_from(other.name):
                 continue
             kept = known.get(other.id, _KeptSource())
             try:
                 shares_ids = settings.data_set is not None and other.settings.data_set == settings.data_set
-                found.append(kept.read(store, other, with_ids=shares_ids, texts=self._texts))
+                found.append(kept.read(store, other, with_ids=shares_ids, texts=self._texts, own=own))
             except RunUnknown:
                 continue  # deleted meanwhile: it counts no more
             self._sources[other.id] = kept
@@ -399,10 +401,12 @@ class _KeptRun:
 
 
 def _all_runs(store: Store) -> Iterator[Run]:
-    after = ""
-    while runs := store.runs(after=after, limit=_PAGE):
+    after, is_last = "", False
+    while not is_last:
+        runs = store.runs(after=after, limit=_PAGE)
         yield from runs
-        after = runs[-1].name
+        is_last = len(runs) < _PAGE
+        after = runs[-1].name if runs else after
 
 
 def _key_of(prompt: Prompt) -> int:
