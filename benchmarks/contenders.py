@@ -81,16 +81,18 @@ class Gps:
         self._world, self._device = world, torch.device("cpu")
         self._history: list[History] = []
         self._next_refit = 0
+        if world.sources is not None or world.shown is not None:
+            self.refit(0)  # as the worker does when the run is created
+            self._next_refit = 0
 
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
         informative = (successes > 0) & (successes < attempts)
         entry = ObserveEntry(self._state.position + 1, step, prompts, successes, attempts, informative)
         fold(self._state, entry, self._pool)
-        if self._parts.refit_every:
-            steps = np.full(len(prompts), step, dtype=np.int64)
-            self._history.append(History(prompts, steps, successes, attempts, informative))
-            if step >= self._next_refit:
-                self.refit(step)
+        steps = np.full(len(prompts), step, dtype=np.int64)
+        self._history.append(History(prompts, steps, successes, attempts, informative))
+        if self._parts.refit_every and step >= self._next_refit:
+            self.refit(step)
 
     def predict(self) -> Forecast:
         a, b = beliefs_of(self._state, self._pool)
@@ -140,13 +142,15 @@ class Gps:
             embeddings_N_D=self._world.embeddings_N_D,
             ngrams=self._world.ngrams,
             history=gather(self._history),
+            sources=self._world.sources,
         )
-        priors = fit_shared_model(data, device=self._device).priors
-        priors = {name: prior for name, prior in priors.items() if name in self._parts.priors}
-        if not priors:
+        model = fit_shared_model(data, device=self._device)
+        priors = {name: prior for name, prior in model.priors.items() if name in self._parts.priors}
+        sources = self._world.shown or model.sources
+        if not priors and sources is None:
             return
         version = state.model_version + 1
-        self._pool.attach(version, priors)
+        self._pool.attach(version, priors, sources)
         fold(state, SnapshotEntry(state.position + 1, version), self._pool)
         self._next_refit = step + self._parts.refit_every
 

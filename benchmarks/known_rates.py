@@ -1,6 +1,7 @@
-"""What other models' pass rates are worth to a run, sent as `prior_rates` with its prompts.
+"""What other models' outcomes are worth to a run: as `prior_rates` of its prompts, or as runs that it learns from.
 
-    python -m benchmarks.known_rates FOLDER [--models k50] [--history 0 1 2 5] [--mean]   (or EVENODDS_DATA=FOLDER)
+    python -m benchmarks.known_rates FOLDER [--models k50] [--history 0 1 2 5] [--mean | --learn-from]
+                                            [--adverse random]             (or EVENODDS_DATA=FOLDER)
 
 FOLDER holds a table of models (`math_qwen_multisample`, `bigcodebench_models`). Three of its models, weak, middle and
 strong, are the policy of a new run each: 128 random prompts a step, 8 attempts drawn at the recorded rates. R other
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +31,22 @@ from evenodds_service.commands.replay.recordings import Recording, read_recordin
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.prompts import NamedRates
 from evenodds_service.domain.ranks import spearman
+from evenodds_service.model.history import History
+from evenodds_service.model.sources import Source, joined
 
 VISITS = (0.0, 0.25, 0.5, 1.0, 2.0)
 BATCH, GROUP_SIZE, BEST, AROUND = 128, 8, 256, 5
 POLICIES = (0.2, 0.5, 0.8)
 """Which of the models from weak to strong are the policies."""
+
+
+ADVERSE: Mapping[str, Callable[[IntArray, int, np.random.Generator], IntArray]] = {
+    "random": lambda shown, attempts, chance: chance.integers(0, attempts + 1, size=shown.shape),
+    "permuted": lambda shown, attempts, chance: shown[:, chance.permutation(shown.shape[1])],
+    "inverted": lambda shown, attempts, chance: attempts - shown,
+    "punished": lambda shown, attempts, chance: chance.binomial(shown, 0.03),
+}
+"""Rates by chance, of other prompts, of a verifier that takes wrong for right, of one that refuses most formats."""
 
 
 def main() -> None:
@@ -44,6 +57,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1_500, help="of the table, drawn by chance")
     parser.add_argument("--models", default="", help="only models whose name contains this, say k50")
     parser.add_argument("--mean", action="store_true", help="send the mean of the others as prior_rate instead")
+    parser.add_argument("--adverse", choices=sorted(ADVERSE), help="what the others showed is made useless so")
+    parser.add_argument("--learn-from", action="store_true", help="the others are runs that the run learns from")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.folder is None:
@@ -85,9 +100,13 @@ def _run(world: World, share: float, n_others: int, arguments: argparse.Namespac
     rates_N = rates_V_N[own].mean(axis=0) if recording.attempts_V_N.max() == 1 else rates_V_N[chosen]
     chance = np.random.default_rng([arguments.seed, chosen])
     others = chance.permutation([v for v in range(len(recording.stages)) if v not in own])[:n_others]
-    shown = chance.binomial(arguments.attempts, rates_V_N[others]) if n_others else np.zeros((0, n))
+    shown = chance.binomial(arguments.attempts, rates_V_N[others]) if n_others else np.zeros((0, n), dtype=np.int64)
     attempts = np.float64(arguments.attempts)
-    if n_others and arguments.mean:
+    if arguments.adverse:
+        shown = ADVERSE[arguments.adverse](shown, arguments.attempts, chance)
+    if n_others and arguments.learn_from:
+        world = _learning(world, [recording.stages[v] for v in others.tolist()], shown.astype(np.float64), attempts)
+    elif n_others and arguments.mean:
         world = replace(world, prior_rates_N=shown.mean(axis=0) / attempts)
     elif n_others:
         names = tuple(recording.stages[v] for v in others.tolist())
@@ -97,10 +116,12 @@ def _run(world: World, share: float, n_others: int, arguments: argparse.Namespac
     seen = np.zeros(n, dtype=bool)
     informative_N = 1.0 - rates_N**GROUP_SIZE - (1.0 - rates_N) ** GROUP_SIZE
     figures: dict[str, list[float]] = {name: [] for name in ("spearman", "never seen", "log loss", "best never seen")}
-    step = 0
+    step, queue = 0, chance.permutation(n)
     for visits in VISITS:
         while step * BATCH < visits * n:
-            prompts = np.sort(chance.choice(n, size=BATCH, replace=False))
+            if len(queue) < BATCH:
+                queue = np.concatenate((queue, np.setdiff1d(chance.permutation(n), queue)))
+            prompts, queue = np.sort(queue[:BATCH]), queue[BATCH:]
             k = chance.binomial(GROUP_SIZE, rates_N[prompts]).astype(np.float64)
             method.observe(step, prompts, k, np.full(BATCH, float(GROUP_SIZE)))
             seen[prompts] = True
@@ -109,6 +130,17 @@ def _run(world: World, share: float, n_others: int, arguments: argparse.Namespac
             method.refit(step)
         _measure(figures, method, seen, rates_N, informative_N)
     return figures
+
+
+def _learning(world: World, names: Sequence[str], shown_R_N: FloatArray, attempts: np.float64) -> World:
+    """The world of a run that learns from others, each of which was evaluated on all prompts."""
+    n = world.n_prompts
+    keys, counts = np.arange(1, n + 1), np.full(n, attempts)
+    sources = []
+    for name, k in zip(names, shown_R_N, strict=True):
+        history = History(np.arange(n), np.zeros(n, dtype=np.int64), k, counts, (k > 0) & (k < counts))
+        sources.append(Source(name, keys, history))
+    return replace(world, sources=joined(keys, [], sources))
 
 
 def _measure(

@@ -23,10 +23,11 @@ from pathlib import Path
 from benchmarks.contenders import Gps, GpsPaper, Parts
 from benchmarks.loops import EPOCHS, Stages, closed_loop, open_loop, thirds
 from benchmarks.rivals import DPS, Arcus, Method, MoPPS, Uniform
-from benchmarks.worlds import LARGE, MATH, TASKS, TRAJECTORY, World, open_world
+from benchmarks.worlds import LARGE, MATH, TASKS, TRAJECTORY, World, learning_from, open_world
 
 from benchmarks import report
 from evenodds_service.commands.replay.driving import Plan
+from evenodds_service.commands.replay.recordings import read_recording
 from evenodds_service.domain.learning.mixture import MEMORIES, PRIORS
 
 Make = Callable[[World, int], Method]
@@ -43,6 +44,7 @@ RIVALS: Mapping[str, Make] = {
     "gps-paper": lambda world, seed: GpsPaper(world, seed=seed),
 }
 REFIT_EVERY = 4
+HISTORY_ATTEMPTS = 8
 GREEDY = Parts(diversity=0.0, rest=False)
 """The highest scores, again and again: what recorded rates reward, which do not answer to the choice."""
 GPS: Mapping[str, Make] = {
@@ -142,6 +144,31 @@ def paper(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.
     ]
 
 
+def learning(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.Table]:
+    """A run that learns from a larger model of its family, which was evaluated on a pool that holds most of its own."""
+    world = open_world(folder / TRAJECTORY)
+    few, many = plan_of(world, 44, 32), plan_of(world, 44, 128, candidates=512)
+    other = read_recording(folder / LARGE)
+    kinds = {"learning from other prompts": False, "learning from its own prompts too": True}
+    worlds = {
+        name: learning_from(world, other, attempts=HISTORY_ATTEMPTS, in_common=in_common, seed=0)
+        for name, in_common in kinds.items()
+    }
+    own: dict[str, Make] = {"gps": GPS["gps"]}
+    own |= {f"gps, {name}": gps_in(learning_world) for name, learning_world in worlds.items()}
+    greedy: dict[str, Make] = {"gps, greedy": GPS["gps, greedy"]}
+    greedy |= {f"gps, greedy, {name}": gps_in(learning_world, GREEDY) for name, learning_world in worlds.items()}
+    return [
+        open_table("32 random prompts observed a step, 1.2 visits a prompt", world, few, own, seeds, EPOCHS),
+        closed_table("128 of 512 random candidates", world, many, {**own, **greedy}, seeds),
+    ]
+
+
+def gps_in(world: World, parts: Parts | None = None) -> Make:
+    """`gps` in a world of its own, of the same prompts."""
+    return lambda _, seed: Gps(world, replace(parts or Parts(), refit_every=REFIT_EVERY))
+
+
 PAPER_PARTS: Mapping[str, Make] = {
     "newest batch only": lambda world, seed: GpsPaper(world, seed=seed, past_pairs=0),
     "embedding only": lambda world, seed: GpsPaper(world, seed=seed, has_features=False),
@@ -189,6 +216,7 @@ PARTS: Mapping[str, Callable[[Path, Mapping[str, Make], int], list[report.Table]
     "large": large,
     "ablations": ablations,
     "paper": paper,
+    "learning": learning,
 }
 
 

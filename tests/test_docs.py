@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -48,6 +48,8 @@ OPERATIONS = json.loads((ROOT / "openapi.json").read_text())["paths"]
 OPEN_PAGES = {"/", "/docs", "/openapi.json"}
 """Served, and no part of the described interface."""
 
+WITH_A_WORKER = "learning.md"
+
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -55,10 +57,23 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != WITH_A_WORKER], ids=name_of)
 def test_the_blocks_of_a_page_run_from_top_to_bottom(
     page: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_blocks(page, service, tmp_path, monkeypatch)
+
+
+def test_the_blocks_run_of_a_page_that_needs_a_worker(
+    start_service: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a database of its own, whose worker has nothing else to do."""
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+
+    run_blocks(DOCS / WITH_A_WORKER, service, tmp_path, monkeypatch)
+
+
+def run_blocks(page: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EVENODDS_DATABASE_URL", service.database_url)
     commands = tmp_path / "commands"

@@ -103,6 +103,8 @@ class Calls(Protocol):
         categories: Mapping[str, float] | None = None,
         categories_at_most: Mapping[str, float] | None = None,
         fallback: bool | None = None,
+        learn_from: Sequence[str] | None = None,
+        data_set: str | None = None,
         fork_of: str | None = None,
         at_step: int | None = None,
         groups: Mapping[str, float] | None = None,
@@ -137,6 +139,9 @@ class Calls(Protocol):
             categories: Least share of each batch by category of the prompts; the shares sum to at most 1.
             categories_at_most: Largest share of each batch by category.
             fallback: Choose uniformly while the model's skill against flat MoPPS stays negative.
+            learn_from: Names of other runs, and patterns of names such as `math-*`, whose outcomes are used from the
+                first batch on; only runs that the key may touch count, and `[]` ends it.
+            data_set: Names where the prompts come from: runs of one data set have the same prompts under the same ids.
             fork_of: Of a new run: the run whose pool, settings and memory it starts with.
             at_step: With `fork_of`: what came after this step is left out; nothing by default.
             groups, groups_at_most: Older names of `categories` and `categories_at_most`, until 1.0.
@@ -145,7 +150,8 @@ class Calls(Protocol):
             The run as it stands afterwards.
 
         Raises:
-            NotFound: There is no run `fork_of`.
+            NotFound: There is no run `fork_of`, or none that `learn_from` names without a pattern.
+            Forbidden: `learn_from` names a run that the key may not touch.
             Conflict: There is a run of this name that is not that fork.
             Conflict: The run holds prompts already, and the change would not fit them; or a category's least share
                 is above its largest.

@@ -10,19 +10,24 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+import numpy as np
 from scipy import sparse
 
+from evenodds_service.domain.arrays import IntArray
+from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.log_entries import ObserveEntry
+from evenodds_service.domain.prompts import Prompt, join_key
 from evenodds_service.errors import NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import TrainingData, gather
 from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.model.sources import NO_KEY, Joined, Source, joined
 from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
 from evenodds_service.storage.store import NewSnapshot, Refit, Run, Store
@@ -31,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_FIT_OBSERVATIONS = 128
 RETRY_SECONDS = 30
+GROWN_SECONDS = 10
+"""So long a run that learns from others waits with a few more prompts: they come in many calls."""
+
 _PAGE = 1_000
 _KEPT_RUNS = 4
 
@@ -110,15 +118,10 @@ class Worker:
         return True
 
     def _request_due(self) -> None:
-        after = ""
-        while True:
-            runs = self._store.runs(after=after, limit=_PAGE)
-            for run in runs:
-                if run.n_observations and (newest_seen := self._due_after(run)) is not None:
-                    self._store.request_refit(run.id, now=self._clock(), newest_seen=newest_seen)
-            if len(runs) < _PAGE:
-                return
-            after = runs[-1].name
+        for run in _all_runs(self._store):
+            may_be = run.n_observations or (run.settings.learn_from and run.n_prompts)
+            if may_be and (newest_seen := self._due_after(run)) is not None:
+                self._store.request_refit(run.id, now=self._clock(), newest_seen=newest_seen)
 
     def _due_after(self, run: Run) -> int | None:
         """After which refit another one is due, 0 where it is the first; None where none is due."""
@@ -141,7 +144,8 @@ class Worker:
         while len(self._kept) > _KEPT_RUNS:
             self._kept.popitem(last=False)
         data = kept.training_data(self._store, run)
-        fitted = _Fitted(kept.live.state.position, kept.live.state.n_observations)
+        state = kept.live.state
+        fitted = _Fitted(state.position, state.n_observations, state.n_prompts)
         loaded = time.monotonic()
         model = self._fit(data)
         seconds = {"seconds_loading": loaded - started, "seconds_fitting": time.monotonic() - loaded}
@@ -149,7 +153,7 @@ class Worker:
             embedder=model.embedder,
             weights=model.to_bytes(),
             fitted_position=fitted.position,
-            report={**model.report, **seconds, "observations": fitted.n_observations},
+            report={**model.report, **seconds, **fitted.figures(run)},
         )
         snapshot = self._store.publish_refit(refit, published, now=self._clock())
         logger.info("%s: run %r has snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
@@ -197,7 +201,9 @@ def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:
         return False
     standing = (refit for refit in refits if refit.model_version and refit.model_version <= run.model_version)
     done = next(standing, None)  # the newest whose snapshot was not voided since
-    fitted = _observations(done)
+    if run.settings.learn_from and _has_grown(run, done, now=now):
+        return True
+    fitted = _figure(done, "observations")
     new = run.n_observations - fitted
     if new >= min(run.settings.refit_every_observations, max(FIRST_FIT_OBSERVATIONS, fitted)):
         return True
@@ -211,29 +217,122 @@ def _has_passed(duration: timedelta, since: datetime, now: datetime) -> bool:
     return now - since >= duration or now < since
 
 
-def _observations(refit: Refit | None) -> int:
-    """How many observations the refit had seen."""
-    value = (refit.report or {}).get("observations", 0) if refit is not None else 0
+def _has_grown(run: Run, done: Refit | None, *, now: datetime) -> bool:
+    """Whether a run that learns from others has prompts of which it was not told yet what they showed."""
+    fitted = _figure(done, "prompts")
+    if run.n_prompts >= 2 * fitted:
+        return run.n_prompts > 0
+    since = done.finished_at if done is not None else None
+    return run.n_prompts > fitted and since is not None and _has_passed(timedelta(seconds=GROWN_SECONDS), since, now)
+
+
+def _figure(refit: Refit | None, name: str) -> int:
+    """A count of the refit's report; 0 without one."""
+    value = (refit.report or {}).get(name, 0) if refit is not None else 0
     return int(value) if isinstance(value, (int, float)) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    """What a fit has seen: the log up to a position, with so many observations."""
+    """What a fit has seen: the log up to a position, with so many observations and prompts."""
 
     position: int
     n_observations: int
+    n_prompts: int
+
+    def figures(self, run: Run) -> dict[str, float]:
+        """For the report, by which the next refit becomes due."""
+        figures: dict[str, float] = {"observations": self.n_observations}
+        return figures | {"prompts": self.n_prompts} if run.settings.learn_from else figures
+
+
+class _KeptLog:
+    """The outcomes of a run's log as far as it was read."""
+
+    def __init__(self) -> None:
+        self._pieces: list[History] = []
+        self._read_to = 0
+        self._void_position = 0
+
+    def read(self, store: Store, run: Run, *, to: int, void_position: int) -> History:
+        """Everything up to this log position, as the log stood there.
+
+        Raises:
+            RunUnknown: the run was deleted since `run` was read.
+        """
+        if self._void_position != void_position:
+            self._pieces, self._read_to = [], 0
+            self._void_position = void_position
+        while self._read_to < to:
+            entries = store.entries(run.id, after=self._read_to, as_of=to)
+            if not entries:
+                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
+            self._pieces += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
+            self._read_to = entries[-1].position
+        return gather(self._pieces)
+
+
+class _KeptSource:
+    """What a worker keeps of a run that another one learns from: its outcomes and the keys of its prompts."""
+
+    def __init__(self) -> None:
+        self._log = _KeptLog()
+        self._keys: list[int] = []
+        self._ids: list[str] = []
+
+    def read(self, store: Store, run: Run, *, with_ids: bool, texts: _KeptTexts, own: Container[int]) -> Source:
+        """The run as it stands. Its texts are left with `texts`, save for those whose keys are among `own`.
+
+        Raises:
+            RunUnknown: the run was deleted since `run` was read.
+        """
+        while len(self._keys) < run.n_prompts:
+            prompts = store.prompts(run.id, first=len(self._keys), limit=_PAGE)
+            if not prompts:
+                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
+            keys = [_key_of(prompt) for prompt in prompts]
+            texts.add(keys, [prompt.text for prompt in prompts], own)
+            self._keys += keys
+            self._ids += [prompt.prompt_id for prompt in prompts]
+        history = self._log.read(store, run, to=run.log_position, void_position=run.void_position)
+        return Source(run.name, np.array(self._keys, dtype=np.int64), history, self._ids if with_ids else ())
+
+
+class _KeptTexts:
+    """n-grams of the prompts that a run does not have and its sources do, by their keys."""
+
+    def __init__(self) -> None:
+        self._place: dict[int, int] = {}
+        self._blocks: list[sparse.csr_matrix] = []
+
+    def add(self, keys: Sequence[int], texts: Sequence[str | None], own: Container[int]) -> None:
+        """Those of them that are not there yet, and not among the run's own."""
+        told = zip(keys, texts, strict=True)
+        fresh = {key: text for key, text in told if text and key not in self._place and key not in own}
+        if fresh:
+            self._place |= {key: len(self._place) + i for i, key in enumerate(fresh)}
+            self._blocks.append(ngram_matrix(list(fresh.values())))
+
+    def below(self, own: sparse.csr_matrix, keys_F: IntArray) -> sparse.csr_matrix:
+        """These n-grams, and below them those of the prompts of these keys: empty rows for those without a text."""
+        rows = np.array([self._place.get(key, -1) for key in keys_F.tolist()], dtype=np.int64)
+        if not (rows >= 0).any():
+            return sparse.vstack([own, sparse.csr_matrix((len(rows), own.shape[1]), dtype=own.dtype)], format="csr")
+        kept = sparse.vstack([*self._blocks, sparse.csr_matrix((1, own.shape[1]), dtype=own.dtype)], format="csr")
+        self._blocks = [kept[:-1]]
+        return sparse.vstack([own, kept[rows]], format="csr")
 
 
 class _KeptRun:
-    """What a worker keeps of a run between refits: its live run, the history, and the texts' n-grams."""
+    """What a worker keeps of a run between refits: its live run, the history, the texts' n-grams, and its sources."""
 
     def __init__(self, run_id: int) -> None:
         self.live = LiveRun(run_id)
-        self._observations: list[History] = []
-        self._read_to = 0
-        self._void_position = 0
+        self._log = _KeptLog()
         self._ngrams = sparse.csr_matrix((0, 0))
+        self._keys: list[int] = []
+        self._sources: dict[int, _KeptSource] = {}
+        self._texts = _KeptTexts()
 
     def training_data(self, store: Store, run: Run) -> TrainingData:
         """Everything up to the log position of the live run, which is at least the one that `run` shows.
@@ -246,16 +345,10 @@ class _KeptRun:
         state, pool = self.live.state, self.live.pool
         if state.basis is None:
             raise NothingToFit(f"run {run.name!r} has no prompts to fit: load them with POST /runs/{{run}}/prompts")
-        if self._void_position != self.live.void_position:
-            self._observations, self._read_to = [], 0
-            self._void_position = self.live.void_position
-        while self._read_to < state.position:
-            entries = store.entries(run.id, after=self._read_to, as_of=state.position)
-            if not entries:
-                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
-            self._observations += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
-            self._read_to = entries[-1].position
+        history = self._log.read(store, run, to=state.position, void_position=self.live.void_position)
         self._read_texts(store, run)
+        own = self._ngrams[: state.n_prompts]
+        sources = self._joined(store, run, state.n_prompts)
         return TrainingData(
             embedder=vector_name(run.settings) or "",
             predictor=run.settings.predictor,
@@ -264,9 +357,11 @@ class _KeptRun:
             basis=state.basis,
             x_N_d=pool.matrix(state.basis, state.n_prompts),
             embeddings_N_D=pool.raw(0, state.n_prompts).embedding_N_D,
-            ngrams=self._ngrams[: state.n_prompts],
-            history=gather(self._observations),
+            ngrams=own,
+            history=history,
             warm_start=self.live.model,
+            sources=sources,
+            source_ngrams=None if sources is None else self._texts.below(own, sources.others_F),
         )
 
     def _read_texts(self, store: Store, run: Run) -> None:
@@ -277,8 +372,49 @@ class _KeptRun:
             if not prompts:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
             blocks.append(ngram_matrix([prompt.text or "" for prompt in prompts]))
+            self._keys += [_key_of(prompt) for prompt in prompts]
             n += len(prompts)
         self._ngrams = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
+
+    def _joined(self, store: Store, run: Run, n_prompts: int) -> Joined | None:
+        """What the runs showed that this one learns from, as they stand now; None where there is nothing."""
+        settings = run.settings
+        if not settings.learn_from or PREDICTORS[settings.predictor].is_published:
+            self._sources, self._texts = {}, _KeptTexts()
+            return None
+        known, self._sources, found = self._sources, {}, []
+        own = frozenset(self._keys)
+        for other in _all_runs(store):
+            if other.id == run.id or not other.n_observations or not settings.learns_from(other.name):
+                continue
+            kept = known.get(other.id, _KeptSource())
+            try:
+                shares_ids = settings.data_set is not None and other.settings.data_set == settings.data_set
+                found.append(kept.read(store, other, with_ids=shares_ids, texts=self._texts, own=own))
+            except RunUnknown:
+                continue  # deleted meanwhile: it counts no more
+            self._sources[other.id] = kept
+        if not found:
+            return None
+        ids = self.live.pool.prompt_ids[:n_prompts]
+        return joined(np.array(self._keys[:n_prompts], dtype=np.int64), ids, found)
+
+
+def _all_runs(store: Store) -> Iterator[Run]:
+    after, is_last = "", False
+    while not is_last:
+        runs = store.runs(after=after, limit=_PAGE)
+        yield from runs
+        is_last = len(runs) < _PAGE
+        after = runs[-1].name if runs else after
+
+
+def _key_of(prompt: Prompt) -> int:
+    """By which prompts of runs are joined. Prompts that are older than their join key are joined by the whole text
+    where the run keeps none.
+    """
+    key = prompt.join_key or (join_key(prompt.text) if prompt.text else prompt.text_key)
+    return int(key[:15], 16) if key else NO_KEY
 
 
 def _history(entry: ObserveEntry) -> History:

@@ -422,3 +422,35 @@ def test_a_key_ends_on_its_day(tmp_path: Path) -> None:
     with pytest.raises(KeyInvalid, match="key 'short' expired on 2026-01-03: ask for a new one"):
         asyncio.run(used())
     store.close()
+
+
+def test_a_run_learns_only_from_runs_that_its_creators_key_may_read(guarded: Guarded) -> None:
+    everywhere, team = guarded.key("lead"), guarded.key("team", runs="team-*")
+    writes = guarded.key("trainer", scopes=frozenset({"write"}))
+    for name in ("team-a", "other"):
+        assert guarded.call(everywhere, "PUT", f"/runs/{name}", json={}).status_code == 201
+
+    def asked(secret: str, *sources: str, run: str = "team-b", **more: Any) -> httpx.Response:
+        return guarded.call(secret, "PUT", f"/runs/{run}", json={"learn_from": sources, **more})
+
+    def within(run: str) -> tuple[str, ...]:
+        return guarded.store.run(run).settings.learn_within
+
+    status, code, detail = refusal(asked(team, "team-a", "other"))
+    assert (status, code) == (403, "run_forbidden")
+    assert "learn_from: key 'team' is bound to runs 'team-*', not to 'other'" in detail
+    assert refusal(asked(team, "team-nobody"))[:2] == (404, "run_unknown")
+    assert refusal(asked(writes, "other", run="new"))[:2] == (403, "scope_missing")
+
+    assert asked(team, "team-a", "*").json()["learn_from"] == ["team-a", "*"]
+    settings = guarded.store.run("team-b").settings
+    assert [settings.learns_from(name) for name in ("team-a", "team-later", "other")] == [True, True, False]
+
+    assert guarded.call(everywhere, "DELETE", "/runs/team-a").status_code == 204
+    assert asked(team, "team-a", "*").status_code == 200  # as the trainer sends it at each of its starts
+    assert asked(everywhere, "*", run="lead").json()["learn_from"] == ["*"]
+    assert within("lead") == ()
+    assert guarded.call(everywhere, "PUT", "/runs/team-c", json={"fork_of": "lead"}).status_code == 201
+    assert guarded.call(team, "PUT", "/runs/team-d", json={"fork_of": "team-c"}).status_code == 201
+    assert (within("team-c"), within("team-d")) == ((), ("team-*",))
+    assert asked(team, run="team-b").json()["learn_from"] is None

@@ -30,6 +30,11 @@ INCARNATION_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 RUN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
+RUN_NAMES_PATTERN = r"^[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,127}$"
+MAX_SOURCES = 100
+"""Most names and patterns of runs that one run learns from."""
+
+
 def storable(value: str) -> str:
     """Refuse what no database column or UTF-8 reply can hold: NUL characters and lone surrogates."""
     if "\x00" in value:
@@ -42,6 +47,10 @@ def storable(value: str) -> str:
 
 
 RunName = Annotated[str, Field(pattern=RUN_PATTERN, examples=["math-7b"])]
+RunNames = Annotated[
+    str,
+    Field(pattern=RUN_NAMES_PATTERN, examples=["math-*"], description="a run's name, or a pattern with * and ?"),
+]
 Key = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(storable)]
 PromptId = Annotated[Key, Field(description="stable inside a run", examples=["gsm8k-00017"])]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(storable)]

@@ -137,6 +137,27 @@ class SkillReport(Reply):
     recent_observations: int
 
 
+class SourceReport(Reply):
+    """One of those who showed something on the pool's prompts: a run that is learned from, or a name in prior_rates."""
+
+    name: str = Field(description="a run whose policy moved stands here as early and as late")
+    run: str | None = Field(description="the run that is learned from; null for prior_rates and for the mean of many")
+    weight: float | None = Field(description="how far it is believed; null where it counts in the mean alone")
+    prompts: int | None = Field(description="of the pool's prompts, those that it has tried; null for the mean")
+    prompts_share: float | None
+
+
+class OthersReport(Reply):
+    """What others showed (learn_from, prior_rates), and what it was worth."""
+
+    weight: float = Field(description="of all together: 1 as they stand, 0 not at all, below 0 the contrary")
+    per_observation: float | None = Field(
+        description="log likelihood of outcomes less that without what others showed, in nats, before they were known"
+    )
+    observations: int
+    sources: tuple[SourceReport, ...] = Field(description="those that the key may see")
+
+
 _QUALITY: dict[str, JsonValue] = {
     "count": 512,
     "mean_forecast": 0.41,
@@ -204,6 +225,10 @@ _REPORT: dict[str, JsonValue] = {
     ],
     "other_categories": None,
     "skill": {"per_observation": 0.21, "observations": 512, "recent": 107.5, "recent_observations": 512},
+    "others": {
+        **{"weight": 0.91, "per_observation": 0.12, "observations": 512},
+        "sources": [{"name": "math-1b", "run": "math-1b", "weight": 0.91, "prompts": 28000, "prompts_share": 0.96}],
+    },
     "fallback": None,
 }
 
@@ -235,6 +260,7 @@ class RunReport(HasOlderNames, Reply):
     groups: Annotated[tuple[GroupReport, ...], older("groups")] = ()
     other_groups: Annotated[GroupReport | None, older("other_groups")] = None
     skill: SkillReport
+    others: OthersReport | None = Field(default=None, description="null where nobody has shown anything")
     fallback: FallbackNotice | None = None
 
 

@@ -11,6 +11,7 @@ from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
     INCARNATION_PATTERN,
     MAX_ITEMS,
+    MAX_SOURCES,
     MAX_STEP,
     Acquisition,
     CategoryShares,
@@ -24,6 +25,7 @@ from evenodds.schemas.fields import (
     Rate,
     RefitStatus,
     RunName,
+    RunNames,
     Step,
     TargetRate,
     check_shares,
@@ -125,6 +127,17 @@ class RunUpdate(HasOlderNames, Request):
         description="choose uniformly while the gps predictor's skill against flat MoPPS stays negative; true by "
         "default",
     )
+    learn_from: Annotated[tuple[RunNames, ...], Field(max_length=MAX_SOURCES)] | None = Field(
+        default=None,
+        description="other runs whose outcomes are used from the first batch on: names, and patterns such as "
+        "'math-*' for all runs that match, also later ones. Prompts are the same if their letters and digits are. "
+        "Only runs that the key may touch count. A worker reads them when prompts are loaded and at each refit; the "
+        "empty list, like null, ends it",
+    )
+    data_set: Key | None = Field(
+        default=None,
+        description="names the prompts' origin: runs of one data set have the same prompts under the same ids",
+    )
 
     fork_of: RunName | None = Field(
         default=None, description="of a new run: start with the pool, settings and memory of this one"
@@ -175,8 +188,8 @@ class Alarm(Reply):
     """Something that a person should look at."""
 
     code: str = Field(
-        description="group_silent, outcomes_stopped, skill_not_positive, fallback or coverage_stalls; a newer service "
-        "may know more",
+        description="group_silent, outcomes_stopped, skill_not_positive, sources_mislead, fallback or coverage_stalls; "
+        "a newer service may know more",
         examples=["outcomes_stopped"],
     )
     message: str = Field(description="what was seen, and what to check")
@@ -210,6 +223,8 @@ class RunState(HasOlderNames, Reply):
     groups: Annotated[dict[str, float] | None, older("groups")] = None
     groups_at_most: Annotated[dict[str, float] | None, older("groups_at_most")] = None
     fallback: bool = True
+    learn_from: tuple[str, ...] | None = Field(default=None, description="other runs whose outcomes are used")
+    data_set: str | None = Field(default=None, description="runs that name the same one share ids of prompts")
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
     pool_size: int = Field(description="prompts that may be selected")
     log_position: int = Field(description="entries in the run's log")

@@ -10,13 +10,16 @@ from typing import TypeAlias
 
 import numpy as np
 
-from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 
 RATE_ATTEMPTS = 8.0
 """A known rate that comes without a number of attempts counts as one of so many."""
 
 UNNAMED = ""
 """Who showed the `prior_rate`."""
+
+MEAN = "mean of all"
+"""Name of the column that is the mean of many."""
 
 KnownRate: TypeAlias = "float | tuple[float, int]"
 """What another model showed on a prompt: its success rate, or successes of attempts."""
@@ -26,6 +29,14 @@ def text_key(text: str) -> str:
     """A hash of the text that does not change with Unicode form or white space: 32 hexadecimal digits."""
     normalised = " ".join(unicodedata.normalize("NFC", text).split())
     return hashlib.sha256(normalised.encode()).hexdigest()[:32]
+
+
+def join_key(text: str) -> str:
+    """A hash by which runs know that a prompt is the same: of letters and digits alone, case folded, 16 hexadecimal
+    digits. Of the whole text where it has neither. Two prompts that differ in signs alone count as one.
+    """
+    letters = "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
+    return hashlib.sha256((letters or text_key(text)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +55,16 @@ class NewPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(NewPrompt):
-    """A prompt of a pool. `index` counts from 0 without gaps in the order of arrival."""
+    """A prompt of a pool.
+
+    Attributes:
+        index: Counts from 0 without gaps in the order of arrival.
+        join_key: Of its text, by which runs know what they have in common; None without a text, and for prompts that
+            are older than this key.
+    """
 
     index: int = field(default=-1, kw_only=True)
+    join_key: str | None = field(default=None, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +178,28 @@ class FittedPrior:
 
     means_N: FloatArray
     concentrations_N: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceColumns:
+    """What the runs that a run learns from showed on the first N prompts of its pool, as a refit derived it.
+
+    Attributes:
+        names: Of C columns. A run is one, or two where its policy moved: early and late.
+        log_odds_N_C: Smoothed log-odds, finite, float16.
+        levels_C: Their means over the prompts.
+        has_mean: Whether the first column is the mean of all, and the others those that have foreseen this run best.
+    """
+
+    names: tuple[str, ...]
+    log_odds_N_C: FloatArray
+    levels_C: FloatArray
+    has_mean: bool = False
+
+    def rows(self, rows: IntArray | slice, n: int) -> FloatArray:
+        """Of these among n prompts, float64 [n, C]; rows of NaN for prompts that are newer than the columns."""
+        indices = np.arange(*rows.indices(n)) if isinstance(rows, slice) else rows
+        shown = np.full((len(indices), len(self.names)), np.nan)
+        known = indices < len(self.log_odds_N_C)
+        shown[known] = self.log_odds_N_C[indices[known]]
+        return shown

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from evenodds_service.errors import SharesConflict
@@ -94,6 +95,9 @@ class RunSettings:
         groups, groups_at_most: Least and largest share of a batch by group.
         fallback: Choose uniformly while the mixture's skill against MoPPS stays negative.
         budget_policies: By name, one of each.
+        learn_from: Names of runs, and patterns of names (`*`, `?`), whose outcomes are used.
+        learn_within: Patterns that a name has to match as well, all of them: what the keys may touch that asked for it.
+        data_set: Runs that name the same one have the same prompts under the same ids.
     """
 
     predictor: PredictorName = "gps"
@@ -117,6 +121,14 @@ class RunSettings:
     groups_at_most: Mapping[str, float] | None = None
     fallback: bool = True
     budget_policies: tuple[BudgetPolicy, ...] = ()
+    learn_from: tuple[str, ...] | None = None
+    learn_within: tuple[str, ...] = ()
+    data_set: str | None = None
+
+    def learns_from(self, name: str) -> bool:
+        """Whether the run of this name is one of those whose outcomes are used."""
+        is_meant = any(fnmatchcase(name, pattern) for pattern in self.learn_from or ())
+        return is_meant and all(fnmatchcase(name, pattern) for pattern in self.learn_within)
 
 
 def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:

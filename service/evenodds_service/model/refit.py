@@ -7,7 +7,7 @@ whoever only gathers its data starts sooner.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,8 @@ from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.domain.settings import ModelSize, PredictorName
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
-from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SharedModel, Weights, shaped
+from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SOURCES, SharedModel, Weights, shaped
+from evenodds_service.model.sources import Joined, fit_sources
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,8 @@ class TrainingData:
         history: Observations of these prompts.
         model_size: Of the networks of `gps-paper`.
         warm_start: The model that is in use, if any.
+        sources: Outcomes of the runs that are learned from, if there are any.
+        source_ngrams: Of the pool's prompts and of the other prompts of these runs.
     """
 
     embedder: str
@@ -58,6 +61,8 @@ class TrainingData:
     history: History
     model_size: ModelSize = "small"
     warm_start: SharedModel | None = None
+    sources: Joined | None = None
+    source_ngrams: sparse.csr_matrix | None = None
 
 
 def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel:
@@ -98,13 +103,27 @@ def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel
         priors["latent"] = shaped(latent_fit.mean_N, latent_fit.informative_N, data.group_size)
         weights["latent"] = dict(latent_fit.weights)
         report |= {f"latent.{name}": float(value) for name, value in latent_fit.report.items()}
-    return SharedModel(
+    model = SharedModel(
         embedder=data.embedder,
         group_size=data.group_size,
         basis=data.basis,
         priors=priors,
         weights=weights,
         report=report,
+    )
+    return model if data.sources is None else _beside_sources(model, data, data.sources)
+
+
+def _beside_sources(model: SharedModel, data: TrainingData, joined: Joined) -> SharedModel:
+    """The model with what the runs that are learned from showed."""
+    texts = data.ngrams if data.source_ngrams is None else data.source_ngrams
+    fitted = fit_sources(joined, texts, data.history, group_size=data.group_size, seed=_SEED)
+    return replace(
+        model,
+        weights={**model.weights, SOURCES: fitted.weights},
+        report={**model.report, **{f"{SOURCES}.{name}": value for name, value in fitted.report.items()}},
+        sources=fitted.columns,
+        in_common=dict(joined.in_common),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,15 +20,16 @@ from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.matched_prior import MOST_SECTIONS, matched_concentration
-from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.prompts import FittedPrior, RawBlock, SourceColumns
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
-from evenodds_service.model import latent, ngrams
+from evenodds_service.model import latent, ngrams, sources
 
 FORMAT = 1
 PAPER_CONCENTRATION = 4.0
 """The published model gives a rate and not how sure it is; its belief is worth so many pseudo-attempts (our choice)."""
 
 PAPER_CONTEXT = "paper context"
+SOURCES = "sources"
 _HEADER = "header"
 Weights = dict[str, FloatArray]
 
@@ -45,6 +46,8 @@ class SharedModel:
         weights: What each prior says about other prompts, by name.
         report: Figures of the fit, by name.
         last_step: Newest step that the published model was fitted on, where the next fit goes on; -1 without.
+        sources: What the runs that are learned from showed on the pool's prompts, if there are any.
+        in_common: The names of these runs, with how many of the pool's prompts each has tried.
     """
 
     embedder: str
@@ -54,11 +57,13 @@ class SharedModel:
     weights: Mapping[str, Weights]
     report: Mapping[str, float]
     last_step: int = -1
+    sources: SourceColumns | None = None
+    in_common: Mapping[str, int] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The model as safetensors."""
         basis, basis_arrays = self.basis.to_arrays()
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
             "embedder": self.embedder,
             "ngrams": ngrams.NGRAMS,
@@ -67,11 +72,17 @@ class SharedModel:
             "last_step": self.last_step,
             "basis": basis,
         }
+        if self.sources is not None:
+            told = self.sources
+            header[SOURCES] = {"names": told.names, "levels": told.levels_C.tolist(), "has_mean": told.has_mean}
+            header["in_common"] = dict(self.in_common)
         arrays: dict[str, NDArray[np.generic]] = {_HEADER: np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         arrays |= {f"basis/{name}": array for name, array in basis_arrays.items()}
         for name, prior in self.priors.items():
             arrays[f"prior/{name}/means"] = prior.means_N.astype(np.float16)
             arrays[f"prior/{name}/concentrations"] = prior.concentrations_N.astype(np.float16)
+        if self.sources is not None:
+            arrays[f"{SOURCES}/log_odds"] = self.sources.log_odds_N_C
         for name, weights in self.weights.items():
             arrays |= {f"weights/{name}/{part}": array for part, array in weights.items()}
         return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -129,6 +140,8 @@ class SharedModel:
             report=header["report"],
             # Snapshots that do not say it in a field of its own have it among the figures.
             last_step=header.get("last_step", int(header["report"].get("paper.last_step", -1))),
+            sources=_sources_of(header.get(SOURCES), parts),
+            in_common=header.get("in_common", {}),
         )
 
     def on(self, basis: Basis | None) -> SharedModel:
@@ -162,6 +175,14 @@ class SharedModel:
         if PAPER in self.weights:
             fitted[PAPER] = self._published(block, x_n_d)
         return fitted
+
+    def shown(self, texts: Sequence[str | None]) -> FloatArray | None:
+        """What the runs that are learned from would show on n prompts outside the pool, log-odds [n, C]; None without
+        such runs.
+        """
+        if self.sources is None:
+            return None
+        return sources.predict(self.weights[SOURCES], [text or "" for text in texts])
 
     @cached_property
     def _latent(self) -> latent.LatentPrior:
@@ -202,6 +223,13 @@ class SharedModel:
             device=torch.device("cpu"),
         )
         return FittedPrior(means_n, np.full(len(means_n), PAPER_CONCENTRATION, dtype=np.float32))
+
+
+def _sources_of(header: Mapping[str, Any] | None, parts: Mapping[str, Mapping[str, Weights]]) -> SourceColumns | None:
+    if header is None:
+        return None
+    levels_C = np.asarray(header["levels"], dtype=np.float64)
+    return SourceColumns(tuple(header["names"]), parts[SOURCES][""]["log_odds"], levels_C, header["has_mean"])
 
 
 def shaped(means_N: FloatArray, informative_N: FloatArray, group_size: int) -> FittedPrior:

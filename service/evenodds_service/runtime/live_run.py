@@ -21,7 +21,7 @@ from evenodds_service.domain.learning.checkpoint import (
     to_bytes,
 )
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import fold, unseen_share
+from evenodds_service.domain.learning.fold import fold, misled, unseen_share
 from evenodds_service.domain.learning.guardrails import Alarm, Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
 from evenodds_service.domain.learning.predictors import PREDICTORS, MixedBeliefs
@@ -207,7 +207,10 @@ class LiveRun:
         except (SnapshotUnusable, SnapshotUnknown) as error:
             logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
             self.model = None
-        self.pool.attach(version, self.model.priors if self.model is not None else {})
+        if self.model is None:
+            self.pool.attach(version, {})
+        else:
+            self.pool.attach(version, self.model.priors, self.model.sources)
 
     def known(self, prompt_ids: Iterable[str]) -> dict[str, int]:
         """Pool indices of those of these ids that are in the pool. They never change."""
@@ -252,7 +255,8 @@ class LiveRun:
                 return {}
             return self.model.predict(texts, block, x_n_d if self.model.basis is self.state.basis else None)
 
-        return PREDICTORS[predictor].new_beliefs(self.state, block, fitted)
+        shown_n_S = None if self.model is None else self.model.shown(texts)
+        return PREDICTORS[predictor].new_beliefs(self.state, block, fitted, shown_n_S)
 
     def fallback(self, predictor: PredictorName) -> Fallback | None:
         """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
@@ -265,6 +269,7 @@ class LiveRun:
             unseen_share=unseen_share(self.state),
             is_mixed=PREDICTORS[predictor].is_mixed,
             may_fall_back=may_fall_back,
+            misled=misled(self.state),
         )
 
     def choose(self, settings: RunSettings, request: SelectionRequest) -> Chosen:

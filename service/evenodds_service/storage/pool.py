@@ -17,7 +17,16 @@ import numpy as np
 from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
 
 from evenodds_service.domain.log_entries import PoolEntry
-from evenodds_service.domain.prompts import KnownRate, NamedRates, NewPrompt, NewPrompts, Prompt, RawBlock, Vector
+from evenodds_service.domain.prompts import (
+    KnownRate,
+    NamedRates,
+    NewPrompt,
+    NewPrompts,
+    Prompt,
+    RawBlock,
+    Vector,
+    join_key,
+)
 from evenodds_service.domain.settings import CALLER
 from evenodds_service.errors import (
     EmbedderFixed,
@@ -365,6 +374,7 @@ def _row_of(run: Run, index: int, prompt: NewPrompt) -> dict[str, object]:
         "prompt_id": prompt.prompt_id,
         "text": prompt.text if run.settings.keep_text else None,
         "text_key": prompt.text_key,
+        "join_key": None if prompt.text is None else join_key(prompt.text),
         "group": prompt.group,
         "features": json.dumps(dict(prompt.features), allow_nan=False) if prompt.features else None,
         "prior_rate": prompt.prior_rate,

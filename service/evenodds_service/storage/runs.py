@@ -155,6 +155,9 @@ def settings_from_json(content: str) -> RunSettings:
         BudgetPolicy(**{**policy, "tiers": tuple(EffortTier(**tier) for tier in policy["tiers"])})
         for policy in fields.pop("budget_policies", ())
     )
+    for name in ("learn_from", "learn_within"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
     return RunSettings(**fields, budget_policies=policies)
 
 

@@ -102,6 +102,7 @@ prompts = Table(
     Column("prompt_id", Text, nullable=False),
     Column("text", Text),
     Column("text_key", Text),
+    Column("join_key", Text),  # by which runs know the same prompt, also where no texts are kept
     Column("group", Text),
     Column("features", Text),  # JSON: name -> number
     Column("prior_rate", Double),

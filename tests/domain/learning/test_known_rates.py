@@ -10,13 +10,13 @@ import pytest
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.fold import OTHERS_LEAST_WEIGHT, fold, misled
 from evenodds_service.domain.learning.known_rates import MOST_COLUMNS, RateColumns
 from evenodds_service.domain.learning.mixture import FITTED, PRIORS, RUNS, STACKED
 from evenodds_service.domain.learning.prediction import beliefs_of, new_prompt_beliefs
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SnapshotEntry
-from evenodds_service.domain.prompts import UNNAMED, FittedPrior, KnownRate, NamedRates
+from evenodds_service.domain.prompts import UNNAMED, FittedPrior, KnownRate, NamedRates, SourceColumns
 from evenodds_service.domain.ranks import spearman
 
 if TYPE_CHECKING:
@@ -266,3 +266,78 @@ def test_a_row_is_told_alone_as_in_company(pool_of: Callable[[Told], Pool], ease
 
     for i in (0, 17, N - 1):
         assert columns.project(NamedRates.of(told[i : i + 1])).tobytes() == everyone[i].tobytes()
+
+
+def columns_of(log_odds: FloatArray, *names: str) -> SourceColumns:
+    """What a refit made of other runs that showed so much, each noisier than the one before."""
+    chance = np.random.default_rng(4)
+    shown = np.stack([log_odds + (0.5 + i) * chance.normal(size=N) for i in range(len(names))], axis=1)
+    return SourceColumns(names, shown.astype(np.float16), shown.mean(axis=0))
+
+
+def with_snapshot(state: State, pool: Pool, sources: SourceColumns | None) -> None:
+    version = state.model_version + 1
+    pool.attach(version, {}, sources)
+    fold(state, SnapshotEntry(state.position + 1, version), pool)
+
+
+def test_columns_of_other_runs_come_and_go_with_snapshots(pool_of: Callable[[Told], Pool], eases: FloatArray) -> None:
+    rates = rates_of(eases)
+    pool = pool_of([None] * N)
+    state = started(pool)
+
+    with_snapshot(state, pool, columns_of(eases, "a", "b"))
+    first = spearman(forecast(state, pool), eases)
+    for _ in range(4):
+        observe(state, pool, rates, range(32 * (state.head_step + 1), 32 * (state.head_step + 2)))
+    assert state.runs is not None
+    learned = state.runs.weights.copy()
+    with_snapshot(state, pool, columns_of(eases, "a", "b"))
+    np.testing.assert_allclose(state.runs.weights, learned, atol=0.02)  # the same columns: nothing is forgotten
+    before = forecast(state, pool)
+    with_snapshot(state, pool, columns_of(eases, "a"))
+    assert np.abs(forecast(state, pool) - before)[128:].mean() < 0.1
+    with_snapshot(state, pool, None)
+
+    assert first > 0.85
+    assert state.columns is None
+    observe(state, pool, rates, range(200, 232))
+    assert np.isfinite(forecast(state, pool)).all()
+
+
+def test_named_rates_and_other_runs_are_read_together(pool_of: Callable[[Told], Pool], eases: FloatArray) -> None:
+    """Each speaks for the other where it knows nothing, at its own level."""
+    told = told_by({"sibling": shown(eases, shift=2.0)})
+    pool = pool_of([None if i < N // 2 else told[i] for i in range(N)])
+    state = started(pool)
+
+    with_snapshot(state, pool, columns_of(eases, "a"))
+
+    assert state.columns is not None
+    assert state.columns.read == ("sibling", "a")
+    assert spearman(forecast(state, pool), eases) > 0.85
+
+
+def test_what_others_were_worth_is_told_and_those_that_mislead_raise_an_alarm(
+    pool_of: Callable[[Told], Pool], eases: FloatArray
+) -> None:
+    rates, noise = rates_of(eases), np.random.default_rng(8).normal(size=N)
+    states = {}
+    for name, shown_by in {"good": eases, "noise": noise, "nobody": None}.items():
+        pool = pool_of([None] * N)
+        state = started(pool)
+        if shown_by is not None:
+            with_snapshot(state, pool, columns_of(shown_by, "a"))
+        for first in range(0, 384, 32):
+            observe(state, pool, rates, range(first, first + 32))
+        states[name] = (state, log_loss(state, pool, rates, after=384), misled(state))
+
+    good, noisy, nobody = states["good"], states["noise"], states["nobody"]
+    assert good[0].others_nats / good[0].others_counts > 0.2
+    assert abs(noisy[0].others_nats / noisy[0].others_counts) < 0.05
+    assert noisy[1] < nobody[1] + 0.005
+    assert good[1] < nobody[1] - 0.1
+    assert (good[2], nobody[2]) == (None, None)
+    assert noisy[2] is not None
+    assert noisy[2].alarm().code == "sources_mislead"
+    assert abs(noisy[2].weight) < noisy[2].limit == OTHERS_LEAST_WEIGHT

@@ -322,6 +322,7 @@ async function showRun(run, current) {
       coveragePanel(report.coverage),
       refitsPanel(refits.refits),
     ),
+    report.others ? othersPanel(report.others) : null,
     element("div", { class: "grid pair" }, categoriesPanel(report.categories), promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
     searchPanel(run),
   );
@@ -333,6 +334,13 @@ function refitsPanel(refits) {
   if (!refits.length) return panel("Refits", element("p", { class: "quiet" }, "None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed."));
   return panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fit s", "number"], ["error", "text"]],
     refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])));
+}
+
+function othersPanel(others) {
+  return panel("What others showed",
+    element("p", { class: "quiet" }, `Believed with weight ${number(others.weight)} together; worth ${number(others.per_observation)} nats an outcome so far.`),
+    table("What others showed", [["source", "id"], ["weight", "number"], ["has tried", "number"]],
+      others.sources.map((source) => [source.name, number(source.weight), percent(source.prompts_share)])));
 }
 
 function categoriesPanel(categories) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import numpy as np
@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query
 
 from evenodds.schemas import MAX_STEP, BeliefReport, BelievedPrompt, FallbackNotice, RunReport
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
+from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.report.report import report
@@ -24,6 +25,7 @@ _SHOWN_TEXT = 500
 def get_report(
     run: RunPath,
     services: Dependencies,
+    caller: Caller,
     since_step: Annotated[
         int, Query(ge=0, le=MAX_STEP, description="leave out windows of steps that end before this one")
     ] = 0,
@@ -35,9 +37,13 @@ def get_report(
     stored, live, _ = services.live_runs.at_head(run)
     with live.lock:
         state = live.state
-        found = report(state, live.pool, since_step=since_step)
+        in_common = live.model.in_common if live.model is not None else {}
+        found = report(state, live.pool, since_step=since_step, in_common=in_common)
         fallback = live.fallback(stored.settings.predictor) if stored.settings.fallback else None
         position, version, n = state.position, state.model_version, state.n_observations
+    if found.others is not None:  # a key that is bound to runs learns of no others
+        seen = tuple(source for source in found.others.sources if source.run is None or may_touch(caller, source.run))
+        found = replace(found, others=replace(found.others, sources=seen))
     return RunReport.model_validate(
         {
             **asdict(found),

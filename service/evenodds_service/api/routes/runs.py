@@ -20,8 +20,8 @@ from evenodds_service.api.wire import now
 from evenodds_service.domain.learning.predictors import acquisition_of
 from evenodds_service.domain.selection.selection import reprobe_share_of
 from evenodds_service.domain.settings import RunSettings, check_shares
-from evenodds_service.errors import RunUnknown
-from evenodds_service.storage.store import Run, Store
+from evenodds_service.errors import RunForbidden, RunUnknown, ScopeMissing
+from evenodds_service.storage.store import ApiKey, Run, Store
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
@@ -33,7 +33,7 @@ _STORED_AS = {"categories": "groups", "categories_at_most": "groups_at_most"}
 
 
 @router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
-def put_run(run: RunPath, body: RunUpdate, services: Dependencies) -> JSONResponse:
+def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Caller) -> JSONResponse:
     """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
 
     With `fork_of` the run must be new: it starts with the other's pool, settings and memory, as that run would stand
@@ -46,22 +46,57 @@ def put_run(run: RunPath, body: RunUpdate, services: Dependencies) -> JSONRespon
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
     sent: dict[str, Any] = {
         _STORED_AS.get(name, name): getattr(body, name)
-        for name in body.model_fields_set - {"refit", "fork_of", "at_step", *OLDER_NAMES}
+        for name in body.model_fields_set - {"refit", "fork_of", "at_step", "learn_from", *OLDER_NAMES}
     }
     if "refit" in body.model_fields_set:
         policy = body.refit or RefitPolicy()
         sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
     changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
-    settings = replace(settings, **changes)
+    before, settings = settings, replace(settings, **changes, **_learning(services.store, caller, settings, body))
     check_shares(settings.groups or {}, settings.groups_at_most or {})
     services.featurizer.embedder(settings)  # a model that cannot be loaded is refused here, not at the first prompt
     created = False
     if body.fork_of is not None:
         _, created = services.store.fork_run(run, settings, fork_of=body.fork_of, at_step=body.at_step, now=now())
     if not created:
-        _, created = services.store.put_run(run, settings, now=now())
+        stored, created = services.store.put_run(run, settings, now=now())
+        if stored.n_prompts and _learned(before) != _learned(settings):
+            services.store.request_refit(stored.id, now=now())
     services.live_runs.forget(run)
     return JSONResponse(_watched(services, run).model_dump(mode="json"), 201 if created else 200)
+
+
+def _learning(store: Store, caller: ApiKey | None, before: RunSettings, body: RunUpdate) -> dict[str, Any]:
+    """From which runs to learn, where the body says it, and within which runs: those of its key.
+
+    Raises:
+        RunForbidden: a run is named that the key may not touch.
+        RunUnknown: a run is named that does not exist.
+        ScopeMissing: the key may not read.
+    """
+    bound: tuple[str, ...] = () if caller is None or caller.runs == "*" else (caller.runs,)
+    if "learn_from" not in body.model_fields_set:
+        inherited = body.fork_of is not None and before.learn_from
+        return {"learn_within": tuple(dict.fromkeys((*before.learn_within, *bound)))} if inherited else {}
+    names = body.learn_from or ()
+    if names and caller is not None and "read" not in caller.scopes:
+        scopes = ", ".join(sorted(caller.scopes))
+        raise ScopeMissing(f"learn_from needs the scope 'read', key {caller.name!r} has {scopes}")
+    for name in names:
+        if "*" in name or "?" in name:
+            continue
+        if caller is not None and not may_touch(caller, name):
+            raise RunForbidden(
+                f"learn_from: key {caller.name!r} is bound to runs {caller.runs!r}, not to {name!r}: leave it out, or "
+                "ask for a key that may read both"
+            )
+        if name not in (before.learn_from or ()):  # one that was deleted since may stand there
+            store.run(name)
+    return {"learn_from": names or None, "learn_within": bound if names else ()}
+
+
+def _learned(settings: RunSettings) -> tuple[object, ...]:
+    return settings.learn_from, settings.learn_within, settings.data_set
 
 
 @router.get("/runs", summary="List runs")
@@ -141,6 +176,8 @@ def _run_state(store: Store, run: Run) -> RunState:
         categories=dict(settings.groups) if settings.groups else None,
         categories_at_most=dict(settings.groups_at_most) if settings.groups_at_most else None,
         fallback=settings.fallback,
+        learn_from=settings.learn_from,
+        data_set=settings.data_set,
         last_refit=refit_state(refits[0]) if refits else None,
         pool_size=run.n_prompts,
         log_position=run.log_position,

@@ -19,7 +19,7 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.regression import FEATURE_STEP
-from evenodds_service.domain.prompts import NO_RATES, UNNAMED, FittedPrior, NamedRates, RawBlock
+from evenodds_service.domain.prompts import NO_RATES, UNNAMED, FittedPrior, NamedRates, RawBlock, SourceColumns
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64
@@ -59,6 +59,7 @@ class Pool:
         self._known: tuple[RateColumns, FloatArray] | None = None
         self._matrix: tuple[Basis, FloatArray, IntArray] | None = None  # with how many rows of each chunk are done
         self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
+        self._sources: Mapping[int, SourceColumns] = {}  # of the attached snapshot and the one before it
 
     def reserve(self, n: int) -> None:
         """Make room for n prompts in all, so that appending so many copies none of those before."""
@@ -140,9 +141,17 @@ class Pool:
             self.matrix(basis, self.n)  # once for all views
         return copy.copy(self)
 
-    def attach(self, version: int, fitted: Mapping[str, FittedPrior]) -> None:
-        """Take the fitted priors of snapshot `version`, by name, in place of the ones before."""
+    def attach(self, version: int, fitted: Mapping[str, FittedPrior], sources: SourceColumns | None = None) -> None:
+        """Take the fitted priors of snapshot `version`, by name, and its columns of other runs, in place of the ones
+        before. The columns before are kept for the fold, which carries over what was learned on them.
+        """
+        kept = {before: columns for before, columns in self._sources.items() if before == self._fitted[0]}
+        self._sources = kept | ({} if sources is None else {version: sources})
         self._fitted = (version, fitted)
+
+    def sources(self, version: int) -> SourceColumns | None:
+        """The columns of other runs that this snapshot brought, if it brought any."""
+        return self._sources.get(version)
 
     def fitted(self, version: int) -> Mapping[str, FittedPrior]:
         """The fitted priors of this snapshot; none for version 0.
@@ -175,18 +184,23 @@ class Pool:
         """The caller's rates of the first n prompts, NaN where there is none, float32 [n]."""
         return self._prior_rates[:n]
 
-    def tellers(self, n: int) -> tuple[str, ...]:
+    def tellers(self, n: int, *, also_alone: bool = False) -> tuple[str, ...]:
         """Who has shown something on the first n prompts, in the order of the first that they did.
 
-        Nobody where only `prior_rate` is known: it has a prior of its own, and the regression alone on one column
-        ranked worse than that (`benchmarks.known_rates`, MATH, one other: .712 against .728 at a quarter visit).
+        Nobody where only `prior_rate` is known: it has a prior of its own, and is a feature of the online regressions.
+
+        Args:
+            also_alone: Tell of `prior_rate` alone too.
         """
         firsts = sorted((first, name) for name, first in self._first_told.items() if first < n)
         names = tuple(name for _, name in firsts)
-        return () if names == (UNNAMED,) else names
+        return () if names == (UNNAMED,) and not also_alone else names
 
     def told(self, names: tuple[str, ...], rows: IntArray | slice) -> NamedRates:
         """What these showed on these prompts."""
+        if not names:
+            nothing = np.empty((len(np.arange(self.n)[rows]), 0), dtype=np.float32)
+            return NamedRates((), nothing, nothing)
         columns = [self._told.names.index(name) for name in names]
         rates_n_R, attempts_n_R = self._told.rates_N_R[: self.n][rows], self._told.attempts_N_R[: self.n][rows]
         return NamedRates(names, _rows_of(rates_n_R, columns), _rows_of(attempts_n_R, columns))
@@ -197,10 +211,24 @@ class Pool:
         if kept is None or kept[0] is not columns:
             kept = (columns, np.empty((0, columns.width), dtype=np.float32))
         if len(kept[1]) < self.n:
-            missing = columns.project(self.told(columns.names, slice(len(kept[1]), self.n)))
+            missing = self.inputs(columns, slice(len(kept[1]), self.n))
             kept = (columns, np.concatenate((kept[1], missing)))
         self._known = kept
         return kept[1][rows]
+
+    def known_to(self, columns: RateColumns, n: int) -> BoolArray:
+        """Of which of the first n prompts these know something, bool [n]."""
+        knows = np.asarray(np.isfinite(self.told(columns.names, slice(0, n)).rates_N_R).any(axis=1))
+        sources = self._sources.get(columns.version)
+        if sources is not None:
+            knows[: len(sources.log_odds_N_C)] = True
+        return knows
+
+    def inputs(self, columns: RateColumns, rows: IntArray | slice) -> FloatArray:
+        """What is known of these prompts, as `known`, anew."""
+        sources = self._sources.get(columns.version)
+        shown = None if sources is None else sources.rows(rows, self.n)
+        return columns.project(self.told(columns.names, rows), shown)
 
     def rows(self, basis: Basis, rows: IntArray | slice) -> FloatArray:
         """Projected features of these prompts, float32 [n, d]; kept. Those of others need not be there."""

@@ -12,12 +12,13 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import Basis, Pool
+from evenodds_service.domain.learning.guardrails import Misled
 from evenodds_service.domain.learning.known_rates import (
     FIRST_COMPARISON,
     MOST_COLUMNS,
     RateColumns,
 )
-from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, RUNS, STACKED
+from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, RUNS, STACKED
 from evenodds_service.domain.learning.prediction import (
     _aged,
     _mixed,
@@ -42,6 +43,9 @@ RECENT_BATCHES = 2
 BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
 RUNS_SHARE = 0.7
 """Of the stack's weights at its start, where others have shown something."""
+
+OTHERS_JUDGED, OTHERS_LEAST_WEIGHT = 256, 0.2
+"""After so many prompts others are said to mislead if they are believed less than this."""
 
 LOOKED_AT = 2_048
 """Prompts, spread evenly over the pool, from whose beliefs the tallies keep how those moved."""
@@ -75,6 +79,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         _select(state, entry, pool)
     elif isinstance(entry, SnapshotEntry):
         state.model_version = entry.version
+        _take_sources(state, pool)
         if state.stack is None and _stackable(_mixed(state, pool)):
             state.stack = _new_stack(state)
         _admit(state, pool)
@@ -140,6 +145,9 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
 
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])
+    if state.runs is not None:
+        state.others_nats += state.mixture.gain(likelihoods, _reads_others(state))
+        state.others_counts += len(prompts)
     log_guard = state.mixture.log_guard
     state.mixture.update(likelihoods)
     skill = log_guard - state.mixture.log_guard  # of the mixture without its guard
@@ -159,6 +167,8 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
             state.stack.update(stack_inputs[known], k[known], counts[known], further_count(counts, before)[known])
     if state.columns is not None and state.runs is not None:
         _learn_from_others(state, state.columns, state.runs, pool, prompts, k, counts)
+        misleads = state.others_counts >= OTHERS_JUDGED and others_weight(state) < OTHERS_LEAST_WEIGHT
+        state.misled_since = (entry.step if state.misled_since < 0 else state.misled_since) if misleads else -1
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
@@ -262,24 +272,53 @@ def _ensure_basis(state: State, pool: Pool) -> None:
 
 
 def _ensure_columns(state: State, pool: Pool) -> None:
-    """Derive the columns of what others showed, and again when there are others or the pool has doubled.
+    """Derive the columns of the rates that came with the prompts, and again when there are other names or the pool has
+    doubled.
 
     Costs nothing in a pool of which nothing is known.
     """
-    columns, names = state.columns, pool.tellers(state.n_prompts)
+    columns = state.columns
+    names = pool.tellers(state.n_prompts, also_alone=columns is not None and bool(columns.sources))
     if not names or (columns is not None and columns.names == names and state.n_prompts < 2 * columns.n_prompts):
         return
     fresh = RateColumns.of(pool.told(names, slice(0, state.n_prompts)))
+    if columns is not None:
+        fresh = fresh.keeping(columns).beside(columns.version, pool.sources(columns.version))
+    _take(state, pool, fresh)
+
+
+def _take_sources(state: State, pool: Pool) -> None:
+    """Read the columns of other runs that the snapshot has just brought, in place of those of the one before."""
+    sources, columns = pool.sources(state.model_version), state.columns
+    if sources is None and (columns is None or not columns.sources):
+        return
+    names = pool.tellers(state.n_prompts, also_alone=sources is not None)
+    if sources is None and not names:  # the runs that were learned from are gone, and with them what they showed
+        state.columns, state.runs, state.closeness_R, state.n_compared = None, None, np.zeros(0), 0
+        state.misled_since = -1
+        return
+    fresh = columns
+    if columns is None or columns.names != names:
+        fresh = RateColumns.of(pool.told(names, slice(0, state.n_prompts)))
+        fresh = fresh.keeping(columns) if columns is not None else fresh
+    assert fresh is not None  # there were columns, or there are now
+    _take(state, pool, fresh.beside(state.model_version, sources))
+
+
+def _take(state: State, pool: Pool, fresh: RateColumns) -> None:
+    """Read these columns from here on; of those before them is kept what was learned."""
+    columns, names = state.columns, fresh.names
     if columns is None:
         state.columns, state.runs = fresh, fresh.regression()
         state.closeness_R = np.zeros(len(names))
-        if state.stack is not None:
+        if state.stack is not None and len(state.stack.weights) < 2 + len(FITTED) + 1:
             state.stack = state.stack.widened()
         return
-    closeness = dict(zip(columns.names, state.closeness_R.tolist(), strict=True))
-    usual = state.closeness_R.sum() / len(state.closeness_R)
-    state.closeness_R = np.array([closeness.get(name, usual) for name in names])
-    _read(state, pool, fresh.keeping(columns))
+    if columns.names != names or columns.n_prompts != fresh.n_prompts:
+        closeness = dict(zip(columns.names, state.closeness_R.tolist(), strict=True))
+        usual = state.closeness_R.sum() / max(len(state.closeness_R), 1)
+        state.closeness_R = np.array([closeness.get(name, usual) for name in names])
+    _read(state, pool, fresh)
 
 
 def _read(state: State, pool: Pool, columns: RateColumns) -> None:
@@ -287,10 +326,12 @@ def _read(state: State, pool: Pool, columns: RateColumns) -> None:
     before, runs = state.columns, state.runs
     assert before is not None  # there are columns from the first known rate on, and their regression
     assert runs is not None
-    tells = np.isfinite(pool.told(before.names, slice(0, state.n_prompts)).rates_N_R).any(axis=1)
-    some = np.flatnonzero(tells)[:BASIS_ENOUGH]  # the names of before are among those of now: both know these prompts
+    known = pool.known_to(before, state.n_prompts) & pool.known_to(columns, state.n_prompts)
+    some = np.flatnonzero(known)[:BASIS_ENOUGH]
     state.columns, state.runs = columns, columns.regression()
-    state.runs.adopt(runs, before.project(pool.told(before.names, some)), pool.known(columns, some))
+    has_learned = state.n_observations > 0 or not columns.sources
+    if has_learned and len(some):
+        state.runs.adopt(runs, pool.inputs(before, some), pool.known(columns, some))
 
 
 def _learn_from_others(
@@ -310,11 +351,35 @@ def _learn_from_others(
     runs.update(x[told], k[told], counts[told])
     if len(columns.names) <= MOST_COLUMNS:
         return
-    log_odds = columns.log_odds(pool.told(columns.names, prompts[told]))
-    state.closeness_R = state.closeness_R + columns.foreseen(log_odds, k[told], counts[told], running_mean(state))
+    log_odds = columns.log_odds(pool.told(columns.names, prompts))
+    told = np.asarray(np.isfinite(log_odds).all(axis=1))
+    if not told.any():
+        return
+    closeness_R = columns.foreseen(log_odds[told], k[told], counts[told], running_mean(state))
+    state.closeness_R = state.closeness_R + closeness_R
     state.n_compared += int(told.sum())
     if state.n_compared >= max(FIRST_COMPARISON, 2 * columns.n_compared):
         _read(state, pool, columns.reading(state.closeness_R, state.n_compared))
+
+
+def _reads_others(state: State) -> BoolArray:
+    """Which priors read what others showed, bool [C]."""
+    is_read = state.stack is not None and len(state.stack.weights) > 2 + len(FITTED)
+    return np.array([prior == RUNS or (prior == STACKED and is_read) for prior in PRIORS])
+
+
+def others_weight(state: State) -> float:
+    """How far what others showed is believed: the slopes of the columns together. 1 is as it stands, 0 not at all, and
+    less than 0 the contrary.
+    """
+    return float(state.runs.weights[1:].sum()) if state.runs is not None else 0.0
+
+
+def misled(state: State) -> Misled | None:
+    """That what others showed is of no use, if it is."""
+    if state.misled_since < 0:
+        return None
+    return Misled(state.misled_since, others_weight(state), OTHERS_LEAST_WEIGHT)
 
 
 def _new_stack(state: State) -> OnlineLogistic:

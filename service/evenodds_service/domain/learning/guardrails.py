@@ -47,6 +47,23 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True)
+class Misled:
+    """What others showed is of no use: believed with this weight since this step, where that begins at a limit."""
+
+    since_step: int
+    weight: float
+    limit: float
+
+    def alarm(self) -> Alarm:
+        message = (
+            f"what other runs and prior_rates showed foretells nothing here: after hundreds of outcomes it is believed "
+            f"with a weight of {self.weight:.2f} (1: as it stands, below 0: the contrary). It costs little; check "
+            "whether learn_from and prior_rates name runs and models of these prompts, graded by the same verifier"
+        )
+        return Alarm("sources_mislead", message, self.since_step, self.weight, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
 class Fallback:
     """The choice is uniform since this step, and why."""
 
@@ -143,7 +160,13 @@ class Guardrails:
         return Fallback(reason, self.fallback_since)
 
     def alarms(
-        self, names: Sequence[str | None], *, unseen_share: float, is_mixed: bool, may_fall_back: bool
+        self,
+        names: Sequence[str | None],
+        *,
+        unseen_share: float,
+        is_mixed: bool,
+        may_fall_back: bool,
+        misled: Misled | None = None,
     ) -> tuple[Alarm, ...]:
         """What a person should look at now.
 
@@ -152,6 +175,7 @@ class Guardrails:
             unseen_share: Share of the pool that was never chosen or observed.
             is_mixed: Whether the run's predictor is the mixture, whose skill is measured.
             may_fall_back: Whether the run is set to fall back.
+            misled: That what others showed is of no use, if it is.
         """
         found = [*self._silent(names)]
         if self.quiet_selections >= QUIET_SELECTIONS:
@@ -162,6 +186,8 @@ class Guardrails:
             found.append(Alarm("outcomes_stopped", message, self.quiet_since, self.quiet_selections, QUIET_SELECTIONS))
         if is_mixed and self.skill_since >= 0:
             found += self._unskilled(may_fall_back=may_fall_back)
+        if is_mixed and misled is not None:
+            found.append(misled.alarm())
         stalled = self._stalled(unseen_share)
         return (*found, stalled) if stalled is not None else tuple(found)
 

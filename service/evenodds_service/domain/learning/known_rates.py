@@ -2,13 +2,14 @@
 
 Each other (a model, an earlier run) is a column of smoothed log-odds. A strong model's optimism and an easy verifier
 are an offset and a slope, which the regression learns from the first groups. Few others are read one by one; of many
-the mean is read, and those that have foreseen this run best. Knows no texts; all sums are as `exact` wants them.
+the mean is read, and those that have foreseen this run best. Rates that came with the prompts become columns here;
+those of runs that are learned from come as columns with a snapshot. Knows no texts; all sums are as `exact` wants them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.regression import FEATURE_STEP, SLOPE_VARIANCE, OnlineLogistic
-from evenodds_service.domain.prompts import NamedRates
+from evenodds_service.domain.prompts import MEAN, NamedRates, SourceColumns
 
 MOST_COLUMNS = 8
 FIRST_COMPARISON = 64
@@ -27,7 +28,8 @@ _SWEEPS = 5
 _SLOPE = 0.9  # of another's log-odds, when it is asked how well they foresee this run's outcomes
 _MEAN_SLOPE, _MEAN_VARIANCE = 0.5, 0.25
 _RATE_RANGE = (0.02, 0.98)
-_ARRAYS = ("means_R", "centres_R", "levels_R")
+_VALUES = ("names", "n_prompts", "nearest", "n_compared", "version", "sources", "has_mean")
+_ARRAYS = ("means_R", "centres_R", "levels_R", "levels_S")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +45,10 @@ class RateColumns:
         levels_R: Mean log-odds, over all prompts of which something is known.
         nearest: Which of more than `MOST_COLUMNS` others are read one by one, beside the mean of all.
         n_compared: After how many comparisons these were chosen.
+        version: Of the snapshot that brought the columns of other runs; 0 without any.
+        sources: Their names.
+        levels_S: Their mean log-odds.
+        has_mean: Whether the first of them is the mean of all.
     """
 
     names: tuple[str, ...]
@@ -52,6 +58,10 @@ class RateColumns:
     levels_R: FloatArray
     nearest: tuple[int, ...] = ()
     n_compared: int = 0
+    version: int = 0
+    sources: tuple[str, ...] = ()
+    levels_S: FloatArray = field(default_factory=lambda: np.zeros(0))
+    has_mean: bool = False
 
     @staticmethod
     def of(told: NamedRates) -> RateColumns:
@@ -69,26 +79,63 @@ class RateColumns:
         levels_R = np.where(tells, log_odds, centres_R + eases_N[:, None]).sum(axis=0) / len(rows)
         return RateColumns(told.names, len(told.rates_N_R), means_R, centres_R, levels_R)
 
+    def beside(self, version: int, sources: SourceColumns | None) -> RateColumns:
+        """The same beside the columns of other runs that this snapshot brings, if it brings any."""
+        if sources is None:
+            return replace(self, version=0, sources=(), levels_S=np.zeros(0), has_mean=False)
+        return replace(
+            self, version=version, sources=sources.names, levels_S=sources.levels_C, has_mean=sources.has_mean
+        )
+
     @property
     def width(self) -> int:
         """Number of inputs: 1 and the columns that are read."""
-        n = len(self.names)
-        return 1 + n if n <= MOST_COLUMNS else 2 + len(self.nearest)
+        return 1 + self._n_named + len(self.sources)
 
-    def project(self, told: NamedRates) -> FloatArray:
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Names of the columns that are read."""
+        few = len(self.names) <= MOST_COLUMNS
+        named = self.names if few else (MEAN, *(self.names[i] for i in self.nearest))
+        return (*named, *self.sources)
+
+    @property
+    def _n_named(self) -> int:
+        n = len(self.names)
+        return n if n <= MOST_COLUMNS else 1 + len(self.nearest)
+
+    def project(self, told: NamedRates, shown_n_S: FloatArray | None = None) -> FloatArray:
         """Inputs float32 [n, width], 1 first; rows of NaN for prompts of which nothing is known.
 
         A row is a function of its prompt alone, to the last bit. All are multiples of `FEATURE_STEP`.
+
+        Args:
+            shown_n_S: What the sources showed, rows of NaN where nothing; None only where there are no sources.
         """
         log_odds = self.log_odds(told)
+        shown: FloatArray = np.empty((len(log_odds), 0))
+        if self.sources and shown_n_S is not None:
+            log_odds, shown = self._completed(log_odds, shown_n_S)
         x = np.ones((len(log_odds), self.width), dtype=np.float32)
-        x[np.isnan(log_odds).any(axis=1), 0] = np.nan
+        x[np.isnan(log_odds).any(axis=1) | np.isnan(shown).any(axis=1), 0] = np.nan
+        n = self._n_named
         if len(self.names) <= MOST_COLUMNS:
-            x[:, 1:] = log_odds
+            x[:, 1 : 1 + n] = log_odds
         else:
             x[:, 1] = log_odds.sum(axis=1) / len(self.names)
-            x[:, 2:] = log_odds[:, list(self.nearest)]
+            x[:, 2 : 1 + n] = log_odds[:, list(self.nearest)]
+        x[:, 1 + n :] = shown
         return np.asarray(np.rint(x * np.float32(1.0 / FEATURE_STEP)) * np.float32(FEATURE_STEP))
+
+    def _completed(self, log_odds_n_R: FloatArray, shown_n_S: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Both parts, where one of them knows nothing of a prompt by what the other shows, at its own level."""
+        both = np.concatenate((log_odds_n_R, shown_n_S), axis=1)
+        levels = np.concatenate((self.levels_R, self.levels_S))
+        tells = np.isfinite(both)
+        n_told = tells.sum(axis=1)
+        eases_n = np.where(tells, both - levels, 0.0).sum(axis=1) / np.where(n_told, n_told, np.nan)
+        both = np.where(tells, both, levels + eases_n[:, None])
+        return both[:, : len(self.names)], both[:, len(self.names) :]
 
     def log_odds(self, told: NamedRates) -> FloatArray:
         """Smoothed log-odds of every other, float64 [n, R]; rows of NaN for prompts of which nothing is known."""
@@ -128,29 +175,32 @@ class RateColumns:
 
     def regression(self) -> OnlineLogistic:
         """Starts as the mean of the others' log-odds, with an offset of 0."""
-        n = self.width - 1
-        if len(self.names) <= MOST_COLUMNS:
-            return OnlineLogistic.starting(np.full(n, 1.0 / n), np.full(n, SLOPE_VARIANCE))
-        slopes = np.array([_MEAN_SLOPE if n > 1 else 1.0] + [(1.0 - _MEAN_SLOPE) / max(n - 1, 1)] * (n - 1))
-        return OnlineLogistic.starting(slopes, np.array([_MEAN_VARIANCE] + [SLOPE_VARIANCE] * (n - 1)))
+        n_named, n_sources = self._n_named, len(self.sources)
+        slopes, variances = _starting(n_named, has_mean=len(self.names) > MOST_COLUMNS)
+        if n_sources:
+            share = n_named / (n_named + n_sources)
+            more, their_variances = _starting(n_sources, has_mean=self.has_mean)
+            slopes = np.concatenate((slopes * share, more * (1.0 - share)))
+            variances = np.concatenate((variances, their_variances))
+        return OnlineLogistic.starting(slopes, variances)
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, FloatArray]]:
         """The columns as JSON-ready values and as arrays; `from_arrays` takes both back."""
-        header = {name: getattr(self, name) for name in ("names", "n_prompts", "nearest", "n_compared")}
-        return header, {name: getattr(self, name) for name in _ARRAYS}
+        return {name: getattr(self, name) for name in _VALUES}, {name: getattr(self, name) for name in _ARRAYS}
 
     @staticmethod
     def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, FloatArray]) -> RateColumns:
         """The columns that `to_arrays` took apart."""
-        return RateColumns(
-            names=tuple(header["names"]),
-            n_prompts=header["n_prompts"],
-            nearest=tuple(header["nearest"]),
-            n_compared=header["n_compared"],
-            means_R=arrays["means_R"],
-            centres_R=arrays["centres_R"],
-            levels_R=arrays["levels_R"],
-        )
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in header.items()}
+        return RateColumns(**values | {name: arrays[name] for name in _ARRAYS})
+
+
+def _starting(n: int, *, has_mean: bool) -> tuple[FloatArray, FloatArray]:
+    """Slopes of n columns that a regression starts with, and their variances. A mean comes first."""
+    if not has_mean:
+        return np.full(n, 1.0 / max(n, 1)), np.full(n, SLOPE_VARIANCE)
+    slopes = np.array([_MEAN_SLOPE if n > 1 else 1.0] + [(1.0 - _MEAN_SLOPE) / max(n - 1, 1)] * (n - 1))
+    return slopes, np.array([_MEAN_VARIANCE] + [SLOPE_VARIANCE] * (n - 1))
 
 
 def _smoothed(rates_N_R: FloatArray, attempts_N_R: FloatArray, means_R: FloatArray) -> FloatArray:

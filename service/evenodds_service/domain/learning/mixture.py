@@ -102,6 +102,16 @@ class Mixture:
             self._kept.flags.writeable = False
         return self._kept
 
+    def gain(self, log_likelihoods: FloatArray, among: BoolArray) -> float:
+        """By how much the mixture foresees a batch better than it would without these priors, bool [C], in nats.
+
+        Args:
+            log_likelihoods: As in `update`; call before it.
+        """
+        weights, others = self.log_weights, self.log_weights[~among]
+        alone = exact.log_sum(others + log_likelihoods[~among]) - exact.log_sum(others)
+        return exact.log_sum(weights + log_likelihoods) - alone
+
     def update(self, log_likelihoods: FloatArray) -> tuple[float, float]:
         """Condition on a batch; call before its evidence is folded in.
 

@@ -68,16 +68,16 @@ def shared_priors(
     newer = any(np.isnan(prior.means_N).any() for prior in priors.values())
     runs = state.runs if wanted[PRIORS.index(RUNS)] or stack is not None else None
     told = np.zeros(n, dtype=np.bool_) if runs is None or known_n_c is None else np.isfinite(known_n_c[:, 0])
-    newer |= runs is not None and not told.all()
+    newer |= bool(wanted[PRIORS.index(RUNS)] or runs is not None) and not told.all()
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
         means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
     if state.embedding is not None and (wanted[PRIORS.index("embedding")] or newer):
         means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
-    if runs is not None:
+    if wanted[PRIORS.index(RUNS)] or runs is not None:
         means_C_n[PRIORS.index(RUNS)] = means_C_n[stand_in]
-        if known_n_c is not None and told.any():
-            means_C_n[PRIORS.index(RUNS), told] = runs.predict(known_n_c[told])
+    if runs is not None and known_n_c is not None and told.any():
+        means_C_n[PRIORS.index(RUNS), told] = runs.predict(known_n_c[told])
     for name, prior in priors.items():
         c, known = PRIORS.index(name), np.isfinite(prior.means_N)
         means_C_n[c] = np.where(known, prior.means_N, means_C_n[stand_in])
@@ -115,9 +115,9 @@ def _log_odds(
     inputs = np.ones((len(means), len(stack.weights)), dtype=np.float32)
     inputs[:, 1] = online.log_odds(x_n_d[:, : len(online.weights)])
     inputs[:, 2 : 2 + len(FITTED)] = exact.log_odds(means)
-    if state.runs is not None and len(stack.weights) > 2 + len(FITTED):
+    if len(stack.weights) > 2 + len(FITTED):
         inputs[:, -1] = inputs[:, 1:-1].sum(axis=1) / np.float32(1 + len(FITTED))
-        if known_n_c is not None:
+        if state.runs is not None and known_n_c is not None:
             told = np.isfinite(known_n_c[:, 0])
             inputs[told, -1] = state.runs.log_odds(known_n_c[told])
     return inputs
@@ -188,7 +188,11 @@ def _inputs(
 
 
 def new_prompt_beliefs(
-    state: State, x_n_d: FloatArray | None, told: NamedRates, fitted: Mapping[str, FittedPrior]
+    state: State,
+    x_n_d: FloatArray | None,
+    told: NamedRates,
+    fitted: Mapping[str, FittedPrior],
+    shown_n_S: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray, Experts]:
     """The `gps` belief about prompts outside the pool, as `mixed_beliefs_of`.
 
@@ -196,10 +200,11 @@ def new_prompt_beliefs(
         x_n_d: As in `shared_priors`.
         told: What others showed, the one behind `prior_rate` first.
         fitted: What the state's snapshot says about them.
+        shown_n_S: What it says that the runs would show that are learned from, where there are any.
     """
     weights = state.mixture.kept()
     wanted = np.asarray(weights.any(axis=(1, 2)))
-    known = state.columns.project(told) if state.columns is not None else None
+    known = state.columns.project(told, shown_n_S) if state.columns is not None else None
     means_C_n, scales_C_n, _ = shared_priors(state, x_n_d, told.rates_N_R[:, 0], fitted, wanted, known_n_c=known)
     none = np.zeros((len(MEMORIES), len(told.rates_N_R)), dtype=np.float32)
     inputs = (means_C_n, none, none, scales_C_n)

@@ -74,12 +74,15 @@ class Predictor(Protocol):
         a, b = self.beliefs(state, pool, indices, steps_n=steps_n)
         return a, b, Experts.alone(a, b)
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
+    def new_beliefs(
+        self, state: State, block: RawBlock, fitted: Fitted, shown_n_S: FloatArray | None = None
+    ) -> MixedBeliefs:
         """About the prompts of a block, which the pool does not hold: flat, unless something is shared with them.
 
         Args:
             fitted: What the state's snapshot says about them; called only where it is read, with their projected
                 features under the state's basis where they are known.
+            shown_n_S: As in `new_prompt_beliefs`.
         """
         a, b = _flat(len(block.prompt_ids))
         return a, b, Experts.alone(a, b)
@@ -107,9 +110,11 @@ class Gps(Predictor):
     ) -> MixedBeliefs:
         return mixed_beliefs_of(state, pool, indices, steps_n=steps_n)
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
+    def new_beliefs(
+        self, state: State, block: RawBlock, fitted: Fitted, shown_n_S: FloatArray | None = None
+    ) -> MixedBeliefs:
         x_n_d = state.basis.project(as_kept(block)) if state.basis is not None else None
-        return new_prompt_beliefs(state, x_n_d, block.told, fitted(x_n_d))
+        return new_prompt_beliefs(state, x_n_d, block.told, fitted(x_n_d), shown_n_S)
 
 
 class GpsPaper(Predictor):
@@ -123,7 +128,9 @@ class GpsPaper(Predictor):
         rows = slice(0, state.n_prompts) if indices is None else indices
         return _flat(_count(state, indices)) if prior is None else self._of(rows_of(prior, rows))
 
-    def new_beliefs(self, state: State, block: RawBlock, fitted: Fitted) -> MixedBeliefs:
+    def new_beliefs(
+        self, state: State, block: RawBlock, fitted: Fitted, shown_n_S: FloatArray | None = None
+    ) -> MixedBeliefs:
         prior = fitted(None).get(PAPER)
         a, b = _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
         return a, b, Experts.alone(a, b)

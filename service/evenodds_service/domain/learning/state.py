@@ -29,6 +29,9 @@ class State:
         runs: The regression on these columns.
         closeness_R: How well each of them foresaw the outcomes, older ones counting less; kept where they are many.
         n_compared: Over how many prompts.
+        others_nats, others_counts: By how much the mixture foresaw outcomes better than it would have without what
+            others showed, in nats, and over how many prompts.
+        misled_since: Step since which the others' weights have vanished; -1 where they have not.
         successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
@@ -58,6 +61,9 @@ class State:
     runs: OnlineLogistic | None = None
     closeness_R: FloatArray = field(default_factory=lambda: np.zeros(0))
     n_compared: int = 0
+    others_nats: float = 0.0
+    others_counts: int = 0
+    misled_since: int = -1
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))

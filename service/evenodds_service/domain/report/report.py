@@ -7,7 +7,7 @@ Costs the same whatever the run has observed, save for coverage, which looks at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,12 @@ from evenodds_service.domain.learning.tallies import (
     N_WINDOWS,
     Tallies,
 )
+from evenodds_service.domain.prompts import MEAN
 from evenodds_service.domain.ranks import spearman_of_table
 from evenodds_service.domain.report.intervals import Proportion, difference, ratio
 
 LEAST_RANKED = 8
+PRIOR_RATE = "prior_rate"
 VISITS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
 
 
@@ -175,6 +177,39 @@ class SkillReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One of those who showed something on the pool's prompts.
+
+    Attributes:
+        run: The run that is learned from; None for a name among the `prior_rates`, and for the mean of many.
+        weight: How far its column is believed; None where it counts in the mean alone.
+        prompts: Of the pool's prompts, those that it has tried; None for the mean.
+    """
+
+    name: str
+    run: str | None
+    weight: float | None
+    prompts: int | None
+    prompts_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OthersReport:
+    """What others showed, and what it was worth.
+
+    Attributes:
+        weight: Of all columns together: 1 is as they stand, 0 not at all.
+        per_observation: Log likelihood of outcomes under the mixture less that without those priors that read what
+            others showed, in nats, before they were known.
+    """
+
+    weight: float
+    per_observation: float | None
+    observations: int
+    sources: tuple[SourceReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """`since_step` is the first step that counts, of what is counted by step; None before any."""
 
@@ -192,13 +227,15 @@ class Report:
     groups: tuple[GroupReport, ...]
     other_groups: GroupReport | None
     skill: SkillReport
+    others: OthersReport | None
 
 
-def report(state: State, pool: Pool, *, since_step: int = 0) -> Report:
+def report(state: State, pool: Pool, *, since_step: int = 0, in_common: Mapping[str, int] | None = None) -> Report:
     """The report of the run in this state.
 
     Args:
         since_step: Leave out windows that end before this step; coverage and groups are of the whole run.
+        in_common: How many of the pool's prompts each run has tried that is learned from.
     """
     tallies = state.tallies
     used = [w for w in range(N_WINDOWS) if _last_step(tallies, w) >= since_step and _is_counted(tallies, w)]
@@ -222,7 +259,32 @@ def report(state: State, pool: Pool, *, since_step: int = 0) -> Report:
         groups=groups,
         other_groups=others,
         skill=SkillReport(nats / n if n else None, round(n), recent, n_recent),
+        others=_others(state, pool, in_common or {}),
     )
+
+
+def _others(state: State, pool: Pool, in_common: Mapping[str, int]) -> OthersReport | None:
+    columns, regression = state.columns, state.runs
+    if columns is None or regression is None:
+        return None
+    tried = np.isfinite(pool.told(columns.names, slice(0, state.n_prompts)).rates_N_R).sum(axis=0)
+    named = dict(zip(columns.names, tried.tolist(), strict=True))
+    n_named = len(columns.read) - len(columns.sources)
+    sources: list[SourceReport] = []
+    for i, (name, weight) in enumerate(zip(columns.read, regression.weights[1:].tolist(), strict=True)):
+        run = name.partition(" ")[0] if i >= n_named and name != MEAN else None
+        known = named.get(name) if i < n_named else in_common.get(run or "")
+        sources.append(_source(name, run, weight, known, state.n_prompts))
+    shown = {source.name for source in sources} | {source.run for source in sources}
+    rest = [(name, None, n) for name, n in named.items()] + [(run, run, n) for run, n in in_common.items()]
+    sources += [_source(name, run, None, n, state.n_prompts) for name, run, n in rest if name not in shown]
+    n, weight = state.others_counts, float(regression.weights[1:].sum())
+    return OthersReport(weight, state.others_nats / n if n else None, n, tuple(sources))
+
+
+def _source(name: str, run: str | None, weight: float | None, prompts: int | None, n_prompts: int) -> SourceReport:
+    share = None if prompts is None else prompts / n_prompts
+    return SourceReport(name or PRIOR_RATE, run, weight, prompts, share)
 
 
 def rank_correlation(counts: FloatArray) -> float | None:
