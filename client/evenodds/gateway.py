@@ -78,11 +78,14 @@ class GatewayBudget:
         run: The run that stands for the served model.
         policy: Name of the run's budget policy.
         deadline_ms: A request waits no longer than this, whatever happens, above 0.
-        open_seconds: After five faults in a row nobody is made to wait for so long; then one request tries, above 0.
+        open_seconds: After five faults in a row, requests get no budget at once for this long; then one of them tries
+            again. Above 0.
         buffer: Outcomes that may wait for delivery, at least 1; the oldest are dropped first.
         text_rule: Which text of a conversation is judged.
         transport: Carries the requests; a connection pool by default.
         clock: Monotonic, in seconds.
+
+    As many arguments as a gateway decides on: they are the interface.
 
     Raises:
         ConfigurationError: An argument is out of its range.
