@@ -262,7 +262,7 @@ class Service:
     def _of_run(self, run: str, what: str, body: bytes, query: Mapping[str, str]) -> tuple[int, bytes]:
         services = self._services
         if what == "PUT ":
-            reply = runs.put_run(run, RunUpdate.model_validate_json(body), services)
+            reply = runs.put_run(run, RunUpdate.model_validate_json(body), services, caller=None)
             return reply.status_code, bytes(reply.body)
         if what == "DELETE ":
             return runs.delete_run(run, services).status_code, b""
