@@ -35,7 +35,7 @@ def shared_priors(
     rows: IntArray | slice | None = None,
     known_n_c: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """What each shared prior says about n prompts. Longer than other functions: a third of it says what goes in and out.
+    """What each shared prior says about n prompts. Longer than other functions: a third is about what goes in.
 
     Here alone is decided which of the snapshot's priors are read: those asked for, and all that the stack reads where
     it is asked for, though alone they may have lost their weight.
