@@ -176,6 +176,7 @@ def test_the_view_may_be_older_than_the_log_but_not_older_than_stated(
     caller = Caller(service.http, service.client, run="r")
     caller.create(predictor="mopps", embedder="none")
     caller.load_texts("new")
+    caller.predict("new")  # from here on it is in memory that the pool has the prompt
     asked(caller, "new")
     caller.observe(0, {"prompt_id": "new", "successes": 4, "attempts": 4})
 

@@ -39,6 +39,8 @@ DEFAULTS = {
     "groups": None,
     "groups_at_most": None,
     "fallback": True,
+    "learn_from": None,
+    "data_set": None,
     "last_refit": None,
     "pool_size": 0,
     "log_position": 0,

@@ -748,7 +748,7 @@ def test_settings_of_the_contract_are_arguments_of_the_calls() -> None:
     budget = set(inspect.signature(Client.budget).parameters) - {"self"}
     allocate = set(inspect.signature(Client.allocate).parameters) - {"self"}
     assert put_run == set(RunUpdate.model_fields)
-    assert select_batch == set(SelectRequest.model_fields)
+    assert select_batch == {*SelectRequest.model_fields, "confirm_step"}  # a parameter of the query
     assert put_policy == set(PolicyUpdate.model_fields)
     assert budget == set(BudgetRequest.model_fields)
     assert allocate == set(AllocateRequest.model_fields)
