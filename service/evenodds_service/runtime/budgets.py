@@ -169,12 +169,15 @@ class Budgets:
     def _refresh(self, name: str) -> asyncio.Task[FoldedRun]:
         """The one task that reads this run anew."""
         task = self._refreshes.get(name)
-        if task is None:
+        # One that has ended stays until the loop comes round to `done`. Awaiting it would give the loop no turn: what
+        # waits for a newer look would spin and stop the service.
+        if task is None or task.done():
             task = asyncio.get_running_loop().create_task(self._in_thread(lambda: self._live_runs.at_head(name)))
             self._refreshes[name] = task
 
             def done(finished: asyncio.Task[FoldedRun]) -> None:
-                self._refreshes.pop(name, None)
+                if self._refreshes.get(name) is finished:
+                    del self._refreshes[name]
                 if not finished.cancelled():
                     finished.exception()  # who waits has it; ahead of time nobody does, and the next one tries again
 
