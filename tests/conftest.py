@@ -64,7 +64,9 @@ _SPEAK_SQL = ("api", "runtime", "storage", "worker")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
-        if "postgresql" in item.name and item.path.relative_to(tests).parts[0] not in _SPEAK_SQL:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        is_on_postgresql = any(isinstance(value, str) and value == "postgresql" for value in parameters)
+        if is_on_postgresql and item.path.relative_to(tests).parts[0] not in _SPEAK_SQL:
             item.add_marker(pytest.mark.slow)
 
 
