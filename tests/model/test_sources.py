@@ -6,11 +6,12 @@ import numpy as np
 from scipy import sparse
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.learning.known_rates import MOST_COLUMNS
 from evenodds_service.domain.prompts import MEAN, join_key
 from evenodds_service.domain.ranks import spearman
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
-from evenodds_service.model.sources import MOST_READ, NO_KEY, Source, fit_sources, joined, phases, predict
+from evenodds_service.model.sources import NO_KEY, Source, fit_sources, joined, phases, predict
 
 N, ATTEMPTS = 400, 8
 KEYS = np.arange(1, N + 1)
@@ -121,7 +122,7 @@ def test_of_many_columns_the_mean_is_read_and_later_the_nearest_too() -> None:
 
     assert (first.names, first.has_mean) == ((MEAN,), True)
     assert later.names[0] == MEAN
-    assert len(later.names) == 1 + MOST_READ
+    assert len(later.names) == 1 + MOST_COLUMNS
     assert {"near0", "near1", "near2"} < set(later.names)
 
 

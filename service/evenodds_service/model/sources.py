@@ -15,14 +15,11 @@ from scipy import sparse
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.learning.known_rates import FIRST_COMPARISON, MOST_COLUMNS
 from evenodds_service.domain.prompts import MEAN, SourceColumns
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
 
-MOST_READ = 8
-"""Columns that are read one by one; of more the mean is read, and the so many nearest."""
-FIRST_COMPARISON = 64
-"""Prompts of the run that are observed before the nearest of many columns are read."""
 LEAST_PROMPTS = 16
 """A column needs so many prompts."""
 MOST_LABELS = 20_000
@@ -188,7 +185,7 @@ def fit_sources(
     centre = float(text_U.mean())
     model = _two_parameters(data, _TEXT_SLOPE * (text_U - centre))
     read = np.flatnonzero(data.is_read_R)
-    chosen, has_mean = read, len(read) > MOST_READ
+    chosen, has_mean = read, len(read) > MOST_COLUMNS
     if has_mean:
         chosen = _nearest(data, model, read, history)
     columns = [_smoothed(data, model, int(column)) for column in chosen]
@@ -217,7 +214,7 @@ def predict(weights: ngrams.Weights, texts: Sequence[str]) -> FloatArray:
     ease_n: FloatArray = np.zeros(len(texts))
     if "sparse_F_H" in weights:
         mean, _ = ngrams.predict(weights, texts, np.zeros((len(texts), 0), dtype=np.float32))
-        ease_n = _TEXT_SLOPE * (exact.log_odds(np.clip(mean, *_RATE_RANGE)) - float(weights["centre"][0]))
+        ease_n = _TEXT_SLOPE * (_log_odds(mean) - float(weights["centre"][0]))
     offsets, slopes = weights["offsets_C"].astype(np.float64), weights["slopes_C"].astype(np.float64)
     return np.asarray(offsets + slopes * ease_n[:, None])
 
@@ -302,7 +299,7 @@ def _two_parameters(data: Joined, ease_U: FloatArray) -> _TwoParameters:
 
 def _smoothed(data: Joined, model: _TwoParameters, column: int) -> FloatArray:
     """Log-odds of this column on the own prompts, [N]: what it showed, toward what the model says of it."""
-    rate_N = _sigmoid(model.offsets_R[column] + model.slopes_R[column] * model.ease_U[: data.n_own])
+    rate_N = exact.sigmoid(model.offsets_R[column] + model.slopes_R[column] * model.ease_U[: data.n_own])
     here = slice(*np.searchsorted(data.columns_m, [column, column + 1]))  # counts stand column by column
     k, n = np.zeros(data.n_rows), np.zeros(data.n_rows)
     k[data.rows_m[here]], n[data.rows_m[here]] = data.successes_m[here], data.attempts_m[here]
@@ -329,9 +326,9 @@ def _nearest(data: Joined, model: _TwoParameters, read: IntArray, history: Histo
     closeness = np.empty(len(read))
     for i, column in enumerate(read):
         z = _smoothed(data, model, int(column))
-        forecast = _sigmoid(_NEARNESS_SLOPE * (z[prompts] - z.mean()) + level)
+        forecast = exact.sigmoid(_NEARNESS_SLOPE * (z[prompts] - z.mean()) + level)
         closeness[i] = (rate * np.log(forecast) + (1.0 - rate) * np.log1p(-forecast)).sum()
-    return np.sort(read[np.argsort(-closeness, kind="stable")[:MOST_READ]])
+    return np.sort(read[np.argsort(-closeness, kind="stable")[:MOST_COLUMNS]])
 
 
 def _summed(places_m: IntArray, values_m: FloatArray, n: int) -> FloatArray:
@@ -339,9 +336,4 @@ def _summed(places_m: IntArray, values_m: FloatArray, n: int) -> FloatArray:
 
 
 def _log_odds(rates: FloatArray) -> FloatArray:
-    clipped = np.clip(rates, *_RATE_RANGE)
-    return np.asarray(np.log(clipped) - np.log1p(-clipped))
-
-
-def _sigmoid(log_odds: FloatArray) -> FloatArray:
-    return np.asarray(1.0 / (1.0 + np.exp(-log_odds)))
+    return exact.log_odds(np.clip(rates, *_RATE_RANGE))

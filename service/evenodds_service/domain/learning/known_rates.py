@@ -20,8 +20,10 @@ from evenodds_service.domain.learning.regression import FEATURE_STEP, SLOPE_VARI
 from evenodds_service.domain.prompts import MEAN, NamedRates, SourceColumns
 
 MOST_COLUMNS = 8
+"""That are read one by one; of more the mean is read, and so many of those nearest. Alike for rates that came with the
+prompts and for runs that are learned from."""
 FIRST_COMPARISON = 64
-"""Prompts with known rates that are observed before the nearest of many others are read one by one."""
+"""Prompts that are observed before the nearest of many others are read one by one."""
 
 _SMOOTHING = 2.0
 _SWEEPS = 5

@@ -14,6 +14,7 @@ import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import others_weight
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import (
     ARM_COLUMNS,
@@ -278,8 +279,8 @@ def _others(state: State, pool: Pool, in_common: Mapping[str, int]) -> OthersRep
     shown = {source.name for source in sources} | {source.run for source in sources}
     rest = [(name, None, n) for name, n in named.items()] + [(run, run, n) for run, n in in_common.items()]
     sources += [_source(name, run, None, n, state.n_prompts) for name, run, n in rest if name not in shown]
-    n, weight = state.others_counts, float(regression.weights[1:].sum())
-    return OthersReport(weight, state.others_nats / n if n else None, n, tuple(sources))
+    n = state.others_counts
+    return OthersReport(others_weight(state), state.others_nats / n if n else None, n, tuple(sources))
 
 
 def _source(name: str, run: str | None, weight: float | None, prompts: int | None, n_prompts: int) -> SourceReport:
