@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ci_scripts import loaded
 
 
 @pytest.fixture
 def pins() -> Any:
-    spec = importlib.util.spec_from_file_location("pins", Path(__file__).parents[1] / ".ci" / "pins.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("pins")
 
 
 def test_what_packages_require_themselves_has_to_be_pinned_too(pins: Any) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ci_scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def words() -> Any:
-    spec = importlib.util.spec_from_file_location("words", Path(__file__).parents[1] / ".ci" / "words.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("words")
 
 
 def test_a_long_sentence_is_named_by_its_first_line(words: Any) -> None:
