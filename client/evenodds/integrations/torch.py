@@ -114,7 +114,30 @@ class _Steps:
         self._next_step = go_back(self.selector, state)
 
 
-class PromptSampler(Sampler[int]):
+class _Stepping:
+    """What samplers have in common that give out the batches of steps."""
+
+    _steps: _Steps
+
+    @property
+    def newest_step(self) -> int:
+        """The last step whose batch was begun; the one before the first, if none was."""
+        return self._steps.newest
+
+    def state_dict(self) -> dict[str, Any]:
+        """What belongs into the checkpoint."""
+        return self._steps.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to it.
+
+        Raises:
+            ConfigurationError: It is no state of this sampler.
+        """
+        self._steps.load_state_dict(state)
+
+
+class PromptSampler(_Stepping, Sampler[int]):
     """Positions in a dataset, `batch_size` for each step: give it to a `DataLoader` with the same batch size.
 
     It is stateful: `state_dict` goes into the checkpoint, `load_state_dict` continues after the newest observed step
@@ -155,28 +178,11 @@ class PromptSampler(Sampler[int]):
             for prompt_id in self._steps.selector.select(step, self._steps.batch_size).prompt_ids[k::n]:
                 yield self._positions[prompt_id]
 
-    @property
-    def newest_step(self) -> int:
-        """The last step whose batch was begun; the one before the first, if none was."""
-        return self._steps.newest
-
     def __len__(self) -> int:
         return self._steps.remaining() * self._steps.batch_size // self._shard[1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What belongs into the checkpoint."""
-        return self._steps.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to it.
-
-        Raises:
-            ConfigurationError: It is no state of this sampler.
-        """
-        self._steps.load_state_dict(state)
-
-
-class FilledBatchSampler(Sampler[list[int]]):
+class FilledBatchSampler(_Stepping, Sampler[list[int]]):
     """Positions in a dataset, for each step as many as it takes to find so many informative groups in one wave.
 
     Give it to a `DataLoader` as `batch_sampler`, without workers. Roll out all that a step gets, hand all outcomes to
@@ -211,25 +217,8 @@ class FilledBatchSampler(Sampler[list[int]]):
             self.batch = self._steps.selector.select_informative(step, self._steps.batch_size, **self._fill)
             yield [self._positions[prompt_id] for prompt_id in self.batch]
 
-    @property
-    def newest_step(self) -> int:
-        """As in `PromptSampler`."""
-        return self._steps.newest
-
     def __len__(self) -> int:
         return self._steps.remaining()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What belongs into the checkpoint."""
-        return self._steps.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to it.
-
-        Raises:
-            ConfigurationError: It is no state of this sampler.
-        """
-        self._steps.load_state_dict(state)
 
 
 class PromptDataset(IterableDataset[dict[str, Any]]):
