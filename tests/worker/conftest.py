@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -108,8 +108,12 @@ class Bench:
     def load(self, name: str, n: int, *, first: int = 0, **settings: Any) -> Run:
         """The run with prompts p<first> .. p<first + n - 1>: every other one says Prove, the rest Compute."""
         run, _ = self.store.put_run(name, RunSettings(**{"group_size": GROUP_SIZE, **settings}), now=self.clock())
-        items = [PromptIn(prompt_id=f"p{i}", text=text_of(i)) for i in range(first, first + n)]
-        prepared = Featurizer(self.store).prepare(run, items, names=[str(i) for i in range(n)])
+        self.add(run, [PromptIn(prompt_id=f"p{i}", text=text_of(i)) for i in range(first, first + n)])
+        return self.store.run(name)
+
+    def add(self, run: Run, items: Sequence[PromptIn]) -> None:
+        """Put these prompts into the pool, with their vectors."""
+        prepared = Featurizer(self.store).prepare(run, items, names=[str(i) for i in range(len(items))])
         self.store.add_prompts(
             run.id,
             prepared.prompts,
@@ -118,7 +122,6 @@ class Bench:
             embedding_width=prepared.embedding_width,
             now=self.clock(),
         )
-        return self.store.run(name)
 
     def observe(self, name: str, step: int, prompts: Iterable[int]) -> None:
         """Compute is mostly solved and Prove mostly not, each prompt a little differently."""

@@ -19,7 +19,6 @@ from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.history import History
 from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
-from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.worker import GROWN_SECONDS, Worker
 
@@ -47,16 +46,7 @@ def rates(seed: int = 0) -> FloatArray:
 def load(bench: Bench, name: str, written: Sequence[str], *, prefix: str = "p", **settings: Any) -> None:
     made = RunSettings(**{"group_size": ATTEMPTS, **settings})
     run, _ = bench.store.put_run(name, made, now=bench.clock())
-    items = [PromptIn(prompt_id=f"{prefix}{i}", text=text) for i, text in enumerate(written)]
-    new = Featurizer(bench.store).prepare(run, items, names=[str(i) for i in range(len(items))])
-    bench.store.add_prompts(
-        run.id,
-        new.prompts,
-        new.vectors,
-        embedder=new.embedder,
-        embedding_width=new.embedding_width,
-        now=bench.clock(),
-    )
+    bench.add(run, [PromptIn(prompt_id=f"{prefix}{i}", text=text) for i, text in enumerate(written)])
 
 
 def observe(bench: Bench, name: str, step: int, prompts: Sequence[int], rates_N: FloatArray, *, seed: int = 0) -> None:
