@@ -255,8 +255,9 @@ class LiveRun:
                 return {}
             return self.model.predict(texts, block, x_n_d if self.model.basis is self.state.basis else None)
 
-        shown_n_S = None if self.model is None else self.model.shown(texts)
-        return PREDICTORS[predictor].new_beliefs(self.state, block, fitted, shown_n_S)
+        asked = PREDICTORS[predictor]
+        shown_n_S = self.model.shown(texts) if self.model is not None and asked.is_mixed else None
+        return asked.new_beliefs(self.state, block, fitted, shown_n_S)
 
     def fallback(self, predictor: PredictorName) -> Fallback | None:
         """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
