@@ -48,6 +48,7 @@ from evenodds.schemas import (
     RefitRequest,
     RefitState,
     Request,
+    Retention,
     RetractRequest,
     RewindRequest,
     RunName,
@@ -103,6 +104,7 @@ class Calls(Protocol):
         categories: Mapping[str, float] | None = None,
         categories_at_most: Mapping[str, float] | None = None,
         fallback: bool | None = None,
+        retention: Retention | Mapping[str, object] | None = None,
         fork_of: str | None = None,
         at_step: int | None = None,
         groups: Mapping[str, float] | None = None,
@@ -137,6 +139,8 @@ class Calls(Protocol):
             categories: Least share of each batch by category of the prompts; the shares sum to at most 1.
             categories_at_most: Largest share of each batch by category.
             fallback: Choose uniformly while the model's skill against flat MoPPS stays negative.
+            retention: What the pool keeps: `prompts`, `days` after the last outcome, or both. Everything by default,
+                and 200,000 prompts once a run that chose no batch has answered a budget.
             fork_of: Of a new run: the run whose pool, settings and memory it starts with.
             at_step: With `fork_of`: what came after this step is left out; nothing by default.
             groups, groups_at_most: Older names of `categories` and `categories_at_most`, until 1.0.
@@ -356,6 +360,19 @@ class Calls(Protocol):
         with kept_to("prompt", "prompt_id"):
             _PROMPT_ID.validate_python(prompt_id)
         return (yield from self.call("GET", f"{path}/prompts/{_segment(prompt_id)}", PromptState))
+
+    def delete_prompt(self, run: str, prompt_id: str) -> Exchange[None]:
+        """Erase a prompt with its text, vectors and outcomes. This cannot be undone.
+
+        The run's log is compacted up to now: rewinds, retractions and forks cannot reach back behind this call.
+
+        Raises:
+            NotFound: There is no such run or prompt.
+        """
+        path = _run_path("delete_prompt", run)
+        if not prompt_id:
+            raise ValueError("delete_prompt: prompt_id is empty: name the prompt")
+        return (yield from self.delete(f"{path}/prompts/{_segment(prompt_id)}"))
 
     def observe(
         self,

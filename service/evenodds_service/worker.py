@@ -6,6 +6,7 @@ No transaction is open while a model fits. Knows no HTTP.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -15,22 +16,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+import numpy as np
 from scipy import sparse
 
+from evenodds_service.domain.learning.state import rows_of_serials
 from evenodds_service.domain.log_entries import ObserveEntry
-from evenodds_service.errors import NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
+from evenodds_service.errors import LogCompacted, NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
-from evenodds_service.model.refit import TrainingData, gather
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
+from evenodds_service.runtime.retention import Tidying, history_of
 from evenodds_service.storage.store import NewSnapshot, Refit, Run, Store
 
 logger = logging.getLogger(__name__)
 
 FIRST_FIT_OBSERVATIONS = 128
 RETRY_SECONDS = 30
+TIDY_SECONDS = 60.0
 _PAGE = 1_000
 _KEPT_RUNS = 4
 
@@ -66,6 +71,8 @@ class Worker:
         self._lease = lease
         self._poll_seconds = poll_seconds
         self._kept: OrderedDict[int, _KeptRun] = OrderedDict()
+        self._tidying = Tidying(store)
+        self._tidied_at = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a fit that has begun is finished and published first."""
@@ -94,6 +101,7 @@ class Worker:
             StoreUnavailable: the database did not answer; nothing was published.
         """
         self._request_due()
+        self._tidy()
         refit = self._store.claim_refit(worker=self._name, lease=self._lease, now=self._clock())
         if refit is None:
             return False
@@ -102,7 +110,7 @@ class Worker:
                 self._work(refit)
             except (RefitLost, RunUnknown) as error:
                 logger.warning("%s: %s", self._name, error)
-            except StoreUnavailable:
+            except (StoreUnavailable, LogCompacted):
                 raise  # the lease runs out, and the refit is taken up again
             except Exception as error:  # one run's bad data must not keep the others from being fitted
                 logger.exception("%s: refit %d failed", self._name, refit.id)
@@ -120,6 +128,25 @@ class Worker:
                 return
             after = runs[-1].name
 
+    def _tidy(self) -> None:
+        """Let go of what runs need not keep, now and then: whoever serves a run does it sooner."""
+        if time.monotonic() - self._tidied_at < TIDY_SECONDS:
+            return
+        self._tidied_at = time.monotonic()
+        runs = self._store.runs(limit=_PAGE)
+        while runs:
+            for run in runs:
+                if self._tidying.is_due(run, now=self._clock()):
+                    self._tidying.now(self._kept_run(run.id).live, run, now=self._clock())
+            runs = self._store.runs(after=runs[-1].name, limit=_PAGE)
+
+    def _kept_run(self, run_id: int) -> _KeptRun:
+        kept = self._kept.setdefault(run_id, _KeptRun(run_id))
+        self._kept.move_to_end(run_id)
+        while len(self._kept) > _KEPT_RUNS:
+            self._kept.popitem(last=False)
+        return kept
+
     def _due_after(self, run: Run) -> int | None:
         """After which refit another one is due, 0 where it is the first; None where none is due."""
         refits = self._store.refits(run.id, limit=10)
@@ -136,14 +163,14 @@ class Worker:
     def _work(self, refit: Refit) -> None:
         started = time.monotonic()
         run = self._store.run_with_id(refit.run_id)
-        kept = self._kept.setdefault(run.id, _KeptRun(run.id))
-        self._kept.move_to_end(run.id)
-        while len(self._kept) > _KEPT_RUNS:
-            self._kept.popitem(last=False)
+        kept = self._kept_run(run.id)
         data = kept.training_data(self._store, run)
         fitted = _Fitted(kept.live.state.position, kept.live.state.n_observations)
         loaded = time.monotonic()
         model = self._fit(data)
+        serials_N = kept.live.state.serials_N
+        if kept.live.state.n_retired:
+            model = dataclasses.replace(model, serials_N=serials_N.copy())
         seconds = {"seconds_loading": loaded - started, "seconds_fitting": time.monotonic() - loaded}
         published = NewSnapshot(
             embedder=model.embedder,
@@ -234,6 +261,7 @@ class _KeptRun:
         self._read_to = 0
         self._void_position = 0
         self._ngrams = sparse.csr_matrix((0, 0))
+        self._serials_N = np.zeros(0, dtype=np.int64)  # whose n-grams these are
 
     def training_data(self, store: Store, run: Run) -> TrainingData:
         """Everything up to the log position of the live run, which is at least the one that `run` shows.
@@ -249,12 +277,12 @@ class _KeptRun:
         if self._void_position != self.live.void_position:
             self._observations, self._read_to = [], 0
             self._void_position = self.live.void_position
-        while self._read_to < state.position:
-            entries = store.entries(run.id, after=self._read_to, as_of=state.position)
-            if not entries:
-                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
-            self._observations += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
-            self._read_to = entries[-1].position
+        self._read_history(store, run)
+        history = History.gathered(self._observations)
+        rows = rows_of_serials(state, history.prompts)
+        if state.n_retired:
+            history, rows = history.rows(rows >= 0), rows[rows >= 0]
+            self._observations = [history]  # what is retired is read no more
         self._read_texts(store, run)
         return TrainingData(
             embedder=vector_name(run.settings) or "",
@@ -265,27 +293,40 @@ class _KeptRun:
             x_N_d=pool.matrix(state.basis, state.n_prompts),
             embeddings_N_D=pool.raw(0, state.n_prompts).embedding_N_D,
             ngrams=self._ngrams[: state.n_prompts],
-            history=gather(self._observations),
+            history=dataclasses.replace(history, prompts=rows),
             warm_start=self.live.model,
         )
 
-    def _read_texts(self, store: Store, run: Run) -> None:
-        n = self._ngrams.shape[0]
-        blocks = [self._ngrams] if n else []
-        while n < self.live.state.n_prompts:
-            prompts = store.prompts(run.id, first=n, limit=_PAGE)
-            if not prompts:
+    def _read_history(self, store: Store, run: Run) -> None:
+        """What was observed up to the state's position; what is below the run's base comes from there."""
+        position = self.live.state.position
+        while self._read_to < position:
+            base, content = store.base_history(run.id)
+            if base > position:
+                raise LogCompacted(f"the log of run {run.name!r} was compacted up to position {base} meanwhile")
+            if base > self._read_to:
+                self._observations = [History.from_bytes(content)] if content is not None else []
+                self._read_to = base
+                continue
+            entries = store.entries(run.id, after=self._read_to, as_of=position)
+            if not entries:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
-            blocks.append(ngram_matrix([prompt.text or "" for prompt in prompts]))
-            n += len(prompts)
+            if entries[-1].position != self._read_to + len(entries):
+                continue  # compacted since the look at its base
+            self._observations += [history_of(entry) for entry in entries if isinstance(entry, ObserveEntry)]
+            self._read_to = entries[-1].position
+
+    def _read_texts(self, store: Store, run: Run) -> None:
+        """The n-grams of the pool's texts, row by row; a text that was erased meanwhile counts as empty."""
+        serials_N = self.live.state.serials_N
+        kept_N = np.isin(self._serials_N, serials_N)
+        if not kept_N.all():
+            self._ngrams, self._serials_N = self._ngrams[kept_N], self._serials_N[kept_N]
+        fresh = serials_N[len(self._serials_N) :]
+        blocks = [self._ngrams] if len(self._serials_N) else []
+        for first in range(0, len(fresh), _PAGE):
+            page = fresh[first : first + _PAGE]
+            texts = {prompt.index: prompt.text for prompt in store.prompts(run.id, first=int(page[0]), limit=_PAGE)}
+            blocks.append(ngram_matrix([texts.get(serial) or "" for serial in page.tolist()]))
         self._ngrams = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
-
-
-def _history(entry: ObserveEntry) -> History:
-    return History(
-        prompts=entry.prompts,
-        steps=entry.prompts * 0 + entry.step,
-        successes=entry.successes,
-        attempts=entry.attempts,
-        informative=entry.informative,
-    )
+        self._serials_N = serials_N.copy()

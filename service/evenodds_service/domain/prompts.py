@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import TypeAlias
 
 import numpy as np
 
-from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 
 RATE_ATTEMPTS = 8.0
 """A known rate that comes without a number of attempts counts as one of so many."""
@@ -44,7 +45,7 @@ class NewPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(NewPrompt):
-    """A prompt of a pool. `index` counts from 0 without gaps in the order of arrival."""
+    """A prompt of a pool. `index` counts from 0 in the order of arrival, and is the prompt's for ever."""
 
     index: int = field(default=-1, kw_only=True)
 
@@ -64,6 +65,7 @@ class NewPrompts:
 
     Attributes:
         embedder, embedding_width: Whose vectors these are and how long. The run keeps both where it has none yet.
+        stored: Under which (embedder, key) the other vectors were stored when somebody looked.
         keeps_existing: A prompt that the pool has with another content keeps what it has, instead of an error.
     """
 
@@ -72,6 +74,7 @@ class NewPrompts:
     embedder: str | None = None
     embedding_width: int | None = None
     keeps_existing: bool = False
+    stored: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,10 +115,10 @@ NO_RATES = NamedRates((), np.empty((0, 0), dtype=np.float32), np.empty((0, 0), d
 
 @dataclass(frozen=True, slots=True)
 class RawBlock:
-    """Raw features of the consecutive prompts `first .. first + n - 1` of a pool.
+    """Raw features of n consecutive prompts of a pool, from `first` on.
 
     Attributes:
-        first: Index of the first prompt.
+        first: Where the first prompt stands.
         prompt_ids: n ids.
         groups: n group names or None.
         numeric: n mappings of the caller's numeric features, or None.
@@ -123,6 +126,7 @@ class RawBlock:
         surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
         embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
         named_rates: What others showed, by their names; `NO_RATES` where nothing is known of any of these prompts.
+        serials_N: Their indices in the log, int64 [n], where those are not `first .. first + n - 1`.
     """
 
     first: int
@@ -133,6 +137,24 @@ class RawBlock:
     surface_N_S: FloatArray
     embedding_N_D: FloatArray
     named_rates: NamedRates = NO_RATES
+    serials_N: IntArray | None = None
+
+    def rows(self, kept_N: BoolArray) -> RawBlock:
+        """The block of some of its prompts alone; where they stand is another's business."""
+        told = self.named_rates
+        return replace(
+            self,
+            prompt_ids=tuple(compress(self.prompt_ids, kept_N)),
+            groups=tuple(compress(self.groups, kept_N)),
+            numeric=tuple(compress(self.numeric, kept_N)),
+            prior_rates_N=self.prior_rates_N[kept_N],
+            surface_N_S=self.surface_N_S[kept_N],
+            embedding_N_D=self.embedding_N_D[kept_N],
+            named_rates=NamedRates(told.names, told.rates_N_R[kept_N], told.attempts_N_R[kept_N])
+            if told.names
+            else NO_RATES,
+            serials_N=None if self.serials_N is None else self.serials_N[kept_N],
+        )
 
     @property
     def told(self) -> NamedRates:
@@ -160,3 +182,7 @@ class FittedPrior:
 
     means_N: FloatArray
     concentrations_N: FloatArray
+
+    def rows(self, kept_N: BoolArray) -> FittedPrior:
+        """Of some of the prompts alone."""
+        return FittedPrior(self.means_N[kept_N], self.concentrations_N[kept_N])

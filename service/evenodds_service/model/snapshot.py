@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.matched_prior import MOST_SECTIONS, matched_concentration
@@ -45,6 +45,7 @@ class SharedModel:
         weights: What each prior says about other prompts, by name.
         report: Figures of the fit, by name.
         last_step: Newest step that the published model was fitted on, where the next fit goes on; -1 without.
+        serials_N: Indices in the log of the prompts that `priors` speak of; None: 0, 1, 2, ...
     """
 
     embedder: str
@@ -54,6 +55,7 @@ class SharedModel:
     weights: Mapping[str, Weights]
     report: Mapping[str, float]
     last_step: int = -1
+    serials_N: IntArray | None = None
 
     def to_bytes(self) -> bytes:
         """The model as safetensors."""
@@ -72,6 +74,8 @@ class SharedModel:
         for name, prior in self.priors.items():
             arrays[f"prior/{name}/means"] = prior.means_N.astype(np.float16)
             arrays[f"prior/{name}/concentrations"] = prior.concentrations_N.astype(np.float16)
+        if self.serials_N is not None:
+            arrays["pool/serials"] = self.serials_N
         for name, weights in self.weights.items():
             arrays |= {f"weights/{name}/{part}": array for part, array in weights.items()}
         return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -129,6 +133,34 @@ class SharedModel:
             report=header["report"],
             # Snapshots that do not say it in a field of its own have it among the figures.
             last_step=header.get("last_step", int(header["report"].get("paper.last_step", -1))),
+            serials_N=parts["pool"][""]["serials"].astype(np.int64) if "pool" in parts else None,
+        )
+
+    def priors_of(self, serials_N: IntArray) -> Mapping[str, FittedPrior]:
+        """What each prior says about the pool's prompts of these indices; NaN for those that it was not fitted on."""
+        return {name: _aligned(prior, self.serials_N, serials_N) for name, prior in self.priors.items()}
+
+    def forgetting(self, block: RawBlock) -> SharedModel | None:
+        """The same without what it holds of these prompts' features; None where it holds nothing.
+
+        That is the published model's newest batch, which goes whole, and the landmarks of the latent prior: where one
+        of these prompts is one, the nearest other landmark takes its place.
+        """
+        weights = dict(self.weights)
+        if len(self.weights.get(PAPER_CONTEXT, {}).get("successes_C", ())):
+            weights[PAPER_CONTEXT] = {name: rows[:0] for name, rows in self.weights[PAPER_CONTEXT].items()}
+        if "latent" in self.weights:
+            landmarks = self.weights["latent"]["landmarks"]
+            x_n_d = self.basis.project(block)[:, -landmarks.shape[1] :]
+            is_erased_M = (landmarks[:, None] == x_n_d[None]).all(axis=2).any(axis=1)
+            if is_erased_M.any() and not is_erased_M.all():
+                others = landmarks[~is_erased_M]
+                moved = landmarks.copy()
+                for m in np.flatnonzero(is_erased_M):
+                    moved[m] = others[((others - landmarks[m]) ** 2).sum(axis=1).argmin()]
+                weights["latent"] = {**self.weights["latent"], "landmarks": moved}
+        return (
+            replace(self, weights=weights) if any(weights[name] is not self.weights[name] for name in weights) else None
         )
 
     def on(self, basis: Basis | None) -> SharedModel:
@@ -202,6 +234,21 @@ class SharedModel:
             device=torch.device("cpu"),
         )
         return FittedPrior(means_n, np.full(len(means_n), PAPER_CONCENTRATION, dtype=np.float32))
+
+
+def _aligned(prior: FittedPrior, fitted_N: IntArray | None, serials_N: IntArray) -> FittedPrior:
+    """The prior of the prompts `fitted_N` (None: 0, 1, 2, ...) as one of the prompts `serials_N`. Both rise."""
+    n = len(prior.means_N)
+    if fitted_N is None and (not len(serials_N) or serials_N[-1] == len(serials_N) - 1):
+        return prior  # nobody has left the pool
+    fitted = np.arange(n) if fitted_N is None else fitted_N
+    place = np.minimum(np.searchsorted(fitted, serials_N), max(n - 1, 0))
+    known = fitted[place] == serials_N if n else np.zeros(len(serials_N), dtype=bool)
+    means_N = np.full(len(serials_N), np.nan, dtype=np.float32)
+    concentrations_N = np.ones(len(serials_N), dtype=np.float32)
+    means_N[known] = prior.means_N[place[known]]
+    concentrations_N[known] = prior.concentrations_N[place[known]]
+    return FittedPrior(means_N, concentrations_N)
 
 
 def shaped(means_N: FloatArray, informative_N: FloatArray, group_size: int) -> FittedPrior:
