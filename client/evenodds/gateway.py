@@ -151,7 +151,7 @@ class GatewayBudget:
             if _is_of_the_request(error):
                 logger.debug("no budget: %s", error)
             else:
-                self._fault(f"{type(error).__name__}: {error}")
+                self._fault(str(error))
         else:
             self.counts.answered += 1
             self._fine()
