@@ -49,7 +49,8 @@ def whole(make_block: MakeBlock) -> RawBlock:
 
 
 def part(block: RawBlock, first: int, last: int) -> RawBlock:
-    return RawBlock(first, *(getattr(block, f.name)[first:last] for f in fields(block)[1:]))
+    values = [getattr(block, f.name) for f in fields(block)[1:]]
+    return RawBlock(first, *(None if value is None else value[first:last] for value in values))
 
 
 def pool_of(block: RawBlock, cuts: Iterable[int] = ()) -> Pool:
