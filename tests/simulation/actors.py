@@ -258,7 +258,7 @@ class Service:
         found = re.fullmatch(r"/runs/([^/]+)/prompts/([^/]+)", path)
         if found is not None:
             assert method == "DELETE", method
-            return prompts.delete_prompt(*found.groups(), self._services).status_code, b""
+            return prompts.delete_prompt(found[1], found[2], self._services).status_code, b""
         found = re.fullmatch(r"/runs/([^/]+)(/[a-z]+)?", path)
         assert found is not None, path
         run, what = found.groups()
