@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
+from pydantic.config import JsonValue
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
@@ -158,8 +159,23 @@ class RunUpdate(HasOlderNames, Request):
         return self
 
 
+_REFIT: dict[str, JsonValue] = {
+    "refit_id": 7,
+    "status": "done",
+    "worker": "worker-1",
+    "attempts": 1,
+    "requested_at": "2026-01-05T10:00:00Z",
+    "finished_at": "2026-01-05T10:00:04Z",
+    "model_version": 3,
+    "report": {"seconds_loading": 0.4, "seconds_fitting": 3.1},
+    "error": None,
+}
+
+
 class RefitState(Reply):
     """One fit of the shared model."""
+
+    model_config = example(**_REFIT)
 
     refit_id: int
     status: RefitStatus
@@ -181,6 +197,8 @@ class RefitRequest(Request):
 
 
 class RefitList(Reply):
+    model_config = example(refits=[_REFIT])
+
     refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
 
 
@@ -198,8 +216,39 @@ class Alarm(Reply):
     limit: float = Field(description="where the alarm begins")
 
 
+_RUN: dict[str, JsonValue] = {
+    "run": "math-7b",
+    "predictor": "gps",
+    "group_size": 8,
+    "target_rate": None,
+    "embedder": "builtin",
+    "embedder_prompt": None,
+    "acquisition": "yield",
+    "optimism": 0.5,
+    "diversity": 0.0,
+    "cooldown_steps": None,
+    "lease_steps": 8,
+    "max_visits": 0,
+    "keep_text": True,
+    "model_size": "small",
+    "refit": {"every_observations": 2048, "every_seconds": 600},
+    "control_share": 0.05,
+    "reprobe_share": 0.05,
+    "fallback": True,
+    "last_refit": _REFIT,
+    "pool_size": 29_115,
+    "log_position": 41,
+    "head_step": 12,
+    "model_version": 3,
+    "observations": 512,
+    "created_at": "2026-01-05T09:12:00Z",
+}
+
+
 class RunState(HasOlderNames, Reply):
     """A run as it stands."""
+
+    model_config = example(**_RUN)
 
     run: RunName
     predictor: Predictor
@@ -277,6 +326,8 @@ class RetractRequest(Request):
 class Voided(Reply):
     """What a run has forgotten."""
 
+    model_config = example(run="math-7b", log_position=42, head_step=11, voided_observations=512, voided_selections=2)
+
     run: RunName
     log_position: int = Field(description="head of the run's log afterwards")
     head_step: int | None = Field(description="the highest step that is left")
@@ -285,5 +336,7 @@ class Voided(Reply):
 
 
 class RunPage(Reply):
+    model_config = example(runs=[_RUN], next_cursor=None)
+
     runs: tuple[RunState, ...]
     next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")

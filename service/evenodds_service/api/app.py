@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from evenodds import TextRule
+from evenodds import TextRule, schemas
 from evenodds.version import __version__
 from evenodds_service.api import problems
 from evenodds_service.api.dependencies import Services, parameters_are_storable
@@ -152,6 +152,12 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = FastAPI.openapi(app)
+            # FastAPI lists only the models that it reads itself, and this one is read by its route.
+            body = schemas.PromptsIn.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {**body.pop("$defs"), "PromptsIn": body}
+            for name, schema in document["components"]["schemas"].items():
+                if "examples" in schema:  # from which FastAPI has left out what is null
+                    schema.update(getattr(schemas, name).model_config["json_schema_extra"])
             for operations in document["paths"].values():
                 for operation in operations.values():
                     operation["security"] = [{}, *operation.get("security", [])]

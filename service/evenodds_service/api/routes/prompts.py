@@ -58,13 +58,6 @@ register_url_convertor("id", _AnyId())
 router = APIRouter(responses=PROBLEMS, tags=["prompts"])
 
 
-def _prompts_schema() -> dict[str, Any]:
-    """Of the JSON body, whole: FastAPI lists only the models that it reads itself."""
-    schema = PromptsIn.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema["properties"]["prompts"]["items"] = schema.pop("$defs")["PromptIn"]
-    return schema
-
-
 @router.post(
     "/runs/{run}/prompts",
     summary="Load prompts into the pool",
@@ -72,7 +65,7 @@ def _prompts_schema() -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": _prompts_schema()},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PromptsIn"}},
                 _NDJSON: {
                     "schema": {"type": "string", "description": "one PromptIn as JSON on each line"},
                     "example": '{"prompt_id": "a", "text": "1 + 1 = ?"}\n{"prompt_id": "b", "text": "2 + 2 = ?"}\n',

@@ -32,7 +32,9 @@ _STORED_AS = {"categories": "groups", "categories_at_most": "groups_at_most"}
 """Settings that the wire has another word for than the store."""
 
 
-@router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
+@router.put(
+    "/runs/{run}", summary="Create or update a run", response_model=RunState, responses={201: {"model": RunState}}
+)
 def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Caller) -> JSONResponse:
     """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
 
