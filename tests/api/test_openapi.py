@@ -129,7 +129,9 @@ def test_every_request_body_has_an_example_that_keeps_to_the_contract(
 def test_every_reply_has_an_example_that_keeps_to_the_contract(
     document: dict[str, Any], operations: dict[str, dict[str, Any]]
 ) -> None:
-    replies = {model.__name__: model for model in vars(schemas).values() if isinstance(model, type)}
+    replies: dict[str, type[schemas.Reply]] = {
+        name: model for name, model in vars(schemas).items() if isinstance(model, type)
+    }
     for name, operation in operations.items():
         for status, reply in operation["responses"].items():
             for content in reply.get("content", {}).values():
