@@ -1,7 +1,7 @@
-"""What the service remembers: runs, pools, the log, selections, refits, snapshots and checkpoints.
+"""What the service remembers: runs, pools, the log, selections, refits, snapshots, checkpoints and states of runs.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py, rewind.py, forks.py, decisions.py.
+keys.py, rewind.py, forks.py, decisions.py, run_states.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
 from evenodds_service.storage.rewind import RewindMethods
+from evenodds_service.storage.run_states import RunStateMethods
 from evenodds_service.storage.runs import RunMethods
 from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
@@ -26,10 +27,12 @@ from evenodds_service.storage.values import (
     PromptVisit,
     Refit,
     Run,
+    RunState,
     Scope,
     Selection,
     Snapshot,
     Voided,
+    WatchedRun,
     Written,
 )
 
@@ -43,11 +46,13 @@ __all__ = [
     "PromptsAdded",
     "Refit",
     "Run",
+    "RunState",
     "Scope",
     "Selection",
     "Snapshot",
     "Store",
     "Voided",
+    "WatchedRun",
     "Written",
 ]
 
@@ -63,6 +68,7 @@ class Store(
     ForkMethods,
     KeyMethods,
     DecisionMethods,
+    RunStateMethods,
 ):
     """The store of one database, safe to share between threads.
 

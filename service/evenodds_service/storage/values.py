@@ -9,6 +9,7 @@ from typing import Literal
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.log_entries import Entry
+from evenodds_service.domain.report.summary import Summary
 from evenodds_service.domain.settings import RunSettings
 
 Scope = Literal["read", "write", "admin"]
@@ -210,3 +211,36 @@ class Decision:
     step: int
     prompt: str
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """How a run stood when somebody looked last.
+
+    Attributes:
+        log_position: Of the log as far as the state knows it.
+        active_at: When the newest batch was chosen or outcomes were reported; None before any.
+        saved_at: When the state was saved.
+    """
+
+    run_id: int
+    log_position: int
+    summary: Summary
+    active_at: datetime | None
+    saved_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedRun:
+    """A run with everything that is watched of it.
+
+    Attributes:
+        state: None where none was saved yet: nobody has looked at the run since the release that saves states.
+        refit: The newest refit, in whatever state.
+        done_refit: The newest one that was published.
+    """
+
+    run: Run
+    state: RunState | None
+    refit: Refit | None
+    done_refit: Refit | None
