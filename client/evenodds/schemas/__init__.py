@@ -51,10 +51,12 @@ from evenodds.schemas.fields import (
     RefitStatus,
     Reward,
     RunName,
+    RunSort,
     Step,
     TargetRate,
     Text,
     Vector,
+    Verdict,
 )
 from evenodds.schemas.loop import (
     FILL_FIELDS,
@@ -103,6 +105,7 @@ from evenodds.schemas.report import (
 )
 from evenodds.schemas.runs import (
     Alarm,
+    Estimate,
     RefitList,
     RefitPolicy,
     RefitRequest,
@@ -112,6 +115,7 @@ from evenodds.schemas.runs import (
     RunPage,
     RunState,
     RunUpdate,
+    SharePoint,
     Voided,
 )
 
@@ -153,6 +157,7 @@ __all__ = [
     "ChatTurn",
     "ChatUsage",
     "Coverage",
+    "Estimate",
     "FallbackNotice",
     "Features",
     "FillForecast",
@@ -205,12 +210,14 @@ __all__ = [
     "RunName",
     "RunPage",
     "RunReport",
+    "RunSort",
     "RunState",
     "RunUpdate",
     "SelectReply",
     "SelectRequest",
     "SelectedPrompt",
     "Share",
+    "SharePoint",
     "SkillReport",
     "SourceReport",
     "Step",
@@ -218,6 +225,7 @@ __all__ = [
     "Text",
     "Tier",
     "Vector",
+    "Verdict",
     "VerdictRequest",
     "Visit",
     "VisitCount",

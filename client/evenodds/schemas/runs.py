@@ -242,7 +242,29 @@ _RUN: dict[str, JsonValue] = {
     "model_version": 3,
     "observations": 512,
     "created_at": "2026-01-05T09:12:00Z",
+    "verdict": "helping",
+    "lift": {"value": 0.31, "low": 0.16, "high": 0.44},
+    "rollouts_saved": {"value": 2433, "low": 1028, "high": 4843},
+    "informative_shares": [{"first_step": 12, "last_step": 12, "share": 0.75}],
+    "active_at": "2026-01-05T10:02:00Z",
+    "alarms": [],
 }
+
+
+class Estimate(Reply):
+    """A measured value with the ends of its 95% interval."""
+
+    value: float
+    low: float | None = Field(description="null: not finite")
+    high: float | None = Field(description="null: not finite")
+
+
+class SharePoint(Reply):
+    """Share of informative groups in the steps of one window."""
+
+    first_step: int
+    last_step: int
+    share: float
 
 
 class RunState(HasOlderNames, Reply):
@@ -283,8 +305,22 @@ class RunState(HasOlderNames, Reply):
     fork_of: RunName | None = Field(default=None, description="the run that it started from")
     at_step: int | None = Field(default=None, description="the step of that run at which it started")
     created_at: datetime
+    verdict: str | None = Field(
+        default=None,
+        description="broken: an alarm says that the run does not do its work; helping, not_helping: chosen batches "
+        "give more informative groups than uniform ones, or not more; learning: too early to tell, or no control arm; "
+        "no_data: no outcomes yet; null: not known yet. A newer service may know more",
+    )
+    lift: Estimate | None = Field(
+        default=None, description="informative share of the policy arm less that of the control arm; null: not measured"
+    )
+    rollouts_saved: Estimate | None = Field(
+        default=None, description="by the policy arm so far, against uniform choice; null: not measured"
+    )
+    informative_shares: tuple[SharePoint, ...] = Field(default=(), description="of the newest windows, oldest first")
+    active_at: datetime | None = Field(default=None, description="when the newest batch was chosen or outcomes came")
     alarms: tuple[Alarm, ...] | None = Field(
-        default=None, description="what a person should look at now; null in lists, which do not look"
+        default=None, description="what a person should look at now; in lists up to some seconds old"
     )
 
 

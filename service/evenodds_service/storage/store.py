@@ -1,7 +1,8 @@
 """What the service remembers: runs, pools, the log, selections, refits, snapshots, checkpoints and states of runs.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py, rewind.py, forks.py, decisions.py, run_states.py.
+keys.py, rewind.py, forks.py, decisions.py, run_states.py,
+listing.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from evenodds_service.storage.checkpoints import CheckpointMethods
 from evenodds_service.storage.decisions import DecisionMethods
 from evenodds_service.storage.forks import ForkMethods
 from evenodds_service.storage.keys import KeyMethods
+from evenodds_service.storage.listing import ListingMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
@@ -21,12 +23,15 @@ from evenodds_service.storage.values import (
     ApiKey,
     Appended,
     Decision,
+    ListedRun,
     NewSelection,
     NewSnapshot,
     PromptsAdded,
     PromptVisit,
     Refit,
     Run,
+    RunListing,
+    RunSort,
     RunState,
     Scope,
     Selection,
@@ -40,12 +45,15 @@ __all__ = [
     "ApiKey",
     "Appended",
     "Decision",
+    "ListedRun",
     "NewSelection",
     "NewSnapshot",
     "PromptVisit",
     "PromptsAdded",
     "Refit",
     "Run",
+    "RunListing",
+    "RunSort",
     "RunState",
     "Scope",
     "Selection",
@@ -69,6 +77,7 @@ class Store(
     KeyMethods,
     DecisionMethods,
     RunStateMethods,
+    ListingMethods,
 ):
     """The store of one database, safe to share between threads.
 

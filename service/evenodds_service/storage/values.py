@@ -9,7 +9,7 @@ from typing import Literal
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.log_entries import Entry
-from evenodds_service.domain.report.summary import Summary
+from evenodds_service.domain.report.summary import Summary, Verdict
 from evenodds_service.domain.settings import RunSettings
 
 Scope = Literal["read", "write", "admin"]
@@ -244,3 +244,35 @@ class WatchedRun:
     state: RunState | None
     refit: Refit | None
     done_refit: Refit | None
+
+
+RunSort = Literal["name", "alarms", "activity", "lift", "informative", "created"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunListing:
+    """Which runs are asked for, and in which order.
+
+    Attributes:
+        names: Pattern that their names fulfil, with `*` and `?`; None for all.
+        search: A part of their names, in any case.
+        verdicts: Any of these; all where there is none.
+        alarm: The code of an alarm that is on, or `any`; None for all.
+        sort: `name`; or what is first: `alarms` (broken runs, then those with the most), the newest `activity`, the
+            largest `lift` or `informative` share, the newest `created`.
+    """
+
+    names: str | None = None
+    search: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+    alarm: str | None = None
+    sort: RunSort = "name"
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRun:
+    """A run in a list. `state` is None where nobody has looked at the run yet, `refit` its newest, in any state."""
+
+    run: Run
+    state: RunState | None
+    refit: Refit | None
