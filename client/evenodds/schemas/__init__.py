@@ -85,6 +85,7 @@ from evenodds.schemas.prompts import (
     PromptsIn,
     PromptState,
     Visit,
+    VisitForecast,
 )
 from evenodds.schemas.report import (
     ArmReport,
@@ -229,6 +230,7 @@ __all__ = [
     "VerdictRequest",
     "Visit",
     "VisitCount",
+    "VisitForecast",
     "Voided",
     "WindowReport",
 ]

@@ -179,6 +179,13 @@ class PredictReply(Reply):
     predictions: tuple[Prediction, ...] = Field(description="in the order asked")
 
 
+class VisitForecast(Reply):
+    """What was believed about a prompt when a batch chose it."""
+
+    success_rate: float = Field(description="mean of the belief")
+    interval: tuple[float, float] = Field(description="central 90% of the belief")
+
+
 class Visit(Reply):
     """One observation of a prompt, as the log keeps it."""
 
@@ -187,6 +194,7 @@ class Visit(Reply):
     successes: float
     attempts: int
     selection_id: str | None
+    forecast: VisitForecast | None = Field(default=None, description="null where no selection chose the prompt")
 
 
 class PromptState(PromptInfo):
@@ -200,7 +208,12 @@ class PromptState(PromptInfo):
         belief=_BELIEF,
         visits=1,
         last_step=12,
-        history=[{"log_position": 38, "step": 12, "successes": 7, "attempts": 8, "selection_id": "5c8a7e4a5e9d"}],
+        history=[
+            {
+                **{"log_position": 38, "step": 12, "successes": 7, "attempts": 8, "selection_id": "5c8a7e4a5e9d"},
+                "forecast": {"success_rate": 0.64, "interval": [0.31, 0.92]},
+            }
+        ],
     )
 
     run: RunName

@@ -15,6 +15,7 @@ from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
 from evenodds.schemas.fields import storable
 from evenodds_service.api.cursors import MOST_CHARACTERS
 from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.changes import Changes
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
@@ -37,6 +38,7 @@ class Services:
     text_rule: TextRule
     registry: CollectorRegistry
     run_registry: CollectorRegistry
+    changes: Changes
 
 
 async def _services(request: Request) -> Services:

@@ -31,6 +31,12 @@ def credible_intervals(experts: Experts, a_n: FloatArray, b_n: FloatArray) -> tu
     return np.minimum(ends_2n[:n], mean), np.maximum(ends_2n[n:], mean)
 
 
+def beta_intervals(a_n: FloatArray, b_n: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Ends of the central 90% intervals of these Betas, [n] each."""
+    low_n, high_n = (betaincinv(a_n, b_n, tail) for tail in TAILS)
+    return np.asarray(low_n), np.asarray(high_n)
+
+
 def _quantiles(experts: Experts, a_m: FloatArray, b_m: FloatArray, tails_m: FloatArray) -> FloatArray:
     """Where the distribution functions of the mixtures have these values, within 1e-6 of them, [m].
 

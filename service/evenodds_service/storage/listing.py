@@ -51,6 +51,14 @@ class ListingMethods(Transactions):
             latest = {row["run_id"]: refit_of(row) for row in fits}
         return tuple(ListedRun(run, states.get(run.id), latest.get(run.id)) for run in found)
 
+    def newest_change(self) -> tuple[int, str]:
+        """How many runs there are, and a text that differs after each change of one of them or of how it stands."""
+        whole = select(func.count(), func.sum(runs.c.log_position), func.max(runs.c.id)).select_from(runs)
+        with self._reading() as connection:
+            counted = connection.execute(whole).one()
+            saved = connection.execute(select(func.max(run_states.c.saved_at))).scalar()
+        return counted[0], f"{counted[0]}.{counted[1] or 0}.{counted[2] or 0}.{saved.timestamp() if saved else 0:.6f}"
+
 
 def _selected(listing: RunListing) -> Select[tuple[object, ...]]:
     statement = select(runs).outerjoin(run_states, run_states.c.run_id == runs.c.id)

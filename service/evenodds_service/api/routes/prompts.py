@@ -22,16 +22,17 @@ from evenodds.schemas import (
     PromptsIn,
     PromptState,
     Visit,
+    VisitForecast,
 )
 from evenodds_service.api.cursors import cursor_at, place_of
 from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
-from evenodds_service.api.intervals import credible_intervals
+from evenodds_service.api.intervals import beta_intervals, credible_intervals
 from evenodds_service.api.middleware.access import Caller
 from evenodds_service.api.middleware.request_body import forget, lift_limit
 from evenodds_service.api.wire import now, predictions
 from evenodds_service.domain.prompts import KnownRate, Prompt
 from evenodds_service.errors import PromptConflict
-from evenodds_service.storage.store import Run
+from evenodds_service.storage.store import PromptVisit, Run
 
 _NDJSON = "application/x-ndjson"
 _NDJSON_BLOCK = 2_000
@@ -197,6 +198,15 @@ def list_prompts(
     )
 
 
+@router.get("/runs/{run}/prompt", summary="A prompt by an id in the query")
+def find_prompt(run: RunPath, prompt_id: Annotated[PromptId, Query()], services: Dependencies) -> PromptState:
+    """As `/runs/{run}/prompts/{prompt_id}`, for any id.
+
+    No path can hold the ids `.` and `..`, and proxies change paths with `/` and some other characters.
+    """
+    return get_prompt(run, prompt_id, services)
+
+
 @router.get("/runs/{run}/prompts/{prompt_id:id}", summary="A prompt's belief and history")
 def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies) -> PromptState:
     """One prompt with the present belief about it and its newest 100 observations."""
@@ -209,6 +219,7 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
         seen = state.attempts_N[index]
         visits, last_step = int(state.visits_N[prompt.index]), int(state.last_step_N[prompt.index])
     history = services.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
+    forecasts = _forecasts(services, stored.id, prompt.index, history)
     return PromptState(
         **_prompt_fields(prompt),
         run=run,
@@ -224,10 +235,25 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
                 successes=visit.successes,
                 attempts=int(visit.attempts),
                 selection_id=visit.selection_id,
+                forecast=forecasts.get(visit.selection_id),
             )
             for visit in history
         ),
     )
+
+
+def _forecasts(
+    services: Services, run_id: int, index: int, history: Sequence[PromptVisit]
+) -> dict[str | None, VisitForecast]:
+    """What was believed about the prompt when it was chosen, by selection."""
+    selections = {visit.selection_id for visit in history if visit.selection_id is not None}
+    beliefs = services.store.chosen_beliefs(run_id, index, selections)
+    a_n, b_n = (np.array([belief[i] for belief in beliefs.values()]) for i in (0, 1))
+    columns = zip(beliefs, a_n / (a_n + b_n), *beta_intervals(a_n, b_n), strict=True)
+    return {
+        name: VisitForecast(success_rate=float(rate), interval=(float(low), float(high)))
+        for name, rate, low, high in columns
+    }
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
