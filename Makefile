@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-all test-kernels test-loaded simulate check audit sbom bench bench-quality demo wheel openapi migration
+.PHONY: setup serve test test-all test-kernels test-loaded simulate check audit sbom bench bench-quality demo wheel openapi clients migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +72,9 @@ wheel: $(STAMP)  ## build wheel and sdist into dist/, and try both in fresh envi
 
 openapi: $(STAMP)  ## write openapi.json anew; read its diff as the review of the interface
 	$(BIN)/python -m evenodds_service openapi > openapi.json
+
+clients: $(STAMP)  ## generate a Python and a TypeScript client from openapi.json, compile and use both; asks the internet, needs node
+	PYTHON=$(abspath $(BIN))/python .ci/generated_clients/check
 
 migration: $(STAMP)  ## make migration NAME=add_something
 	$(BIN)/python -m evenodds_service migration $(NAME)

@@ -221,6 +221,7 @@ def serving(
     app = create_app(store, chosen, asks_for_keys=asks_for_keys, clock=clock)
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
+    app.state.is_ending = lambda: server.should_exit
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()  # who connects before it is up waits in the backlog
 

@@ -14,7 +14,8 @@ import schemathesis
 RUN = "seeded"
 PROMPTS = [f"seeded-{i}" for i in range(12)]
 MOST_SECONDS = 0.5
-"""To wait for a refit: no worker runs here."""
+"""To wait for a refit, as no worker runs here, or for changes."""
+_LONGEST_SECONDS = 3_600
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _OWN_RUNS = {("PUT", "/runs/{run}"), ("DELETE", "/runs/{run}")}
@@ -31,6 +32,11 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any],
         path["run"] = RUN
     if "prompt_id" in path and len(str(path["prompt_id"])) % 2:
         path["prompt_id"] = PROMPTS[len(str(path["prompt_id"])) % len(PROMPTS)]
+    if case.operation.path.endswith("/events"):
+        query = case.query or {}
+        wait = query.get("wait_seconds", _LONGEST_SECONDS)
+        if isinstance(wait, (int, float)) and not isinstance(wait, bool) and MOST_SECONDS < wait <= _LONGEST_SECONDS:
+            case.query = {**query, "wait_seconds": MOST_SECONDS}
     body: Any = case.body
     if not isinstance(body, dict):
         return

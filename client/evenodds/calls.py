@@ -5,6 +5,7 @@ Every call here may be repeated safely, so every call is retried. Does no I/O: s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -67,6 +68,9 @@ from evenodds.validation import RequestT, kept_to, request_of
 
 MAX_CALL_BYTES = 8_000_000
 """Most bytes of prompts in one call of `add_prompts`."""
+
+_PLAIN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""An id that every proxy leaves as it is in a path."""
 
 _RUN: TypeAdapter[str] = TypeAdapter(RunName)
 _PROMPT_ID: TypeAdapter[str] = TypeAdapter(PromptId)
@@ -365,7 +369,9 @@ class Calls(Protocol):
         path = _run_path("prompt", run)
         with kept_to("prompt", "prompt_id"):
             _PROMPT_ID.validate_python(prompt_id)
-        return (yield from self.call("GET", f"{path}/prompts/{_segment(prompt_id)}", PromptState))
+        if _PLAIN_ID.fullmatch(prompt_id):
+            return (yield from self.call("GET", f"{path}/prompts/{prompt_id}", PromptState))
+        return (yield from self.call("GET", f"{path}/prompt", PromptState, query={"prompt_id": prompt_id}))
 
     def delete_prompt(self, run: str, prompt_id: str) -> Exchange[None]:
         """Erase a prompt with its text, vectors and outcomes. This cannot be undone.

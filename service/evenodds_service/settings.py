@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evenodds import TextRule
@@ -36,6 +37,16 @@ class Settings(BaseModel):
     )
     allowed_origins: str | None = Field(
         default=None, description="origins (https://host:port) whose web pages may call, separated by commas"
+    )
+    root_path: str = Field(
+        default="",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="path under which a proxy shows the service, such as /evenodds, whether it takes it off or not",
+    )
+    trusted_proxies: str | None = Field(
+        default=None,
+        description="addresses or networks (10.0.0.0/8) of proxies whose X-Forwarded-Prefix counts instead of "
+        "root_path, separated by commas",
     )
     database_timeout_seconds: float = Field(
         default=10.0, gt=0, le=3_600, description="longest wait of a request for a lock, or for one statement"
@@ -108,6 +119,20 @@ class Settings(BaseModel):
     def origins(self) -> tuple[str, ...]:
         """The origins in `allowed_origins`."""
         return _names(self.allowed_origins)
+
+    def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks in `trusted_proxies`."""
+        return tuple(ip_network(name) for name in _names(self.trusted_proxies))
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, listed: str | None) -> str | None:
+        try:
+            for name in _names(listed):
+                ip_network(name)
+        except ValueError as error:
+            raise ValueError(f"{error}: name addresses or networks, such as 10.0.0.0/8") from error
+        return listed
 
 
 def _names(listed: str | None) -> tuple[str, ...]:

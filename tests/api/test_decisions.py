@@ -45,9 +45,10 @@ def test_a_verdict_counts_for_the_text_and_the_version_that_were_asked_about(cal
 def test_one_verdict_counts_for_a_decision_and_a_further_one_needs_an_id(caller: Caller) -> None:
     caller.create(predictor="mopps")
     verdict: dict[str, Any] = {"decision_id": decided(caller), "rewards": [1]}
-    caller.ok("POST", "/observe", json=verdict)
+    first, repeated = (caller.http.post("/observe", json=verdict) for _ in range(2))
 
-    assert caller.ok("POST", "/observe", json=verdict)["replayed"]
+    assert (first.json()["replayed"], first.headers.get("idempotent-replayed")) == (False, None)
+    assert (repeated.json()["replayed"], repeated.headers["idempotent-replayed"]) == (True, "true")
     problem = caller.refused("POST", "/observe", json={**verdict, "rewards": [0]})
     assert (problem.status, problem.code) == (409, "request_conflict")
     assert not caller.ok("POST", "/observe", json={**verdict, "rewards": [0], "request_id": "second"})["replayed"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import BaseModel
 
+from evenodds import schemas
 from evenodds.schemas import (
     AllocateRequest,
     BudgetRequest,
@@ -22,11 +23,11 @@ from evenodds.schemas import (
     RefitRequest,
     RetractRequest,
     RewindRequest,
-    RunReport,
     RunUpdate,
     SelectRequest,
 )
 from evenodds_service.api.app import create_app
+from evenodds_service.api.problems import MEDIA_TYPE, STATUS_OF
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 
@@ -91,6 +92,9 @@ def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) ->
         "DELETE /runs/{run}/prompts/{prompt_id}",
         "GET /runs/{run}/prompts",
         "GET /runs/{run}/prompts/{prompt_id}",
+        "GET /runs/{run}/prompt",
+        "GET /runs/{run}/events",
+        "GET /events",
         "GET /runs/{run}/refits",
         "GET /runs/{run}/beliefs",
         "GET /runs/{run}/report",
@@ -126,15 +130,48 @@ def test_every_request_body_has_an_example_that_keeps_to_the_contract(
             model.model_validate(example)
 
 
-def test_the_example_of_a_report_is_one(document: dict[str, Any], operations: dict[str, dict[str, Any]]) -> None:
-    (example,) = document["components"]["schemas"]["RunReport"]["examples"]
+def test_every_reply_has_an_example_that_keeps_to_the_contract(
+    document: dict[str, Any], operations: dict[str, dict[str, Any]]
+) -> None:
+    replies: dict[str, type[schemas.Reply]] = {
+        name: model for name, model in vars(schemas).items() if isinstance(model, type)
+    }
+    for name, operation in operations.items():
+        for status, reply in operation["responses"].items():
+            for content in reply.get("content", {}).values():
+                if content.get("schema", {}).get("type") == "string" or not content.get("schema"):
+                    assert content["example"], name
+                    continue
+                model = content["schema"]["$ref"].rpartition("/")[2]
+                (example,) = [content["example"]] if "example" in content else examples_of(document, model)
+                read = replies[model].model_validate(example)
+                told = json.loads(read.model_dump_json())
+                assert is_part(example, told), (name, status)
 
-    report = RunReport.model_validate(example)
 
-    told = report.model_dump_json(exclude_none=True, exclude={"groups": True, "categories": {"__all__": {"group"}}})
-    assert json.loads(told) == example
-    described = json.dumps(operations["GET /runs/{run}/report"]["responses"]["200"])
-    assert "#/components/schemas/RunReport" in described
+def is_part(example: Any, whole: Any) -> bool:
+    """Whether the whole holds all that the example does: a reply has fields under their older names in addition."""
+    if isinstance(example, dict):
+        return all(name in whole and is_part(value, whole[name]) for name, value in example.items())
+    if isinstance(example, list):
+        return len(example) == len(whole) and all(map(is_part, example, whole))
+    return bool(example == whole)
+
+
+def examples_of(document: dict[str, Any], model: str) -> list[dict[str, Any]]:
+    examples: list[dict[str, Any]] = document["components"]["schemas"][model].get("examples", [])
+    return examples
+
+
+def test_errors_of_keys_and_of_the_service_are_described_wherever_they_are_given(
+    operations: dict[str, dict[str, Any]],
+) -> None:
+    for name, operation in operations.items():
+        expected = {"500"} if name in ("GET /healthz", "GET /readyz") else {"401", "403", "429", "500", "503"}
+        for status in expected:
+            described = operation["responses"][status]["content"][MEDIA_TYPE]
+            assert described["example"]["status"] == int(status), name
+            assert STATUS_OF.get(described["example"]["code"], 500) == int(status), name
 
 
 def test_the_example_of_lines_holds_prompts(operations: dict[str, dict[str, Any]]) -> None:

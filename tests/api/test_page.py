@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
-import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
-from tests.waiting import PATIENCE_SECONDS
+from benchmarks.browser import CHROMIUM, Browser, browser
+
+from evenodds_service.api.page import FILES
+from evenodds_service.domain.report.alarms import Alarm
+from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Store
 
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
     from tests.conftest import Service
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> & \"quotes\" \u202e"
 PAGE = Path(__file__).parents[2] / "service/evenodds_service/api/page"
 
@@ -26,7 +35,12 @@ one_backend = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 @one_backend
 @pytest.mark.parametrize(
     ("path", "media_type"),
-    [("/", "text/html"), ("/page/page.js", "text/javascript"), ("/page/page.css", "text/css"), ("/docs", "text/html")],
+    [
+        ("/", "text/html"),
+        ("/page/page.js", "text/javascript"),
+        ("/page/uplot/uPlot.min.css", "text/css"),
+        ("/docs", "text/html"),
+    ],
 )
 def test_the_page_and_the_documentation_are_served(service: Service, path: str, media_type: str) -> None:
     reply = service.http.get(path)
@@ -43,7 +57,19 @@ def test_what_stands_in_a_prompt_may_not_run(service: Service) -> None:
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
     assert "unsafe" not in policy
-    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|outerHTML", (PAGE / "page.js").read_text())
+    for script in PAGE.glob("*.js"):
+        assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|outerHTML", script.read_text()), script
+
+
+def test_the_page_is_made_of_what_it_names_and_ships_with_the_licence_of_its_library() -> None:
+    named = {
+        name
+        for path in ("index.html", *FILES)
+        for name in re.findall(r"""["'](?:page/|\./)([\w./]+)""", (PAGE / path).read_text())
+    }
+
+    assert named == FILES - {"index.html"}
+    assert "MIT License" in (PAGE / "uplot/LICENSE").read_text()
 
 
 def test_beliefs_are_spread_over_the_pool_and_name_the_hardest_and_easiest(caller: Caller) -> None:
@@ -82,31 +108,48 @@ def test_prompts_are_found_by_a_part_of_their_id_or_text(caller: Caller, search:
     assert [prompt["prompt_id"] for prompt in page["prompts"]] == found
 
 
-def rendered(address: str, tmp_path: Path) -> str:
-    """The page as the browser has it after its scripts ran for ten seconds of its own time."""
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={tmp_path}/browser",
-            "--virtual-time-budget=10000",
-            "--dump-dom",
-            address,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=5 * PATIENCE_SECONDS,
-        check=True,
-    )
-    return done.stdout
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(tab: Browser, service: Service) -> Page:
+    tab.call("Network.setBlockedURLs", urls=[])
+    tab.theme("light")
+    tab.size(1440, 900)
+    return Page(tab, service.base_url)
+
+
+@dataclass(frozen=True)
+class Page:
+    tab: Browser
+    base_url: str
+
+    def open(self, hash: str) -> str:
+        """The text of a view once it stands there."""
+        self.tab.open("about:blank")
+        self.tab.open(f"{self.base_url}/{hash}")
+        self.tab.until("document.getElementById('view')?.children.length")
+        return self.tab.text()
+
+    def until_shown(self, text: str) -> None:
+        self.tab.until(f"document.body.innerText.includes({json.dumps(text)})")
+
+    def choose(self, label: str, value: str) -> None:
+        self.tab.run(
+            f"(() => {{ const s = document.querySelector('select[name=\"{label}\"]'); s.value = {json.dumps(value)}; "
+            "s.dispatchEvent(new Event('change')); })()"
+        )
+
+    def names(self) -> list[str]:
+        """Of the runs or prompts in the list."""
+        found: list[str] = self.tab.run("[...document.querySelectorAll('td.id a')].map((link) => link.textContent)")
+        return found
+
+    def address(self) -> str:
+        return str(self.tab.run("location.hash"))
 
 
 def filled(caller: Caller) -> None:
@@ -114,26 +157,32 @@ def filled(caller: Caller) -> None:
         {"prompt_id": f"p{i}", "text": f"What is {i} + {i}?", "category": "sums" if i % 2 else "doubles"}
         for i in range(40)
     ]
-    caller.load([*prompts, {"prompt_id": HOSTILE, "text": HOSTILE, "category": HOSTILE}])
+    odd = [{"prompt_id": name, "text": HOSTILE, "category": HOSTILE} for name in (HOSTILE, ".", "..")]
+    caller.load([*prompts, *odd])
     caller.create(control_share=0.25)
     for step in range(6):
-        batch = caller.select(step, 16)
-        caller.observe(
-            step,
-            *({"prompt_id": p["prompt_id"], "successes": i % 9, "attempts": 8} for i, p in enumerate(batch["prompts"])),
-            selection_id=batch["selection_id"],
-        )
+        stepped(caller, step)
+
+
+def stepped(caller: Caller, step: int) -> None:
+    batch = caller.select(step, 16)
+    outcomes = [
+        {"prompt_id": p["prompt_id"], "successes": i % 9, "attempts": 8} for i, p in enumerate(batch["prompts"])
+    ]
+    caller.observe(step, *outcomes, selection_id=batch["selection_id"])
 
 
 @pytest.mark.slow
 @in_a_browser
 @one_backend
-def test_a_run_is_shown_live_and_hostile_texts_are_only_shown(caller: Caller, service: Service, tmp_path: Path) -> None:
+def test_a_run_is_shown_as_it_changes_and_hostile_texts_are_only_shown(caller: Caller, page: Page) -> None:
     filled(caller)
 
-    page = rendered(f"{service.base_url}/#/runs/{caller.run}", tmp_path)
+    page.open(f"#/runs/{caller.run}")
+    page.tab.until("document.querySelectorAll('canvas').length === 6")
 
-    assert f"<title>{caller.run} · Even Odds</title>" in page
+    shown = page.tab.text()
+    assert page.tab.run("document.title") == f"{caller.run} · Even Odds"
     for heading in (
         "Informative share over steps",
         "Reliability",
@@ -142,35 +191,153 @@ def test_a_run_is_shown_live_and_hostile_texts_are_only_shown(caller: Caller, se
         "Beliefs over the run",
         "Coverage",
         "Refits",
+        "Categories",
         "Search",
     ):
-        assert f"<h2>{heading}</h2>" in page
-    assert page.count("<svg") == 6
-    assert page.count('class="cell"') >= 6, "the beliefs before each of the six steps"
-    assert "owned" not in re.sub(r"document\.title(=|%3D)'owned'", "", page)
-    assert "<img" not in page
-    assert "&lt;img src=x" in page
+        assert heading in shown
+    assert page.tab.run("document.querySelectorAll('#view img, #view script').length") == 0
+    assert "<img src=x" in shown
+    page.tab.run("document.querySelector('details').open = true")
+    stepped(caller, 6)
+    page.tab.until("document.querySelector('details').innerText.includes('step 6')")
+    assert page.tab.run("document.querySelector('details').open"), "what was opened stays open"
+    assert page.tab.faults == []
 
 
 @pytest.mark.slow
 @in_a_browser
 @one_backend
-def test_a_prompt_has_a_page_with_its_history(caller: Caller, service: Service, tmp_path: Path) -> None:
+def test_where_events_do_not_get_through_the_page_asks_again(caller: Caller, page: Page) -> None:
     filled(caller)
+    page.tab.call("Network.enable")
+    page.tab.call("Network.setBlockedURLs", urls=["*/events*"])
+    page.open(f"#/runs/{caller.run}")
+    page.until_shown("96\n")
 
-    page = rendered(f"{service.base_url}/#/runs/{caller.run}/prompts/p1", tmp_path)
+    stepped(caller, 6)
 
-    assert "What is 1 + 1?" in page
-    assert "<h2>History</h2>" in page
+    page.until_shown("112\n")
 
 
 @pytest.mark.slow
 @in_a_browser
 @one_backend
-def test_an_empty_run_and_an_unknown_one_are_explained(caller: Caller, service: Service, tmp_path: Path) -> None:
-    empty = rendered(f"{service.base_url}/#/runs/{caller.run}", tmp_path)
-    unknown = rendered(f"{service.base_url}/#/runs/no-such-run", tmp_path)
+def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Page) -> None:
+    filled(caller)
+    page.open(f"#/runs/{caller.run}")
+    page.tab.until("document.querySelectorAll('canvas').length === 6")
 
+    page.tab.run("document.querySelector('.chart').focus()")
+    page.tab.press("Home")
+    page.tab.until("document.querySelector('.told').textContent.includes('step step 0, policy arm .')")
+    page.tab.press("ArrowRight", shift=True)
+    page.tab.press("ArrowRight", shift=True)
+    page.tab.press("Enter")
+    page.tab.until("location.hash.endsWith('?from=0&to=2')")
+    assert page.tab.run("document.activeElement.className") == "chart", "keys go on where they were"
+    page.tab.press("Escape")
+    page.tab.until("!location.hash.includes('?')")
+    left, top, width, height = page.tab.run(
+        "(({x, y, width, height}) => [x, y, width, height])(document.querySelector('.u-over').getBoundingClientRect())"
+    )
+    middle = top + height / 2
+    page.tab.drag((left + 0.42 * width, middle), (left + 0.6 * width, middle), (left + 0.78 * width, middle))
+    page.tab.until("location.hash.endsWith('?from=2&to=4')")
+    page.tab.run("history.back()")
+    page.tab.until("document.querySelector('input[name=from]').value === '0'")
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_nothing_runs_over_the_edge(caller: Caller, page: Page, theme: str, width: int) -> None:
+    filled(caller)
+    page.tab.theme(theme)
+    page.tab.size(width, 900)
+    link = quote(HOSTILE, safe="")
+
+    for view in ("#/", f"#/runs/{caller.run}", f"#/runs/{caller.run}/prompts/{link}", f"#/compare?run={caller.run}"):
+        page.open(view)
+        assert page.tab.run("document.documentElement.scrollWidth <= innerWidth"), view
+        assert page.tab.run("document.documentElement.dataset.theme") == theme
+        assert page.tab.faults == []
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+@pytest.mark.parametrize("prompt_id", ["p1", ".", "..", HOSTILE])
+def test_a_prompt_of_any_id_has_a_page_with_its_history(caller: Caller, page: Page, prompt_id: str) -> None:
+    filled(caller)
+    caller.observe(6, {"prompt_id": prompt_id, "successes": 3, "attempts": 8})
+    page.open(f"#/runs/{caller.run}?search={quote(prompt_id, safe='')}")
+
+    page.tab.run(
+        f"[...document.querySelectorAll('td.id a')].find((a) => a.textContent === {json.dumps(prompt_id)}).click()"
+    )
+
+    page.tab.until(f"document.querySelector('h1')?.textContent === {json.dumps(prompt_id)}")
+    page.tab.until("document.querySelector('.chart canvas')")
+    page.tab.run("document.querySelector('.chart').focus()")
+    page.tab.press("End")
+    page.tab.until("document.querySelector('.told').textContent.includes('now, belief before .')")
+    page.tab.press("ArrowLeft")
+    page.tab.until("document.querySelector('.told').textContent.includes('(3 of 8)')")
+    page.tab.run("history.back()")
+    page.until_shown("Easiest prompts")
+    assert page.tab.run("document.querySelector('input[name=search]').value") == prompt_id, "Back keeps the search"
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_an_empty_run_and_an_unknown_one_are_explained(caller: Caller, page: Page) -> None:
+    empty, unknown = page.open(f"#/runs/{caller.run}"), page.open("#/runs/no-such-run")
+
+    assert "No data: the pool is empty" in empty
     assert "No outcomes yet." in empty
-    assert "<h1>Not found</h1>" in unknown
+    assert "Not found" in unknown
     assert "run 'no-such-run' does not exist" in unknown
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_runs_are_found_sorted_and_compared(
+    start_service: Callable[..., Service], tab: Browser, tmp_path: Path
+) -> None:
+    """The address holds what was asked for, and Back leads to what was there before."""
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
+    store, now = Store(open_engine(service.database_url)), datetime.now(timezone.utc)
+    alarm = Alarm("forecast_off", "Outcomes came at .00: look at the verifier.", 20, 14.5, 9.2)
+    for i in range(70):
+        run, _ = store.put_run(f"run-{i:02d}", RunSettings(embedder="none"), now=now)
+        broken = Summary("broken", alarms=(alarm,), informative_shares=(SharePoint(0, 1, 0.2), SharePoint(2, 3, 0.1)))
+        helping = Summary("helping", lift=Estimate(0.3, 0.1, 0.5), rollouts_saved=Estimate(1200.0, 300.0, None))
+        store.save_run_states([(run.id, 0, broken if i == 42 else helping if i == 7 else Summary("learning"))], now=now)
+    store.close()
+    page = Page(tab, service.base_url)
+    tab.size(1440, 900)
+
+    shown = page.open("#/")
+    assert page.names()[0] == "run-42", "alarms first"
+    assert len(page.names()) == 50
+    assert "forecast off since step 20" in shown
+    tab.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Next 50').click()")
+    tab.until("document.querySelectorAll('td.id a').length === 20")
+    tab.run("history.back()")
+    tab.until("document.querySelectorAll('td.id a').length === 50")
+    page.choose("state", "helping")
+    tab.until("document.querySelectorAll('td.id a').length === 1")
+    assert (page.names(), page.address()) == (["run-07"], "#/?state=helping")
+    page.open("#/runs/run-07")
+    assert "Helping: lift 30.0\u00a0points (10.0 to 50.0); 1,200 rollouts saved so far (300 to no limit)" in tab.text()
+    page.open("#/?search=run-0&sort=name")
+    assert page.names() == [f"run-{i:02d}" for i in range(10)]
+    tab.run("[...document.querySelectorAll('input[type=checkbox]')].slice(0, 6).forEach((box) => box.click())")
+    assert tab.run("document.querySelectorAll('input:checked').length") == 5, "no more than five"
+    tab.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Compare').click()")
+    page.until_shown("Rank correlation of forecasts")
+    assert page.address() == "#/compare?" + "&".join(f"run=run-{i:02d}" for i in range(5))
+    assert tab.faults == []

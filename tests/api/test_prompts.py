@@ -114,12 +114,32 @@ def test_a_prompt_shows_its_own_history_newest_first(caller: Caller) -> None:
     assert state.belief == caller.client.predict(caller.run, ["a"]).predictions[0]
 
 
+def test_a_visit_tells_what_was_believed_when_its_batch_was_chosen(caller: Caller) -> None:
+    caller.load_texts("a", "b")
+    before = caller.predict("a", step=0)[0]
+    batch = caller.select(0, 1, candidates=["a"])
+    outcomes = ({"prompt_id": "a", "successes": 8, "attempts": 8}, {"prompt_id": "b", "successes": 0, "attempts": 8})
+    caller.observe(0, *outcomes, selection_id=batch["selection_id"])
+    caller.observe(1, {"prompt_id": "a", "successes": 8, "attempts": 8})
+
+    (later, first), (unchosen,) = (caller.client.prompt(caller.run, name).history for name in "ab")
+
+    assert later.forecast is None
+    assert unchosen.forecast is None
+    assert first.forecast is not None
+    assert first.forecast.success_rate == pytest.approx(before["success_rate"], rel=1e-5)
+    low, high = first.forecast.interval
+    assert 0 <= low < first.forecast.success_rate < high <= 1
+
+
 @pytest.mark.parametrize("prompt_id", ODD_IDS)
 def test_any_id_finds_its_prompt_through_the_client(caller: Caller, prompt_id: str) -> None:
     caller.load([{"prompt_id": prompt_id}, {"prompt_id": "other"}])
     caller.client.observe(caller.run, 0, [{"prompt_id": prompt_id, "rewards": [1]}])
 
     assert caller.client.prompt(caller.run, prompt_id).prompt_id == prompt_id
+    found = caller.ok("GET", f"/runs/{caller.run}/prompt", params={"prompt_id": prompt_id})
+    assert (found["prompt_id"], found["visits"]) == (prompt_id, 1)
     assert caller.client.predict(caller.run, [prompt_id]).predictions[0].attempts_seen == 1
     assert caller.chosen(1, 1, candidates=[prompt_id]) == [prompt_id]
 

@@ -243,7 +243,7 @@ def test_the_documentation_answers(service: Service) -> None:
     docs = service.http.get("/docs")
 
     assert docs.status_code == 200
-    assert "/openapi.json" in docs.text
+    assert "url: 'openapi.json'" in docs.text
     assert service.http.get("/openapi.json").json()["info"]["title"] == "Even Odds"
 
 

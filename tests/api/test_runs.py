@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from evenodds import NotFound
+from evenodds_service.domain.report.alarms import Alarm
+from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +26,11 @@ DEFAULTS = {
     "predictor": "gps",
     "group_size": 8,
     "target_rate": None,
+    "verdict": "no_data",
+    "lift": None,
+    "rollouts_saved": None,
+    "informative_shares": [],
+    "active_at": None,
     "embedder": "builtin",
     "embedder_prompt": None,
     "acquisition": "yield",
@@ -290,10 +300,52 @@ def test_runs_are_listed_in_pages_without_gap_or_repetition(
     assert {run.run for run in service.client.runs()} == names
 
 
+def test_runs_are_listed_by_how_they_stand(database_url: str, start_service: Callable[[str], Service]) -> None:
+    service, now = start_service(database_url), datetime.now(timezone.utc)
+    alarm = Alarm("forecast_off", "Outcomes are far off.", 20, 14.5, 9.2)
+    states = {
+        "a": Summary("helping", lift=Estimate(0.3, 0.1, None), informative_shares=(SharePoint(0, 1, 0.5),)),
+        "b": Summary("broken", alarms=(alarm,)),
+        "c": Summary("learning"),
+        "d": Summary("helping", lift=Estimate(0.4, 0.1, 0.7)),
+    }
+    store = Store(open_engine(database_url))
+    for name, summary in states.items():
+        service.client.put_run(name, embedder="none")
+        store.save_run_states([(store.run(name).id, 0, summary)], now=now)
+    store.close()
+
+    def listed(**asked: Any) -> list[str]:
+        """Names on all pages of two runs."""
+        names, cursor = [], None
+        while True:
+            page = service.http.get(
+                "/runs", params={"limit": 2, **asked, **({"cursor": cursor} if cursor else {})}
+            ).json()
+            names += [run["run"] for run in page["runs"]]
+            if (cursor := page["next_cursor"]) is None:
+                return names
+
+    assert listed(sort="alarms") == ["b", "a", "c", "d"]
+    assert listed(sort="lift")[:2] == ["d", "a"]
+    assert listed(state=["broken", "learning"], sort="created") == ["c", "b"]
+    assert listed(alarm="forecast_off") == listed(alarm="any", search="B") == ["b"]
+    first, second = service.http.get("/runs?limit=2").json()["runs"]
+    assert (first["verdict"], first["lift"]) == ("helping", {"value": 0.3, "low": 0.1, "high": None})
+    assert first["informative_shares"] == [{"first_step": 0, "last_step": 1, "share": 0.5}]
+    assert second["alarms"][0]["message"] == "Outcomes are far off."
+    cursor = service.http.get("/runs?limit=1&sort=lift").json()["next_cursor"]
+    assert service.http.get(f"/runs?limit=1&cursor={cursor}").status_code == 422, "good for its order alone"
+
+
 @without_the_database
 @pytest.mark.parametrize(
     ("query", "detail"),
     [
+        (
+            "state=fine",
+            "state[0]: Input should be 'broken', 'not_helping', 'helping', 'learning' or 'no_data', got 'fine'",
+        ),
         ("limit=0", "limit: Input should be greater than or equal to 1, got '0'"),
         ("limit=x", "limit: Input should be a valid integer, unable to parse string as an integer, got 'x'"),
         ("cursor=%00", r"cursor: a NUL character (\u0000) cannot be stored: remove it"),

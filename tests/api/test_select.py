@@ -102,7 +102,9 @@ def test_a_repeated_selection_keeps_its_arms(caller: Caller, pool: list[str]) ->
 
     caller.create(control_share=0.0)
 
-    assert caller.select(3, 8) == {**first, "replayed": True}
+    repeated = caller.http.post("/select_batch", json={"run": caller.run, "step": 3, "batch_size": 8})
+    assert repeated.json() == {**first, "replayed": True}
+    assert repeated.headers["idempotent-replayed"] == "true"
     assert {prompt["arm"] for prompt in caller.select(4, 8)["prompts"]} == {"policy"}
 
 

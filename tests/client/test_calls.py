@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
@@ -367,16 +367,15 @@ AWKWARD_IDS = [
 
 @pytest.mark.parametrize("prompt_id", AWKWARD_IDS)
 def test_any_prompt_id_reaches_the_service_as_it_is(talk: Conversation, server: LoopbackServer, prompt_id: str) -> None:
-    """The service reads the path after one percent-decoding; nothing may have resolved or split it before."""
+    """In the query: proxies resolve, decode and split paths."""
     server.body = PROMPT
     talk.base_url = f"{server.base_url}/prefix/"
     talk.over_the_wire = True
 
     talk.call("prompt", "r", prompt_id)
 
-    assert [unquote(target) for target in server.targets] == [f"/prefix/runs/r/prompts/{prompt_id}"]
-    segment = server.targets[0].removeprefix("/prefix/runs/r/prompts/")
-    assert not set(segment) & set("/?#. ")
+    (target,) = map(urlsplit, server.targets)
+    assert (target.path, parse_qs(target.query)) == ("/prefix/runs/r/prompt", {"prompt_id": [prompt_id]})
 
 
 def test_observe_sends_a_request_id_of_its_own(talk: Conversation) -> None:

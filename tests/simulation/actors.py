@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import httpx
 import numpy as np
-from fastapi import BackgroundTasks
+from fastapi import BackgroundTasks, Response
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, Engine
 from tests.simulation import world as simulation
@@ -293,7 +293,7 @@ class Service:
 
     def _observe(self, body: bytes) -> tuple[int, bytes]:
         afterwards = BackgroundTasks()
-        reply = training.observe(_OBSERVE.validate_json(body), self._services, afterwards)
+        reply = training.observe(_OBSERVE.validate_json(body), self._services, afterwards, Response())
         for each in afterwards.tasks:
             self._world.spawn(self.process, cast("Callable[[], None]", partial(each.func, *each.args, **each.kwargs)))
         return 200, reply.model_dump_json().encode()

@@ -51,10 +51,12 @@ from evenodds.schemas.fields import (
     RefitStatus,
     Reward,
     RunName,
+    RunSort,
     Step,
     TargetRate,
     Text,
     Vector,
+    Verdict,
 )
 from evenodds.schemas.loop import (
     FILL_FIELDS,
@@ -83,6 +85,7 @@ from evenodds.schemas.prompts import (
     PromptsIn,
     PromptState,
     Visit,
+    VisitForecast,
 )
 from evenodds.schemas.report import (
     ArmReport,
@@ -103,6 +106,7 @@ from evenodds.schemas.report import (
 )
 from evenodds.schemas.runs import (
     Alarm,
+    Estimate,
     RefitList,
     RefitPolicy,
     RefitRequest,
@@ -113,6 +117,7 @@ from evenodds.schemas.runs import (
     RunPage,
     RunState,
     RunUpdate,
+    SharePoint,
     Voided,
 )
 
@@ -154,6 +159,7 @@ __all__ = [
     "ChatTurn",
     "ChatUsage",
     "Coverage",
+    "Estimate",
     "FallbackNotice",
     "Features",
     "FillForecast",
@@ -207,12 +213,14 @@ __all__ = [
     "RunName",
     "RunPage",
     "RunReport",
+    "RunSort",
     "RunState",
     "RunUpdate",
     "SelectReply",
     "SelectRequest",
     "SelectedPrompt",
     "Share",
+    "SharePoint",
     "SkillReport",
     "SourceReport",
     "Step",
@@ -220,9 +228,11 @@ __all__ = [
     "Text",
     "Tier",
     "Vector",
+    "Verdict",
     "VerdictRequest",
     "Visit",
     "VisitCount",
+    "VisitForecast",
     "Voided",
     "WindowReport",
 ]

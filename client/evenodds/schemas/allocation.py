@@ -103,6 +103,25 @@ class Allocation(Reply):
 
 
 class AllocateReply(Reply):
+    model_config = example(
+        run="math-7b",
+        model_version=3,
+        log_position=41,
+        objective="solve",
+        method="greedy",
+        allocations=[
+            {"prompt_id": "sum-1", "attempts": 2, "success_rate": 0.71, "expected_gain": 0.9},
+            {"prompt_id": "root-1", "attempts": 6, "success_rate": 0.4, "expected_gain": 0.92},
+        ],
+        attempts=8,
+        spent=8,
+        expected_total=1.82,
+        uniform_total=1.79,
+        shortfall=0,
+        worthwhile=True,
+        reason="1.7% more than uniform attempts",
+    )
+
     run: RunName
     model_version: int
     log_position: int

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field, model_validator
+from pydantic.config import JsonValue
 
 from evenodds.schemas.base import Reply, Request, example
 from evenodds.schemas.fields import MAX_ATTEMPTS, MAX_TIERS, BudgetMode, Label, PolicyName, Rate, RunName, Step
@@ -87,8 +88,26 @@ def _check_tiers(tiers: tuple[Tier, ...]) -> None:
         )
 
 
+_POLICY: dict[str, JsonValue] = {
+    "run": "math-7b",
+    "policy": "default",
+    "version": 1,
+    "mode": "sequential",
+    "target_attempts": 4,
+    "min_attempts": 1,
+    "max_attempts": 16,
+    "price": None,
+    "tiers": [
+        {"label": "low", "at_least": 0.8, "max_tokens_scale": 0.5},
+        {"label": "high", "at_least": 0.0, "max_tokens_scale": 2},
+    ],
+}
+
+
 class PolicyState(Reply):
     """A budget policy as the run stores it."""
+
+    model_config = example(**_POLICY)
 
     run: RunName
     policy: PolicyName
@@ -102,6 +121,8 @@ class PolicyState(Reply):
 
 
 class PolicyList(Reply):
+    model_config = example(policies=[_POLICY])
+
     policies: tuple[PolicyState, ...] = Field(description="by name; default is always there")
 
 
@@ -123,7 +144,31 @@ class BudgetRequest(Request):
     )
 
 
+BUDGET: dict[str, JsonValue] = {
+    "run": "math-7b",
+    "policy": "default",
+    "policy_version": 1,
+    "mode": "sequential",
+    "attempts": 6,
+    "go_on": True,
+    "effort": "high",
+    "max_tokens_scale": 2,
+    "success_rate": 0.31,
+    "std": 0.2,
+    "solve_probability": 0.79,
+    "price": 0.05,
+    "attempts_seen": 0,
+    "model_version": 3,
+    "log_position": 41,
+    "age_ms": 12.5,
+    "decision_id": "math-7b.6925a3c0.0f9d3a5c8a7e4a5e9d6b1c2f3a4b5c6d",
+}
+"""An example, which the chat facade's reply holds too."""
+
+
 class BudgetReply(Reply):
+    model_config = example(**BUDGET)
+
     run: RunName
     policy: PolicyName
     policy_version: int

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evenodds.schemas.base import Reply
-from evenodds.schemas.budgets import BudgetReply
+from evenodds.schemas.base import Reply, example
+from evenodds.schemas.budgets import BUDGET, BudgetReply
 from evenodds.schemas.fields import MAX_ITEMS
 
 
@@ -71,6 +71,16 @@ class ChatUsage(Reply):
 
 
 class ChatReply(Reply):
+    model_config = example(
+        id="chatcmpl-0f9d3a5c8a7e4a5e9d6b1c2f3a4b5c6d",
+        object="chat.completion",
+        created=1_764_345_600,
+        model="math-7b",
+        choices=[{"index": 0, "message": {"role": "assistant", "content": "high"}, "finish_reason": "stop"}],
+        usage={"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        budget=BUDGET,
+    )
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int

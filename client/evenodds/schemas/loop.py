@@ -92,6 +92,8 @@ class VerdictRequest(Request):
 
 
 class ObserveReply(Reply):
+    model_config = example(run="math-7b", log_position=38, accepted=2, model_version=3, replayed=False)
+
     run: RunName
     log_position: int = Field(description="where the observations stand in the run's log")
     accepted: int
@@ -240,6 +242,33 @@ class FallbackNotice(Reply):
 
 
 class SelectReply(Reply):
+    model_config = example(
+        run="math-7b",
+        step=13,
+        selection_id="5c8a7e4a5e9d",
+        model_version=3,
+        log_position=40,
+        replayed=False,
+        outstanding=0,
+        forecast={"informative_share": 0.84, "informative_groups": 1.68, "pad_to": 3},
+        fill=None,
+        fallback=None,
+        prompts=[
+            {
+                "prompt_id": prompt_id,
+                "category": category,
+                "success_rate": rate,
+                "std": 0.13,
+                "informative_probability": informative,
+                "arm": "policy",
+            }
+            for prompt_id, category, rate, informative in (
+                ("sum-1", "arithmetic", 0.71, 0.83),
+                ("root-1", "algebra", 0.4, 0.85),
+            )
+        ],
+    )
+
     run: RunName
     step: int
     selection_id: str

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic.config import JsonValue
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
@@ -95,6 +96,8 @@ class PromptsIn(Request):
 
 
 class PromptsAdded(Reply):
+    model_config = example(run="math-7b", added=2, existing=0, pool_size=2, log_position=1, conflicts={})
+
     run: RunName
     added: int
     existing: int = Field(description="prompts of this call that the pool had already")
@@ -104,6 +107,24 @@ class PromptsAdded(Reply):
         default={},
         description="with keep_existing: prompts that the pool has with another content, by id, and what differs",
     )
+
+
+_PROMPT: dict[str, JsonValue] = {
+    "prompt_id": "sum-1",
+    "text": "What is 17 + 25?",
+    "category": "arithmetic",
+    "features": None,
+    "prior_rate": None,
+    "prior_rates": None,
+}
+_BELIEF: dict[str, JsonValue] = {
+    "prompt_id": "sum-1",
+    "success_rate": 0.71,
+    "std": 0.13,
+    "interval": [0.47, 0.9],
+    "informative_probability": 0.83,
+    "attempts_seen": 8,
+}
 
 
 class PromptInfo(HasOlderNames, Reply):
@@ -117,6 +138,8 @@ class PromptInfo(HasOlderNames, Reply):
 
 
 class PromptPage(Reply):
+    model_config = example(prompts=[_PROMPT], next_cursor=None)
+
     prompts: tuple[PromptInfo, ...]
     next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")
 
@@ -148,10 +171,19 @@ class Prediction(Reply):
 
 
 class PredictReply(Reply):
+    model_config = example(run="math-7b", model_version=3, log_position=41, predictions=[_BELIEF])
+
     run: RunName
     model_version: int
     log_position: int
     predictions: tuple[Prediction, ...] = Field(description="in the order asked")
+
+
+class VisitForecast(Reply):
+    """What was believed about a prompt when a batch chose it."""
+
+    success_rate: float = Field(description="mean of the belief")
+    interval: tuple[float, float] = Field(description="central 90% of the belief")
 
 
 class Visit(Reply):
@@ -162,10 +194,27 @@ class Visit(Reply):
     successes: float
     attempts: int
     selection_id: str | None
+    forecast: VisitForecast | None = Field(default=None, description="null where no selection chose the prompt")
 
 
 class PromptState(PromptInfo):
     """A prompt with the present belief about it and its own history."""
+
+    model_config = example(
+        **_PROMPT,
+        run="math-7b",
+        model_version=3,
+        log_position=41,
+        belief=_BELIEF,
+        visits=1,
+        last_step=12,
+        history=[
+            {
+                **{"log_position": 38, "step": 12, "successes": 7, "attempts": 8, "selection_id": "5c8a7e4a5e9d"},
+                "forecast": {"success_rate": 0.64, "interval": [0.31, 0.92]},
+            }
+        ],
+    )
 
     run: RunName
     model_version: int

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.config import JsonValue
 
-from evenodds.schemas.base import HasOlderNames, Reply, older
+from evenodds.schemas.base import HasOlderNames, Reply, example, older
 from evenodds.schemas.fields import PromptId, RunName
 from evenodds.schemas.loop import FallbackNotice
 
@@ -274,8 +274,29 @@ class BelievedPrompt(HasOlderNames, Reply):
     attempts_seen: int
 
 
+_BELIEVED: dict[str, JsonValue] = {
+    "prompt_id": "root-1",
+    "category": "algebra",
+    "text": "Solve x^2 - 5x + 6 = 0.",
+    "success_rate": 0.18,
+    "informative_probability": 0.62,
+    "attempts_seen": 8,
+}
+
+
 class BeliefReport(Reply):
     """How the beliefs about the whole pool are spread."""
+
+    model_config = example(
+        run="math-7b",
+        model_version=3,
+        log_position=41,
+        pool_size=2,
+        success_rate_counts=[1 if i in (3, 14) else 0 for i in range(20)],
+        informative_counts=[1 if i in (12, 16) else 0 for i in range(20)],
+        hardest=[_BELIEVED],
+        easiest=[],
+    )
 
     run: RunName
     model_version: int

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
+from pydantic.config import JsonValue
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
@@ -174,8 +175,23 @@ class RunUpdate(HasOlderNames, Request):
         return self
 
 
+_REFIT: dict[str, JsonValue] = {
+    "refit_id": 7,
+    "status": "done",
+    "worker": "worker-1",
+    "attempts": 1,
+    "requested_at": "2026-01-05T10:00:00Z",
+    "finished_at": "2026-01-05T10:00:04Z",
+    "model_version": 3,
+    "report": {"seconds_loading": 0.4, "seconds_fitting": 3.1},
+    "error": None,
+}
+
+
 class RefitState(Reply):
     """One fit of the shared model."""
+
+    model_config = example(**_REFIT)
 
     refit_id: int
     status: RefitStatus
@@ -197,6 +213,8 @@ class RefitRequest(Request):
 
 
 class RefitList(Reply):
+    model_config = example(refits=[_REFIT])
+
     refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
 
 
@@ -214,8 +232,61 @@ class Alarm(Reply):
     limit: float = Field(description="where the alarm begins")
 
 
+_RUN: dict[str, JsonValue] = {
+    "run": "math-7b",
+    "predictor": "gps",
+    "group_size": 8,
+    "target_rate": None,
+    "embedder": "builtin",
+    "embedder_prompt": None,
+    "acquisition": "yield",
+    "optimism": 0.5,
+    "diversity": 0.0,
+    "cooldown_steps": None,
+    "lease_steps": 8,
+    "max_visits": 0,
+    "keep_text": True,
+    "model_size": "small",
+    "refit": {"every_observations": 2048, "every_seconds": 600},
+    "control_share": 0.05,
+    "reprobe_share": 0.05,
+    "fallback": True,
+    "last_refit": _REFIT,
+    "pool_size": 29_115,
+    "log_position": 41,
+    "head_step": 12,
+    "model_version": 3,
+    "observations": 512,
+    "created_at": "2026-01-05T09:12:00Z",
+    "verdict": "helping",
+    "lift": {"value": 0.31, "low": 0.16, "high": 0.44},
+    "rollouts_saved": {"value": 2433, "low": 1028, "high": 4843},
+    "informative_shares": [{"first_step": 12, "last_step": 12, "share": 0.75}],
+    "active_at": "2026-01-05T10:02:00Z",
+    "alarms": [],
+}
+
+
+class Estimate(Reply):
+    """A measured value with the ends of its 95% interval."""
+
+    value: float
+    low: float | None = Field(description="null: not finite")
+    high: float | None = Field(description="null: not finite")
+
+
+class SharePoint(Reply):
+    """Share of informative groups in the steps of one window."""
+
+    first_step: int
+    last_step: int
+    share: float
+
+
 class RunState(HasOlderNames, Reply):
     """A run as it stands."""
+
+    model_config = example(**_RUN)
 
     run: RunName
     predictor: Predictor
@@ -254,8 +325,22 @@ class RunState(HasOlderNames, Reply):
     fork_of: RunName | None = Field(default=None, description="the run that it started from")
     at_step: int | None = Field(default=None, description="the step of that run at which it started")
     created_at: datetime
+    verdict: str | None = Field(
+        default=None,
+        description="broken: an alarm says that the run does not do its work; helping, not_helping: chosen batches "
+        "give more informative groups than uniform ones, or not more; learning: too early to tell, or no control arm; "
+        "no_data: no outcomes yet; null: not known yet. A newer service may know more",
+    )
+    lift: Estimate | None = Field(
+        default=None, description="informative share of the policy arm less that of the control arm; null: not measured"
+    )
+    rollouts_saved: Estimate | None = Field(
+        default=None, description="by the policy arm so far, against uniform choice; null: not measured"
+    )
+    informative_shares: tuple[SharePoint, ...] = Field(default=(), description="of the newest windows, oldest first")
+    active_at: datetime | None = Field(default=None, description="when the newest batch was chosen or outcomes came")
     alarms: tuple[Alarm, ...] | None = Field(
-        default=None, description="what a person should look at now; null in lists, which do not look"
+        default=None, description="what a person should look at now; in lists up to some seconds old"
     )
 
 
@@ -297,6 +382,8 @@ class RetractRequest(Request):
 class Voided(Reply):
     """What a run has forgotten."""
 
+    model_config = example(run="math-7b", log_position=42, head_step=11, voided_observations=512, voided_selections=2)
+
     run: RunName
     log_position: int = Field(description="head of the run's log afterwards")
     head_step: int | None = Field(description="the highest step that is left")
@@ -305,5 +392,7 @@ class Voided(Reply):
 
 
 class RunPage(Reply):
+    model_config = example(runs=[_RUN], next_cursor=None)
+
     runs: tuple[RunState, ...]
     next_cursor: str | None = Field(description="pass as ?cursor= for the next page; null on the last")

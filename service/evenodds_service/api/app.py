@@ -9,26 +9,39 @@ from typing import Any, cast
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
-from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from evenodds import TextRule
+from evenodds import TextRule, schemas
 from evenodds.version import __version__
 from evenodds_service.api import problems
 from evenodds_service.api.dependencies import Services, parameters_are_storable
 from evenodds_service.api.middleware.access import Access, KeyRing, run_is_allowed
 from evenodds_service.api.middleware.browsers import ANY_HOST, Browsers, is_loopback
 from evenodds_service.api.middleware.load_shedding import LoadShedding
+from evenodds_service.api.middleware.prefix import Prefix
 from evenodds_service.api.middleware.request_body import RequestBodyLimit
 from evenodds_service.api.middleware.request_log import RequestLog, is_quiet
+from evenodds_service.api.page import DOCS_FILES, docs_files
 from evenodds_service.api.page import router as page
-from evenodds_service.api.routes import budgets, chat, operations, prompts, refits, reports, rewind, runs, training
+from evenodds_service.api.routes import (
+    budgets,
+    chat,
+    events,
+    operations,
+    prompts,
+    refits,
+    reports,
+    rewind,
+    runs,
+    training,
+)
 from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.api.wire import now
 from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.changes import Changes
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
@@ -49,7 +62,6 @@ _TAGS = [
     {"name": "prompts", "description": "The pool of a run."},
     {"name": "operations", "description": "Health and metrics."},
 ]
-DOCS_FILES = "/docs-files"
 DEFAULTS = Settings()
 _COMPRESSED_FROM_BYTES = 100_000  # smaller replies are sent sooner than they are compressed
 
@@ -75,9 +87,11 @@ def create_app(
         yield
         await run_in_threadpool(services.decisions.close)
 
-    app = FastAPIOffline(
+    app = FastAPI(
+        # The page serves these under relative addresses.
+        openapi_url=None,
+        docs_url=None,
         redoc_url=None,
-        static_url=DOCS_FILES,
         title="Even Odds",
         version=__version__,
         lifespan=lifespan,
@@ -90,11 +104,12 @@ def create_app(
     )
     app.state.services = services
     bearer = HTTPBearer(auto_error=False, description="an API key, where the service asks for one")
-    modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, operations)
+    modules = (training, budgets, chat, refits, reports, runs, prompts, rewind, events, operations)
     dependencies = [Depends(bearer), Depends(parameters_are_storable), Depends(run_is_allowed)]
     for module in modules:
         app.include_router(module.router, dependencies=dependencies)
     app.include_router(page)
+    app.mount(DOCS_FILES, docs_files, name="docs-files")
     app.state.routes = tuple(route for module in modules for route in module.router.routes)
     problems.install(app)
     # The last one that is added meets a request first.
@@ -111,6 +126,7 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
     app.add_middleware(RequestLog, registry=services.registry)
+    app.add_middleware(Prefix, root_path=settings.root_path, proxies=settings.proxies())
     _describe(app)
     return app
 
@@ -141,6 +157,7 @@ def _services(store: Store, settings: Settings) -> Services:
         text_rule=settings.text_rule or TextRule(),
         registry=CollectorRegistry(),
         run_registry=run_registry,
+        changes=Changes(store),
     )
 
 
@@ -155,6 +172,12 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = FastAPI.openapi(app)
+            # FastAPI lists only the models that it reads itself, and this one is read by its route.
+            body = schemas.PromptsIn.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {**body.pop("$defs"), "PromptsIn": body}
+            for name, schema in document["components"]["schemas"].items():
+                if "examples" in schema:  # from which FastAPI has left out what is null
+                    schema.update(getattr(schemas, name).model_config["json_schema_extra"])
             for operations in document["paths"].values():
                 for operation in operations.values():
                     operation["security"] = [{}, *operation.get("security", [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
@@ -14,6 +15,7 @@ from evenodds.schemas import RUN_PATTERN, PredictRequest, Problem
 from evenodds.schemas.fields import storable
 from evenodds_service.api.cursors import MOST_CHARACTERS
 from evenodds_service.runtime.budgets import Budgets
+from evenodds_service.runtime.changes import Changes
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
@@ -38,6 +40,7 @@ class Services:
     text_rule: TextRule
     registry: CollectorRegistry
     run_registry: CollectorRegistry
+    changes: Changes
 
 
 async def _services(request: Request) -> Services:
@@ -63,14 +66,52 @@ async def parameters_are_storable(request: Request) -> None:
 Dependencies = Annotated[Services, Depends(_services)]
 CursorQuery = Annotated[str | None, Query(max_length=MOST_CHARACTERS, description="next_cursor of the page before")]
 RunPath = Annotated[str, Path(pattern=RUN_PATTERN, description="name of the run")]
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": description}
-    for status, description in (
-        (404, "Unknown run or prompt"),
-        (409, "Conflict"),
-        (413, "Larger than a request may be"),
-        (415, "A body that does not say that it is JSON, or is packed by another way than gzip"),
-        (422, "Malformed request"),
-        (503, "Cannot answer now: repeat after Retry-After"),
-    )
+_REQUEST_ID = "0f9d3a5c8a7e4a5e9d6b1c2f3a4b5c6d"
+
+
+def described(status: int, description: str, code: str, detail: str) -> dict[int | str, dict[str, Any]]:
+    """An error that operations may answer, for the description of the interface."""
+    title = HTTPStatus(status).phrase
+    example = {"title": title, "status": status, "detail": detail, "code": code, "request_id": _REQUEST_ID}
+    content = {"application/json": {"example": example}}
+    return {status: {"model": Problem, "description": description, "content": content}}
+
+
+UNEXPECTED = described(
+    500, "The service failed: its log has the cause under the request id", "internal_error", "the service failed"
+)
+REFUSED = {
+    **described(401, "No API key, or none that is valid", "key_missing", "this service asks for an API key"),
+    **described(403, "The key may not do this", "scope_missing", "key 'reader' has the scope read"),
+    **described(429, "The key's limit: repeat after Retry-After", "rate_limited", "key 'reader': wait 3 s"),
+    **UNEXPECTED,
+    **described(503, "Cannot answer now: repeat after Retry-After", "overloaded", "repeat the call later"),
+}
+"""What every operation may answer that asks for a key."""
+
+PROBLEMS = {
+    **REFUSED,
+    **described(404, "Unknown run or prompt", "run_unknown", "run 'math-7b' does not exist: create it first"),
+    **described(409, "Conflict", "request_conflict", "request_id 'step-12' was used with another body"),
+    **described(413, "Larger than a request may be", "too_large", "body: the limit is 64,000,000 bytes"),
+    **described(
+        415,
+        "A body that does not say that it is JSON, or is packed by another way than gzip",
+        "media_type",
+        "body: send it with Content-Type: application/json, got none",
+    ),
+    **described(422, "Malformed request", "malformed", "step: Input should be greater than or equal to 0"),
+}
+"""Of operations on runs, in addition what is wrong with the request."""
+
+REPLAYED_HEADER = "Idempotent-Replayed"
+REPLAYABLE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "headers": {
+            REPLAYED_HEADER: {
+                "description": "true where the call is a repetition, and the reply the first one's; else left out",
+                "schema": {"type": "string", "enum": ["true"]},
+            }
+        }
+    }
 }

@@ -39,6 +39,11 @@ def credible_intervals(experts: Experts, a_n: FloatArray, b_n: FloatArray) -> tu
     return np.minimum(ends_m[:n], mean), np.maximum(1.0 - ends_m[n:], mean)
 
 
+def beta_intervals(a_n: FloatArray, b_n: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Ends of the central 90% intervals of these Betas, [n] each."""
+    return np.asarray(betaincinv(a_n, b_n, TAIL)), 1.0 - np.asarray(betaincinv(b_n, a_n, TAIL))
+
+
 def _lower_ends(
     weights_K: FloatArray, a_K_m: FloatArray, b_K_m: FloatArray, start_m: FloatArray, most_m: FloatArray
 ) -> FloatArray:

@@ -7,9 +7,12 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from evenodds_service.commands.opening import Refused, fault, opened, set_up_logging
+
+_NOT_STARTED = 3
 
 if TYPE_CHECKING:
     from evenodds_service.settings import Settings
@@ -56,15 +59,22 @@ def serve(options: argparse.Namespace) -> int:
         # request waits a tenth of a second meanwhile.
         gc.collect()
         gc.freeze()
-        uvicorn.run(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,  # X-Forwarded-*: nothing here looks at a caller's address or at the scheme
-            timeout_graceful_shutdown=10,
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,  # of X-Forwarded-* only the prefix is looked at, by middleware/prefix.py
+                timeout_graceful_shutdown=10,
+            )
         )
+        app.state.is_ending = lambda: server.should_exit  # streams of events end then, or the end would wait for them
+        with suppress(KeyboardInterrupt):
+            server.run()
+        if not server.started:
+            return _NOT_STARTED
     finally:
         store.close()
         if worker is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 import numpy as np
@@ -18,7 +18,7 @@ from evenodds_service.storage.pool import GrownPool, grow_pool
 from evenodds_service.storage.rewind import refuse_forgotten
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import log, selections
-from evenodds_service.storage.transactions import Transactions
+from evenodds_service.storage.transactions import Transactions, chunks
 from evenodds_service.storage.values import Appended, PromptVisit, Run, Written
 
 _HISTORY_BLOCK = 200  # log entries that a look into one prompt's history reads at a time
@@ -120,6 +120,23 @@ class LogMethods(Transactions):
                 older = statement.where(log.c.position < rows[-1]["position"])
                 rows = connection.execute(older).mappings().all()
         return tuple(visits[:limit])
+
+    def chosen_beliefs(self, run_id: int, index: int, selection_ids: Collection[str]) -> dict[str, tuple[float, float]]:
+        """Parameters a, b of the belief about one prompt when it was chosen, by selection; where it was not, none."""
+        statement = (
+            select(selections.c.selection_id, log.c.body)
+            .join(log, (log.c.run_id == selections.c.run_id) & (log.c.position == selections.c.log_position))
+            .where(selections.c.run_id == run_id)
+        )
+        found: dict[str, tuple[float, float]] = {}
+        with self._reading() as connection:
+            for ids in chunks(sorted(selection_ids)):
+                for row in connection.execute(statement.where(selections.c.selection_id.in_(ids))):
+                    body = json.loads(row.body)
+                    if "a" in body and index in body["prompts"]:
+                        place = body["prompts"].index(index)
+                        found[row.selection_id] = (body["a"][place], body["b"][place])
+        return found
 
 
 def _request(outcomes: Outcomes) -> tuple[str, str] | None:

@@ -44,7 +44,7 @@ class RefitMethods(Transactions):
             row = connection.execute(statement.order_by(refits.c.id.desc()).limit(1)).mappings().one_or_none()
             if row is None:
                 row = connection.execute(pending).mappings().one()
-        return _refit_of(row)
+        return refit_of(row)
 
     def claim_refit(self, *, worker: str, lease: timedelta, now: datetime) -> Refit | None:
         """Claim the oldest pending refit, or a running one whose lease has run out; None if there is none.
@@ -72,7 +72,7 @@ class RefitMethods(Transactions):
             if refit_id is None:
                 return None
             row = connection.execute(claim.where(refits.c.id == refit_id).returning(refits)).mappings().one()
-        return _refit_of(row)
+        return refit_of(row)
 
     def extend_lease(self, refit_id: int, *, worker: str, lease: timedelta, now: datetime) -> bool:
         """Heartbeat; False where the refit is no longer this worker's."""
@@ -132,14 +132,14 @@ class RefitMethods(Transactions):
             row = connection.execute(select(refits).where(refits.c.id == refit_id)).mappings().one_or_none()
         if row is None:
             raise RunUnknown(f"refit {refit_id} does not exist: its run was deleted")
-        return _refit_of(row)
+        return refit_of(row)
 
     def refits(self, run_id: int, *, limit: int = 100) -> tuple[Refit, ...]:
         """Newest first."""
         statement = select(refits).where(refits.c.run_id == run_id).order_by(refits.c.id.desc()).limit(limit)
         with self._reading() as connection:
             rows = connection.execute(statement).mappings().all()
-        return tuple(_refit_of(row) for row in rows)
+        return tuple(refit_of(row) for row in rows)
 
     def snapshot(self, run_id: int, version: int) -> Snapshot:
         """Raises SnapshotUnknown."""
@@ -175,6 +175,6 @@ def _lost(claimed: Refit) -> RefitLost:
     )
 
 
-def _refit_of(row: RowMapping) -> Refit:
+def refit_of(row: RowMapping) -> Refit:
     report = row["report"]
     return Refit(**{**row, "report": None if report is None else json.loads(report)})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, select, update
+from sqlalchemy import ColumnElement, Connection, delete, select, update
 
 from evenodds_service.domain.settings import CALLER, BudgetPolicy, EffortTier, RunSettings
 from evenodds_service.errors import EmbedderFixed, PolicyLimit, RunUnknown
@@ -85,14 +87,14 @@ class RunMethods(Transactions):
             row = connection.execute(select(runs).where(runs.c.id == run_id)).mappings().one_or_none()
         if row is None:
             raise _unknown(f"with id {run_id}")
-        return _run_of(row)
+        return run_of(row)
 
     def runs(self, *, after: str = "", limit: int = 100) -> tuple[Run, ...]:
         """Runs by name, those after `after`. The order of names is the database's."""
         statement = select(runs).where(runs.c.name > after).order_by(runs.c.name).limit(limit)
         with self._reading() as connection:
             rows = connection.execute(statement).mappings().all()
-        return tuple(_run_of(row) for row in rows)
+        return tuple(run_of(row) for row in rows)
 
     def delete_run(self, name: str) -> None:
         """Delete the run with all it owns (also its caller-sent vectors). Raises RunUnknown."""
@@ -109,7 +111,7 @@ def find_run(connection: Connection, name: str) -> Run:
     row = connection.execute(select(runs).where(runs.c.name == name)).mappings().one_or_none()
     if row is None:
         raise _unknown(repr(name))
-    return _run_of(row)
+    return run_of(row)
 
 
 def lock_run(connection: Connection, which: ColumnElement[bool] | int, *, described: str | None = None) -> Run:
@@ -130,7 +132,7 @@ def lock_run(connection: Connection, which: ColumnElement[bool] | int, *, descri
     row = connection.execute(statement).mappings().one_or_none()
     if row is None:
         raise _unknown(described or f"with id {which}")
-    return _run_of(row)
+    return run_of(row)
 
 
 def keep_run(connection: Connection, run_id: int) -> None:
@@ -176,7 +178,7 @@ def settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
     return replace(asked, embedder=embedder)
 
 
-def _run_of(row: RowMapping) -> Run:
+def run_of(row: Mapping[Any, Any]) -> Run:
     rate_names = tuple(json.loads(row["rate_names"] or "[]"))
     return Run(**{**row, "settings": settings_from_json(row["settings"]), "rate_names": rate_names})
 

@@ -1,7 +1,8 @@
-"""What the service remembers: runs, pools, the log, selections, refits, snapshots and checkpoints.
+"""What the service remembers: runs, pools, the log, selections, refits, snapshots, checkpoints and states of runs.
 
 The methods stand where their subject is: runs.py, pool.py, log.py, selections.py, refits.py, checkpoints.py,
-keys.py, rewind.py, forks.py, decisions.py.
+keys.py, rewind.py, forks.py, decisions.py, run_states.py,
+listing.py.
 """
 
 from __future__ import annotations
@@ -10,27 +11,34 @@ from evenodds_service.storage.checkpoints import CheckpointMethods
 from evenodds_service.storage.decisions import DecisionMethods
 from evenodds_service.storage.forks import ForkMethods
 from evenodds_service.storage.keys import KeyMethods
+from evenodds_service.storage.listing import ListingMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
 from evenodds_service.storage.retention import RetentionMethods
 from evenodds_service.storage.rewind import RewindMethods
+from evenodds_service.storage.run_states import RunStateMethods
 from evenodds_service.storage.runs import RunMethods
 from evenodds_service.storage.selections import SelectionMethods
 from evenodds_service.storage.values import (
     ApiKey,
     Appended,
     Decision,
+    ListedRun,
     NewSelection,
     NewSnapshot,
     PromptsAdded,
     PromptVisit,
     Refit,
     Run,
+    RunListing,
+    RunSort,
+    RunState,
     Scope,
     Selection,
     Snapshot,
     Voided,
+    WatchedRun,
     Written,
 )
 
@@ -38,17 +46,22 @@ __all__ = [
     "ApiKey",
     "Appended",
     "Decision",
+    "ListedRun",
     "NewSelection",
     "NewSnapshot",
     "PromptVisit",
     "PromptsAdded",
     "Refit",
     "Run",
+    "RunListing",
+    "RunSort",
+    "RunState",
     "Scope",
     "Selection",
     "Snapshot",
     "Store",
     "Voided",
+    "WatchedRun",
     "Written",
 ]
 
@@ -64,6 +77,8 @@ class Store(
     ForkMethods,
     KeyMethods,
     DecisionMethods,
+    RunStateMethods,
+    ListingMethods,
     RetentionMethods,
 ):
     """The store of one database, safe to share between threads.

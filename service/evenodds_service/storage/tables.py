@@ -307,6 +307,32 @@ checkpoints = Table(
 )
 
 
+run_states = Table(
+    "run_states",
+    metadata,
+    Column("run_id", Integer, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("log_position", BigInteger, nullable=False),  # of the log as far as the state knows it
+    Column("verdict", Text, nullable=False),
+    Column("head_step", BigInteger),
+    Column("n_alarms", Integer, nullable=False),
+    Column("alarm_codes", Text, nullable=False),  # each between blanks, so that LIKE '% code %' finds it
+    Column("alarms", Text, nullable=False),  # JSON; see run_states.py
+    Column("notes", Text, nullable=False),  # JSON
+    Column("lift", Double),
+    Column("lift_low", Double),
+    Column("lift_high", Double),
+    Column("rollouts_saved", Double),
+    Column("rollouts_saved_low", Double),
+    Column("rollouts_saved_high", Double),
+    Column("informative_share", Double),  # of the newest window
+    Column("informative_shares", Text, nullable=False),  # JSON: [first step, last step, share] of each window
+    Column("figures", Text, nullable=False),  # JSON: name -> number
+    Column("active_at", UtcDateTime),  # when the newest batch or outcomes came
+    Column("saved_at", UtcDateTime, nullable=False),
+    CheckConstraint("log_position >= 0 AND n_alarms >= 0", name="counts"),
+    CheckConstraint("verdict IN ('broken', 'not_helping', 'helping', 'learning', 'no_data')", name="verdict"),
+)
+
 bases = Table(
     "bases",
     metadata,

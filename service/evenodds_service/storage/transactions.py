@@ -1,19 +1,20 @@
-"""How a Store method gets its one transaction, and the one statement that differs by database."""
+"""How a Store method gets its one transaction, and the statements that differ by database."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, Insert, Table, text
+from sqlalchemy import Connection, Engine, Executable, Insert, Table, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
 from evenodds_service.timing import phase
 
-KeyT = TypeVar("KeyT")
+T = TypeVar("T")
+
 CHUNK = 500
 """Keys in one look-up, well below the limit on parameters of either database."""
 
@@ -82,7 +83,25 @@ def insert_or_ignore(connection: Connection, table: Table) -> Insert:
     return postgresql.insert(table).on_conflict_do_nothing()
 
 
-def chunks(keys: Sequence[KeyT]) -> Iterator[Sequence[KeyT]]:
+def insert_or_update(
+    connection: Connection, table: Table, row: Mapping[str, object], *, keys: Sequence[str], newer_by: str
+) -> Executable:
+    """An insert of the row, or an update of the one with its key where that is not newer.
+
+    Args:
+        newer_by: The column that says which row is newer. Rows that are equally new are replaced.
+    """
+    build = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = build(table).values(dict(row))
+    fresh = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=list(keys),
+        set_={name: fresh[name] for name in row if name not in keys},
+        where=table.c[newer_by] <= fresh[newer_by],
+    )
+
+
+def chunks(keys: Sequence[T]) -> Iterator[Sequence[T]]:
     for start in range(0, len(keys), CHUNK):
         yield keys[start : start + CHUNK]
 

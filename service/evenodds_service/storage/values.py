@@ -9,6 +9,7 @@ from typing import Literal
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.log_entries import Entry
+from evenodds_service.domain.report.summary import Summary, Verdict
 from evenodds_service.domain.settings import RunSettings
 
 Scope = Literal["read", "write", "admin"]
@@ -220,3 +221,68 @@ class Decision:
     step: int
     prompt: str
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """How a run stood when somebody looked last.
+
+    Attributes:
+        log_position: Of the log as far as the state knows it.
+        active_at: When the newest batch was chosen or outcomes were reported; None before any.
+        saved_at: When the state was saved.
+    """
+
+    run_id: int
+    log_position: int
+    summary: Summary
+    active_at: datetime | None
+    saved_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedRun:
+    """A run with everything that is watched of it.
+
+    Attributes:
+        state: None where none was saved yet: nobody has looked at the run since the release that saves states.
+        refit: The newest refit, in whatever state.
+        done_refit: The newest one that was published.
+    """
+
+    run: Run
+    state: RunState | None
+    refit: Refit | None
+    done_refit: Refit | None
+
+
+RunSort = Literal["name", "alarms", "activity", "lift", "informative", "created"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunListing:
+    """Which runs are asked for, and in which order.
+
+    Attributes:
+        names: Pattern that their names fulfil, with `*` and `?`; None for all.
+        search: A part of their names, in any case.
+        verdicts: Any of these; all where there is none.
+        alarm: The code of an alarm that is on, or `any`; None for all.
+        sort: `name`; or what is first: `alarms` (broken runs, then those with the most), the newest `activity`, the
+            largest `lift` or `informative` share, the newest `created`.
+    """
+
+    names: str | None = None
+    search: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+    alarm: str | None = None
+    sort: RunSort = "name"
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRun:
+    """A run in a list. `state` is None where nobody has looked at the run yet, `refit` its newest, in any state."""
+
+    run: Run
+    state: RunState | None
+    refit: Refit | None

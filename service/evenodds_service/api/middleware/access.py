@@ -46,7 +46,7 @@ KEYS_SECONDS = 2.0
 USES_SECONDS = 60.0
 """How exactly a key's last use is kept."""
 
-_OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"})
+_OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json", "/"})
 _OPEN_FOLDERS = ("/page/", "/docs-files/")
 """Say nothing of any run: they ask for no key."""
 

@@ -29,6 +29,8 @@ QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked every few seconds by machines."""
 
 
+EVENT_STREAM = b"text/event-stream"
+
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -61,12 +63,15 @@ class RequestLog:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        status = 500
+        status, is_stream = 500, False
         started = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_stream
             if message["type"] == "http.response.start":
+                is_stream = (b"content-type", EVENT_STREAM) in [
+                    (name, value[:17]) for name, value in message["headers"]
+                ]
                 status = message["status"]
                 taken = {**phases, "total": time.perf_counter() - started}
                 timing = ", ".join(f"{name};dur={1_000 * seconds:.2f}" for name, seconds in taken.items())
@@ -83,7 +88,8 @@ class RequestLog:
             route = getattr(scope.get("route"), "path_format", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._requests.labels(method, route, str(status)).inc()
-            self._seconds.labels(method, route).observe(seconds)
+            if not is_stream:  # which goes on for as long as somebody listens
+                self._seconds.labels(method, route).observe(seconds)
             _log(scope, method, route, status, seconds)
 
 

@@ -5,7 +5,7 @@ Each translates the wire into values, asks for beliefs, lets `domain.allocation`
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Path
@@ -21,11 +21,10 @@ from evenodds.schemas import (
     PolicyName,
     PolicyState,
     PolicyUpdate,
-    Problem,
     PromptRef,
     Tier,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services
+from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services, described
 from evenodds_service.domain.budgets import allocation
 from evenodds_service.domain.settings import BudgetPolicy, EffortTier
 from evenodds_service.runtime.beliefs import beliefs_about
@@ -33,7 +32,7 @@ from evenodds_service.runtime.budgets import DEFAULT_POLICY, Budget
 
 router = APIRouter(responses=PROBLEMS, tags=["budgets"])
 PolicyPath = Annotated[PolicyName, Path(description="name of the budget policy")]
-_BUSY: dict[int | str, dict[str, Any]] = {503: {"model": Problem, "description": "Too busy, or the deadline passed"}}
+_BUSY = described(503, "Too busy, or the deadline passed", "deadline_passed", "no budget within 500 ms")
 
 
 @router.post("/allocate", summary="Spend a budget of attempts on prompts")

@@ -9,13 +9,13 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from evenodds.schemas import Health
-from evenodds_service.api.dependencies import Dependencies
+from evenodds_service.api.dependencies import REFUSED, UNEXPECTED, Dependencies
 from evenodds_service.errors import StoreError
 
 _READY_SECONDS = 5
 _METRICS_SECONDS = 3
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(responses=UNEXPECTED, tags=["operations"])
 
 
 @router.get("/healthz", summary="Is the process alive?")
@@ -24,7 +24,7 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", summary="Can the service answer?", responses={503: {"model": Health}})
+@router.get("/readyz", summary="Can the service answer?", response_model=Health, responses={503: {"model": Health}})
 async def readyz(services: Dependencies) -> JSONResponse:
     """200 where the database answers and keeps what is written to it, else 503 with the reasons."""
     # In the event loop's own threads: the answer does not wait behind requests that wait for the database.
@@ -44,7 +44,15 @@ def _unavailable(reason: str) -> JSONResponse:
     return JSONResponse(Health(status="unavailable", reasons=(reason,)).model_dump(mode="json"), 503)
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/plain": {"example": 'evenodds_run_observations{run="math-7b"} 512.0\n'}}},
+        **REFUSED,
+    },
+)
 async def metrics(services: Dependencies) -> Response:
     """Requests, latencies and the runs that this process serves, in the Prometheus text format.
 

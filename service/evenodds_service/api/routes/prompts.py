@@ -23,10 +23,11 @@ from evenodds.schemas import (
     PromptsIn,
     PromptState,
     Visit,
+    VisitForecast,
 )
 from evenodds_service.api.cursors import cursor_at, place_of
 from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
-from evenodds_service.api.intervals import credible_intervals
+from evenodds_service.api.intervals import beta_intervals, credible_intervals
 from evenodds_service.api.middleware.access import Caller
 from evenodds_service.api.middleware.request_body import forget, lift_limit
 from evenodds_service.api.wire import now, predictions
@@ -34,7 +35,7 @@ from evenodds_service.domain.prompts import KnownRate, Prompt
 from evenodds_service.errors import PromptConflict, VectorsGone
 from evenodds_service.runtime.retention import erase
 from evenodds_service.storage import values
-from evenodds_service.storage.store import Run
+from evenodds_service.storage.store import PromptVisit, Run
 
 _NDJSON = "application/x-ndjson"
 _NDJSON_BLOCK = 2_000
@@ -61,13 +62,6 @@ register_url_convertor("id", _AnyId())
 router = APIRouter(responses=PROBLEMS, tags=["prompts"])
 
 
-def _prompts_schema() -> dict[str, Any]:
-    """Of the JSON body, whole: FastAPI lists only the models that it reads itself."""
-    schema = PromptsIn.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema["properties"]["prompts"]["items"] = schema.pop("$defs")["PromptIn"]
-    return schema
-
-
 @router.post(
     "/runs/{run}/prompts",
     summary="Load prompts into the pool",
@@ -75,7 +69,7 @@ def _prompts_schema() -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": _prompts_schema()},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PromptsIn"}},
                 _NDJSON: {
                     "schema": {"type": "string", "description": "one PromptIn as JSON on each line"},
                     "example": '{"prompt_id": "a", "text": "1 + 1 = ?"}\n{"prompt_id": "b", "text": "2 + 2 = ?"}\n',
@@ -208,6 +202,15 @@ def list_prompts(
     )
 
 
+@router.get("/runs/{run}/prompt", summary="A prompt by an id in the query")
+def find_prompt(run: RunPath, prompt_id: Annotated[PromptId, Query()], services: Dependencies) -> PromptState:
+    """As `/runs/{run}/prompts/{prompt_id}`, for any id.
+
+    No path can hold the ids `.` and `..`, and proxies change paths with `/` and some other characters.
+    """
+    return get_prompt(run, prompt_id, services)
+
+
 @router.get("/runs/{run}/prompts/{prompt_id:id}", summary="A prompt's belief and history")
 def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies) -> PromptState:
     """One prompt with the present belief about it and its newest 100 observations."""
@@ -220,6 +223,7 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
         seen = state.attempts_N[index]
         visits, last_step = int(state.visits_N[index[0]]), int(state.last_step_N[index[0]])
     history = services.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
+    forecasts = _forecasts(services, stored.id, prompt.index, history)
     return PromptState(
         **_prompt_fields(prompt),
         run=run,
@@ -235,10 +239,25 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
                 successes=visit.successes,
                 attempts=int(visit.attempts),
                 selection_id=visit.selection_id,
+                forecast=forecasts.get(visit.selection_id),
             )
             for visit in history
         ),
     )
+
+
+def _forecasts(
+    services: Services, run_id: int, index: int, history: Sequence[PromptVisit]
+) -> dict[str | None, VisitForecast]:
+    """What was believed about the prompt when it was chosen, by selection."""
+    selections = {visit.selection_id for visit in history if visit.selection_id is not None}
+    beliefs = services.store.chosen_beliefs(run_id, index, selections)
+    a_n, b_n = (np.array([belief[i] for belief in beliefs.values()]) for i in (0, 1))
+    columns = zip(beliefs, a_n / (a_n + b_n), *beta_intervals(a_n, b_n), strict=True)
+    return {
+        name: VisitForecast(success_rate=float(rate), interval=(float(low), float(high)))
+        for name, rate, low, high in columns
+    }
 
 
 @router.delete("/runs/{run}/prompts/{prompt_id:id}", summary="Erase a prompt", status_code=204)

@@ -11,28 +11,41 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from evenodds.schemas import OLDER_NAMES, Alarm, RefitPolicy, Retention, RunPage, RunState, RunUpdate
+from evenodds import schemas
+from evenodds.schemas import (
+    OLDER_NAMES,
+    RefitPolicy,
+    Retention,
+    RunPage,
+    RunSort,
+    RunState,
+    RunUpdate,
+    SharePoint,
+    Verdict,
+)
 from evenodds_service.api.cursors import cursor_at, place_of
 from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
+from evenodds_service.domain.learning import guardrails
 from evenodds_service.domain.learning.predictors import acquisition_of
+from evenodds_service.domain.report.alarms import Alarm
+from evenodds_service.domain.report.summary import Estimate, Summary
 from evenodds_service.domain.selection.selection import reprobe_share_of
 from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import RunForbidden, RunUnknown, ScopeMissing
-from evenodds_service.storage.store import ApiKey, Run, Store
+from evenodds_service.storage.store import ApiKey, ListedRun, RunListing, Store
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
-
-_LOOKED_AT = 1_000
-"""Runs that one look at the database brings for a bound key, whose own may stand far apart."""
 
 _STORED_AS = {"categories": "groups", "categories_at_most": "groups_at_most"}
 """Settings that the wire has another word for than the store."""
 
 
-@router.put("/runs/{run}", summary="Create or update a run", responses={201: {"model": RunState}})
+@router.put(
+    "/runs/{run}", summary="Create or update a run", response_model=RunState, responses={201: {"model": RunState}}
+)
 def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Caller) -> JSONResponse:
     """Create the run (201), or change the settings that are sent (200). A field that is left out keeps its value.
 
@@ -108,22 +121,36 @@ def list_runs(
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     cursor: CursorQuery = None,
+    state: Annotated[tuple[Verdict, ...], Query(description="runs of this verdict; may be given several times")] = (),
+    alarm: Annotated[
+        str | None, Query(max_length=64, description="runs with this alarm on, by its code, or any")
+    ] = None,
+    sort: Annotated[
+        RunSort,
+        Query(
+            description="by name; or what comes first: broken runs and those with most alarms, the newest activity, "
+            "the largest lift or informative share, the newest created"
+        ),
+    ] = "name",
+    search: Annotated[str | None, Query(min_length=1, max_length=128, description="a part of the name")] = None,
 ) -> RunPage:
-    """Runs by name, in pages. A key that is bound to certain runs sees those, and learns of no others."""
-    after = place_of(cursor, listing="runs", caller=caller) or ""
-    at_once = limit + 1 if caller is None or caller.runs == "*" else _LOOKED_AT
-    seen: list[Run] = []
-    while len(seen) <= limit:
-        runs = services.store.runs(after=after, limit=at_once)
-        seen += [run for run in runs if may_touch(caller, run.name)]
-        if len(runs) < at_once:
-            break
-        after = runs[-1].name
+    """Runs with how they stand, in pages. A key that is bound to certain runs sees those, and learns of no others.
+
+    Pages by name are exact. By anything else a run that moves meanwhile may stand on two pages, or on none.
+    """
+    names = None if caller is None or caller.runs == "*" else caller.runs
+    asked = RunListing(names=names, search=search or "", verdicts=state, alarm=alarm, sort=sort)
+    listing = f"runs {sort} {sorted(state)} {alarm} {search}"
+    place = place_of(cursor, listing=listing, caller=caller)
+    is_by_name = sort == "name"
+    after, skipped = (place or "", 0) if is_by_name else ("", int(place or 0))
+    found = services.store.listed_runs(asked, after=after, skipped=skipped, limit=limit + 1)
     next_cursor = None
-    if len(seen) > limit:
-        next_cursor = cursor_at(seen[limit - 1].name, listing="runs", caller=caller)
+    if len(found) > limit:
+        end = found[limit - 1].run.name if is_by_name else str(skipped + limit)
+        next_cursor = cursor_at(end, listing=listing, caller=caller)
     return RunPage(
-        runs=tuple(_run_state(services.store, run) for run in seen[:limit]),
+        runs=tuple(_run_state(listed) for listed in found[:limit] if may_touch(caller, listed.run.name)),
         next_cursor=next_cursor,
     )
 
@@ -148,14 +175,32 @@ def _watched(services: Services, name: str) -> RunState:
     run, live, _ = services.live_runs.at_head(name)
     with live.lock:
         found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
-    alarms = tuple(
-        Alarm(code=a.code, message=a.message, since_step=a.since_step, value=a.value, limit=a.limit) for a in found
+    state = services.store.run_states([run.id]).get(run.id)
+    refits = services.store.refits(run.id, limit=1)
+    listed = ListedRun(run, state, refits[0] if refits else None)
+    return _run_state(listed).model_copy(update={"alarms": tuple(_alarm(alarm) for alarm in found)})
+
+
+def _alarm(found: guardrails.Alarm | Alarm) -> schemas.Alarm:
+    return schemas.Alarm(
+        code=found.code, message=found.message, since_step=found.since_step, value=found.value, limit=found.limit
     )
-    return _run_state(services.store, run).model_copy(update={"alarms": alarms})
 
 
-def _run_state(store: Store, run: Run) -> RunState:
-    settings, refits = run.settings, store.refits(run.id, limit=1)
+def _estimate(found: Estimate | None) -> schemas.Estimate | None:
+    return None if found is None else schemas.Estimate(value=found.value, low=found.low, high=found.high)
+
+
+def _verdict(listed: ListedRun) -> Verdict | None:
+    """Where nobody has looked at the run yet, only that there is nothing to look at is known."""
+    if listed.state is not None:
+        return listed.state.summary.verdict
+    return "no_data" if listed.run.n_observations == 0 else None
+
+
+def _run_state(listed: ListedRun) -> RunState:
+    run, settings = listed.run, listed.run.settings
+    summary = listed.state.summary if listed.state is not None else Summary(verdict="no_data")
     return RunState(
         run=run.name,
         predictor=settings.predictor,
@@ -185,7 +230,7 @@ def _run_state(store: Store, run: Run) -> RunState:
         if settings.retain_prompts is None
         else Retention(prompts=settings.retain_prompts, days=settings.retain_days),
         base_step=run.base_step,
-        last_refit=refit_state(refits[0]) if refits else None,
+        last_refit=refit_state(listed.refit) if listed.refit is not None else None,
         pool_size=run.pool_size,
         log_position=run.log_position,
         head_step=run.head_step,
@@ -194,4 +239,13 @@ def _run_state(store: Store, run: Run) -> RunState:
         fork_of=run.fork_of,
         at_step=run.fork_step,
         created_at=run.created_at,
+        verdict=_verdict(listed),
+        lift=_estimate(summary.lift),
+        rollouts_saved=_estimate(summary.rollouts_saved),
+        informative_shares=tuple(
+            SharePoint(first_step=point.first_step, last_step=point.last_step, share=point.share)
+            for point in summary.informative_shares
+        ),
+        active_at=listed.state.active_at if listed.state is not None else None,
+        alarms=tuple(_alarm(alarm) for alarm in summary.alarms) if listed.state is not None else None,
     )

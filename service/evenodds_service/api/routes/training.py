@@ -30,14 +30,13 @@ from evenodds.schemas import (
     ObserveRequest,
     PredictReply,
     PredictRequest,
-    Problem,
     PromptRef,
     SelectedPrompt,
     SelectReply,
     SelectRequest,
     VerdictRequest,
 )
-from evenodds_service.api.dependencies import PROBLEMS, Dependencies, Services
+from evenodds_service.api.dependencies import PROBLEMS, REPLAYABLE, REPLAYED_HEADER, Dependencies, Services, described
 from evenodds_service.api.intervals import credible_intervals
 from evenodds_service.api.wire import now, observed_hash, predictions, recorded_reply, selected_hash
 from evenodds_service.domain.arrays import IntArray
@@ -93,10 +92,17 @@ ObserveBody = Annotated[
 @router.post(
     "/observe",
     summary="Report outcomes of attempts",
-    responses={410: {"model": Problem, "description": "The decision was made more than 24 hours ago"}},
+    responses={
+        **REPLAYABLE,
+        **described(410, "The decision was made more than 24 hours ago", "decision_expired", "report the outcome anew"),
+    },
 )
 def observe(
-    body: ObserveBody, services: Dependencies, afterwards: BackgroundTasks, confirm_step: ConfirmStep = False
+    body: ObserveBody,
+    services: Dependencies,
+    afterwards: BackgroundTasks,
+    response: Response,
+    confirm_step: ConfirmStep = False,
 ) -> ObserveReply:
     """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
 
@@ -111,6 +117,8 @@ def observe(
     appended = _append(body, services)
     if appended.written is not None:
         afterwards.add_task(_keep_up, services, appended.written)
+    if appended.replayed:
+        response.headers[REPLAYED_HEADER] = "true"
     return ObserveReply(
         run=body.run,
         log_position=appended.log_position,
@@ -329,7 +337,7 @@ def _predict(body: PredictRequest, services: Services) -> str:
     return reply.model_dump_json()
 
 
-@router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply)
+@router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply, responses=REPLAYABLE)
 def select_batch(body: SelectRequest, services: Dependencies, confirm_step: ConfirmStep = False) -> Response:
     """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409.
 
@@ -363,7 +371,8 @@ def select_batch(body: SelectRequest, services: Dependencies, confirm_step: Conf
     # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. Reading it
     # and writing it again would take milliseconds for a large batch.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
-    return Response(head + recorded_reply(recorded.reply)[1:], media_type="application/json")
+    headers = {REPLAYED_HEADER: "true"} if replayed else None
+    return Response(head + recorded_reply(recorded.reply)[1:], headers=headers, media_type="application/json")
 
 
 def _overlaid(body: SelectRequest, settings: RunSettings) -> RunSettings:

@@ -1,0 +1,101 @@
+// The list of runs, and up to five of them side by side.
+
+import { ask, here, link, replace, setQuery } from "./page.js";
+import { chart } from "./charts.js";
+import { ago, between, choice, count, element, number, panel, percent, points, quiet, sparkline, steps, table, verdictLine, verdictOf, wordsOf } from "./elements.js";
+
+const MOST_COMPARED = 5;
+const COLOURS = ["policy", "control", "forecast", "fourth", "fifth"];
+const VERDICTS = ["broken", "not_helping", "helping", "learning", "no_data"];
+const SORTS = [["alarms", "alarms first"], ["activity", "last active first"], ["lift", "largest lift first"], ["informative", "most informative first"], ["created", "newest first"], ["name", "name"]];
+const FILTERS = ["state", "alarm", "sort", "search", "cursor"];
+const SHOWN = 50;
+
+export async function showRuns(current) {
+  const asked = new URLSearchParams({ limit: SHOWN, sort: "alarms" });
+  for (const name of FILTERS) if (current.query.get(name)) asked.set(name, current.query.get(name));
+  const page = await ask(`runs?${asked}`);
+  if (!here(current)) return;
+  document.title = "Even Odds";
+  const isFiltered = FILTERS.some((name) => current.query.get(name));
+  replace(
+    element("h1", {}, "Runs"),
+    page.runs.length || isFiltered ? filterForm(asked) : null,
+    page.runs.length ? runList(page, asked)
+      : isFiltered ? panel("No such run", element("p", {}, "No run fits. ", element("a", { href: "#/" }, "Show all runs")))
+      : panel("No runs yet", element("p", {}, "Create one: ", element("code", {}, "PUT /runs/NAME"), " — see the ", element("a", { href: "docs" }, "API"), ".")),
+  );
+}
+
+function filterForm(asked) {
+  const search = element("input", { type: "search", name: "search", maxlength: 128, autocomplete: "off", value: asked.get("search") ?? "" });
+  const set = (name) => (value) => setQuery({ [name]: value || null, cursor: null });
+  return element("form", {
+    role: "search",
+    onsubmit: (event) => {
+      event.preventDefault();
+      set("search")(search.value);
+    },
+  }, element("label", {}, "Part of the name", search), element("button", {}, "Find"),
+  choice("state", [["", "any"], ...VERDICTS.map((verdict) => [verdict, wordsOf(verdict)])], asked.get("state") ?? "", set("state")),
+  choice("alarms", [["", "any or none"], ["any", "with alarms"], ...(![null, "any"].includes(asked.get("alarm")) ? [[asked.get("alarm"), wordsOf(asked.get("alarm"))]] : [])], asked.get("alarm") ?? "", set("alarm")),
+  choice("order", SORTS, asked.get("sort"), set("sort")));
+}
+
+function runList(page, asked) {
+  const compare = element("button", { type: "button", disabled: true }, "Compare");
+  const boxes = page.runs.map((run) => element("input", { type: "checkbox", value: run.run, "aria-label": `Compare ${run.run}`, onchange: () => {
+    const chosen = boxes.filter((box) => box.checked);
+    for (const box of boxes) box.disabled = !box.checked && chosen.length >= MOST_COMPARED;
+    compare.disabled = chosen.length < 2;
+  } }));
+  compare.addEventListener("click", () => {
+    location.hash = `#/compare?${new URLSearchParams(boxes.filter((box) => box.checked).map((box) => ["run", box.value]))}`;
+  });
+  const rows = page.runs.map((run, i) => [
+    boxes[i],
+    element("a", { href: link(run.run) }, run.run),
+    element("span", { class: `verdict ${run.verdict ?? "unknown"}`, title: verdictOf(run) }, wordsOf(run.verdict)),
+    run.alarms?.length ? element("ul", { class: "codes" }, [...new Set(run.alarms.map((alarm) => alarm.code))].map((code) =>
+      element("li", {}, element("a", { href: `#/?alarm=${encodeURIComponent(code)}` }, wordsOf(code)), ` since step ${count(Math.min(...run.alarms.filter((alarm) => alarm.code === code).map((alarm) => alarm.since_step)))}`))) : "none",
+    run.lift ? element("span", { title: between(run.lift.low, run.lift.high, points) }, points(run.lift.value)) : "–",
+    sparkline(run.informative_shares), ago(run.active_at), count(run.head_step), count(run.observations), count(run.pool_size),
+  ]);
+  const made = panel("All runs",
+    quiet(compare, ` Choose two to ${MOST_COMPARED} runs to compare.`),
+    table("Runs", [["compare"], ["run", "id"], ["state"], ["alarms", "text"], ["lift", "number"], ["informative, newest", "number"], ["active", "time"], ["step", "number"], ["observations", "number"], ["pool", "number"]], rows),
+    element("nav", { class: "pages", "aria-label": "Pages" },
+      asked.get("cursor") ? element("button", { type: "button", onclick: () => setQuery({ cursor: null }) }, "First page") : null,
+      page.next_cursor ? element("button", { type: "button", onclick: () => setQuery({ cursor: page.next_cursor }) }, `Next ${SHOWN}`) : null));
+  made.classList.add("runs");
+  return made;
+}
+
+export async function showComparison(current) {
+  const names = [...new Set(current.query.getAll("run"))].slice(0, MOST_COMPARED);
+  const path = (name) => `runs/${encodeURIComponent(name)}`;
+  const found = await Promise.all(names.map((name) => Promise.all([ask(path(name)), ask(`${path(name)}/report`)])));
+  if (!here(current)) return;
+  document.title = "Comparison · Even Odds";
+  const runs = found.map(([state, report], i) => ({ state, report, name: names[i], colour: COLOURS[i] }));
+  replace(
+    quiet(element("a", { href: "#/" }, "Runs")),
+    element("h1", {}, "Comparison"),
+    runs.map(({ state, name, colour }) => element("section", { class: "compared" }, element("h2", {}, element("i", { class: `mark ${colour}`, "aria-hidden": "true" }), element("a", { href: link(name) }, name)), verdictLine(state))),
+    element("div", { class: "grid" },
+      lines("Informative share", "share of groups", runs, (w) => w.policy_informative_share?.value ?? w.informative_share),
+      lines("Success rate", "success rate", runs, (w) => w.success_rate),
+      lines("Rank correlation of forecasts", "rank correlation", runs, (w) => w.rank_correlation, [-1, 1])),
+    panel("Figures", table("Comparison", [["run", "id"], ["lift", "number"], ["95\u00a0% interval"], ["rollouts saved", "number"], ["rank correlation", "number"], ["pool tried", "number"], ["observations", "number"]],
+      runs.map(({ name, report: { lift, ...report } }) => [name, points(lift?.difference), lift ? between(...lift.difference_interval, points) : "–", percent(lift?.rollouts_saved_share), number(report.rank_correlation), percent(report.coverage.tried_share), count(report.observations)]))),
+  );
+}
+
+function lines(title, yTitle, runs, valueOf, y = [0, 1]) {
+  const drawn = runs.filter(({ report }) => report.windows.length);
+  if (!drawn.length) return panel(title, quiet("No outcomes yet."));
+  const middle = (w) => (w.first_step + w.last_step) / 2;
+  const [x, ...values] = uPlot.join(drawn.map(({ report }) => [report.windows.map(middle), report.windows.map(valueOf)]));
+  const series = drawn.map(({ name, colour }, i) => ({ name, colour, values: values[i].map((value) => value ?? null) }));
+  return panel(title, chart(title, { x, series, xTitle: "step", yTitle, shown: (value) => number(value), tick: (value) => number(value, 2), at: (i) => steps({ first_step: x[i], last_step: x[i] }), y, steps: true }));
+}

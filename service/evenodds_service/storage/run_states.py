@@ -1,0 +1,159 @@
+"""How each run stands: one row for each run, which lists of runs, the page and `/metrics` of any replica read.
+
+A row says what the fold of the run's log said at `log_position`. It is written behind the calls that change a run and
+may be a few seconds old; who needs the present state folds the log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from evenodds_service.domain.report.alarms import Alarm, Remedy
+from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
+from evenodds_service.storage.refits import refit_of
+from evenodds_service.storage.runs import run_of
+from evenodds_service.storage.tables import log, refits, run_states, runs
+from evenodds_service.storage.transactions import Transactions, chunks, insert_or_update
+from evenodds_service.storage.values import RunState, WatchedRun
+
+_ESTIMATES = ("lift", "rollouts_saved")
+
+
+class RunStateMethods(Transactions):
+    def save_run_states(self, states: Sequence[tuple[int, int, Summary]], *, now: datetime) -> None:
+        """Save how these runs stand. A state of an older log position than the saved one is left out.
+
+        Runs that were deleted meanwhile are left out as well.
+
+        Args:
+            states: Id of the run, log position that the summary speaks of, and the summary.
+        """
+        with self._writing() as connection:
+            for run_id, log_position, summary in sorted(states, key=lambda state: state[0]):  # nobody deadlocks
+                there = select(runs.c.id).where(runs.c.id == run_id).with_for_update(read=True, key_share=True)
+                if connection.execute(there).scalar() is None:
+                    continue
+                row = {
+                    "run_id": run_id,
+                    "log_position": log_position,
+                    **_columns(summary),
+                    "active_at": _active_at(connection, run_id, log_position),
+                    "saved_at": now,
+                }
+                statement = insert_or_update(connection, run_states, row, keys=("run_id",), newer_by="log_position")
+                connection.execute(statement)
+
+    def run_states(self, run_ids: Collection[int]) -> dict[int, RunState]:
+        """States of these runs by id, of those that have one."""
+        found: dict[int, RunState] = {}
+        with self._reading() as connection:
+            for ids in chunks(sorted(run_ids)):
+                rows = connection.execute(select(run_states).where(run_states.c.run_id.in_(ids))).mappings()
+                found |= {row["run_id"]: state_of(row) for row in rows}
+        return found
+
+    def watched_runs(self, *, limit: int) -> tuple[WatchedRun, ...]:
+        """The runs that were active last, with their states and newest refits; runs without a state come last.
+
+        Costs three statements, whatever the number of runs.
+        """
+        newest = (run_states.c.run_id.is_(None), run_states.c.active_at.desc().nulls_last(), runs.c.id.desc())
+        statement = (
+            select(runs, *(column.label(f"state_{column.name}") for column in run_states.c))
+            .outerjoin(run_states, run_states.c.run_id == runs.c.id)
+            .order_by(*newest)
+            .limit(limit)
+        )
+        is_newest = select(func.max(refits.c.id)).group_by(refits.c.run_id)
+        with self._reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+            latest, done = (
+                {row["run_id"]: refit_of(row) for row in connection.execute(refits_among).mappings()}
+                for refits_among in (
+                    select(refits).where(refits.c.id.in_(is_newest)),
+                    select(refits).where(refits.c.id.in_(is_newest.where(refits.c.status == "done"))),
+                )
+            )
+        return tuple(
+            WatchedRun(
+                run=run_of({column.name: row[column.name] for column in runs.c}),
+                state=None if row["state_run_id"] is None else state_of(_part(row, "state_")),
+                refit=latest.get(row["id"]),
+                done_refit=done.get(row["id"]),
+            )
+            for row in rows
+        )
+
+
+def state_of(row: Mapping[Any, Any]) -> RunState:
+    """The state that a row of `run_states` holds."""
+    estimates = {
+        name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) if row[name] is not None else None
+        for name in _ESTIMATES
+    }
+    summary = Summary(
+        verdict=row["verdict"],
+        head_step=row["head_step"],
+        alarms=_alarms_of(row["alarms"]),
+        notes=_alarms_of(row["notes"]),
+        lift=estimates["lift"],
+        rollouts_saved=estimates["rollouts_saved"],
+        informative_shares=tuple(SharePoint(*point) for point in json.loads(row["informative_shares"])),
+        figures=json.loads(row["figures"]),
+    )
+    return RunState(row["run_id"], row["log_position"], summary, row["active_at"], row["saved_at"])
+
+
+def _part(row: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def _columns(summary: Summary) -> dict[str, Any]:
+    estimates: dict[str, float | None] = {}
+    for name in _ESTIMATES:
+        estimate: Estimate | None = getattr(summary, name)
+        ends = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+        estimates |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+    shares = [[point.first_step, point.last_step, point.share] for point in summary.informative_shares]
+    codes = dict.fromkeys(alarm.code for alarm in summary.alarms)
+    return {
+        "verdict": summary.verdict,
+        "head_step": summary.head_step,
+        "n_alarms": len(summary.alarms),
+        "alarm_codes": "".join(f" {code} " for code in codes),
+        "alarms": _json([asdict(alarm) for alarm in summary.alarms]),
+        "notes": _json([asdict(note) for note in summary.notes]),
+        **estimates,
+        "informative_share": shares[-1][-1] if shares else None,
+        "informative_shares": _json(shares),
+        "figures": _json(dict(summary.figures)),
+    }
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _alarms_of(content: str) -> tuple[Alarm, ...]:
+    return tuple(
+        Alarm(**{**fields, "remedy": Remedy(**fields["remedy"]) if fields["remedy"] else None})
+        for fields in json.loads(content)
+    )
+
+
+def _active_at(connection: Connection, run_id: int, log_position: int) -> datetime | None:
+    """When the newest batch was chosen or outcomes were reported, up to this position."""
+    statement = (
+        select(log.c.created_at)
+        .where(log.c.run_id == run_id, log.c.position <= log_position, log.c.kind.in_(("observe", "select")))
+        .order_by(log.c.position.desc())
+        .limit(1)
+    )
+    found: datetime | None = connection.execute(statement).scalar()
+    return found

@@ -1,0 +1,115 @@
+"""Server-sent events: every change is told once, silence is filled, and listeners leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.waiting import until
+
+from evenodds_service.api.routes import events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.api.conftest import Caller
+    from tests.conftest import Service
+
+one_backend = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+
+
+@contextmanager
+def listening(
+    service: Service, path: str, *, last: str | None = None, **query: Any
+) -> Iterator[Iterator[dict[str, str]]]:
+    """Blocks of a stream as their fields; a comment is the field without a name."""
+    headers = {"Last-Event-ID": last} if last is not None else {}
+    with service.http.stream("GET", path, headers=headers, params=query) as reply:
+        assert reply.status_code == 200
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert reply.headers["x-accel-buffering"] == "no"
+        assert "no-transform" in reply.headers["cache-control"]
+
+        def blocks() -> Iterator[dict[str, str]]:
+            fields: dict[str, str] = {}
+            for line in reply.iter_lines():
+                if line:
+                    name, _, value = line.partition(":")
+                    fields[name] = value.strip()
+                else:
+                    yield fields
+                    fields = {}
+
+        yield blocks()
+
+
+def test_a_change_is_told_once_and_who_comes_back_hears_what_they_missed(caller: Caller, service: Service) -> None:
+    caller.load_texts("a")
+    path = f"/runs/{caller.run}/events"
+    with listening(service, path) as blocks:
+        assert "" in next(blocks), "something comes at once"
+        first = next(blocks)
+        assert first["event"] == "change"
+        assert json.loads(first["data"]) == {"run": caller.run, "log_position": 1, "observations": 0}
+        caller.observe(0, {"prompt_id": "a", "rewards": [1]})
+        second = next(blocks)
+        assert json.loads(second["data"])["observations"] == 1
+        assert second["id"] != first["id"]
+
+    with listening(service, path, last=second["id"], wait_seconds=0.1) as blocks:
+        assert ["id" in block for block in blocks] == [False], "nothing was missed"
+    with listening(service, path, last=first["id"], wait_seconds=0.1) as blocks:
+        assert [block.get("id") for block in blocks] == [None, second["id"]]
+
+
+def test_all_runs_are_listened_to_together(caller: Caller, service: Service) -> None:
+    with listening(service, "/events") as blocks:
+        next(blocks)
+        before = next(blocks)
+        caller.load_texts("a")
+        assert next(blocks)["id"] != before["id"]
+
+
+@one_backend
+def test_silence_is_filled(caller: Caller, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "HEARTBEAT_SECONDS", 0.01)
+
+    with listening(service, f"/runs/{caller.run}/events") as blocks:
+        told = [next(blocks) for _ in range(3)]
+
+    assert ["event" in block for block in told] == [False, True, False]
+
+
+@one_backend
+def test_an_unknown_run_has_no_events(caller: Caller) -> None:
+    assert caller.refused("GET", "/runs/nowhere/events").code == "run_unknown"
+
+
+def test_streams_end_with_the_service(start_service: Callable[..., Service], database_url: str) -> None:
+    """It does not wait for those who listen."""
+    service = start_service(database_url)
+    service.client.put_run("a", embedder="none")
+
+    with listening(service, "/runs/a/events") as blocks:
+        next(blocks)
+        began = time.monotonic()
+        service.stop()
+        assert all("data" in block for block in blocks)
+    assert time.monotonic() - began < 4.5, "after its next look, and not when it is given up after 5 s"
+
+
+@one_backend
+def test_listeners_leave_nothing_behind_and_count_in_no_latency(caller: Caller, service: Service) -> None:
+    with listening(service, f"/runs/{caller.run}/events") as blocks:
+        next(blocks)
+
+    requests = 'evenodds_requests_total{method="GET",route="/runs/{run}/events",status="200"}'
+    until(lambda: requests in service.http.get("/metrics").text, "the end of the stream")
+    assert (
+        'evenodds_request_seconds_count{method="GET",route="/runs/{run}/events"}'
+        not in service.http.get("/metrics").text
+    )
