@@ -21,7 +21,7 @@ from scipy import sparse
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.log_entries import ObserveEntry
-from evenodds_service.domain.prompts import Prompt, join_key
+from evenodds_service.domain.prompts import Prompt, join_key, text_to_read
 from evenodds_service.errors import NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
@@ -291,7 +291,7 @@ class _KeptSource:
             if not prompts:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
             keys = [_key_of(prompt) for prompt in prompts]
-            texts.add(keys, [prompt.text for prompt in prompts], own)
+            texts.add(keys, [text_to_read(prompt.text, prompt.answer) for prompt in prompts], own)
             self._keys += keys
             self._ids += [prompt.prompt_id for prompt in prompts]
         history = self._log.read(store, run, to=run.log_position, void_position=run.void_position)
@@ -305,7 +305,7 @@ class _KeptTexts:
         self._place: dict[int, int] = {}
         self._blocks: list[sparse.csr_matrix] = []
 
-    def add(self, keys: Sequence[int], texts: Sequence[str | None], own: Container[int]) -> None:
+    def add(self, keys: Sequence[int], texts: Sequence[str], own: Container[int]) -> None:
         """Those of them that are not there yet, and not among the run's own."""
         told = zip(keys, texts, strict=True)
         fresh = {key: text for key, text in told if text and key not in self._place and key not in own}
@@ -371,7 +371,7 @@ class _KeptRun:
             prompts = store.prompts(run.id, first=n, limit=_PAGE)
             if not prompts:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
-            blocks.append(ngram_matrix([prompt.text or "" for prompt in prompts]))
+            blocks.append(ngram_matrix([text_to_read(prompt.text, prompt.answer) for prompt in prompts]))
             self._keys += [_key_of(prompt) for prompt in prompts]
             n += len(prompts)
         self._ngrams = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]

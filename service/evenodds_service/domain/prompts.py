@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ UNNAMED = ""
 
 MEAN = "mean of all"
 """Name of the column that is the mean of many."""
+
+Answer: TypeAlias = "str | int | float | bool | list[Answer] | dict[str, Answer] | None"
+"""A reference answer as JSON has it."""
 
 KnownRate: TypeAlias = "float | tuple[float, int]"
 """What another model showed on a prompt: its success rate, or successes of attempts."""
@@ -39,9 +43,34 @@ def join_key(text: str) -> str:
     return hashlib.sha256((letters or text_key(text)).encode()).hexdigest()[:16]
 
 
+def answer_text(answer: Answer) -> str:
+    """An answer as a text, in one Unicode form and without needless white space: 42, 42.0 and "42" are one.
+
+    Items of a list stand side by side with commas between them; an object is JSON.
+    """
+    if isinstance(answer, list):
+        return ", ".join(filter(None, map(answer_text, answer)))
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    told = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, sort_keys=True)
+    return " ".join(unicodedata.normalize("NFC", told).split())
+
+
+def text_to_read(text: str | None, answer: Answer = None) -> str:
+    """What n-grams are taken of: the text, and behind it the answer where there is one; empty without either."""
+    return text or "" if answer is None else f"{text or ''}\nAnswer: {answer_text(answer)}"
+
+
 @dataclass(frozen=True, slots=True)
 class NewPrompt:
-    """A prompt on its way into a pool. `text_key` is None without a text; `vector_key` names the embedding."""
+    """A prompt on its way into a pool.
+
+    Attributes:
+        text_key: None without a text.
+        vector_key: Names the embedding.
+        answer: What a right answer is; None where it is not known, and in the pool of a run that keeps no texts.
+        answer_features: Of the answer, which stay where the answer is not kept; None without one.
+    """
 
     prompt_id: str
     text: str | None = None
@@ -51,6 +80,8 @@ class NewPrompt:
     prior_rate: float | None = None
     prior_rates: Mapping[str, KnownRate] | None = None
     vector_key: str | None = None
+    answer: Answer = None
+    answer_features: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +157,7 @@ class NamedRates:
 
 
 NO_RATES = NamedRates((), np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.float32))
+NO_ANSWERS = np.empty((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +173,8 @@ class RawBlock:
         surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
         embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
         named_rates: What others showed, by their names; `NO_RATES` where nothing is known of any of these prompts.
+        answers_N_A: Features of the answers, float32 [n, A]; a row of NaN where a prompt has none, `NO_ANSWERS` where
+            none of them has one.
     """
 
     first: int
@@ -151,6 +185,7 @@ class RawBlock:
     surface_N_S: FloatArray
     embedding_N_D: FloatArray
     named_rates: NamedRates = NO_RATES
+    answers_N_A: FloatArray = field(default_factory=lambda: NO_ANSWERS)
 
     @property
     def told(self) -> NamedRates:

@@ -108,6 +108,8 @@ prompts = Table(
     Column("prior_rate", Double),
     Column("prior_rates", Text),  # JSON: name -> rate, or [successes, attempts]
     Column("vector_key", Text),
+    Column("answer", Text),  # JSON; a run that keeps no texts keeps no answers
+    Column("answer_features", Text),  # JSON: a list of numbers
     PrimaryKeyConstraint("run_id", "index"),
     UniqueConstraint("run_id", "prompt_id"),
     CheckConstraint('"index" >= 0', name="index"),

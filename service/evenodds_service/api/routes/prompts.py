@@ -245,6 +245,7 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
         "features": dict(prompt.features) if prompt.features else None,
         "prior_rate": prompt.prior_rate,
         "prior_rates": _rates_told(prompt.prior_rates),
+        "answer": prompt.answer,
     }
 
 
