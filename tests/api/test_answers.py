@@ -66,7 +66,16 @@ def test_what_is_no_answer_is_refused_and_not_quoted(caller: Caller, answer: str
     assert len(problem.detail) < 400
 
 
-@pytest.mark.parametrize("answer", ["\ud800", {"a": ["\udc00"]}, float("nan"), [float("inf")], 10**5_000])
+NO_JSON = {
+    "surrogate": "\ud800",
+    "nested": {"a": ["\udc00"]},
+    "nan": float("nan"),
+    "inf": [float("inf")],
+    "huge": 10**5_000,
+}
+
+
+@pytest.mark.parametrize("answer", NO_JSON.values(), ids=NO_JSON)
 def test_what_no_json_can_hold_is_refused_before_it_is_sent(answer: Any) -> None:
     with pytest.raises(ValidationError, match="answer"):
         PromptIn(prompt_id="a", answer=answer)
