@@ -115,12 +115,10 @@ def test_a_run_that_keeps_no_texts_keeps_features_of_answers_alone(caller: Calle
     assert private.refused("POST", f"/runs/{private.run}/prompts", json=changed).code == "prompt_conflict"
 
 
-@pytest.mark.parametrize("way", ["keep_text", "delete", "fork"])
+@pytest.mark.parametrize("way", ["keep_text", "delete", "fork", "erase"])
 def test_an_answer_goes_where_the_text_goes(caller: Caller, service: Service, way: str) -> None:
     words = f"{SECRET} {caller.run} {way}"
     caller.load([{"prompt_id": "a", "text": "A?", "answer": words}, {"prompt_id": "b", "answer": words + "!"}])
-    body = {"run": caller.run, "prompt": {"text": "D?", "answer": words}, "policy": "default"}
-    caller.ok("POST", "/budget", json=body)
     assert "prompts" in where_it_stands(service.database_url, words)
 
     if way == "fork":
@@ -132,6 +130,10 @@ def test_an_answer_goes_where_the_text_goes(caller: Caller, service: Service, wa
     elif way == "keep_text":
         caller.create(keep_text=False)
         assert answers(caller) == [None, None]
+    elif way == "erase":
+        for prompt_id in ("a", "b"):
+            assert caller.http.delete(f"/runs/{caller.run}/prompts/{prompt_id}").status_code == 204
+        assert answers(caller) == []
     else:
         assert caller.http.delete(f"/runs/{caller.run}").status_code == 204
     if way != "fork":

@@ -11,6 +11,7 @@ import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,8 @@ class History:
             else:
                 body = SelectRequest.model_validate(reply.asked)
                 # Settings are no part of the log: what the reply does not say of them is taken from the present ones.
-                chosen = live.choose(training._overlaid(body, run.settings), training._request(body, run, live))
+                asked_for = partial(training._request, body, run, live)
+                chosen = live.choose(training._overlaid(body, run.settings), asked_for)
                 due, told = list(chosen.prompt_ids), [prompt["prompt_id"] for prompt in reply.told["prompts"]]
             if told != due:
                 self.world.violated(f"the fold of {name} at {past.position} answers {due}, answered was {told}")

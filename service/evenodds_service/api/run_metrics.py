@@ -94,7 +94,7 @@ class RunMetrics(Collector):
         yield "evenodds_run_head_lag", (), run.log_position - position
         yield "evenodds_run_head_step", (), run.head_step if run.head_step is not None else -1
         yield "evenodds_run_observations", (), run.n_observations
-        yield "evenodds_run_pool_prompts", (), run.n_prompts
+        yield "evenodds_run_pool_prompts", (), run.pool_size
         yield "evenodds_run_model_version", (), run.model_version
         yield "evenodds_run_refit_open", (), bool(refits) and refits[0].status in ("pending", "running")
         yield "evenodds_run_refit_failed", (), bool(refits) and refits[0].status == "failed"

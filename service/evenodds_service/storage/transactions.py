@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, Insert, Table, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -12,6 +13,7 @@ from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
 from evenodds_service.timing import phase
 
+KeyT = TypeVar("KeyT")
 CHUNK = 500
 """Keys in one look-up, well below the limit on parameters of either database."""
 
@@ -80,7 +82,7 @@ def insert_or_ignore(connection: Connection, table: Table) -> Insert:
     return postgresql.insert(table).on_conflict_do_nothing()
 
 
-def chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+def chunks(keys: Sequence[KeyT]) -> Iterator[Sequence[KeyT]]:
     for start in range(0, len(keys), CHUNK):
         yield keys[start : start + CHUNK]
 

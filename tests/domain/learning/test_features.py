@@ -53,7 +53,8 @@ def whole(make_block: MakeBlock) -> RawBlock:
 
 
 def part(block: RawBlock, first: int, last: int) -> RawBlock:
-    return RawBlock(first, *(getattr(block, f.name)[first:last] for f in fields(block)[1:]))
+    parts = {field.name: getattr(block, field.name) for field in fields(block)[1:]}
+    return RawBlock(first, **{name: value if value is None else value[first:last] for name, value in parts.items()})
 
 
 def pool_of(block: RawBlock, cuts: Iterable[int] = ()) -> Pool:

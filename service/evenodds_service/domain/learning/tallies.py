@@ -189,6 +189,11 @@ class Tallies:
             met += self._count(w, rows, groups[held], share, 1.0)
         return Met(informative_n, float(met[0]), float(met[1]))
 
+    def move(self, moved_N: IntArray) -> None:
+        """Prompts stand elsewhere from here on; -1 stands for those that are gone, whose outcomes cannot come."""
+        known = self.open_prompts >= 0
+        self.open_prompts = np.where(known, moved_N[np.where(known, self.open_prompts, 0)], -1)
+
     def compare(self, step: int, nats: float, n: int) -> None:
         """Count by how much the mixture foresaw n observations better than MoPPS did."""
         self.skill[self.window(step)] += (nats, n)
