@@ -29,7 +29,7 @@ from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
-from evenodds_service.model.sources import NO_KEY, Joined, Source, joined
+from evenodds_service.model.sources import NO_KEY, Joined, Source, TextModel, joined
 from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
 from evenodds_service.runtime.retention import Tidying, history_of
@@ -391,6 +391,7 @@ class _KeptRun:
         self._keys_N = np.zeros(0, dtype=np.int64)
         self._sources: dict[int, _KeptSource] = {}
         self._texts = _KeptTexts()
+        self._text_model = TextModel()
 
     def training_data(self, store: Store, run: Run) -> TrainingData:
         """Everything up to the log position of the live run, which is at least the one that `run` shows.
@@ -424,6 +425,7 @@ class _KeptRun:
             warm_start=self.live.model,
             sources=sources,
             source_ngrams=None if sources is None else self._texts.below(own, sources.others_F),
+            source_texts=self._text_model,
         )
 
     def _read_texts(self, store: Store, run: Run) -> None:
@@ -451,7 +453,7 @@ class _KeptRun:
         """What the runs showed that this one learns from, as they stand now; None where there is nothing."""
         settings = run.settings
         if not settings.learn_from or PREDICTORS[settings.predictor].is_published:
-            self._sources, self._texts = {}, _KeptTexts()
+            self._sources, self._texts, self._text_model = {}, _KeptTexts(), TextModel()
             return None
         known, self._sources, found = self._sources, {}, []
         own = frozenset(self._keys_N.tolist())
