@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenodds_service.domain.prompts import answer_text, text_to_read
+from evenodds_service.domain.prompts import Answer, answer_text, text_to_read
 from evenodds_service.model.answers import ANSWER_NAMES, MAX_CHARACTERS, answer_features
 
 pytestmark = pytest.mark.numbers
@@ -76,7 +76,8 @@ def test_any_json_has_a_text_and_equal_numbers_have_one(answer: object) -> None:
 
     assert text == " ".join(text.split())
     assert answer_text([answer]) == text  # type: ignore[list-item]
-    assert {answer_text(same) for same in (42, 42.0, "42", " 42\n", [42])} == {"42"}
+    same: list[Answer] = [42, 42.0, "42", " 42\n", [42]]
+    assert set(map(answer_text, same)) == {"42"}
 
 
 def test_n_grams_read_the_answer_behind_the_text() -> None:

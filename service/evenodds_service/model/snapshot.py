@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ PAPER_CONTEXT = "paper context"
 SOURCES = "sources"
 _HEADER = "header"
 Weights = dict[str, FloatArray]
-Texts = Sequence[str | None] | sparse.csr_matrix
+Texts: TypeAlias = "Sequence[str | None] | sparse.csr_matrix"
 """Texts, of which None counts as empty, or their n-grams."""
 
 

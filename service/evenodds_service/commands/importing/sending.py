@@ -172,7 +172,7 @@ def send_rates(
                 reason = "prompts that the pool has with other prior rates or none, which a run keeps as it was loaded"
                 tally.leave_out(reason, rates.place)
                 continue
-            row = {"prompt_id": prompt.prompt_id, "text": prompt.text, "category": prompt.category}
+            row: dict[str, object] = {"prompt_id": prompt.prompt_id, "text": prompt.text, "category": prompt.category}
             row["answer"] = prompt.answer
             try:
                 batch.append(PromptIn.model_validate(row | {"prior_rates": rates.rates}))
