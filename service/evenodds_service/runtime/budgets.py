@@ -159,24 +159,23 @@ class Budgets:
         folded = self._live_runs.held(name, self._staleness)
         if folded is None:
             folded = await self._read(name, since=max(question.asked_at for question in questions) - self._staleness)
-            self._settle(folded)
-            return await self._in_thread(lambda: self._budgets(folded, questions))
-        self._settle(folded)
+            return self._settled(folded, await self._in_thread(lambda: self._budgets(folded, questions)))
         if self._live_runs.age(folded) > self._staleness / 2:
             self._refresh(name)  # ahead of time, so that nobody has to wait for it
         if not _is_light(folded.run, questions) or not folded.live.lock.acquire(blocking=False):
-            return await self._in_thread(lambda: self._budgets(folded, questions))
+            return self._settled(folded, await self._in_thread(lambda: self._budgets(folded, questions)))
         try:
-            return self._budgets(folded, questions)
+            return self._settled(folded, self._budgets(folded, questions))
         finally:
             folded.live.lock.release()
 
-    def _settle(self, folded: FoldedRun) -> None:
+    def _settled(self, folded: FoldedRun, answers: Sequence[Budget | Exception]) -> Sequence[Budget | Exception]:
         """A run that answers budgets and has never chosen a batch is a served one: from now on its pool is bounded."""
         run = folded.run
         is_settled = run.settings.retain_prompts is not None or folded.live.state.tallies.n_selections
-        if is_settled or run.id in self._settling or self._settle_retention is None:
-            return
+        is_answered = any(isinstance(answer, Budget) for answer in answers)
+        if is_settled or not is_answered or run.id in self._settling or self._settle_retention is None:
+            return answers
         settle = self._settle_retention
         self._settling.add(run.id)
 
@@ -192,6 +191,7 @@ class Budgets:
 
         task = asyncio.get_running_loop().create_task(work())
         self._tasks.add(task)
+        return answers
 
     async def _read(self, name: str, *, since: float) -> FoldedRun:
         """The run as it was at `since` or later."""

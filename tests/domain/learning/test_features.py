@@ -4,7 +4,7 @@ import io
 import itertools
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -53,9 +53,9 @@ def whole(make_block: MakeBlock) -> RawBlock:
 
 
 def part(block: RawBlock, first: int, last: int) -> RawBlock:
-    values = {field.name: getattr(block, field.name) for field in fields(block)[1:]}
-    cut: dict[str, Any] = {name: None if value is None else value[first:last] for name, value in values.items()}
-    return RawBlock(first, **cut)
+    values = {f.name: getattr(block, f.name) for f in fields(block)[1:]}
+    parts = {name: value[first:last] for name, value in values.items() if value is not None}
+    return replace(block, first=first, **parts)
 
 
 def pool_of(block: RawBlock, cuts: Iterable[int] = ()) -> Pool:

@@ -97,10 +97,8 @@ def _rows(state: State, prompts: IntArray) -> IntArray:
     """Where the prompts that an entry names stand in the pool."""
     rows = rows_of_serials(state, prompts)
     if (rows < 0).any():
-        raise ValueError(
-            f"a log entry names prompt {int(prompts[rows < 0][0])}, the pool has {state.n_prompts} and had "
-            f"{state.n_retired} more"
-        )
+        had = f" and had {state.n_retired} more" if state.n_retired else ""
+        raise ValueError(f"a log entry names prompt {int(prompts[rows < 0][0])}, the pool has {state.n_prompts}{had}")
     return rows
 
 
