@@ -128,7 +128,7 @@ def _run(world: World, share: float, n_others: int, arguments: argparse.Namespac
             step += 1
         if step:
             method.refit(step)
-        _measure(figures, method, seen, rates_N, informative_N)
+        measure(figures, method, seen, rates_N, informative_N)
     return figures
 
 
@@ -143,9 +143,10 @@ def _learning(world: World, names: Sequence[str], shown_R_N: FloatArray, attempt
     return replace(world, sources=joined(keys, [], sources))
 
 
-def _measure(
+def measure(
     figures: dict[str, list[float]], method: Gps, seen: BoolArray, rates_N: FloatArray, informative_N: FloatArray
 ) -> None:
+    """Append each figure as it stands now."""
     forecast, never = method.predict(), np.flatnonzero(~seen)
     best: IntArray = never[np.argsort(-forecast.informative_N[never], kind="stable")[:BEST]]
     figures["spearman"].append(spearman(forecast.mean_N, rates_N))

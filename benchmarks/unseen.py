@@ -1,6 +1,7 @@
 """What the sparse n-gram prior knows of prompts that it has never seen, and which shape its beliefs should have.
 
-    python benchmarks/unseen.py FOLDER [--seeds 3] [--quick]       (or EVENODDS_DATA=FOLDER)
+    python -m benchmarks.unseen FOLDER [--seeds 3] [--quick]       (or EVENODDS_DATA=FOLDER)
+    python -m benchmarks.unseen FOLDER --answers [--seeds 3]
 
 FOLDER holds the data sets named below; identical texts count once. Three tables:
 
@@ -14,9 +15,13 @@ FOLDER holds the data sets named below; identical texts count once. Three tables
 3. First visits only: no prompt twice, the prior fitted on 8 samples of what was chosen so far (at random before the
    first fit), half the pool visited in 60 steps. Share of informative groups of 8 in expectation over their outcomes.
 
+`--answers` shows instead what the prompts' reference answers add, where a data set has them: Spearman as in table 1,
+with labels of 8 samples, and the first visits of table 3 with refits at ten steps.
+
 The settings of `model/ngrams.py` and `domain/matched_prior.py` were chosen on `math_qwen_multisample` (the policies
-Qwen2.5-Math-7B, Qwen2.5-7B and Qwen2.5-Math-1.5B-Instruct at temperature 1): its figures flatter them. Nothing was
-chosen on the others; about 6,000 texts of `deepscaler_qwen25math7b_k128` are in MATH too.
+Qwen2.5-Math-7B, Qwen2.5-7B and Qwen2.5-Math-1.5B-Instruct at temperature 1): its figures flatter them. The features of
+answers were looked at there too. Nothing was chosen on the others; about 6,000 texts of `deepscaler_qwen25math7b_k128`
+are in MATH too.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import gzip
 import json
 import os
 from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +49,10 @@ from scipy import sparse
 
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.matched_prior import matched_concentration
-from evenodds_service.domain.prompts import RawBlock, text_key
+from evenodds_service.domain.prompts import NO_ANSWERS, RawBlock, answer_text, text_key, text_to_read
 from evenodds_service.domain.ranks import spearman
 from evenodds_service.domain.settings import BUILTIN
+from evenodds_service.model.answers import answer_features
 from evenodds_service.model.embedder import open_embedder
 from evenodds_service.model.ngrams import FittedNgrams, fit, ngram_matrix
 from evenodds_service.model.surface import surface_features
@@ -58,6 +65,7 @@ LABEL_COUNTS = (2_048, 8_000, 20_000)
 N_FOLDS = 5
 STEPS = 60
 REFITS = (1, 2, 3, 5, 8, 12, 16, *range(20, STEPS, 5))
+FEW_REFITS = (1, 2, 4, 7, 11, 16, 23, 31, 40, 50)
 CONCENTRATIONS = tuple(2.0 ** np.arange(-3, 4.1, 0.5))
 
 
@@ -90,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the n-gram prior knows of prompts never seen.")
     parser.add_argument("folder", nargs="?", type=Path, default=os.environ.get("EVENODDS_DATA"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--answers", action="store_true", help="what the reference answers add")
     parser.add_argument("--quick", action="store_true", help="one seed, and no first visits on the largest pool")
     arguments = parser.parse_args()
     if arguments.folder is None:
@@ -97,6 +106,9 @@ def main() -> None:
     seeds = 1 if arguments.quick else arguments.seeds
 
     folder = Path(arguments.folder)
+    if arguments.answers:
+        show_answers(folder, seeds)
+        return
     math = read(folder / "math_qwen_multisample", policy="Qwen2.5-Math-7B@T1k50")
     deepscaler = read(folder / "deepscaler_qwen25math7b_k128")
     trajectory = read(folder / "dsr_sub_rl_trajectory")
@@ -134,7 +146,30 @@ def main() -> None:
             )
 
 
-def read(folder: Path, *, policy: str | None = None) -> Data:
+def show_answers(folder: Path, seeds: int) -> None:
+    """The two tables of `--answers`."""
+    told = {False: "text", True: "text, answer"}
+    sets: dict[str, tuple[str | None, tuple[int, ...]]] = {
+        "math_qwen_multisample": ("Qwen2.5-Math-7B@T1k50", (8_000,)),
+        "dsr_sub_rl_trajectory": (None, (900,)),
+        "deepscaler_qwen25math7b_k128": (None, (8_000, 20_000)),
+    }
+    print("Spearman on held-out texts, labels of 8 samples, mean (standard deviation over seeds)")
+    kept: dict[bool, Data] = {}
+    for name, (policy, label_counts) in sets.items():
+        for with_answers, title in told.items():
+            data = kept[with_answers] = read(folder / name, policy=policy, with_answers=with_answers)
+            for n_labels in label_counts:
+                cell = _cell(held_out(data, "8 samples", n_labels, seeds))
+                print(f"{_title(data):34}{title:14}{n_labels:7,}{cell}", flush=True)
+    print("\nFirst visits only: share of informative groups, by forecast informativeness, one seed")
+    for with_answers, title in told.items():
+        shares = first_visits(kept[with_answers], "informative", 0, refits=FEW_REFITS)
+        thirds = " ".join(f"{third:.3f}" for third in shares.reshape(3, -1).mean(axis=1))
+        print(f"{_title(kept[with_answers]):34}{title:14}{shares.mean():9.3f}   {thirds}", flush=True)
+
+
+def read(folder: Path, *, policy: str | None = None, with_answers: bool = False) -> Data:
     """The distinct texts of a data set, with their samples by one policy or by all."""
     successes: defaultdict[str, int] = defaultdict(int)
     samples: defaultdict[str, int] = defaultdict(int)
@@ -143,13 +178,14 @@ def read(folder: Path, *, policy: str | None = None) -> Data:
             if policy is None or row["model"] == policy:
                 successes[row["prompt_id"]] += int(row["n_success"])
                 samples[row["prompt_id"]] += int(row["n_samples"])
-    texts: dict[str, tuple[str, str]] = {}
+    texts: dict[str, tuple[str, str, str]] = {}
     with gzip.open(folder / "prompts.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
             prompt = json.loads(line)
             if samples[prompt["prompt_id"]]:
-                texts.setdefault(text_key(prompt["text"]), (prompt["prompt_id"], prompt["text"]))
-    ids, kept = zip(*texts.values(), strict=True)
+                answer = prompt["meta"]["answer"] if with_answers else ""
+                texts.setdefault(text_key(prompt["text"]), (prompt["prompt_id"], prompt["text"], answer))
+    ids, kept, answers = zip(*texts.values(), strict=True)
     block = RawBlock(
         first=0,
         prompt_ids=ids,
@@ -158,12 +194,13 @@ def read(folder: Path, *, policy: str | None = None) -> Data:
         prior_rates_N=np.full(len(ids), np.nan, dtype=np.float32),
         surface_N_S=surface_features(kept),
         embedding_N_D=open_embedder(BUILTIN).embed(kept),
+        answers_N_A=answer_features([answer_text(answer) for answer in answers]) if with_answers else NO_ANSWERS,
     )
     return Data(
         folder.name,
         np.array([successes[i] for i in ids], dtype=np.float64),
         np.array([samples[i] for i in ids], dtype=np.float64),
-        ngram_matrix(kept),
+        ngram_matrix([text_to_read(*both) for both in zip(kept, answers, strict=True)] if with_answers else kept),
         np.asarray(Basis.of(block).project(block), dtype=np.float32),
     )
 
@@ -251,7 +288,7 @@ def _figures(belief: InflatedBeta, k: Floats, again: Floats) -> Floats:
     return np.array([log_loss, next_loss, np.mean((forecast - outcome) ** 2), gap, np.mean(forecast - outcome)])
 
 
-def first_visits(data: Data, score: str, seed: int) -> Floats:
+def first_visits(data: Data, score: str, seed: int, *, refits: Container[int] = REFITS) -> Floats:
     """Expected share of informative groups in each step's batch, [STEPS]."""
     rates = data.rates
     n = len(rates)
@@ -262,7 +299,7 @@ def first_visits(data: Data, score: str, seed: int) -> Floats:
     scores: Floats = generator.random(n)
     shares = []
     for step in range(STEPS):
-        if step in REFITS and score != "uniform" and seen.sum() >= 32:
+        if step in refits and score != "uniform" and seen.sum() >= 32:
             result = fitted(data, np.flatnonzero(seen), "8 samples", seed)
             scores = np.asarray(result.informative_N if score == "informative" else -np.abs(result.mean_N - 0.5))
         batch = np.argsort(np.where(seen, -np.inf, scores))[::-1][:batch_size]

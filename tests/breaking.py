@@ -32,7 +32,7 @@ from evenodds_service.worker import Worker
 
 CANARY_TEXT = "a canary sings; it's yellow"
 CANARY_KEY = "eo_" + "canary-" * 6
-PROMPT = {"prompt_id": "a", "text": CANARY_TEXT}
+PROMPT = {"prompt_id": "a", "text": CANARY_TEXT, "answer": {"of": "the canary", "or": ["yellow"]}}
 HEADERS = {"Authorization": f"Bearer {CANARY_KEY}", "X-Request-ID": CANARY_KEY}
 
 
@@ -73,7 +73,7 @@ async def broken(database_url: str) -> list[str]:
         for run in ("sound", "fitted"):
             reply = await http.post(f"/runs/{run}/prompts", json={"prompts": [PROMPT]})
             assert reply.status_code == 200, reply.text
-        ask = {"run": "sound", "prompts": [{"text": CANARY_TEXT}]}
+        ask = {"run": "sound", "prompts": [{"text": CANARY_TEXT, "answer": "a canary"}]}
 
         live = services.live_runs.at_head("sound").live
         live.state.mixture = None  # as no process would have it
@@ -101,7 +101,7 @@ async def broken(database_url: str) -> list[str]:
                 )
             else:
                 connection.execute(sql("ALTER TABLE prompts ADD CONSTRAINT broken CHECK (text IS NULL) NOT VALID"))
-        await fails("storage", "/runs/sound/prompts", {"prompts": [{"prompt_id": "b", "text": CANARY_TEXT}]})
+        await fails("storage", "/runs/sound/prompts", {"prompts": [{**PROMPT, "prompt_id": "b"}]})
 
     async def forgotten() -> None:
         raise KeyError(CANARY_TEXT, CANARY_KEY)

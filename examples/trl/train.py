@@ -9,7 +9,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from evenodds import PromptSelector
-from evenodds.integrations.trl import GRPOSelection
+from evenodds.integrations.trl import GRPOSelection, prompts_of
 
 ROWS = [
     {"prompt_id": f"{a}+{b}", "prompt": f"What is {a} + {b}? Answer with the number alone: ", "answer": str(a + b)}
@@ -47,11 +47,10 @@ def main() -> None:
         logging_steps=1,
         report_to="none",
     )
-    prompts = [{"prompt_id": row["prompt_id"], "text": row["prompt"]} for row in ROWS]
     with PromptSelector(
         arguments.base_url,
         arguments.evenodds_run,
-        prompts,
+        prompts_of(ROWS),
         run_settings={"group_size": config.num_generations},
     ) as selector:
         selector.wait_until_ready()

@@ -23,13 +23,13 @@ from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.learning.state import rows_of_serials
 from evenodds_service.domain.log_entries import ObserveEntry
-from evenodds_service.domain.prompts import Prompt, join_key
+from evenodds_service.domain.prompts import Prompt, join_key, text_to_read
 from evenodds_service.errors import LogCompacted, NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
-from evenodds_service.model.sources import NO_KEY, Joined, Source, joined
+from evenodds_service.model.sources import NO_KEY, Joined, Source, TextModel, joined
 from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
 from evenodds_service.runtime.retention import Tidying, history_of
@@ -343,7 +343,7 @@ class _KeptSource:
         while not is_last:
             prompts = store.prompts(run.id, first=self._serials[-1] + 1 if self._serials else 0, limit=_PAGE)
             keys = [_key_of(prompt) for prompt in prompts]
-            texts.add(keys, [prompt.text for prompt in prompts], own)
+            texts.add(keys, [text_to_read(prompt.text, prompt.answer) for prompt in prompts], own)
             self._serials += [prompt.index for prompt in prompts]
             self._keys += keys
             self._ids += [prompt.prompt_id for prompt in prompts]
@@ -362,7 +362,7 @@ class _KeptTexts:
         self._place: dict[int, int] = {}
         self._blocks: list[sparse.csr_matrix] = []
 
-    def add(self, keys: Sequence[int], texts: Sequence[str | None], own: Container[int]) -> None:
+    def add(self, keys: Sequence[int], texts: Sequence[str], own: Container[int]) -> None:
         """Those of them that are not there yet, and not among the run's own."""
         told = zip(keys, texts, strict=True)
         fresh = {key: text for key, text in told if text and key not in self._place and key not in own}
@@ -391,6 +391,7 @@ class _KeptRun:
         self._keys_N = np.zeros(0, dtype=np.int64)
         self._sources: dict[int, _KeptSource] = {}
         self._texts = _KeptTexts()
+        self._text_model = TextModel()
 
     def training_data(self, store: Store, run: Run) -> TrainingData:
         """Everything up to the log position of the live run, which is at least the one that `run` shows.
@@ -424,6 +425,7 @@ class _KeptRun:
             warm_start=self.live.model,
             sources=sources,
             source_ngrams=None if sources is None else self._texts.below(own, sources.others_F),
+            source_texts=self._text_model,
         )
 
     def _read_texts(self, store: Store, run: Run) -> None:
@@ -440,7 +442,9 @@ class _KeptRun:
             page = fresh[first : first + _PAGE]
             found = {prompt.index: prompt for prompt in store.prompts(run.id, first=int(page[0]), limit=_PAGE)}
             prompts = [found.get(serial) for serial in page.tolist()]
-            blocks.append(ngram_matrix([(prompt and prompt.text) or "" for prompt in prompts]))
+            blocks.append(
+                ngram_matrix([text_to_read(prompt.text, prompt.answer) if prompt else "" for prompt in prompts])
+            )
             keys.append(np.array([NO_KEY if prompt is None else _key_of(prompt) for prompt in prompts], dtype=np.int64))
         self._ngrams = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
         self._serials_N, self._keys_N = serials_N.copy(), np.concatenate(keys)
@@ -449,7 +453,7 @@ class _KeptRun:
         """What the runs showed that this one learns from, as they stand now; None where there is nothing."""
         settings = run.settings
         if not settings.learn_from or PREDICTORS[settings.predictor].is_published:
-            self._sources, self._texts = {}, _KeptTexts()
+            self._sources, self._texts, self._text_model = {}, _KeptTexts(), TextModel()
             return None
         known, self._sources, found = self._sources, {}, []
         own = frozenset(self._keys_N.tolist())

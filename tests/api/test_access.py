@@ -454,3 +454,30 @@ def test_a_run_learns_only_from_runs_that_its_creators_key_may_read(guarded: Gua
     assert guarded.call(team, "PUT", "/runs/team-d", json={"fork_of": "team-c"}).status_code == 201
     assert (within("team-c"), within("team-d")) == ((), ("team-*",))
     assert asked(team, run="team-b").json()["learn_from"] is None
+
+
+def test_a_key_that_may_not_read_never_gets_an_answer_back_and_no_log_line_has_one(
+    guarded: Guarded, caplog: pytest.LogCaptureFixture
+) -> None:
+    writes, reads = guarded.key("writer", frozenset({"write"})), guarded.key("reader", frozenset({"read"}))
+    secret = "the reference answer"
+    prompt = {"prompt_id": "a", "text": "A?", "answer": [secret]}
+    observed = {"run": "math", "step": 0, "observations": [{**prompt, "rewards": [1]}]}
+
+    with caplog.at_level(logging.DEBUG):
+        replies = [
+            guarded.call(writes, "PUT", "/runs/math", json={"embedder": "none"}),
+            guarded.call(writes, "POST", "/runs/math/prompts", json={"prompts": [prompt]}),
+            guarded.call(writes, "POST", "/runs/math/prompts", json={"prompts": [{**prompt, "answer": "x"}]}),
+            guarded.call(writes, "POST", "/runs/math/prompts", json={"prompts": [{**prompt, "category": [1]}]}),
+            guarded.call(writes, "POST", "/runs/math/prompts?keep_existing=true", json={"prompts": [prompt]}),
+            guarded.call(writes, "POST", "/observe", json=observed),
+            guarded.call(writes, "POST", "/select_batch", json={"run": "math", "step": 1, "batch_size": 1}),
+            guarded.call(writes, "GET", "/runs/math/prompts"),
+            guarded.call(writes, "GET", "/runs/math/prompts/a"),
+        ]
+
+    assert [reply.status_code for reply in replies] == [201, 200, 409, 422, 200, 200, 200, 403, 403]
+    assert all(secret not in reply.text for reply in replies)
+    assert secret not in caplog.text
+    assert guarded.call(reads, "GET", "/runs/math/prompts/a").json()["answer"] == [secret]

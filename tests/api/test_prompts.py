@@ -87,6 +87,7 @@ def test_a_prompt_keeps_what_it_came_with(caller: Caller) -> None:
         "features": {"length": 12.5, "n_digits": 0},
         "prior_rate": 0.25,
         "prior_rates": {"qwen-7b": 0.5, "llama-8b": {"successes": 2.5, "attempts": 8}},
+        "answer": {"value": [1, 2.5, "x"], "is_exact": True, "unit": None},
     }
 
     caller.load([prompt])
@@ -160,10 +161,10 @@ def test_an_id_that_no_prompt_can_have_is_malformed(caller: Caller) -> None:
     assert problem.detail == r"prompt_id: a NUL character (\u0000) cannot be stored: remove it"
 
 
-@pytest.mark.parametrize("attribute", ["text", "category", "features", "prior_rate"])
+@pytest.mark.parametrize("attribute", ["text", "category", "features", "prior_rate", "answer"])
 def test_a_known_id_that_states_something_else_is_refused(caller: Caller, attribute: str) -> None:
-    known = {"prompt_id": "a", "text": "A?", "category": "g", "features": {"x": 1}, "prior_rate": 0.5}
-    other = {"text": "B?", "category": "h", "features": {"x": 2}, "prior_rate": 0.6}
+    known = {"prompt_id": "a", "text": "A?", "category": "g", "features": {"x": 1}, "prior_rate": 0.5, "answer": 42}
+    other = {"text": "B?", "category": "h", "features": {"x": 2}, "prior_rate": 0.6, "answer": 43}
     caller.load([known])
 
     body = {"prompts": [{"prompt_id": "new"}, {**known, attribute: other[attribute]}]}

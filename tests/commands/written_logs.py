@@ -91,7 +91,12 @@ def episode(
     weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """A row of prime-rl's `traces.jsonl`."""
-    task = {"type": "MathTask", "data": {"idx": 3, "prompt": text}, "key": f"key of {text}", "hash": f"hash of {text}"}
+    task = {
+        "type": "MathTask",
+        "data": {"idx": 3, "prompt": text, "answer": "3"},
+        "key": f"key of {text}",
+        "hash": f"hash of {text}",
+    }
     scored = {
         name: None if score is None else {"score": score, "weight": (weights or {}).get(name, 1.0)}
         for name, score in rewards.items()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
+from evenodds_service.domain.prompts import NO_ANSWERS, NO_RATES, NamedRates, RawBlock
 
 # The same examples each time, and fewer: the same tests run once more under each kernel.
 settings.register_profile("kernels", settings.get_profile("ci"), max_examples=30)
@@ -28,6 +28,7 @@ class MakeBlock(Protocol):
         numeric: tuple[Mapping[str, float] | None, ...] | None = None,
         prior_rates: FloatArray | None = None,
         named_rates: NamedRates = NO_RATES,
+        answers: FloatArray = NO_ANSWERS,
     ) -> RawBlock: ...
 
 
@@ -45,6 +46,7 @@ def make_block() -> MakeBlock:
         numeric: tuple[Mapping[str, float] | None, ...] | None = None,
         prior_rates: FloatArray | None = None,
         named_rates: NamedRates = NO_RATES,
+        answers: FloatArray = NO_ANSWERS,
     ) -> RawBlock:
         return RawBlock(
             first=first,
@@ -55,6 +57,7 @@ def make_block() -> MakeBlock:
             surface_N_S=np.zeros((n, 0), np.float32) if surface is None else surface.astype(np.float32),
             embedding_N_D=np.zeros((n, 0), np.float32) if embedding is None else embedding.astype(np.float32),
             named_rates=named_rates,
+            answers_N_A=answers.astype(np.float32),
         )
 
     return make

@@ -58,6 +58,7 @@ class RLHFDataset:
                 "data_source": "sums",
                 "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}],
                 "extra_info": {"index": i, "split": "train"},
+                "reward_model": {"style": "rule", "ground_truth": f"{2 * i}"},
             }
             for i in range(n)
         ]
@@ -164,6 +165,7 @@ class Sample:
     group_index: int | None = None
     index: int | None = None
     rollout_id: int | None = None
+    label: str | None = None
     reward: Any = None
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -230,7 +232,7 @@ def prime_rl() -> dict[str, dict[str, Any]]:
 
 
 def task(key: str) -> Any:
-    return SimpleNamespace(key=key, data=SimpleNamespace(prompt_text=f"Do {key}."))
+    return SimpleNamespace(key=key, data=SimpleNamespace(prompt_text=f"Do {key}.", answer=f"{key} done"))
 
 
 def episode(task: Any, reward: float, *, step: int | None = None, **more: Any) -> Any:
@@ -277,7 +279,13 @@ NEMO_RL = {"nemo_rl.distributed.batched_data_dict": {"BatchedDataDict": BatchedD
 
 def nemo_loader(name: str, n: int) -> Any:
     rows = [
-        {"message_log": [{"role": "user", "content": f"{name} {i}?"}], "task_name": name, "idx": i} for i in range(n)
+        {
+            "message_log": [{"role": "user", "content": f"{name} {i}?"}],
+            "extra_env_info": {"ground_truth": f"{i}"},
+            "task_name": name,
+            "idx": i,
+        }
+        for i in range(n)
     ]
     return SimpleNamespace(dataset=rows, collate_fn=collate)
 
@@ -321,6 +329,11 @@ class StatefulDataLoader(DataLoader[Any]):
 TORCHDATA = {"torchdata.stateful_dataloader": {"StatefulDataLoader": StatefulDataLoader}}
 
 
+def _sky_extras(index: int) -> dict[str, Any]:
+    """Both names are in use."""
+    return {("reward_model", "reward_spec")[index % 2]: {"ground_truth": f"{2 * index}"}}
+
+
 class SkyDataset:
     def __init__(self, n: int) -> None:
         self.n = n
@@ -329,7 +342,7 @@ class SkyDataset:
         return self.n
 
     def __getitem__(self, index: int) -> tuple[Any, Any, dict[str, Any], str]:
-        return [{"role": "user", "content": f"What is {index} + {index}?"}], None, {}, str(index)
+        return [{"role": "user", "content": f"What is {index} + {index}?"}], None, _sky_extras(index), str(index)
 
     def collate_fn(self, rows: list[Any]) -> list[dict[str, Any]]:
         return [dict(zip(("prompt", "env_class", "env_extras", "uid"), row, strict=True)) for row in rows]

@@ -15,7 +15,7 @@ from tests.integrations.tiny import PROMPTS, ROWS, config, says_the_digit, tiny_
 from tests.waiting import until
 
 from evenodds import ConfigurationError, PromptSelector
-from evenodds.integrations.trl import GRPOSelection
+from evenodds.integrations.trl import GRPOSelection, prompts_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # what TRL and transformers say of one another
 
@@ -179,3 +179,18 @@ def test_a_real_training_draws_from_the_service_reports_to_it_and_resumes(
     assert [step for step, _, _ in generated[4:]] == [2, 3, 4]
     steps = [step for _, step, _, _ in observed(trainers_service, second.run)]
     assert sorted(steps) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+
+
+def test_trl_finds_answers_by_the_usual_names_of_their_columns() -> None:
+    rows = [
+        {"prompt_id": 1, "prompt": "1?", "answer": "a", "solution": "s"},
+        {"prompt_id": 2, "prompt": [{"role": "user", "content": "2?"}], "answer": None, "solution": "s"},
+        {"prompt_id": 3, "prompt": "3?", "truth": 3},
+    ]
+
+    assert prompts_of(rows) == [
+        {"prompt_id": "1", "text": "1?", "answer": "a"},
+        {"prompt_id": "2", "text": "2?", "answer": "s"},
+        {"prompt_id": "3", "text": "3?"},
+    ]
+    assert [prompt.get("answer") for prompt in prompts_of(rows, answer_column="truth")] == [None, None, 3]

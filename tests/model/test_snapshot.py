@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.predictors import PAPER
-from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.prompts import FittedPrior, RawBlock, SourceColumns
 from evenodds_service.domain.settings import PredictorName
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model import paper_fit, paper_network
@@ -133,6 +133,16 @@ def test_a_model_predicts_the_same_after_its_bytes(model: SharedModel) -> None:
         np.testing.assert_array_equal(prior.concentrations_N, theirs[name].concentrations_N)
         assert ((prior.means_N > 0) & (prior.means_N < 1)).all()
         assert (prior.concentrations_N > 0).all()
+
+
+def test_n_grams_that_were_made_before_tell_the_same_as_their_texts(model: SharedModel) -> None:
+    block, words = block_of(list(NEW)), ngram_matrix([text or "" for text in NEW])
+    shown = SourceColumns(("other",), np.zeros((N, 1), np.float16), np.zeros(1))
+
+    for name, prior in model.predict(NEW, block).items():
+        np.testing.assert_array_equal(model.predict(words, block)[name].means_N, prior.means_N)
+    assert model.read(NEW) is NEW, "they are made once where they are asked for once"
+    assert (replace(model, sources=shown).read(NEW) != words).nnz == 0
 
 
 def test_without_torch_only_the_published_model_cannot_speak_of_other_prompts(

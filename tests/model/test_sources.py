@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from scipy import sparse
 
@@ -11,7 +13,7 @@ from evenodds_service.domain.prompts import MEAN, join_key
 from evenodds_service.domain.ranks import spearman
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
-from evenodds_service.model.sources import NO_KEY, Source, fit_sources, joined, phases, predict
+from evenodds_service.model.sources import NO_KEY, Source, TextModel, fit_sources, joined, phases, predict
 
 N, ATTEMPTS = 400, 8
 KEYS = np.arange(1, N + 1)
@@ -105,8 +107,33 @@ def test_texts_tell_of_prompts_that_nobody_has_tried() -> None:
 
     assert data.in_common == {"other pool": 0}
     assert spearman(fitted.columns.log_odds_N_C[:, 0].astype(np.float64), eases) > 0.9
-    new = predict(fitted.weights, [f"{kind} another one, 77." for kind in kinds])
+    new = predict(fitted.weights, ngram_matrix([f"{kind} another one, 77." for kind in kinds]))
     assert (np.diff(new[:, 0]) < 0).all()
+
+
+def test_a_text_model_is_fitted_anew_only_where_what_it_reads_has_changed() -> None:
+    def told_of(
+        source: Source, texts: sparse.csr_matrix, kept: TextModel
+    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+        data = joined(KEYS, [], [source])
+        assert data is not None
+        return kept.fit(data, texts, group_size=8, seed=0)
+
+    texts = ngram_matrix([f"{('Compute', 'Prove')[i % 2]} the case {31 * i}." for i in range(N)])
+    other_texts = texts[::-1].tocsr()
+    eases = 1.0 - 2.0 * (np.arange(N) % 2)
+    source, other = (tried("a", np.arange(N), eases=eases, seed=seed) for seed in (0, 1))
+    kept = TextModel()
+
+    first = told_of(source, texts, kept)
+
+    assert told_of(source, texts, kept) is first
+    for changed, read in ((other, texts), (source, other_texts), (source, texts)):
+        again, alone = told_of(changed, read, kept), told_of(changed, read, TextModel())
+        assert again is not first
+        np.testing.assert_array_equal(again[0], alone[0])
+        assert again[1].keys() == alone[1].keys()
+        assert all(np.array_equal(again[1][name], alone[1][name]) for name in alone[1])
 
 
 def test_of_many_columns_the_mean_is_read_and_later_the_nearest_too() -> None:

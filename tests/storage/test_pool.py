@@ -31,6 +31,8 @@ FULL = NewPrompt(
     prior_rate=0.30000000000000004,
     prior_rates={"b": 0.1, "a": (2.5, 8)},
     vector_key="v",
+    answer=[2, "two"],
+    answer_features=(1.0, 0.30029296875),
 )
 
 
@@ -49,6 +51,8 @@ def test_prompts_come_back_as_they_were_added_in_order_of_arrival(store: Store, 
         FULL.prior_rate,
         FULL.prior_rates,
         FULL.vector_key,
+        FULL.answer,
+        FULL.answer_features,
         index=0,
     )
     assert store.prompts(run.id) == (first, Prompt("b", index=1), Prompt("0", index=2))
@@ -79,6 +83,7 @@ def test_prompt_twice_in_one_call_is_added_once(store: Store, run: Run, now: dat
         (NewPrompt("a", group="algebra"), "category"),
         (NewPrompt("a", features={"length": 0.2, "depth": -3.0}), "features"),
         (NewPrompt("a", prior_rate=0.3), "prior rate"),
+        (NewPrompt("a", answer="2", answer_features=FULL.answer_features), "answer"),
     ],
 )
 def test_prompt_id_with_other_content_names_the_item_and_writes_nothing(

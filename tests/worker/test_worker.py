@@ -12,8 +12,12 @@ import pytest
 from tests.backends import mainly_sqlite
 from tests.waiting import PATIENCE_SECONDS, in_background, until
 
+from evenodds import PromptIn
 from evenodds_service.domain.prompts import Prompt
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import StoreUnavailable
+from evenodds_service.model.answers import ANSWER_NAMES
+from evenodds_service.model.ngrams import ngram_matrix
 from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.store import Store
@@ -55,6 +59,29 @@ def test_the_report_says_what_was_fitted_and_how_long_each_part_took(bench: Benc
     assert set(refit.report) == {"rate", "observations", "seconds_loading", "seconds_fitting"}
     assert (refit.report["rate"], refit.report["observations"]) == (0.25, 128)
     assert bench.store.snapshot(run.id, 1).fitted_position == run.log_position
+
+
+@mainly_sqlite
+def test_a_refit_reads_the_answer_behind_the_text_and_its_features_among_the_inputs(bench: Bench) -> None:
+    seen: list[TrainingData] = []
+
+    def fit(data: TrainingData) -> SharedModel:
+        seen.append(data)
+        return bench.constant(0.25)(data)
+
+    run, _ = bench.store.put_run("math", RunSettings(embedder="none"), now=bench.clock())
+    bench.add(run, [PromptIn(prompt_id=f"p{i}", text="?", answer=f"{i}/7" if i % 2 else None) for i in range(160)])
+    bench.observe("math", 0, range(128))
+
+    bench.worker(fit).work_once()
+
+    (data,) = seen
+    texts = [f"?\nAnswer: {i}/7" if i % 2 else "?" for i in range(160)]
+    assert (data.ngrams != ngram_matrix(texts)).nnz == 0
+    assert data.basis.n_answer == len(ANSWER_NAMES)
+    of_answers = data.x_N_d[:, data.basis.n_surface - len(ANSWER_NAMES) : data.basis.n_surface]
+    assert not of_answers[0::2].any()
+    assert of_answers[1::2].any(axis=1).all()
 
 
 @mainly_sqlite

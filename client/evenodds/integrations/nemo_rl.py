@@ -19,6 +19,7 @@ from typing import Any
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
+from evenodds.training.text import described
 
 NO_FILL = "NeMo-RL asserts that each batch has grpo.num_prompts_per_step prompts (times batch_multiplier)"
 ID, STEP = "evenodds_id", "evenodds_step"
@@ -28,7 +29,8 @@ ID, STEP = "evenodds_id", "evenodds_step"
 class SelectedDataloader:
     """Draws from all data loaders' data sets the prompts that the service chooses; their own order is not used.
 
-    A prompt's id is the name of its data loader and its row number; the name is its category too.
+    A prompt's id is the name of its data loader and its row number; the name is its category too. Its answer is
+    `extra_env_info["ground_truth"]`, where NeMo-RL's processors put it.
 
     Args:
         settings: See `Connection`.
@@ -99,7 +101,7 @@ class SelectedDataloader:
         """Connected at the first batch: only then the pool is known."""
         if self._connection is None:
             pool = [
-                {"prompt_id": f"{task}/{index}", "category": task} | ({"text": text} if (text := _text(row)) else {})
+                {"prompt_id": f"{task}/{index}", "category": task} | described(_text(row), _answer(row))
                 for task, dataloader in dataloaders.items()
                 for index, row in enumerate(_rows(dataloader.dataset))
             ]
@@ -116,3 +118,8 @@ def _text(row: Mapping[str, Any]) -> str | None:
     """What the user says: a row's `message_log` has messages with a role and a content."""
     said = [message.get("content") for message in row.get("message_log", ()) if message.get("role") == "user"]
     return "\n\n".join(text for text in said if isinstance(text, str) and text) or None
+
+
+def _answer(row: Mapping[str, Any]) -> object:
+    of_environment = row.get("extra_env_info")
+    return of_environment.get("ground_truth") if isinstance(of_environment, Mapping) else None

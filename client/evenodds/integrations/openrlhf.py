@@ -14,6 +14,7 @@ from typing import Any
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
+from evenodds.training.text import described
 
 WHERE = "settings of OpenRLHF's trainer"
 NO_FILL = "OpenRLHF draws one prompt after the other, and with dynamic filtering until its batch is full"
@@ -22,7 +23,7 @@ NO_FILL = "OpenRLHF draws one prompt after the other, and with dynamic filtering
 class SelectedDataloader:
     """In the place of OpenRLHF's data loader: one prompt after the other, `batch_size` of each choice.
 
-    A prompt's id is a hash of its text and its label; rows with the same are one prompt.
+    A prompt's id is a hash of its text and its label, which is its answer; rows with the same are one prompt.
     """
 
     def __init__(self, dataset: Any, settings: Mapping[str, Any], *, batch_size: int, group_size: int) -> None:
@@ -32,7 +33,7 @@ class SelectedDataloader:
             self._rows.setdefault(id_of(dataset[row][1], dataset[row][2]), row)
         if len(self._rows) < batch_size:
             raise ConfigurationError(f"{WHERE}: {len(self._rows)} prompts do not fill a batch of {batch_size}")
-        pool = [{"prompt_id": prompt_id, "text": dataset[row][1]} for prompt_id, row in self._rows.items()]
+        pool = [{"prompt_id": i} | described(*dataset[row][1:3]) for i, row in self._rows.items()]
         self._batch_size = batch_size
         self._n_samples = group_size
         self.connection = Connection(settings, pool, where=WHERE, no_fill=NO_FILL, group_size=group_size)

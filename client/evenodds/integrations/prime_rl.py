@@ -18,7 +18,7 @@ from prime_rl.orchestrator.curriculum.samplers import TaskSampler
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
-from evenodds.training.text import text_of
+from evenodds.training.text import described
 
 NO_FILL = "prime-rl's orchestrator draws one task after the other until its batch is full"
 _KEPT_DRAWS = 64
@@ -32,7 +32,7 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
     orchestrator does not wait. Each choice is a step.
 
     Args:
-        tasks: A finite taskset. A task's id is its `key`.
+        tasks: A finite taskset. A task's id is its `key`, its answer the field `answer` of its data, where it has one.
         settings: See `Connection`.
         batch_size: Tasks of a choice; best as many as a training step takes.
 
@@ -50,7 +50,7 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
             self._by_key[task.key] = task
         self._batch_size = min(batch_size, len(self._by_key))
         pool = [
-            {"prompt_id": key} | ({"text": text} if (text := text_of(task.data.prompt_text)) else {})
+            {"prompt_id": key} | described(task.data.prompt_text, getattr(task.data, "answer", None))
             for key, task in self._by_key.items()
         ]
         self._connection = Connection(settings, pool, where="settings", no_fill=NO_FILL)

@@ -21,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
 from evenodds.integrations.torch import FilledBatchSampler, PromptSampler
-from evenodds.training.text import text_of
+from evenodds.training.text import described, ground_truth_of
 
 WHERE = "settings of SkyRL's trainer"
 NO_FILL = (
@@ -68,8 +68,8 @@ class SelectsPrompts:
         # uid of a row, which is its number: the prompt's id, which stays the same when rows are left out.
         self._evenodds_ids = {uid: _prompt_id(messages, extras, id_key) for messages, _, extras, uid in rows}
         pool = [
-            {"prompt_id": self._evenodds_ids[uid]} | ({"text": text} if (text := text_of(messages)) else {})
-            for messages, _, _, uid in rows
+            {"prompt_id": self._evenodds_ids[uid]} | described(messages, ground_truth_of(extras))
+            for messages, _, extras, uid in rows
         ]
         batch_size = self.cfg.trainer.train_batch_size
         options = {name: value for name, value in self._evenodds_settings.items() if name != "id_key"}

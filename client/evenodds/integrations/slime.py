@@ -27,7 +27,7 @@ except ImportError:
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
 from evenodds.training.batch import Batch
-from evenodds.training.text import text_of
+from evenodds.training.text import described
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ KEY = "evenodds"
 class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # slime is untyped
     """The prompts that the service chooses, one choice for each call that the buffer cannot serve.
 
-    A prompt's id is `metadata["prompt_id"]`, or else a hash of its text.
+    A prompt's id is `metadata["prompt_id"]`, or else a hash of its text; its answer is its label (`--label-key`).
 
     Raises:
         ConfigurationError: `evenodds` is missing from the configuration, or there is no global data set; or `fill` is
@@ -52,7 +52,7 @@ class EvenOddsDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # 
             raise ConfigurationError("there is no pool to choose from: set --prompt-data and --rollout-global-dataset")
         self._by_id = _by_id(self.dataset.samples)
         pool = [
-            {"prompt_id": prompt_id} | ({"text": text} if (text := text_of(sample.prompt)) else {})
+            {"prompt_id": prompt_id} | described(sample.prompt, getattr(sample, "label", None))
             for prompt_id, sample in self._by_id.items()
         ]
         n_rollout = max(getattr(args, "rollout_batch_size", 1), getattr(args, "over_sampling_batch_size", None) or 1)

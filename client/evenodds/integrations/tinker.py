@@ -17,6 +17,7 @@ from tinker_cookbook.rl.types import EnvGroupBuilder, RLDataset
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
+from evenodds.training.text import described
 
 
 class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is not installed where this is checked
@@ -30,6 +31,7 @@ class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is no
         batch_size: Groups of a batch; with `fill`, informative ones.
         n_batches: Batches of the training: its length, as tinker-cookbook counts epochs.
         texts: What each prompt is judged by until it was tried.
+        answers: And the answers, as `ProblemEnv.get_reference_answer` gives them.
         group_size: Attempts of a group.
 
     Raises:
@@ -44,12 +46,13 @@ class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is no
         batch_size: int,
         n_batches: int,
         texts: Mapping[str, str] | None = None,
+        answers: Mapping[str, Any] | None = None,
         group_size: int | None = None,
     ) -> None:
         if len(builders) < batch_size:
             raise ConfigurationError(f"builders: {len(builders)} do not fill a batch of {batch_size}")
-        texts = texts or {}
-        pool = [{"prompt_id": i} | ({"text": texts[i]} if texts.get(i) else {}) for i in builders]
+        texts, answers = texts or {}, answers or {}
+        pool = [{"prompt_id": i} | described(texts.get(i), answers.get(i)) for i in builders]
         options = {name: value for name, value in settings.items() if name != "reward_key"}
         self.connection = Connection(options, pool, where="settings", no_fill=None, group_size=group_size)
         self._reward_key = settings.get("reward_key")

@@ -19,7 +19,7 @@ from trinity.buffer.selector.selector import BaseSelector
 
 from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import Connection
-from evenodds.training.text import text_of
+from evenodds.training.text import described
 
 WHERE = "data_selector.kwargs"
 NO_FILL = "Trinity's explorer and trainer keep in step by batches of one size, and what is more would grow old"
@@ -33,7 +33,8 @@ class EvenOddsSelector(BaseSelector):  # type: ignore[misc]  # Trinity-RFT is no
     `repeat_times`. Nor does it say of which choice: it counts for the newest step that the task was chosen at.
 
     In `kwargs`, besides what `Connection` takes: `group_size`; `prompt_key`, the column of the task's text
-    (`question`); `id_key`, the column of its id, by default none: the row number.
+    (`question`); `answer_key`, that of its answer (`answer`), which may be missing; `id_key`, the column of its id, by
+    default none: the row number.
 
     Raises:
         ConfigurationError: `kwargs` are incomplete.
@@ -46,13 +47,13 @@ class EvenOddsSelector(BaseSelector):  # type: ignore[misc]  # Trinity-RFT is no
         if not isinstance(self._group_size, int) or self._group_size < 1:
             raise ConfigurationError(f"{WHERE}: group_size {self._group_size!r}; say how many attempts a mean is of")
         prompt_key, id_key = kwargs.pop("prompt_key", "question"), kwargs.pop("id_key", None)
+        answer_key = kwargs.pop("answer_key", "answer")
         pool: list[dict[str, object]] = []
         for index, row in enumerate(data_source.dataset):
-            text = text_of(row.get(prompt_key))
             if id_key is not None and row.get(id_key) is None:
                 raise ConfigurationError(f"{WHERE}: row {index} of the taskset has no column {id_key!r} (id_key)")
             prompt: dict[str, object] = {"prompt_id": str(index if id_key is None else row[id_key])}
-            pool.append(prompt | ({"text": text} if text else {}))
+            pool.append(prompt | described(row.get(prompt_key), row.get(answer_key)))
         settings = {"seed": config.seed, **kwargs}
         self._connection = Connection(settings, pool, where=WHERE, no_fill=NO_FILL, group_size=self._group_size)
         self._ids = self._connection.selector.prompt_ids

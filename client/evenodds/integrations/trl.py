@@ -24,12 +24,32 @@ from evenodds.errors import ConfigurationError
 from evenodds.integrations.connection import RewardRange
 from evenodds.integrations.torch import ranks
 from evenodds.training.selector import PromptSelector
+from evenodds.training.text import described
 
 logger = logging.getLogger(__name__)
 
 STATE = "evenodds"
 """Where the trainer's own state keeps the selector's, in each checkpoint's `trainer_state.json`."""
+ANSWERS = ("answer", "solution")
+"""Columns that hold reference answers, by TRL's own examples and reward functions."""
 RewardFunction = Callable[..., Any]
+
+
+def prompts_of(
+    rows: Iterable[Mapping[str, Any]], *, id_column: str = "prompt_id", answer_column: str | None = None
+) -> list[dict[str, Any]]:
+    """The rows as prompts for a `PromptSelector`: with their texts, and their answers where there are any.
+
+    Args:
+        rows: Mappings with `prompt`, a text or messages, and the id column.
+        answer_column: Holds the answers; by default `answer`, else `solution`.
+    """
+    columns = ANSWERS if answer_column is None else (answer_column,)
+    return [
+        {"prompt_id": str(row[id_column])}
+        | described(row["prompt"], next((row[name] for name in columns if row.get(name) is not None), None))
+        for row in rows
+    ]
 
 
 class GRPOSelection:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evenodds.errors import ConfigurationError
-from evenodds.training.text import text_of
+from evenodds.training.text import described, ground_truth_of
 
 
 def prompt_id_of(data_source: object, extra_info: Mapping[str, Any]) -> str:
@@ -16,7 +16,7 @@ def prompt_id_of(data_source: object, extra_info: Mapping[str, Any]) -> str:
 
 
 def pool_of(dataset: Any, prompt_key: str) -> list[dict[str, object]]:
-    """All prompts of an `RLHFDataset`, in the order of its rows.
+    """All prompts of an `RLHFDataset`, in the order of its rows, with `reward_model.ground_truth` as their answers.
 
     Raises:
         ConfigurationError: A row has no `extra_info.index`.
@@ -31,8 +31,8 @@ def pool_of(dataset: Any, prompt_key: str) -> list[dict[str, object]]:
             )
         source = row.get("data_source")
         prompt: dict[str, object] = {"prompt_id": prompt_id_of(source, extra_info)}
-        text = text_of(row.get(prompt_key))
-        pool.append(prompt | ({"text": text} if text else {}) | ({"category": str(source)} if source else {}))
+        prompt |= described(row.get(prompt_key), ground_truth_of(row))
+        pool.append(prompt | ({"category": str(source)} if source else {}))
     return pool
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SkipValidation, WithJsonSchema
+from pydantic import AfterValidator, Field, JsonValue, SkipValidation, WithJsonSchema
 
 from evenodds.schemas.base import older
 
@@ -12,6 +13,8 @@ MAX_ITEMS = 10_000
 """Most items in one list. Larger pools are sent as NDJSON."""
 MAX_TEXT = 200_000
 """Most characters in one prompt's text."""
+MAX_ANSWER = 20_000
+"""Most characters in one prompt's answer, as JSON."""
 MAX_ID = 256
 MAX_VECTOR = 8_192
 MAX_FEATURES = 64
@@ -46,6 +49,22 @@ def storable(value: str) -> str:
     return value
 
 
+def storable_answer(value: JsonValue) -> JsonValue:
+    """Refuse what is too long, and what no JSON in UTF-8 can hold: NaN, infinity and lone surrogates."""
+    try:
+        content = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair cannot be stored: send valid Unicode") from error
+    except ValueError as error:
+        raise ValueError("an answer is JSON, which has no NaN, no infinity and no number of thousands of digits") from (
+            error
+        )
+    if len(content) > MAX_ANSWER:
+        raise ValueError(f"{len(content)} characters as JSON, the limit is {MAX_ANSWER}: send the short answer alone")
+    return value
+
+
 RunName = Annotated[str, Field(pattern=RUN_PATTERN, examples=["math-7b"])]
 RunNames = Annotated[
     str,
@@ -54,6 +73,7 @@ RunNames = Annotated[
 Key = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(storable)]
 PromptId = Annotated[Key, Field(description="stable inside a run", examples=["gsm8k-00017"])]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(storable)]
+Answer = Annotated[JsonValue, AfterValidator(storable_answer)]
 Step = Annotated[int, Field(ge=0, le=MAX_STEP, description="the policy version", examples=[12])]
 Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Reward = Annotated[

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag, model_validator
-from pydantic.config import JsonValue
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from evenodds.schemas.base import HasOlderNames, Reply, Request, example, older
 from evenodds.schemas.fields import (
     MAX_ITEMS,
     MAX_RATE_NAMES,
+    Answer,
     Features,
     GroupSize,
     Key,
@@ -67,6 +67,12 @@ class Described(HasOlderNames, Request):
         "attempts. How far each can be believed is learned from the first groups; a run knows at most "
         f"{MAX_RATE_NAMES} names",
     )
+    answer: Answer = Field(
+        default=None,
+        description="what a right answer is, as a string, a number, a list or any JSON: it tells much of how hard the "
+        "prompt is. Kept with the text; a run that keeps no texts keeps features of it alone",
+        examples=["42"],
+    )
 
 
 class PromptIn(Described, Named):
@@ -82,7 +88,7 @@ class PromptIn(Described, Named):
 class PromptsIn(Request):
     model_config = example(
         prompts=[
-            {"prompt_id": "sum-1", "text": "What is 17 + 25?", "category": "arithmetic"},
+            {"prompt_id": "sum-1", "text": "What is 17 + 25?", "category": "arithmetic", "answer": 42},
             {
                 "prompt_id": "root-1",
                 "text": "Solve x^2 - 5x + 6 = 0.",
@@ -135,6 +141,7 @@ class PromptInfo(HasOlderNames, Reply):
     features: dict[str, float] | None
     prior_rate: float | None
     prior_rates: dict[str, float | KnownCounts] | None = None
+    answer: JsonValue = Field(default=None, description="null where the run keeps no texts")
 
 
 class PromptPage(Reply):

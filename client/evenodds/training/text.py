@@ -1,8 +1,16 @@
-"""The text by which a prompt is judged, out of what trainers keep as a prompt."""
+"""The text by which a prompt is judged, and its answer, out of what trainers keep of a prompt."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from evenodds.schemas.fields import Answer
+
+_ANSWER: TypeAdapter[Any] = TypeAdapter(Answer)
 
 
 def text_of(prompt: object) -> str | None:
@@ -28,3 +36,33 @@ def text_of(prompt: object) -> str | None:
                 part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
             ]
     return "\n\n".join(text for text in texts if text) or None
+
+
+def answer_of(answer: object) -> Any:
+    """A reference answer as JSON; None where there is none, and where it cannot be sent: too long, or no JSON.
+
+    An answer is a hint: without it a prompt is judged by its text.
+
+    Args:
+        answer: Whatever a data set has: a text, a number, a list, an array, a mapping.
+    """
+    if hasattr(answer, "tolist"):
+        answer = answer.tolist()
+    if answer is None or answer == "" or (isinstance(answer, float) and math.isnan(answer)):
+        return None
+    try:
+        return _ANSWER.validate_python(list(answer) if isinstance(answer, tuple) else answer)
+    except ValidationError:
+        return None
+
+
+def described(prompt: object, answer: object = None) -> dict[str, Any]:
+    """What is sent of a prompt besides its id: its text and its answer, each where there is one."""
+    known = {"text": text_of(prompt), "answer": answer_of(answer)}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def ground_truth_of(row: Mapping[str, Any]) -> object:
+    """The answer of a row as verl's data sets have it: `ground_truth` of `reward_model`, or of `reward_spec`."""
+    of_verifier = row.get("reward_model") or row.get("reward_spec")
+    return of_verifier.get("ground_truth") if isinstance(of_verifier, Mapping) else None

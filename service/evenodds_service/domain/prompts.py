@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,9 @@ UNNAMED = ""
 MEAN = "mean of all"
 """Name of the column that is the mean of many."""
 
+Answer: TypeAlias = "str | int | float | bool | list[Answer] | dict[str, Answer] | None"
+"""A reference answer as JSON has it."""
+
 KnownRate: TypeAlias = "float | tuple[float, int]"
 """What another model showed on a prompt: its success rate, or successes of attempts."""
 
@@ -40,9 +44,34 @@ def join_key(text: str) -> str:
     return hashlib.sha256((letters or text_key(text)).encode()).hexdigest()[:16]
 
 
+def answer_text(answer: Answer) -> str:
+    """An answer as a text, in one Unicode form and without needless white space: 42, 42.0 and "42" are one.
+
+    Items of a list stand side by side with commas between them; an object is JSON.
+    """
+    if isinstance(answer, list):
+        return ", ".join(filter(None, map(answer_text, answer)))
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    told = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, sort_keys=True)
+    return " ".join(unicodedata.normalize("NFC", told).split())
+
+
+def text_to_read(text: str | None, answer: Answer = None) -> str:
+    """What n-grams are taken of: the text, and behind it the answer where there is one; empty without either."""
+    return text or "" if answer is None else f"{text or ''}\nAnswer: {answer_text(answer)}"
+
+
 @dataclass(frozen=True, slots=True)
 class NewPrompt:
-    """A prompt on its way into a pool. `text_key` is None without a text; `vector_key` names the embedding."""
+    """A prompt on its way into a pool.
+
+    Attributes:
+        text_key: None without a text.
+        vector_key: Names the embedding.
+        answer: What a right answer is; None where it is not known, and in the pool of a run that keeps no texts.
+        answer_features: Of the answer, which stay where the answer is not kept; None without one.
+    """
 
     prompt_id: str
     text: str | None = None
@@ -52,6 +81,8 @@ class NewPrompt:
     prior_rate: float | None = None
     prior_rates: Mapping[str, KnownRate] | None = None
     vector_key: str | None = None
+    answer: Answer = None
+    answer_features: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +160,7 @@ class NamedRates:
 
 
 NO_RATES = NamedRates((), np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.float32))
+NO_ANSWERS = np.empty((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +176,8 @@ class RawBlock:
         surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
         embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
         named_rates: What others showed, by their names; `NO_RATES` where nothing is known of any of these prompts.
+        answers_N_A: Features of the answers, float32 [n, A]; a row of NaN where a prompt has none, `NO_ANSWERS` where
+            none of them has one.
         serials_N: Their indices in the log, int64 [n], where those are not `first .. first + n - 1`.
     """
 
@@ -155,6 +189,7 @@ class RawBlock:
     surface_N_S: FloatArray
     embedding_N_D: FloatArray
     named_rates: NamedRates = NO_RATES
+    answers_N_A: FloatArray = field(default_factory=lambda: NO_ANSWERS)
     serials_N: IntArray | None = None
 
     def rows(self, kept_N: BoolArray) -> RawBlock:
@@ -171,6 +206,7 @@ class RawBlock:
             named_rates=NamedRates(told.names, told.rates_N_R[kept_N], told.attempts_N_R[kept_N])
             if told.names
             else NO_RATES,
+            answers_N_A=self.answers_N_A[kept_N] if self.answers_N_A.shape[1] else NO_ANSWERS,
             serials_N=None if self.serials_N is None else self.serials_N[kept_N],
         )
 

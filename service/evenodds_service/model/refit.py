@@ -20,7 +20,7 @@ from evenodds_service.domain.settings import ModelSize, PredictorName
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import PAPER_CONCENTRATION, PAPER_CONTEXT, SOURCES, SharedModel, Weights, shaped
-from evenodds_service.model.sources import Joined, fit_sources
+from evenodds_service.model.sources import Joined, TextModel, fit_sources
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ class TrainingData:
         warm_start: The model that is in use, if any.
         sources: Outcomes of the runs that are learned from, if there are any.
         source_ngrams: Of the pool's prompts and of the other prompts of these runs.
+        source_texts: Their text model as the refit before this one left it.
     """
 
     embedder: str
@@ -62,6 +63,7 @@ class TrainingData:
     warm_start: SharedModel | None = None
     sources: Joined | None = None
     source_ngrams: sparse.csr_matrix | None = None
+    source_texts: TextModel | None = None
 
 
 def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel:
@@ -116,7 +118,9 @@ def fit_shared_model(data: TrainingData, *, device: torch.device) -> SharedModel
 def _beside_sources(model: SharedModel, data: TrainingData, joined: Joined) -> SharedModel:
     """The model with what the runs that are learned from showed."""
     texts = data.ngrams if data.source_ngrams is None else data.source_ngrams
-    fitted = fit_sources(joined, texts, data.history, group_size=data.group_size, seed=_SEED)
+    fitted = fit_sources(
+        joined, texts, data.history, group_size=data.group_size, seed=_SEED, text_model=data.source_texts
+    )
     return replace(
         model,
         weights={**model.weights, SOURCES: fitted.weights},

@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
+from scipy import sparse
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.features import Basis
@@ -32,6 +33,8 @@ PAPER_CONTEXT = "paper context"
 SOURCES = "sources"
 _HEADER = "header"
 Weights = dict[str, FloatArray]
+Texts: TypeAlias = "Sequence[str | None] | sparse.csr_matrix"
+"""Texts, of which None counts as empty, or their n-grams."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,20 +194,22 @@ class SharedModel:
         """The same model with this very basis where it is equal to its own, so that nothing is projected twice."""
         return replace(self, basis=basis) if basis is not None and basis.equals(self.basis) else self
 
-    def predict(
-        self, texts: Sequence[str | None], block: RawBlock, x_n_d: FloatArray | None = None
-    ) -> dict[str, FittedPrior]:
+    def read(self, texts: Sequence[str | None]) -> Texts:
+        """The texts as `predict` and `shown` take them, n-grams where both ask for those: they are made once."""
+        return texts if self.sources is None else ngrams.ngram_matrix([text or "" for text in texts])
+
+    def predict(self, texts: Texts, block: RawBlock, x_n_d: FloatArray | None = None) -> dict[str, FittedPrior]:
         """What each prior says about n prompts outside the pool.
 
         Args:
-            texts: n texts; None counts as empty.
+            texts: n of them; `read` spares work where `shown` is asked too.
             block: Their raw features.
             x_n_d: These as `basis` projects them, where the caller has done that.
         """
         x_n_d = self.basis.project(block) if x_n_d is None else x_n_d
         told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
-            words = [text or "" for text in texts]
+            words = texts if isinstance(texts, sparse.csr_matrix) else [text or "" for text in texts]
             told["ngrams"] = ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:])
         if "latent" in self.weights:
             told["latent"] = self._latent.predict(x_n_d)
@@ -219,13 +224,14 @@ class SharedModel:
             fitted[PAPER] = self._published(block, x_n_d)
         return fitted
 
-    def shown(self, texts: Sequence[str | None]) -> FloatArray | None:
+    def shown(self, texts: Texts) -> FloatArray | None:
         """What the runs that are learned from would show on n prompts outside the pool, log-odds [n, C]; None without
         such runs.
         """
         if self.sources is None:
             return None
-        return sources.predict(self.weights[SOURCES], [text or "" for text in texts])
+        words = texts if isinstance(texts, sparse.csr_matrix) else self.read(texts)
+        return sources.predict(self.weights[SOURCES], words)
 
     @cached_property
     def _latent(self) -> latent.LatentPrior:

@@ -7,6 +7,7 @@ would show where it has shown nothing. Knows keys, counts and n-grams: no texts,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -172,16 +173,49 @@ def _matched(
     return distinct, k_own, n_own, others, k_other, n_other
 
 
+class TextModel:
+    """The text model of all columns' outcomes, which takes longest to fit: the newest fit is kept, and serves again as
+    long as nothing that it reads has changed. What it tells is the same either way.
+    """
+
+    def __init__(self) -> None:
+        self._of = b""
+        self._fitted: tuple[FloatArray, Mapping[str, FloatArray]] = (np.zeros(0), {})
+
+    def fit(
+        self, data: Joined, texts: sparse.csr_matrix, *, group_size: int, seed: int
+    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+        """Log-odds of every row by its text, [U], and the weights of the fit; 0 for all and none where there are too
+        few outcomes.
+        """
+        k = _summed(data.rows_m, data.successes_m, data.n_rows)
+        n = _summed(data.rows_m, data.attempts_m, data.n_rows)
+        digest = hashlib.blake2b(f"{texts.shape} {group_size} {seed}".encode())
+        for part in (k, n, texts.indptr, texts.indices):
+            digest.update(np.ascontiguousarray(part).data)
+        if digest.digest() != self._of:
+            self._fitted = _text_log_odds(k, n, texts, group_size=group_size, seed=seed)
+            self._of = digest.digest()
+        return self._fitted
+
+
 def fit_sources(
-    data: Joined, texts: sparse.csr_matrix, history: History, *, group_size: int, seed: int
+    data: Joined,
+    texts: sparse.csr_matrix,
+    history: History,
+    *,
+    group_size: int,
+    seed: int,
+    text_model: TextModel | None = None,
 ) -> FittedSources:
     """What the columns say of the run's own prompts.
 
     Args:
         texts: n-grams of the own prompts and of the others behind them.
         history: Of the run itself, by which the nearest of many columns are found.
+        text_model: Of the fit before this one, if it is kept.
     """
-    text_U, weights = _text_log_odds(data, texts, group_size=group_size, seed=seed)
+    text_U, text_weights = (text_model or TextModel()).fit(data, texts, group_size=group_size, seed=seed)
     centre = float(text_U.mean())
     model = _two_parameters(data, _TEXT_SLOPE * (text_U - centre))
     read = np.flatnonzero(data.is_read_R)
@@ -197,7 +231,8 @@ def fit_sources(
         offsets.insert(0, float(model.offsets_R[read].mean()))
         slopes.insert(0, float(model.slopes_R[read].mean()))
     log_odds = np.stack(columns, axis=1).astype(np.float16)
-    weights |= {
+    weights = {
+        **text_weights,
         "offsets_C": np.asarray(offsets, dtype=np.float32),
         "slopes_C": np.asarray(slopes, dtype=np.float32),
         "centre": np.array([centre], dtype=np.float32),
@@ -209,34 +244,37 @@ def fit_sources(
     return FittedSources(shown, weights, report)
 
 
-def predict(weights: ngrams.Weights, texts: Sequence[str]) -> FloatArray:
-    """What the columns would show on texts outside the pool, log-odds float64 [n, C]."""
-    ease_n: FloatArray = np.zeros(len(texts))
+def predict(weights: ngrams.Weights, texts: sparse.csr_matrix) -> FloatArray:
+    """What the columns would show on texts outside the pool, log-odds float64 [n, C].
+
+    Args:
+        texts: Their n-grams.
+    """
+    n = texts.shape[0]
+    ease_n: FloatArray = np.zeros(n)
     if "sparse_F_H" in weights:
-        mean, _ = ngrams.predict(weights, texts, np.zeros((len(texts), 0), dtype=np.float32))
+        mean, _ = ngrams.predict(weights, texts, np.zeros((n, 0), dtype=np.float32))
         ease_n = _TEXT_SLOPE * (_log_odds(mean) - float(weights["centre"][0]))
     offsets, slopes = weights["offsets_C"].astype(np.float64), weights["slopes_C"].astype(np.float64)
     return np.asarray(offsets + slopes * ease_n[:, None])
 
 
 def _text_log_odds(
-    data: Joined, texts: sparse.csr_matrix, *, group_size: int, seed: int
+    k: FloatArray, n: FloatArray, texts: sparse.csr_matrix, *, group_size: int, seed: int
 ) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Log-odds of every row by its text, from all columns' outcomes together, [U]; 0 for all where there are too few.
+    """Log-odds of every row by its text, from all columns' k successes of n attempts, [U].
 
     Those of rows with outcomes come from a fit that has not seen them.
     """
-    k = _summed(data.rows_m, data.successes_m, data.n_rows)
-    n = _summed(data.rows_m, data.attempts_m, data.n_rows)
     has_text = np.diff(texts.indptr) > 0
     labelled = np.flatnonzero((n > 0) & has_text)
     if len(labelled) > MOST_LABELS:
         labelled = np.sort(np.random.default_rng(seed).choice(labelled, MOST_LABELS, replace=False))
     if len(labelled) < ngrams.MIN_LABELS:
-        return np.zeros(data.n_rows), {}
+        return np.zeros(len(n)), {}
     fitted = ngrams.fit(
         texts,
-        np.zeros((data.n_rows, 0), dtype=np.float32),
+        np.zeros((len(n), 0), dtype=np.float32),
         labelled=labelled,
         successes=k[labelled],
         attempts=n[labelled],

@@ -10,6 +10,7 @@ import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.mixture import Experts
+from evenodds_service.domain.prompts import text_to_read
 from evenodds_service.errors import UnknownPrompts
 from evenodds_service.runtime.featurizer import Featurizer, PromptLike, new_prompt
 from evenodds_service.runtime.live_run import LiveRun
@@ -83,7 +84,7 @@ def beliefs_about(
             parts.append((inside, experts))
             seen[inside] = live.state.attempts_N[rows]
         if block is not None:
-            texts = [items[i].text for i in outside]
+            texts = [text_to_read(items[i].text, items[i].answer) for i in outside]
             a[outside], b[outside], experts = live.new_beliefs(predictor, texts, block)
             parts.append((outside, experts))
         return Beliefs(

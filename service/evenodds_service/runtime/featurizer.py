@@ -14,9 +14,21 @@ from typing import Protocol
 import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
-from evenodds_service.domain.prompts import KnownRate, NamedRates, NewPrompt, NewPrompts, RawBlock, Vector, text_key
+from evenodds_service.domain.prompts import (
+    NO_ANSWERS,
+    Answer,
+    KnownRate,
+    NamedRates,
+    NewPrompt,
+    NewPrompts,
+    RawBlock,
+    Vector,
+    answer_text,
+    text_key,
+)
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, RunSettings
 from evenodds_service.errors import EmbedderNotAllowed, EmbeddingRefused
+from evenodds_service.model.answers import ANSWER_NAMES, answer_features
 from evenodds_service.model.embedder import Embedder, open_embedder
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES, surface_features
 from evenodds_service.storage.store import Run, Store
@@ -54,6 +66,8 @@ class PromptLike(Protocol):
     def prior_rate(self) -> float | None: ...
     @property
     def prior_rates(self) -> Mapping[str, float | CountsLike] | None: ...
+    @property
+    def answer(self) -> Answer: ...
 
 
 class Featurizer:
@@ -169,6 +183,7 @@ class Featurizer:
             surface_N_S=surface,
             embedding_N_D=embedding,
             named_rates=NamedRates.of([_known_rates(item.prior_rates) for item in items]),
+            answers_N_A=_answers(items),
         )
 
     def _cached(self, texts: Sequence[str], embedder: Embedder | None) -> tuple[FloatArray, FloatArray]:
@@ -226,7 +241,25 @@ def new_prompt(item: PromptLike) -> NewPrompt:
         features=item.features or None,
         prior_rate=item.prior_rate,
         prior_rates=_known_rates(item.prior_rates),
+        answer=item.answer,
+        answer_features=_features_of(item.answer),
     )
+
+
+def _features_of(answer: Answer) -> tuple[float, ...] | None:
+    """In the precision in which a pool keeps them, so that they are the same however often they are stored."""
+    if answer is None:
+        return None
+    return tuple(answer_features([answer_text(answer)])[0].astype(np.float16).tolist())
+
+
+def _answers(items: Sequence[PromptLike]) -> FloatArray:
+    rows = [i for i, item in enumerate(items) if item.answer is not None]
+    if not rows:
+        return NO_ANSWERS
+    answers_n_A = np.full((len(items), len(ANSWER_NAMES)), np.nan, dtype=np.float32)
+    answers_n_A[rows] = answer_features([answer_text(items[i].answer) for i in rows])
+    return answers_n_A
 
 
 def _known_rates(told: Mapping[str, float | CountsLike] | None) -> Mapping[str, KnownRate] | None:

@@ -356,14 +356,15 @@ class LiveRun:
     def new_beliefs(self, predictor: PredictorName, texts: Sequence[str | None], block: RawBlock) -> MixedBeliefs:
         """The same about prompts outside the pool, [n]."""
 
-        def fitted(x_n_d: FloatArray | None) -> Mapping[str, FittedPrior]:
-            if self.model is None:
-                return {}
-            return self.model.predict(texts, block, x_n_d if self.model.basis is self.state.basis else None)
+        model, asked = self.model, PREDICTORS[predictor]
+        if model is None:
+            return asked.new_beliefs(self.state, block, lambda _: {})
+        read = model.read(texts)
 
-        asked = PREDICTORS[predictor]
-        shown_n_S = self.model.shown(texts) if self.model is not None and asked.is_mixed else None
-        return asked.new_beliefs(self.state, block, fitted, shown_n_S)
+        def fitted(x_n_d: FloatArray | None) -> Mapping[str, FittedPrior]:
+            return model.predict(read, block, x_n_d if model.basis is self.state.basis else None)
+
+        return asked.new_beliefs(self.state, block, fitted, model.shown(read) if asked.is_mixed else None)
 
     def fallback(self, predictor: PredictorName) -> Fallback | None:
         """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""

@@ -117,7 +117,7 @@ def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int, *, 
     n_prompts = select(func.max(prompts.c.index)).where(prompts.c.run_id == source_id)
     for first in range(0, (connection.execute(n_prompts).scalar() or 0) + 1, _BLOCK):
         block = and_(prompts.c.index >= first, prompts.c.index < first + _BLOCK)
-        _copy(connection, prompts, source_id, new_id, block, without=() if with_texts else ("text",))
+        _copy(connection, prompts, source_id, new_id, block, without=() if with_texts else ("text", "answer"))
         packed = and_(pool_blocks.c.first >= first, pool_blocks.c.first < first + _BLOCK)
         _copy(connection, pool_blocks, source_id, new_id, packed)
     for first in range(1, cut + 1, _BLOCK):

@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, insert, null, or_, select, update
 
+from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.log_entries import PoolEntry
 from evenodds_service.domain.prompts import (
+    NO_ANSWERS,
+    Answer,
     KnownRate,
     NamedRates,
     NewPrompt,
@@ -25,6 +28,7 @@ from evenodds_service.domain.prompts import (
     Prompt,
     RawBlock,
     Vector,
+    answer_text,
     join_key,
 )
 from evenodds_service.domain.settings import CALLER
@@ -62,7 +66,7 @@ class PoolMethods(Transactions):
         """Add what the pool does not have; all or nothing. Takes one log position if any prompt is new.
 
         `embedder` and `embedding_width` are written to the run where it has none yet. A prompt whose id the
-        pool has counts as existing if nothing that it states (text, group, features, prior rates) differs.
+        pool has counts as existing if nothing that it states (text, answer, group, features, prior rates) differs.
 
         Args:
             vectors: Of the new prompts' texts. Those of embedder `caller` become the run's own.
@@ -71,8 +75,8 @@ class PoolMethods(Transactions):
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
-            PromptConflict: a prompt id is in the pool, or earlier in this call, with another text, category,
-                features or prior rates; names the item's position in the call and the id.
+            PromptConflict: a prompt id is in the pool, or earlier in this call, with another text, answer,
+                category, features or prior rates; names the item's position in the call and the id.
             RateNamesLimit: the prompts bring rates of more others than a run may know.
             EmbedderFixed: `embedder` differs from the run's: another caller decided first.
             EmbeddingWidthConflict: `embedding_width`, or a vector of the run's embedder, differs from the
@@ -169,8 +173,9 @@ class PoolMethods(Transactions):
             embedding = vectors.c.vector
         told = (prompts.c.prior_rate, prompts.c.prior_rates)
         columns = (prompts.c.prompt_id, prompts.c.group, prompts.c.features, *told)
+        answers = prompts.c.answer_features
         statement = (
-            select(*columns, surfaces.c.vector, embedding, runs.c.embedding_width)
+            select(*columns, surfaces.c.vector, embedding, runs.c.embedding_width, answers)
             .select_from(joined)
             .where(runs.c.id == run_id)
             .order_by(prompts.c.index)
@@ -190,6 +195,7 @@ class PoolMethods(Transactions):
             surface_N_S=read_vectors([row[5] for row in rows], embedder=surface, default_width=0),
             embedding_N_D=read_vectors([row[6] for row in rows], embedder=embedder or "", default_width=width),
             named_rates=_named_rates([row[4] for row in rows]),
+            answers_N_A=_answers([row[8] for row in rows]),
         )
 
     def save_packed_block(self, run_id: int, content: bytes, *, first: int, last: int, features: str) -> None:
@@ -262,7 +268,14 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts, *, now: datetim
         if twin is None:
             index = run.n_prompts + len(rows)
             known[prompt.prompt_id] = _Known(
-                index, prompt.text_key, prompt.group, prompt.features, prompt.prior_rate, prompt.prior_rates
+                index,
+                prompt.text_key,
+                prompt.group,
+                prompt.features,
+                prompt.prior_rate,
+                prompt.prior_rates,
+                prompt.answer if run.settings.keep_text else None,
+                prompt.answer_features,
             )
             rows.append(_row_of(run, index, prompt))
             continue
@@ -304,6 +317,8 @@ class _Known:
     features: Mapping[str, float] | None
     prior_rate: float | None
     prior_rates: Mapping[str, KnownRate] | None
+    answer: Answer
+    answer_features: tuple[float, ...] | None
 
 
 def _settle_rate_names(connection: Connection, run: Run, fresh: Sequence[NewPrompt]) -> None:
@@ -360,14 +375,16 @@ def _settle_embedder(connection: Connection, run: Run, new: NewPrompts) -> None:
 
 def _known_prompts(connection: Connection, run_id: int, prompt_ids: Sequence[str]) -> dict[str, _Known]:
     told = (prompts.c.prior_rate, prompts.c.prior_rates)
-    columns = (prompts.c.index, prompts.c.text_key, prompts.c.group, prompts.c.features, *told)
+    answered = (prompts.c.answer, prompts.c.answer_features)
+    columns = (prompts.c.index, prompts.c.text_key, prompts.c.group, prompts.c.features, *told, *answered)
     known = {}
     for some in chunks(prompt_ids):
         statement = select(prompts.c.prompt_id, *columns).where(
             prompts.c.run_id == run_id, prompts.c.prompt_id.in_(some), prompts.c.retired_at.is_(None)
         )
-        for prompt_id, index, text_key, group, features, rate, rates in connection.execute(statement):
-            known[prompt_id] = _Known(index, text_key, group, _features_of(features), rate, _rates_of(rates))
+        for prompt_id, index, text_key, group, features, rate, rates, *answer in connection.execute(statement):
+            told_rates = (rate, _rates_of(rates))
+            known[prompt_id] = _Known(index, text_key, group, _features_of(features), *told_rates, *_answer_of(*answer))
     return known
 
 
@@ -383,7 +400,16 @@ def _difference(known: _Known, prompt: NewPrompt) -> str | None:
         return "prior_rate"
     if prompt.prior_rates and dict(prompt.prior_rates) != known.prior_rates:
         return "prior_rates"
+    if prompt.answer is not None and not _is_same_answer(known, prompt):
+        return "answer"
     return None
+
+
+def _is_same_answer(known: _Known, prompt: NewPrompt) -> bool:
+    """By their texts; by their features alone where the run does not keep the answer."""
+    if known.answer is None:
+        return prompt.answer_features == known.answer_features
+    return answer_text(known.answer) == answer_text(prompt.answer)
 
 
 def _row_of(run: Run, index: int, prompt: NewPrompt) -> dict[str, object]:
@@ -399,6 +425,8 @@ def _row_of(run: Run, index: int, prompt: NewPrompt) -> dict[str, object]:
         "prior_rate": prompt.prior_rate,
         "prior_rates": json.dumps(dict(prompt.prior_rates), allow_nan=False) if prompt.prior_rates else None,
         "vector_key": prompt.vector_key,
+        "answer": json.dumps(prompt.answer) if run.settings.keep_text and prompt.answer is not None else None,
+        "answer_features": None if prompt.answer_features is None else json.dumps(prompt.answer_features),
     }
 
 
@@ -413,6 +441,21 @@ def _rates_of(stored: str | None) -> dict[str, KnownRate] | None:
     return {name: (rate[0], rate[1]) if isinstance(rate, list) else rate for name, rate in told}
 
 
+def _answer_of(answer: str | None, features: str | None) -> tuple[Answer, tuple[float, ...] | None]:
+    """The answer and its features, each where it is stored."""
+    return None if answer is None else json.loads(answer), None if features is None else tuple(json.loads(features))
+
+
+def _answers(stored: Sequence[str | None]) -> FloatArray:
+    """Features of answers as rows, float32 [n, A]; a row of NaN for each None, `NO_ANSWERS` where all are."""
+    known = {row: json.loads(features) for row, features in enumerate(stored) if features is not None}
+    if not known:
+        return NO_ANSWERS
+    answers_n_A = np.full((len(stored), len(next(iter(known.values())))), np.nan, dtype=np.float32)
+    answers_n_A[list(known)] = list(known.values())
+    return answers_n_A
+
+
 def _named_rates(stored: Sequence[str | None]) -> NamedRates:
     return NamedRates.of([_rates_of(rates) for rates in stored])
 
@@ -420,4 +463,5 @@ def _named_rates(stored: Sequence[str | None]) -> NamedRates:
 def _prompt_of(row: RowMapping) -> Prompt:
     values = {name: value for name, value in row.items() if name not in ("run_id", "retired_at")}
     told = {"features": _features_of(values["features"]), "prior_rates": _rates_of(values["prior_rates"])}
-    return Prompt(**{**values, **told})
+    answer, features = _answer_of(values["answer"], values["answer_features"])
+    return Prompt(**{**values, **told, "answer": answer, "answer_features": features})

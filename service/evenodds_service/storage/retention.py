@@ -65,7 +65,7 @@ class RetentionMethods(Transactions):
                 connection.execute(update(runs).where(runs.c.id == run_id).values(settings=settings))
 
     def retire_prompts(self, run_id: int, indices: IntArray, *, now: datetime) -> Written | None:
-        """Retire the prompts of these indices, in one log entry; their texts go at once.
+        """Retire the prompts of these indices, in one log entry; their texts and answers go at once.
 
         Returns:
             None where another caller has retired some of them, and nothing was written.
@@ -79,7 +79,7 @@ class RetentionMethods(Transactions):
                 position, retired = run.log_position + 1, 0
                 for some in chunks(indices.tolist()):
                     there = (prompts.c.run_id == run_id, prompts.c.index.in_(some), prompts.c.retired_at.is_(None))
-                    gone = update(prompts).where(*there).values(retired_at=position, text=None)
+                    gone = update(prompts).where(*there).values(retired_at=position, text=None, answer=None)
                     retired += connection.execute(gone).rowcount
                 if retired < len(indices):
                     raise _Outdated

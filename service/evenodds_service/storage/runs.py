@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, select, update
+from sqlalchemy import ColumnElement, Connection, delete, or_, select, update
 
 from evenodds_service.domain.settings import CALLER, BudgetPolicy, EffortTier, RunSettings
 from evenodds_service.errors import EmbedderFixed, PolicyLimit, RunUnknown
@@ -25,8 +25,8 @@ class RunMethods(Transactions):
         """Create the run or replace its settings. Returns the run and whether it is new.
 
         Where `settings.embedder` is None, the embedder that the pool's prompts have stays. A run that keeps
-        no texts has none afterwards, in no page of a SQLite file. Budget policies of an existing run stay as they
-        are: see `put_budget_policy`.
+        no texts has none afterwards, and no answers, in no page of a SQLite file. Budget policies of an existing run
+        stay as they are: see `put_budget_policy`.
 
         Raises:
             EmbedderFixed: the embedder or its prompt differs although the pool has prompts.
@@ -40,8 +40,10 @@ class RunMethods(Transactions):
                 return run, True
             kept = settings_that_stand(run, settings)
             if not kept.keep_text:
-                texts = (prompts.c.run_id == run.id, prompts.c.text.is_not(None))
-                connection.execute(update(prompts).where(*texts).values(text=None))
+                has_some = or_(prompts.c.text.is_not(None), prompts.c.answer.is_not(None))
+                connection.execute(
+                    update(prompts).where(prompts.c.run_id == run.id, has_some).values(text=None, answer=None)
+                )
                 connection.execute(delete(decisions).where(decisions.c.run_id == run.id))
             connection.execute(update(runs).where(runs.c.id == run.id).values(settings=settings_to_json(kept)))
             run = find_run(connection, name)

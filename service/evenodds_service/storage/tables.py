@@ -112,6 +112,8 @@ prompts = Table(
     Column("prior_rate", Double),
     Column("prior_rates", Text),  # JSON: name -> rate, or [successes, attempts]
     Column("vector_key", Text),
+    Column("answer", Text),  # JSON; a run that keeps no texts keeps no answers
+    Column("answer_features", Text),  # JSON: a list of numbers
     Column("retired_at", BigInteger),  # position of the log entry that retired it
     PrimaryKeyConstraint("run_id", "index"),
     CheckConstraint('"index" >= 0', name="index"),

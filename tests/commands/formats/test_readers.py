@@ -510,3 +510,27 @@ def test_the_text_of_messages_is_what_the_user_says() -> None:
 
     assert text_of(messages) == f"{Q1}\n\n{Q2}"
     assert text_of(None) is None
+
+
+# Answers
+
+
+def test_a_reader_tells_the_reference_answer_where_its_log_has_one(tmp_path: Path) -> None:
+    logs = {
+        "42": written.verl(tmp_path / "verl", {1: {Q1: [1.0, 0.0]}}),
+        "four": written.trl(tmp_path / "trl", {1: {Q1: [1.0, 0.0]}}, solution="four"),
+        "3": written.prime_rl(tmp_path / "prime", {0: [written.episode(Q1, {"correct": 1.0})]}),
+        "6": written.lm_eval(tmp_path / "lm-eval", [written.lm_eval_row(2, 1.0)]),
+        "9": written.inspect_ai(tmp_path / "inspect", [written.inspect_sample(3, "C")]),
+        None: written.nemo_rl(tmp_path / "nemo", {1: {Q1: [1.0, 0.0]}}),
+    }
+    rows = [
+        {"problem": Q1, "pass_rate": 0.5, "answer": "", "reward_model": {"ground_truth": ["2", "two"]}},
+        {"problem": Q2, "pass_rate": 0.5},
+    ]
+
+    told = {answer: {group.answer for group in read(log)[0]} for answer, log in logs.items()}
+    table, _ = read_table(written.write_lines(tmp_path / "rates.jsonl", rows))
+
+    assert told == {answer: {answer} for answer in logs}
+    assert [known.answer for known in table] == [["2", "two"], None]

@@ -271,3 +271,18 @@ def test_an_import_that_was_killed_goes_on_and_counts_nothing_twice(service: Ser
     texts = {prompt.text: prompt.prompt_id for prompt in service.client.prompts(run)}
     assert len(texts) == n_steps * n_prompts  # the two of the pool are among them
     assert history(service, run, texts[question(0)]) == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize("keep_text", [True, False])
+def test_answers_come_with_new_prompts_and_a_repeated_import_is_the_same(
+    service: Service, run: str, load: Import, tmp_path: Path, keep_text: bool
+) -> None:
+    service.client.put_run(run, embedder="none", keep_text=keep_text)
+    log = written.verl(tmp_path / "rollouts", {1: {Q1: [1.0, 0.0], Q3: [1.0, 1.0]}, 2: {Q3: [1.0, 0.0]}})
+
+    first, again = load(log), load(log)
+
+    assert (first[0], again[0]) == (0, 0), (first, again)
+    told = {prompt.prompt_id: prompt.answer for prompt in service.client.prompts(run)}
+    assert told.pop("one") is None, "the pool has it without an answer, and keeps it so"
+    assert set(told.values()) == ({None, "42"} if keep_text else {None})

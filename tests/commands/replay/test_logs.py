@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from tests.commands import written_logs as written
 
 from evenodds_service.__main__ import main
-from evenodds_service.commands.formats.outcomes import Wishes
+from evenodds_service.commands.formats.outcomes import LogRefused, Tally, Wishes
+from evenodds_service.commands.replay.answer import LEARNING, Replayed, document, text
 from evenodds_service.commands.replay.logged import LoggedRun, read_logged
-from evenodds_service.commands.replay.saving import ChosenSteps, saving_of
+from evenodds_service.commands.replay.saving import ChosenSteps, gain_over, saving_of
+from evenodds_service.commands.replay.sources import read_sources
+from evenodds_service.model.history import History
+from evenodds_service.model.refit import TrainingData, fit_shared_model
+from evenodds_service.model.snapshot import SharedModel
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.store import Store
+from evenodds_service.worker import Worker
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -191,6 +203,135 @@ def test_the_interval_of_a_saving_covers_the_truth() -> None:
     assert n_covered >= 50
 
 
+def chosen(n_informative: int, *, n_seeds: int = 3) -> list[ChosenSteps]:
+    """Of 16 groups at each of 25 steps."""
+    return [ChosenSteps(np.full(25, 16), np.full(25, n_informative), 1.0, is_refitted=True)] * n_seeds
+
+
+def test_a_gain_is_what_the_other_choice_needs_more_of_and_its_interval_covers_the_truth() -> None:
+    gain, interval = gain_over(chosen(12), chosen(9))
+    assert (gain, *interval) == pytest.approx((0.25, 0.25, 0.25))
+    chance = np.random.default_rng(0)
+    n_covered = 0
+    for _ in range(60):
+        level_T = chance.uniform(0.2, 0.4, 60)
+        ours, theirs = (
+            [ChosenSteps(np.full(60, 16), chance.binomial(16, level_T + more), 1.0, is_refitted=True) for _ in range(3)]
+            for more in (0.2, 0.1)
+        )
+        low, high = gain_over(ours, theirs)[1]
+        n_covered += low <= 1 - 0.4 / 0.5 <= high
+
+    assert n_covered >= 50
+
+
+def test_logs_and_tables_are_sources_and_say_what_they_have_in_common(log: Path, tmp_path: Path) -> None:
+    run = logged(log)
+    own = [prompt.text for prompt in run.prompts[:20]]
+    other = written.verl(tmp_path / "other", {3: {str(t).upper(): [1.0, 0.0, 0.0] for t in own}, 4: {"New?": [1.0]}})
+    rows = [{"text": text, "a_rate": 0.25, "b_rate": "3/4"} for text in own]
+    table = written.write_lines(tmp_path / "rates.jsonl", rows)
+    numbered = written.write_lines(tmp_path / "numbered.jsonl", [{"id": i, "pass_rate": 0.5} for i in range(40)])
+
+    sources = read_sources([other, table, numbered], Wishes(), Tally())
+
+    assert [(source.name, len(source.prompts), source.n_in_common(run)) for source in sources] == [
+        ("other", 21, 20),
+        ("rates.jsonl (a_rate)", 20, 20),
+        ("rates.jsonl (b_rate)", 20, 20),
+        ("numbered.jsonl", 40, 0),
+    ]
+    counts = [{(k, n) for rows in source.outcomes.values() for _, k, n in rows} for source in sources]
+    assert counts == [{(1.0, 3), (1.0, 1)}, {(2.0, 8)}, {(3.0, 4)}, {(4.0, 8)}]
+    assert [source.has_guessed_attempts for source in sources] == [False, True, False, True]
+    assert [source.cannot_tell(run) for source in sources[:3]] == [None] * 3
+    assert str(sources[3].cannot_tell(run)).startswith("numbered.jsonl has no prompt id in common with the log")
+    with pytest.raises(LogRefused, match="it holds prompts and no outcomes"):
+        read_sources([written.write_lines(tmp_path / "prompts.jsonl", [{"text": "A?"}])], Wishes(), Tally())
+
+
+@pytest.mark.parametrize(
+    ("n_informative", "said"),
+    [
+        (12, "25% fewer rollouts than gps without it (between 25% and 25%), for the same number of informative groups"),
+        (9, "no difference to gps without it can be told (between 0% and 0% of the rollouts saved)"),
+        (6, "50% more rollouts than gps without it (between 50% and 50%)"),
+    ],
+)
+def test_what_learning_from_others_adds_is_said_with_its_interval_and_what_it_assumes(
+    log: Path, tmp_path: Path, n_informative: int, said: str
+) -> None:
+    run = logged(log)
+    rows = [{"text": prompt.text, "pass_rate": 0.5} for prompt in run.prompts[:48]]
+    sources = read_sources([written.write_lines(tmp_path / "rates.jsonl", rows)], Wishes(), Tally())
+    replayed = Replayed({"gps": chosen(9)[:1] * 2, LEARNING: chosen(n_informative)[:1] * 2}, sources)
+    run = replace(run, steps=tuple(run.steps[i % len(run.steps)] for i in range(25)))
+
+    lines = "\n".join(text(run, replayed, share=0.5))
+    told = document(run, replayed, share=0.5)["learn_from"]
+
+    assert f"With learn_from rates.jsonl (50% of the prompts in common): {said}" in lines
+    assert "all that the others showed was known before the first step" in lines
+    assert "Rates of rates.jsonl came without a number of attempts: each counts as one of 8 attempts." in lines
+    assert json.loads(json.dumps(told))["sources"] == [
+        {"name": "rates.jsonl", "prompts": 48, "in_common": 48, "cannot_tell": None}
+    ]
+
+
+def test_where_learning_from_others_cannot_be_told_the_answer_says_why(log: Path, tmp_path: Path) -> None:
+    run = logged(log)
+    few = written.write_lines(tmp_path / "few.jsonl", [{"text": f"{i}?", "pass_rate": 0.5} for i in range(9)])
+    sources = read_sources([few], Wishes(), Tally())
+    reasons = [str(sources[0].cannot_tell(run))]
+    run = replace(run, steps=tuple(run.steps[i % len(run.steps)] for i in range(25)))
+
+    lines = "\n".join(text(run, Replayed({"gps": chosen(9)}, sources, reasons), share=0.5))
+
+    assert (
+        "With learn_from, this log cannot tell: few.jsonl has outcomes of 9 prompts; at least 16 are needed." in lines
+    )
+    assert "than gps without it" not in lines
+
+
+@pytest.mark.slow
+def test_a_replay_that_learns_from_another_log_through_a_service_and_its_worker(
+    running: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of texts that tell nothing, each of which is tried once."""
+    chance = np.random.default_rng(5)
+    rates = {f"Toss coin {i}.": float(chance.choice([0.0, 0.5, 1.0])) for i in range(20 * 24)}
+    steps = {
+        step: {text: (chance.random(4) < rates[text]).astype(float).tolist() for text in [*rates][step::20]}
+        for step in range(20)
+    }
+    log = written.verl(tmp_path / "rollouts", steps)
+    rows = [{"text": text, "pass_rate": rate} for text, rate in rates.items()]
+    table, figures = written.write_lines(tmp_path / "rates.jsonl", rows), tmp_path / "answer.json"
+    arguments = ["--url", running.base_url, "--seeds", "2", "--predictors", "gps", "--json", str(figures)]
+    store, stop = Store(open_engine(running.database_url)), threading.Event()
+
+    def of_sources_alone(data: TrainingData) -> SharedModel:
+        return fit_shared_model(replace(data, history=History.empty()), device=torch.device("cpu"))
+
+    worker = Worker(store, name="w", clock=lambda: datetime.now(timezone.utc), fit=of_sources_alone, poll_seconds=0.02)
+    working = threading.Thread(target=worker.run, args=(stop,))
+    working.start()
+    try:
+        assert main(["replay", str(log), *arguments, "--learn-from", str(table)]) == 0
+    finally:
+        stop.set()
+        working.join()
+        store.close()
+
+    said, told = capsys.readouterr().out, json.loads(figures.read_text())
+    gps, learning = told["predictors"]
+    assert learning["predictor"] == LEARNING
+    assert learning["informative"] > gps["informative"] + 0.2
+    assert told["learn_from"]["saved_against_gps_interval"][0] > 0.2
+    assert "With learn_from rates.jsonl (100% of the prompts in common): " in said
+    assert list(running.client.runs()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -199,13 +340,22 @@ def test_the_interval_of_a_saving_covers_the_truth() -> None:
         (("--predictors", "uniform"), "--predictors uniform: a random choice needs no replay"),
         (("--predictors", "oracle"), "--predictors: 'oracle' is not a predictor"),
         (("--reward-range", "1", "1"), "--reward-range 1 1: the second must be above the first"),
+        (("--learn-from", "rollouts"), "--learn-from rollouts: the log would foresee itself; name another one"),
+        (("--learn-from", "nothing"), "nothing: no such file or folder"),
+        (("--learn-from", "nothing", "--predictors", "mopps"), "--learn-from: gps alone learns from others"),
         (("--reward", "acc"), "1.jsonl line 1: no reward 'acc'; there are: score"),
         (("--url", ADDRESS), "is the service running there?"),
     ],
 )
 def test_faults_are_one_line_on_standard_error(
-    log: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    log: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(log.parent)
+
     assert main(["replay", str(log), *arguments]) == 1
 
     printed = capsys.readouterr()

@@ -153,6 +153,7 @@ def test_a_packed_block_comes_back_as_it_was(
             numeric=(None, numeric) * 20,
             prior_rates=np.where(rng.random(40) < 0.5, rng.random(40), np.nan),
             named_rates=named_rates,
+            answers=rng.normal(size=(40, 5 if numeric else 0)),
         )
     )
     block = taken.raw(10, 40)
@@ -161,7 +162,7 @@ def test_a_packed_block_comes_back_as_it_was(
 
     assert (again.first, again.prompt_ids, again.groups) == (10, block.prompt_ids, block.groups)
     assert again.numeric == block.numeric
-    for name in ("prior_rates_N", "surface_N_S", "embedding_N_D"):
+    for name in ("prior_rates_N", "surface_N_S", "embedding_N_D", "answers_N_A"):
         ours, expected = getattr(again, name), getattr(block, name)
         assert ours.dtype == expected.dtype
         np.testing.assert_array_equal(ours, expected)

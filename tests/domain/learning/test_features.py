@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.learning.checkpoint import block_to_bytes
 from evenodds_service.domain.learning.features import (
     COMPONENTS,
     GROUP_SCALE,
@@ -20,14 +22,14 @@ from evenodds_service.domain.learning.features import (
     Pool,
     directions,
 )
-from evenodds_service.domain.prompts import RawBlock
+from evenodds_service.domain.prompts import NO_ANSWERS, RawBlock
 
 if TYPE_CHECKING:
     from tests.domain.conftest import MakeBlock
 
 pytestmark = pytest.mark.numbers
 
-N, SURFACE, EMBEDDING = 1_300, 3, 40
+N, SURFACE, EMBEDDING, ANSWER = 1_300, 3, 40, 4
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,7 @@ def whole(make_block: MakeBlock) -> RawBlock:
     embedding = rng.normal(size=(N, EMBEDDING)) * np.linspace(2, 0.1, EMBEDDING)
     surface[::11], embedding[::7] = np.nan, np.nan
     prior_rates = np.where(rng.random(N) < 0.5, rng.random(N), np.nan)
+    answers = np.where(rng.random((N, 1)) < 0.7, rng.normal(size=(N, ANSWER)), np.nan)
     return make_block(
         N,
         surface=surface,
@@ -45,6 +48,7 @@ def whole(make_block: MakeBlock) -> RawBlock:
         groups=tuple(("math", "code", None)[i % 3] for i in range(N)),
         numeric=tuple({"length": float(i), "depth": i % 5} if i % 2 else None for i in range(N)),
         prior_rates=prior_rates,
+        answers=answers,
     )
 
 
@@ -391,3 +395,42 @@ def test_a_prompt_outside_of_the_pool_has_the_same_features_alone_and_among_othe
 
     assert alone.tobytes() == among.tobytes()
     assert among.tobytes() == inside[:40].tobytes()
+
+
+def test_a_pool_without_answers_is_as_it_was_before_there_were_any(whole: RawBlock) -> None:
+    before = replace(whole, answers_N_A=NO_ANSWERS)
+    unanswered = replace(whole, answers_N_A=np.full_like(whole.answers_N_A, np.nan))
+
+    for block in (before, unanswered):
+        basis = Basis.of(block)
+        assert basis.width == Basis.of(whole).width - ANSWER
+        assert "n_answer" not in basis.to_arrays()[0]
+        assert basis.equals(Basis.of(before))
+        np.testing.assert_array_equal(basis.project(block), Basis.of(before).project(before))
+    assert "answers_N_A" not in np.load(io.BytesIO(block_to_bytes(before)))
+
+
+def test_a_prompt_without_an_answer_is_average_among_others_with_one(whole: RawBlock) -> None:
+    basis = Basis.of(whole)
+    first = 1 + SURFACE + 2 + 1  # behind the constant, two numeric features and the rate
+    missing = np.isnan(whole.answers_N_A[:, 0])
+
+    x_N_d = basis.project(whole)
+
+    assert (x_N_d[missing, first : first + ANSWER] == 0).all()
+    assert (x_N_d[~missing, first : first + ANSWER] != 0).any(axis=1).all()
+    np.testing.assert_array_equal(basis.project(replace(whole, answers_N_A=NO_ANSWERS))[missing], x_N_d[missing])
+
+
+def test_answers_may_begin_late_and_be_missing_again(whole: RawBlock) -> None:
+    bare = replace(whole, answers_N_A=NO_ANSWERS)
+    pool = Pool(surface_width=SURFACE, embedding_width=EMBEDDING)
+    pool.reserve(N)
+    for block, first, last in ((bare, 0, 400), (whole, 400, 900), (bare, 900, N)):
+        pool.append(part(block, first, last))
+
+    kept = pool.raw(0, N).answers_N_A
+
+    np.testing.assert_array_equal(kept[400:900], whole.answers_N_A[400:900].astype(np.float16))
+    assert np.isnan(kept[:400]).all()
+    assert np.isnan(kept[900:]).all()

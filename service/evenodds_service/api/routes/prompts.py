@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -282,6 +283,7 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
         "features": dict(prompt.features) if prompt.features else None,
         "prior_rate": prompt.prior_rate,
         "prior_rates": _rates_told(prompt.prior_rates),
+        "answer": prompt.answer,
     }
 
 

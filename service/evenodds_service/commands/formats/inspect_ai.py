@@ -5,6 +5,7 @@
 | step | none: `--step`, 0 by default. The run stands for the model that was evaluated |
 | id | the sample's `id`, after the task's name |
 | text | `input`, a text or its user messages |
+| answer | `target` |
 | group | the epochs of an id |
 | reward | `value` of the one scorer; `--reward NAME` where there are several |
 | category | `eval.task` |
@@ -73,7 +74,15 @@ class Reader:
             else:
                 prompt_id = f"{task}/{content['id']}" if task else str(content["id"])
                 text = text_of(content.get("input"))
-                about = Group(self._wishes.step, (), prompt_id=prompt_id, text=text, category=task, place=place)
+                about = Group(
+                    self._wishes.step,
+                    (),
+                    prompt_id=prompt_id,
+                    text=text,
+                    category=task,
+                    place=place,
+                    answer=content.get("target"),
+                )
                 grouping.add(content["id"], self._reward(content, place), about)
         yield from grouping.groups()
 

@@ -5,6 +5,7 @@
 | step | none: `--step`, 0 by default. The run stands for the model that was evaluated |
 | id | `doc_hash`, of the document's content |
 | text | the question in `doc` (see below), else what was sent: `arguments` |
+| answer | `target` |
 | reward | the one metric that `metrics` names; `--reward NAME` where there are several |
 | category | the task in the file's name |
 
@@ -76,6 +77,7 @@ class Reader:
                 templated=sent,
                 category=named["task"] if named is not None else None,
                 place=place,
+                answer=row.get("target"),
             )
 
 

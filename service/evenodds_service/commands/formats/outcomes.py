@@ -26,6 +26,7 @@ class Group:
         rewards: One for each attempt with a verdict, in [0, 1], at least one.
         category: Data set, task or environment.
         place: Where the first of them stands, for messages.
+        answer: The reference answer, as the log has it; None where it has none.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Group:
     templated: str | None = None
     category: str | None = None
     place: str = ""
+    answer: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class KnownRates:
     text: str | None = None
     category: str | None = None
     place: str = ""
+    answer: object = None
 
 
 Entry = Group | KnownRates

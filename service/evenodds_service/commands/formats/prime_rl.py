@@ -5,6 +5,7 @@
 | step | `run.work.policy.start`, the version of the policy when the episode began |
 | id | `task.key`, else `task.hash` |
 | text | `task.data.prompt`, a text or its user messages |
+| answer | `task.data.answer`, where the task's data has such a field |
 | group | `group.id` |
 | reward | `score` of the one reward of the trainable trace; `--reward NAME` where there are several |
 | category | `env.name`, else `env.id` |
@@ -86,12 +87,13 @@ class Reader:
         elif not any(_is_trainable(trace) for trace in row.get("traces") or ()):
             self._tally.leave_out(NO_REWARD, place)
         else:
-            env = row.get("env") or {}
+            env, data = row.get("env") or {}, task.get("data") or {}
             return Group(
                 policy["start"],
                 (),
                 prompt_id=str(task.get("key") or task["hash"]),
-                text=text_of((task.get("data") or {}).get("prompt")),
+                text=text_of(data.get("prompt")),
+                answer=data.get("answer"),
                 category=env.get("name") or env.get("id") or None,
                 place=place,
             )

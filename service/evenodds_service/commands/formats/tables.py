@@ -5,6 +5,7 @@
 | id | a column of a usual name (`prompt_id`, `id`, `uid`, `task_id`, ...), or `--id COLUMN` |
 | text | one of a usual name (`text`, `prompt`, `question`, `problem`, ...): a text or messages; or `--text COLUMN` |
 | rates | see below, or `--rate COLUMN`, several times |
+| answer | `answer`, `final_answer`, `ground_truth`, `reward_model.ground_truth`, `solution` or `target` |
 | category | `category`, `data_source`, `source`, `domain` |
 
 Rates are the columns that are named like one (`llama8b_solve_rate`, `pass_rate`, `accuracy`) or hold `3/8`; where there
@@ -26,6 +27,7 @@ from evenodds_service.commands.formats.outcomes import KnownRates, LogRefused, R
 NAME = "table"
 _IDS = ("prompt_id", "id", "uid", "unique_id", "task_id", "question_id", "problem_id")
 _TEXTS = ("text", "prompt", "question", "problem", "query", "instruction", "input")
+_ANSWERS = ("answer", "final_answer", "ground_truth", "reward_model.ground_truth", "solution", "target")
 _CATEGORIES = ("category", "data_source", "source", "domain")
 _PAIRS = (
     ("n_success", "n_samples"),
@@ -83,7 +85,9 @@ class Reader:
                 category = next(
                     (row[name] for name in _CATEGORIES if isinstance(row.get(name), str) and row[name]), None
                 )
-                yield KnownRates(rates, prompt_id, text, category, place)
+                answers = (_value(row, name) for name in _ANSWERS if name not in columns)
+                answer = next((value for value in answers if value not in (None, "")), None)
+                yield KnownRates(rates, prompt_id, text, category, place, answer)
 
     def _check(self, row: Row, columns: tuple[str, ...], named: tuple[str | None, str | None], place: str) -> None:
         """Raises LogRefused: nothing tells the prompts or their rates, or a named column is not there."""

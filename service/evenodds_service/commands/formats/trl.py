@@ -5,6 +5,7 @@
 | step | `step`, trainer steps |
 | group | rows of a file with equal `prompt` |
 | text | `prompt`, decoded without special tokens: the user's turn of it |
+| answer | `answer` or `solution`, where a reward function logs such a column of texts (`log_extra`) |
 | reward | the one numeric column besides `step` and `advantage`; `--reward NAME` where there are several |
 
 A reward of NaN is absent (the reward function returned None). With `num_iterations` above 1, or `steps_per_generation`
@@ -24,6 +25,7 @@ from evenodds_service.commands.formats.grouping import Grouping
 from evenodds_service.commands.formats.outcomes import Group, Tally, Wishes, chosen_reward, number_of, scaled
 
 NAME = "trl"
+_ANSWERS = ("answer", "solution")
 COLUMNS = frozenset({"step", "prompt", "completion", "advantage"})
 
 
@@ -57,7 +59,8 @@ class Reader:
             generation.update(repr((prompt, row["completion"], row[name])).encode())
             value = number_of(row[name])
             reward = None if value is None else scaled(value, self._wishes, place, others=names)
-            about = Group(step, (), text=plain_text(prompt), templated=prompt, place=place)
+            answer = next((row[column] for column in _ANSWERS if isinstance(row.get(column), str)), None)
+            about = Group(step, (), text=plain_text(prompt), templated=prompt, place=place, answer=answer)
             grouping.add((step, prompt), reward, about)
         if self._previous_step is not None and step > self._previous_step + 1:
             self._tally.note(

@@ -6,6 +6,7 @@
 | group | the first part of `uid` (`{prompt}_{rollout}_{output}`, V1 trainers), else rows of a file with equal `input` |
 | text | `input`, decoded without special tokens: the user's turn of it |
 | reward | `score`; `--reward NAME` takes what the reward function reported beside it, `acc` say |
+| answer | `gts` |
 | category | `data_source`, where the reward function reports it |
 
 The V1 trainers write what they trained on: groups that were filtered or evicted are missing. Of several outputs of one
@@ -66,7 +67,15 @@ class Reader:
                 if outputs[rollout]:
                     self._tally.leave_out("earlier outputs of a rollout with several", place)
             key = (step, uid[1] if uid is not None else text)
-            about = Group(step, (), text=plain_text(text), templated=text, category=_category(row), place=place)
+            about = Group(
+                step,
+                (),
+                text=plain_text(text),
+                templated=text,
+                category=_category(row),
+                place=place,
+                answer=row.get("gts"),
+            )
             grouping.add(key, self._reward(row, place), about, attempt=rollout)
         yield from grouping.groups()
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from evenodds import Client
 from evenodds.schemas import PromptInfo
+from evenodds.training.text import answer_of
 from evenodds_service.commands.formats.outcomes import Group, KnownRates, Rate
-from evenodds_service.domain.prompts import text_key
+from evenodds_service.domain.prompts import Answer, answer_text, text_key
 
 _BY_TEXT = "text:"
 """How the ids begin that the service makes of texts."""
@@ -22,6 +23,7 @@ class _Known:
     text_key: str | None
     category: str | None
     prior_rates: Mapping[str, Rate] | None
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class NamedPrompt:
     prompt_id: str
     text: str | None
     category: str | None
+    answer: Answer
     is_new: bool
     prior_rates: Mapping[str, Rate] | None
 
@@ -54,28 +57,35 @@ class KnownPrompts:
             key = text_key(prompt.text) if prompt.text is not None else None
             if key is None and prompt.prompt_id.startswith(_BY_TEXT):
                 key = prompt.prompt_id.removeprefix(_BY_TEXT)
-            self._add(prompt.prompt_id, _Known(key, prompt.category, _rates_of(prompt)))
+            self._add(prompt.prompt_id, _Known(key, prompt.category, _rates_of(prompt), prompt.answer))
 
     def named(self, entry: Group | KnownRates) -> NamedPrompt | None:
         """The entry's prompt; None where it has neither an id nor a text."""
         key = text_key(entry.text) if entry.text is not None else None
+        answer = answer_of(entry.answer)
         prompt_id = self._found(entry, key)
         if prompt_id is None:
             prompt_id = entry.prompt_id or (_BY_TEXT + key if key is not None else None)
             if prompt_id is None:
                 return None
             prior_rates = entry.rates if isinstance(entry, KnownRates) else None
-            self._add(prompt_id, _Known(key, entry.category, prior_rates))
-            return NamedPrompt(prompt_id, entry.text, entry.category, is_new=True, prior_rates=None)
+            self._add(prompt_id, _Known(key, entry.category, prior_rates, answer))
+            return NamedPrompt(prompt_id, entry.text, entry.category, answer, is_new=True, prior_rates=None)
         known = self._by_id[prompt_id]
         is_same_text = known.text_key == key or (known.text_key is None and not self.keeps_text)
         return NamedPrompt(
             prompt_id,
             entry.text if is_same_text else None,
             entry.category if entry.category == known.category else None,
+            answer if self._is_same(answer, known.answer) else None,
             is_new=False,
             prior_rates=known.prior_rates,
         )
+
+    def _is_same(self, answer: Answer, known: Answer) -> bool:
+        if answer is None or known is None:
+            return known is None and not self.keeps_text
+        return answer_text(answer) == answer_text(known)
 
     def _found(self, entry: Group | KnownRates, key: str | None) -> str | None:
         if entry.prompt_id is not None and entry.prompt_id in self._by_id:

@@ -172,7 +172,8 @@ def send_rates(
                 reason = "prompts that the pool has with other prior rates or none, which a run keeps as it was loaded"
                 tally.leave_out(reason, rates.place)
                 continue
-            row = {"prompt_id": prompt.prompt_id, "text": prompt.text, "category": prompt.category}
+            row: dict[str, object] = {"prompt_id": prompt.prompt_id, "text": prompt.text, "category": prompt.category}
+            row["answer"] = prompt.answer
             try:
                 batch.append(PromptIn.model_validate(row | {"prior_rates": rates.rates}))
             except ValidationError as error:
@@ -203,7 +204,15 @@ def _groups(entries: Iterator[Entry], wishes: Wishes, tally: Tally) -> Iterator[
         whole = int(k)
         rest = (k - whole,) if whole < n else ()
         rewards = (1.0,) * whole + rest + (0.0,) * (n - whole - len(rest))
-        yield Group(wishes.step, rewards, entry.prompt_id, entry.text, category=entry.category, place=entry.place)
+        yield Group(
+            wishes.step,
+            rewards,
+            entry.prompt_id,
+            entry.text,
+            category=entry.category,
+            place=entry.place,
+            answer=entry.answer,
+        )
 
 
 def _rates(entries: Iterator[Entry], name: str) -> Iterator[KnownRates]:
@@ -213,7 +222,7 @@ def _rates(entries: Iterator[Entry], name: str) -> Iterator[KnownRates]:
             yield entry
             continue
         counts = {"successes": sum(entry.rewards), "attempts": float(len(entry.rewards))}
-        yield KnownRates({name: counts}, entry.prompt_id, entry.text, entry.category, entry.place)
+        yield KnownRates({name: counts}, entry.prompt_id, entry.text, entry.category, entry.place, entry.answer)
 
 
 def _observation(group: Group, known: KnownPrompts, sent: Sent, tally: Tally) -> Observation | None:
@@ -222,6 +231,7 @@ def _observation(group: Group, known: KnownPrompts, sent: Sent, tally: Tally) ->
         tally.leave_out("groups without an id or a text", group.place)
         return None
     row: dict[str, object] = {"prompt_id": prompt.prompt_id, "text": prompt.text, "category": prompt.category}
+    row["answer"] = prompt.answer
     if len(group.rewards) <= MAX_ITEMS:
         row["rewards"] = group.rewards
     else:

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import pairwise
 
 import numpy as np
 
 from evenodds_service.commands.replay.logged import FEW_VISITS, LoggedRun
-from evenodds_service.commands.replay.saving import ChosenSteps, Saving, random_share_T
+from evenodds_service.commands.replay.saving import ChosenSteps, Saving, gain_over, random_share_T, saving_of
 from evenodds_service.commands.replay.scoring import FloatArray
+from evenodds_service.commands.replay.sources import ReadSource
+from evenodds_service.domain.prompts import RATE_ATTEMPTS
 
+LEARNING = "gps with learn_from"
+"""Name of the replay that learned from the sources."""
 _PARTS = 20
 """Points of a curve."""
 _WIDTH, _HEIGHT, _LEFT, _TOP = 640, 280, 56, 28
 _COLOURS = ("#8a8f98", "#2f6fde", "#d9822b", "#3d9970", "#b04ac9")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What was replayed.
+
+    Attributes:
+        runs: By predictor, what was chosen with each seed; nothing where the log cannot tell.
+        sources: What was named to learn from.
+        cannot_tell: Why nothing, or less, can be told of learning from them.
+    """
+
+    runs: Mapping[str, Sequence[ChosenSteps]]
+    sources: Sequence[ReadSource] = ()
+    cannot_tell: Sequence[str] = ()
+
+    @property
+    def used(self) -> list[ReadSource]:
+        """The sources that were learned from."""
+        return [source for source in self.sources if not any(source.name in reason for reason in self.cannot_tell)]
+
+    @cached_property
+    def gain(self) -> tuple[float, tuple[float, float]] | None:
+        """What learning from them saves against gps without, with its interval; None where it was not replayed."""
+        return gain_over(self.runs[LEARNING], self.runs["gps"]) if LEARNING in self.runs else None
 
 
 def facts(logged: LoggedRun) -> list[str]:
@@ -42,14 +73,13 @@ def no_figure(reasons: Sequence[str]) -> list[str]:
     return ["What choosing would have saved, this log cannot tell:", *(f"- {reason}." for reason in reasons)]
 
 
-def text(
-    logged: LoggedRun,
-    savings: Mapping[str, Saving],
-    runs: Mapping[str, Sequence[ChosenSteps]],
-    *,
-    share: float,
-) -> list[str]:
+def _savings(logged: LoggedRun, replayed: Replayed) -> dict[str, Saving]:
+    return {name: saving_of(seeds, random_share_T(logged)) for name, seeds in replayed.runs.items()}
+
+
+def text(logged: LoggedRun, replayed: Replayed, *, share: float) -> list[str]:
     """The answer, in lines: what was, what choosing would have made of it, and what that assumes."""
+    runs, savings = replayed.runs, _savings(logged, replayed)
     at_random = float(np.average(random_share_T(logged), weights=[len(step.prompts) for step in logged.steps]))
     n_seeds = len(next(iter(runs.values())))
     rows = [["", "informative groups", "", "rollouts saved", "", "prompts tried"]]
@@ -73,16 +103,16 @@ def text(
         *_aligned(rows),
         "",
         *(_sentence(logged, name, saving) for name, saving in savings.items()),
+        *_learning(logged, replayed),
         "",
         "This assumes and leaves open:",
-        *(f"- {line}" for line in _assumptions(logged, runs, share, n_seeds)),
+        *(f"- {line}" for line in (*_assumptions(logged, runs, share, n_seeds), *_of_sources(replayed))),
     ]
 
 
-def document(
-    logged: LoggedRun, savings: Mapping[str, Saving], runs: Mapping[str, Sequence[ChosenSteps]], *, share: float
-) -> dict[str, object]:
+def document(logged: LoggedRun, replayed: Replayed, *, share: float) -> dict[str, object]:
     """Everything as JSON; no predictors where the log cannot tell."""
+    runs, savings, gain = replayed.runs, _savings(logged, replayed), replayed.gain
     return {
         "log": {
             "name": logged.name,
@@ -108,6 +138,20 @@ def document(
             }
             for name, saving in savings.items()
         ],
+        "learn_from": {
+            "sources": [
+                {
+                    "name": source.name,
+                    "prompts": len(source.prompts),
+                    "in_common": source.n_in_common(logged),
+                    "cannot_tell": source.cannot_tell(logged),
+                }
+                for source in replayed.sources
+            ],
+            "cannot_tell": list(replayed.cannot_tell),
+            "saved_against_gps": None if gain is None else gain[0],
+            "saved_against_gps_interval": None if gain is None else gain[1],
+        },
     }
 
 
@@ -158,6 +202,44 @@ def _sentence(logged: LoggedRun, name: str, saving: Saving) -> str:
         f"{name}: the same number of informative groups for {saving.saved:.0%} fewer rollouts (between {low:.0%} and "
         f"{high:.0%}); of {logged.n_attempts:,}, some {round(saving.saved * logged.n_attempts / 100) * 100:,} fewer."
     )
+
+
+def _learning(logged: LoggedRun, replayed: Replayed) -> list[str]:
+    """What learning from others adds, and what cannot be told of it."""
+    lines = [f"With learn_from, this log cannot tell: {reason}." for reason in replayed.cannot_tell]
+    if replayed.gain is None:
+        return lines
+    saved, (low, high) = replayed.gain
+    shares = ", ".join(
+        f"{source.name} ({source.n_in_common(logged) / max(len(logged.prompts), 1):.0%} of the prompts in common)"
+        for source in replayed.used
+    )
+    if low <= 0.0 <= high:
+        told = f"no difference to gps without it can be told (between {low:.0%} and {high:.0%} of the rollouts saved)"
+    elif high < 0.0:
+        told = f"{-saved:.0%} more rollouts than gps without it (between {-high:.0%} and {-low:.0%})"
+    else:
+        told = f"{saved:.0%} fewer rollouts than gps without it (between {low:.0%} and {high:.0%})"
+    return [*lines, f"With learn_from {shares}: {told}, for the same number of informative groups."]
+
+
+def _of_sources(replayed: Replayed) -> list[str]:
+    """What a replay that learns from others assumes."""
+    if replayed.gain is None:
+        return []
+    lines = [
+        "With learn_from: all that the others showed was known before the first step, and nothing that this training "
+        "did has changed it.",
+        "Prompts are the same where letters and digits of their texts are; by their ids where one of the logs has no "
+        "texts.",
+    ]
+    guessed = [source.name for source in replayed.used if source.has_guessed_attempts]
+    if guessed:
+        lines.append(
+            f"Rates of {', '.join(guessed)} came without a number of attempts: each counts as one of "
+            f"{RATE_ATTEMPTS:g} attempts."
+        )
+    return lines
 
 
 def _assumptions(logged: LoggedRun, runs: Mapping[str, Sequence[ChosenSteps]], share: float, n_seeds: int) -> list[str]:

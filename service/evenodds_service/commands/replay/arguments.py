@@ -64,6 +64,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     of_logs.add_argument(
         "--share", type=float, default=0.5, help="how much of each step's groups is chosen (default: %(default)s)"
     )
+    of_logs.add_argument(
+        "--learn-from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="LOG",
+        help="another log, evaluation or table of pass rates: replay gps once more, learning from it; may be given "
+        "several times",
+    )
     of_logs.add_argument("--picture", type=Path, metavar="FILE", help="draw the answer into this SVG")
     add_reading(of_logs)
 

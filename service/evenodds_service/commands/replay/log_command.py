@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from evenodds import Client
 from evenodds_service.commands.formats.outcomes import Wishes
 from evenodds_service.commands.replay import answer
+from evenodds_service.commands.replay.answer import LEARNING, Replayed
 from evenodds_service.commands.replay.arguments import OF_LOGS
+from evenodds_service.commands.replay.driving import CONTENDERS, Contender
 from evenodds_service.commands.replay.logged import LoggedRun, read_logged
 from evenodds_service.commands.replay.runs import ReplayRefused, contenders_of, fresh_run, write
-from evenodds_service.commands.replay.saving import ChosenSteps, choose_within, random_share_T, saving_of
+from evenodds_service.commands.replay.saving import ChosenSteps, choose_within, refitted
+from evenodds_service.commands.replay.sources import ReadSource, loaded, read_sources
 
 _TIMEOUT_SECONDS = 300.0
 _RECORDING = ("prompts.jsonl.gz", "rates.csv.gz")
@@ -42,46 +48,67 @@ def replay_log(options: argparse.Namespace) -> int:
         raise ReplayRefused(f"--share {options.share:g}: must lie between 0 and 1")
     if options.seeds < 1:
         raise ReplayRefused(f"--seeds {options.seeds}: must be at least 1")
-    logged = read_logged(
-        options.folder,
-        Wishes(reward=options.reward, low=low, high=high),
-        format_=None if options.format == "auto" else options.format,
-        n_steps=options.steps,
-    )
+    if options.learn_from and all(one.name != "gps" for one in contenders):
+        raise ReplayRefused("--learn-from: gps alone learns from others; name it among --predictors")
+    for path in options.learn_from:
+        if path.resolve() == options.folder.resolve():
+            raise ReplayRefused(f"--learn-from {path}: the log would foresee itself; name another one")
+    wishes = Wishes(reward=options.reward, low=low, high=high)
+    format_ = None if options.format == "auto" else options.format
+    logged = read_logged(options.folder, wishes, format_=format_, n_steps=options.steps)
+    sources = read_sources(options.learn_from, replace(wishes, reward=None), logged.tally)
     reasons = logged.cannot_tell()
     if reasons:
-        runs: dict[str, list[ChosenSteps]] = {}
+        replayed = Replayed({}, sources)
         lines = answer.no_figure(reasons)
     else:
-        runs = _runs(options, logged)
-    savings = {name: saving_of(seeds, random_share_T(logged)) for name, seeds in runs.items()}
-    if runs:
-        lines = answer.text(logged, savings, runs, share=options.share)
+        replayed = _replayed(options, contenders, logged, sources)
+        lines = answer.text(logged, replayed, share=options.share)
     print("\n".join([*answer.facts(logged), *logged.tally.told(), *lines]))
     if options.json is not None:
-        document = answer.document(logged, savings, runs, share=options.share)
+        document = answer.document(logged, replayed, share=options.share)
         write("--json", options.json, json.dumps(document, indent=2) + "\n")
-    if options.picture is not None and runs:
-        write("--picture", options.picture, answer.picture(logged, runs, share=options.share))
+    if options.picture is not None and replayed.runs:
+        write("--picture", options.picture, answer.picture(logged, replayed.runs, share=options.share))
     return 0
 
 
-def _runs(options: argparse.Namespace, logged: LoggedRun) -> dict[str, list[ChosenSteps]]:
-    """What each predictor chose, a replay for each seed."""
-    contenders = [one for one in contenders_of(options.predictors or ",".join(OF_LOGS)) if one.name != "uniform"]
+def _replayed(
+    options: argparse.Namespace, contenders: Sequence[Contender], logged: LoggedRun, sources: Sequence[ReadSource]
+) -> Replayed:
+    """What each predictor chose, a replay for each seed; and gps once more, learning from the sources."""
     runs: dict[str, list[ChosenSteps]] = {one.name: [] for one in contenders}
-    has_worker = True
+    cannot_tell = [reason for source in sources if (reason := source.cannot_tell(logged)) is not None]
+    used = [source for source in sources if source.cannot_tell(logged) is None]
+    if used:
+        contenders = [*contenders, replace(CONTENDERS["gps"], name=LEARNING)]
+        runs[LEARNING] = []
+    has_worker, data_set = True, f"replay-{uuid.uuid4().hex[:8]}"
     n_steps = options.seeds * len(contenders) * len(logged.steps)
     with (
         Client(options.url, timeout_seconds=_TIMEOUT_SECONDS) as client,
+        loaded(client, used, logged, data_set=data_set, keep=options.keep) as names,
         tqdm(total=n_steps, unit="step", file=sys.stderr, disable=None) as bar,
     ):
         for seed in range(options.seeds):
             for contender in contenders:
                 bar.set_description(f"{contender.name}, seed {seed}")
-                is_fitted = contender.predictor == "gps"
-                with fresh_run(client, contender, logged.name, logged.group_size, seed, keep=options.keep) as name:
+                is_fitted, learns = contender.predictor == "gps", contender.name == LEARNING
+                with fresh_run(
+                    client,
+                    contender,
+                    logged.name,
+                    logged.group_size,
+                    seed,
+                    learn_from=names if learns else (),
+                    data_set=data_set if learns else None,
+                    keep=options.keep,
+                ) as name:
                     client.add_prompts(name, logged.prompts)
+                    if learns:  # what others showed is there before the first batch, or not at all
+                        has_worker = has_worker and refitted(client, name)
+                        if not has_worker:
+                            continue
                     run = choose_within(
                         client,
                         name,
@@ -93,4 +120,7 @@ def _runs(options: argparse.Namespace, logged: LoggedRun) -> dict[str, list[Chos
                     )
                 has_worker &= run.is_refitted or not is_fitted
                 runs[contender.name].append(run)
-    return runs
+    if used and len(runs[LEARNING]) < options.seeds:
+        del runs[LEARNING]
+        cannot_tell.append("no worker was running, and a worker is what reads other runs: evenodds serve --with-worker")
+    return Replayed(runs, sources, cannot_tell)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evenodds import PromptIn
+from evenodds.training.text import answer_of
 from evenodds_service.commands.formats.outcomes import Group, LogRefused, Tally, Wishes
 from evenodds_service.commands.formats.reading import OF_TRAININGS, open_log
 from evenodds_service.domain.prompts import text_key
@@ -153,6 +154,8 @@ def _index(prompts: dict[str, tuple[int, PromptIn]], group: Group) -> int | None
     if key is None:
         return None
     if key not in prompts:
-        prompt = PromptIn.model_validate({"prompt_id": key, "text": group.text, "category": group.category})
+        prompt = PromptIn.model_validate(
+            {"prompt_id": key, "text": group.text, "category": group.category, "answer": answer_of(group.answer)}
+        )
         prompts[key] = (len(prompts), prompt)
     return prompts[key][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,23 +28,36 @@ def contenders_of(names: str) -> list[Contender]:
 
 @contextmanager
 def fresh_run(
-    client: Client, contender: Contender, of: str, group_size: int, seed: int, *, max_visits: int = 0, keep: bool
+    client: Client,
+    contender: Contender,
+    of: str,
+    group_size: int,
+    seed: int,
+    *,
+    max_visits: int = 0,
+    learn_from: Sequence[str] = (),
+    data_set: str | None = None,
+    keep: bool,
 ) -> Iterator[str]:
-    """A run without prompts, which is deleted afterwards unless it is kept. Its name begins with what is replayed."""
-    what = re.sub(r"[^A-Za-z0-9._-]", "-", of)[:80]
-    name = f"replay-{what}-{contender.name}-{seed}-{uuid.uuid4().hex[:8]}"
+    """A run without prompts, which is deleted afterwards unless it is kept. Its name begins with what is replayed. As
+    many arguments as a run of a replay has settings that differ.
+    """
+    what = re.sub(r"[^A-Za-z0-9._-]", "-", f"{of[:60]}-{contender.name}")
+    name = f"replay-{what}-{seed}-{uuid.uuid4().hex[:8]}"
     client.put_run(
         name,
         predictor=contender.predictor,
         acquisition=contender.acquisition,
         group_size=group_size,
         max_visits=max_visits,
+        learn_from=list(learn_from) or None,
+        data_set=data_set,
     )
     try:
         yield name
     finally:
         if not keep:
-            _delete(client, name)
+            delete(client, name)
 
 
 def write(option: str, path: Path, content: str) -> None:
@@ -55,9 +68,9 @@ def write(option: str, path: Path, content: str) -> None:
         raise ReplayRefused(f"{option} {path}: {error.strerror}; name a file that can be written") from error
 
 
-def _delete(client: Client, name: str) -> None:
+def delete(client: Client, name: str) -> None:
+    """Delete the run. What keeps it from that is a warning: the fault that ended the replay is the one to report."""
     try:
         client.delete_run(name)
     except EvenOddsError as error:
-        # A warning, so that the fault that ended the replay, if one did, is the one that is reported.
         print(f"evenodds replay: run {name} was not deleted: {error}", file=sys.stderr)

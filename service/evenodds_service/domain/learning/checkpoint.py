@@ -24,7 +24,7 @@ from evenodds_service.domain.learning.mixture import Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import Tallies
-from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
+from evenodds_service.domain.prompts import NO_ANSWERS, NO_RATES, NamedRates, RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
 FORMAT = 8
@@ -118,6 +118,8 @@ def block_to_bytes(block: RawBlock) -> bytes:
         "numeric": [features and dict(features) for features in block.numeric] if any(block.numeric) else None,
     }
     arrays = {name: getattr(block, name) for name in _BLOCK_ARRAYS}
+    if block.answers_N_A.shape[1]:
+        arrays["answers_N_A"] = block.answers_N_A
     if block.serials_N is not None:
         arrays["serials_N"] = block.serials_N
     if block.named_rates.names:
@@ -145,6 +147,7 @@ def block_from_bytes(content: bytes) -> RawBlock:
             numeric=tuple(header["numeric"] or (None,) * n),
             **{name: arrays[name] for name in _BLOCK_ARRAYS},
             named_rates=_named_rates(header, arrays),
+            answers_N_A=arrays.get("answers_N_A", NO_ANSWERS),
             serials_N=arrays.get("serials_N"),
         )
     except Exception as error:  # bytes that were damaged may hold anything

@@ -21,7 +21,15 @@ from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, Scal
 from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.regression import FEATURE_STEP
 from evenodds_service.domain.learning.tallies import MAX_GROUPS as SUMMED_GROUPS
-from evenodds_service.domain.prompts import NO_RATES, UNNAMED, FittedPrior, NamedRates, RawBlock, SourceColumns
+from evenodds_service.domain.prompts import (
+    NO_ANSWERS,
+    NO_RATES,
+    UNNAMED,
+    FittedPrior,
+    NamedRates,
+    RawBlock,
+    SourceColumns,
+)
 
 COMPONENTS = 32
 MAX_GROUPS, MAX_NUMERIC = 64, 64
@@ -65,6 +73,7 @@ class Pool:
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
         self._prior_rates = np.empty(0, dtype=np.float32)
+        self._answers: FloatArray = NO_ANSWERS  # without columns until a prompt has one
         self._told = _with_rates(NO_RATES, 0, 0, tuple(tellers))
         self._first_told = _told_before(tellers)  # by who told it: the first prompt
         self._known: tuple[RateColumns, FloatArray] | None = None
@@ -78,6 +87,7 @@ class Pool:
         self._embedding = _with_rows(self._embedding, self.n, n)
         self._prior_rates = _with_rows(self._prior_rates, self.n, n)
         self._codes = _with_rows(self._codes, self.n, n)
+        self._answers = _with_rows(self._answers, self.n, n)
         self._told = _with_rates(self._told, self.n, n, ())
 
     def append(self, block: RawBlock) -> None:
@@ -97,6 +107,7 @@ class Pool:
         self._surface = _append(self._surface, self.n, surface)
         self._embedding = _append(self._embedding, self.n, embedding)
         self._prior_rates = _append(self._prior_rates, self.n, block.prior_rates_N)
+        self._append_answers(block.answers_N_A, n)
         self._append_told(block.told, n)
         self.index.update(zip(block.prompt_ids, range(self.n, self.n + n), strict=True))
         self.prompt_ids.extend(block.prompt_ids)
@@ -118,6 +129,7 @@ class Pool:
             surface_N_S=self._surface[first:last],
             embedding_N_D=self._embedding[first:last],
             named_rates=self._named(first, last),
+            answers_N_A=self._answers[first:last] if self._answers.shape[1] else NO_ANSWERS,
         )
 
     def _named(self, first: int, last: int) -> NamedRates:
@@ -127,6 +139,13 @@ class Pool:
         columns = [self._told.names.index(name) for name in names]
         told = self._told[first:last]
         return NamedRates(names, told.rates_N_R[:, columns], told.attempts_N_R[:, columns])
+
+    def _append_answers(self, answers_n_A: FloatArray, n: int) -> None:
+        """Write the features of the answers of the next n prompts. Costs nothing while no prompt has an answer."""
+        if self._answers.shape[1] == 0 and answers_n_A.shape[1]:
+            self._answers = np.full((self.n, answers_n_A.shape[1]), np.nan, dtype=np.float16)
+        missing = np.full((n, self._answers.shape[1]), np.nan, dtype=np.float16)
+        self._answers = _append(self._answers, self.n, answers_n_A if answers_n_A.shape[1] else missing)
 
     def _append_told(self, new: NamedRates, n: int) -> None:
         """Write what others showed on the next n prompts. Costs nothing while nobody has shown anything."""
@@ -171,6 +190,7 @@ class Pool:
         self._numeric = list(compress(self._numeric[:n], kept_N))
         self._surface, self._embedding = self._surface[:n][kept_N], self._embedding[:n][kept_N]
         self._prior_rates = self._prior_rates[:n][kept_N]
+        self._answers = self._answers[:n][kept_N]
         self._first_told = _told_before(self.all_tellers)
         if self._told.names:
             told = self._told
@@ -350,8 +370,12 @@ def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:
 
 def as_kept(block: RawBlock) -> RawBlock:
     """The block in the precision in which a pool would keep it, so that new prompts have the features of known ones."""
-    surface, embedding = block.surface_N_S.astype(np.float16), block.embedding_N_D.astype(np.float16)
-    return replace(block, surface_N_S=surface, embedding_N_D=embedding)
+    return replace(
+        block,
+        surface_N_S=block.surface_N_S.astype(np.float16),
+        embedding_N_D=block.embedding_N_D.astype(np.float16),
+        answers_N_A=block.answers_N_A.astype(np.float16),
+    )
 
 
 def _append(array: NDArray[ScalarT], n: int, more: NDArray[ScalarT]) -> NDArray[ScalarT]:
@@ -394,14 +418,16 @@ def _rows_of(values_n_R: FloatArray, columns: list[int]) -> FloatArray:
 class Basis:
     """How raw features become the inputs x of the regressions.
 
-    Columns: 1, standardised surface features, standardised numeric features and log-odds of the caller's rates,
-    group indicators; behind `n_surface` of them, the leading principal components of the embeddings.
+    Columns: 1, standardised surface features, standardised numeric features and log-odds of the caller's rates, those
+    of the answers where a prompt had one, group indicators; behind `n_surface` of them, the leading principal
+    components of the embeddings.
 
     Attributes:
         n_prompts: Size of the pool that it was derived from.
         numeric_names, group_names: Which numeric features and groups have columns, at most 64 each.
-        means, scales: Of the standardised columns, [S + numeric + 1].
+        means, scales: Of the standardised columns, [S + numeric + 1 + n_answer].
         components_D_P: Projection of the centred embedding, [D, P].
+        n_answer: Columns of the answers; 0 where no prompt had one.
     """
 
     n_prompts: int
@@ -411,6 +437,7 @@ class Basis:
     scales: FloatArray
     embedding_mean_D: FloatArray
     components_D_P: FloatArray
+    n_answer: int = 0
     _components: exact.Columns = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -433,7 +460,8 @@ class Basis:
         numeric_names = tuple(sorted(name for name, _ in names.most_common(MAX_NUMERIC)))
         groups = Counter(group for group in block.groups if group is not None)
         group_names = tuple(sorted(group for group, _ in groups.most_common(MAX_GROUPS)))
-        columns = _columns(block, numeric_names)
+        n_answer = block.answers_N_A.shape[1] if np.isfinite(block.answers_N_A).any() else 0
+        columns = _columns(block, numeric_names, n_answer)
         means, scales = _standard(columns)
         mean_D, components_D_P = _principal_components(block.embedding_N_D)
         return Basis(
@@ -444,6 +472,7 @@ class Basis:
             scales=scales,
             embedding_mean_D=mean_D,
             components_D_P=components_D_P,
+            n_answer=n_answer,
         )
 
     def equals(self, other: Basis) -> bool:
@@ -457,7 +486,7 @@ class Basis:
             "n_prompts": self.n_prompts,
             "numeric_names": self.numeric_names,
             "group_names": self.group_names,
-        }
+        } | ({"n_answer": self.n_answer} if self.n_answer else {})
         return header, {name: getattr(self, name) for name in _BASIS_ARRAYS}
 
     @staticmethod
@@ -467,6 +496,7 @@ class Basis:
             n_prompts=header["n_prompts"],
             numeric_names=tuple(header["numeric_names"]),
             group_names=tuple(header["group_names"]),
+            n_answer=header.get("n_answer", 0),  # what was stored before there were answers does not say
             **{name: arrays[name] for name in _BASIS_ARRAYS},
         )
 
@@ -478,7 +508,7 @@ class Basis:
         n = len(block.prompt_ids)
         x = np.zeros((n, self.width), dtype=np.float32)
         x[:, 0] = 1.0
-        standardised = (_columns(block, self.numeric_names) - self.means) / self.scales
+        standardised = (_columns(block, self.numeric_names, self.n_answer) - self.means) / self.scales
         x[:, 1 : 1 + len(self.means)] = np.nan_to_num(np.clip(standardised, -_CLIP, _CLIP), nan=0.0)
         first = 1 + len(self.means)
         column = {group: first + i for i, group in enumerate(self.group_names)}
@@ -504,19 +534,24 @@ def directions(x_N_d: FloatArray) -> FloatArray:
     return np.asarray(rows / np.maximum(norms, 1e-9)[:, None])
 
 
-def _columns(block: RawBlock, numeric_names: Sequence[str]) -> FloatArray:
-    """Surface and numeric features and log-odds of the caller's rates side by side, float64, NaN where missing."""
+def _columns(block: RawBlock, numeric_names: Sequence[str], n_answer: int) -> FloatArray:
+    """Surface and numeric features, log-odds of the caller's rates and the answers' features side by side, float64, NaN
+    where missing.
+    """
     n, s = block.surface_N_S.shape
-    columns = np.full((n, s + len(numeric_names) + 1), np.nan)
+    rate = s + len(numeric_names)
+    columns = np.full((n, rate + 1 + n_answer), np.nan)
     columns[:, :s] = block.surface_N_S
+    if n_answer and block.answers_N_A.shape[1]:
+        columns[:, rate + 1 :] = block.answers_N_A
     if numeric_names:
         for row, features in enumerate(block.numeric):
             if features:
-                columns[row, s:-1] = [features.get(name, np.nan) for name in numeric_names]
+                columns[row, s:rate] = [features.get(name, np.nan) for name in numeric_names]
         columns = np.clip(columns, -_FINITE, _FINITE)  # so that no square or sum overflows
     known = np.isfinite(block.prior_rates_N)
     if known.any():
-        columns[known, -1] = exact.log_odds(np.clip(block.prior_rates_N[known].astype(np.float64), 0.01, 0.99))
+        columns[known, rate] = exact.log_odds(np.clip(block.prior_rates_N[known].astype(np.float64), 0.01, 0.99))
     return columns
 
 
