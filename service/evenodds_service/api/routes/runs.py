@@ -5,7 +5,7 @@ Each endpoint translates the wire into values, calls the store, and translates b
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -63,6 +63,7 @@ def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Calle
         if stored.n_prompts and _learned(before) != _learned(settings):
             services.store.request_refit(stored.id, now=now())
     services.live_runs.forget(run)
+    services.run_states.look_at(run)
     return JSONResponse(_watched(services, run).model_dump(mode="json"), 201 if created else 200)
 
 
@@ -144,10 +145,8 @@ def _watched(services: Services, name: str) -> RunState:
     """The run with its alarms, which are found in what its log folds to."""
     run, live, _ = services.live_runs.at_head(name)
     with live.lock:
-        found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
-    alarms = tuple(
-        Alarm(code=a.code, message=a.message, since_step=a.since_step, value=a.value, limit=a.limit) for a in found
-    )
+        found = live.alarms(run.settings)
+    alarms = tuple(Alarm.model_validate(asdict(alarm)) for alarm in found)
     return _run_state(services.store, run).model_copy(update={"alarms": alarms})
 
 
