@@ -32,6 +32,7 @@ from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.runtime.run_states import RunStates
 from evenodds_service.settings import Settings
 from evenodds_service.storage.store import Store
 
@@ -71,8 +72,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services.run_states.start()
         yield
         await run_in_threadpool(services.decisions.close)
+        await run_in_threadpool(services.run_states.close)
 
     app = FastAPIOffline(
         redoc_url=None,
@@ -118,8 +121,9 @@ def _services(store: Store, settings: Settings) -> Services:
     """What the routes share."""
     featurizer = Featurizer(store, allowed=settings.allowed_embedders())
     live_runs = LiveRuns(store, capacity=settings.live_runs)
+    run_states = RunStates(store, live_runs, now=now)
     run_registry = CollectorRegistry()
-    run_registry.register(RunMetrics(store, live_runs, now))
+    run_registry.register(RunMetrics(store, live_runs, run_states, now))
     return Services(
         store=store,
         featurizer=featurizer,
@@ -132,6 +136,7 @@ def _services(store: Store, settings: Settings) -> Services:
             capacity=settings.budget_queue,
         ),
         decisions=Decisions(store, now=now),
+        run_states=run_states,
         predictions=training.prediction_coalescer(live_runs),
         max_step_jump=settings.max_step_jump,
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,

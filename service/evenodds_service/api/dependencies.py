@@ -18,6 +18,7 @@ from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.runtime.run_states import RunStates
 from evenodds_service.storage.store import Store
 
 
@@ -30,6 +31,7 @@ class Services:
     live_runs: LiveRuns
     budgets: Budgets
     decisions: Decisions
+    run_states: RunStates
     predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float
     max_step_jump: int

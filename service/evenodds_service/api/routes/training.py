@@ -52,7 +52,7 @@ from evenodds_service.runtime.decisions import run_of
 from evenodds_service.runtime.featurizer import new_prompt
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import LiveRuns
-from evenodds_service.storage.store import Appended, NewSelection, Run, Store, Written
+from evenodds_service.storage.store import Appended, NewSelection, Run, Written
 from evenodds_service.timing import phase
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def observe(
         _check_step(body, services)
     appended = _append(body, services)
     if appended.written is not None:
-        afterwards.add_task(_keep_up, services.store, services.live_runs, appended.written)
+        afterwards.add_task(_keep_up, services, appended.written)
     return ObserveReply(
         run=body.run,
         log_position=appended.log_position,
@@ -203,14 +203,15 @@ def _observed(item: Observation, prompt: int | str) -> NewObservation:
     return NewObservation.of_counts(prompt, item.successes or 0.0, item.attempts or 1)
 
 
-def _keep_up(store: Store, live_runs: LiveRuns, written: Written) -> None:
+def _keep_up(services: Services, written: Written) -> None:
     """Fold in what was acknowledged while the trainer goes on, so that its next question finds it done."""
     try:
-        live = live_runs.fold(written.run, written.entries)
+        live = services.live_runs.fold(written.run, written.entries)
     except StoreError as error:  # whoever asks next meets it, or does not
         logger.info("run %r: not folded ahead of time: %s", written.run.name, error)
     else:
-        live.save_behind(store, written.run, now=now())
+        live.save_behind(services.store, written.run, now=now())
+    services.run_states.look_at(written.run.name)
 
 
 @router.post("/predict", summary="Predict success rates", response_model=PredictReply)
@@ -340,6 +341,7 @@ def select_batch(body: SelectRequest, services: Dependencies, confirm_step: Conf
             replayed = written is None
             if written is not None:  # the next choice knows of this one
                 live.catch_up(services.store, written.run, written=written.entries)
+                services.run_states.look_at(run.name)
     # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. Reading it
     # and writing it again would take milliseconds for a large batch.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'
