@@ -37,9 +37,11 @@ _LEAST_FORECAST = 1e-4
 _TOLERATED, _ALTERNATIVE = float(exact.exp(-1.0)), float(exact.exp(-3.0))
 """Odds may be off by the first factor. The bets win the most where they are off by the second."""
 
-_FLIP_BET, _FLIP_REACH, _FLIP_TOLERATED = 6.0, 0.15, 0.1
-"""Stake on the product of forecast and outcome, both from the mean of their batch; forecasts further away count as so
-far; and the slope below 0 that is tolerated. The factor stays positive: 6 (.15 + .1 .15^2) < 1."""
+_FLIP_BET, _FLIP_TOLERATED = 9.0, 0.1
+_FLIP_FORECAST, _FLIP_OUTCOME = 0.15, 0.7
+"""Stake on the product of forecast and outcome, both from the mean of their batch, and the slope below 0 that is
+tolerated. What is further from the mean counts as so far, so that the factor stays positive:
+9 (.15 .7 + .1 .15^2) < 1."""
 _LEAST_FLIPPED = 8
 
 
@@ -154,8 +156,8 @@ def flip_bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
     """
     if len(forecast_n) < _LEAST_FLIPPED:
         return np.zeros(len(forecast_n))
-    x = np.clip(forecast_n - forecast_n.sum() / len(forecast_n), -_FLIP_REACH, _FLIP_REACH)
-    y = outcome_n - outcome_n.sum() / len(outcome_n)
+    x = np.clip(forecast_n - forecast_n.sum() / len(forecast_n), -_FLIP_FORECAST, _FLIP_FORECAST)
+    y = np.clip(outcome_n - outcome_n.sum() / len(outcome_n), -_FLIP_OUTCOME, _FLIP_OUTCOME)
     return exact.log(1.0 - _FLIP_BET * (x * y + _FLIP_TOLERATED * x * x))
 
 

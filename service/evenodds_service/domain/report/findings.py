@@ -45,6 +45,9 @@ LEAST_LIFT = 0.05
 _LIFT_Z = 3.5
 """Standard errors on either side of the lift: it is looked at again and again, and one false alarm is too many."""
 
+_LEAST_ROOM = 0.2
+"""Where uniform batches are informative but for so little, choosing has nothing to gain, and nothing is wrong."""
+
 _SILENT_SELECTED, _SILENT_SELECTIONS, _ANSWERED_SHARE = 128, 8, 0.1
 _OTHERS_ALIVE = 0.5
 _QUIET_SELECTIONS = 8
@@ -318,8 +321,8 @@ def _lift_not_positive(tallies: Tallies) -> list[Alarm]:
     found = lift_of(tallies, windows)[0] if windows else None
     if found is None:
         return []
-    most = most_lift(tallies, windows, z=_LIFT_Z)
-    if most >= LEAST_LIFT:
+    has_room = found.control_share.value <= 1.0 - _LEAST_ROOM
+    if not has_room or most_lift(tallies, windows, z=_LIFT_Z) >= LEAST_LIFT:
         return []
     since = first_step_of(tallies, windows[0])
     return [

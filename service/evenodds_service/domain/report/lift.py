@@ -97,16 +97,20 @@ def _saving(tallies: Tallies, windows: Sequence[int]) -> tuple[float | None, _En
 def alive(tallies: Tallies, windows: Sequence[int]) -> list[int]:
     """Those of these windows in which some group of a selection with a control arm was informative."""
     informative = [LIFT_COLUMNS.index(f"{arm}_informative") for arm in ("policy", "control")]
-    return [w for w in windows if (tallies.lift[w, informative] > 0.0).any()]
+    found = (tallies.lift[:, informative] > 0.0).any(axis=1).tolist()
+    return [w for w in windows if found[w]]
 
 
 def judged_windows(tallies: Tallies, windows: Sequence[int], *, controls: int = JUDGED_CONTROLS) -> list[int]:
     """The newest of these windows that hold so many observations of the control arm, or all; only those alive."""
     chosen: list[int] = []
+    sums = tallies.lift[:, [LIFT_COLUMNS.index("control"), LIFT_COLUMNS.index("control_square")]].tolist()
+    weight = square = 0.0
     for w in reversed(alive(tallies, windows)):
-        if chosen and n_controls(tallies, chosen) >= controls:
+        if weight * weight >= controls * square > 0.0:  # Kish's effective size; see n_controls
             break
         chosen.insert(0, w)
+        weight, square = weight + sums[w][0], square + sums[w][1]
     return chosen
 
 
