@@ -141,7 +141,8 @@ class _Silent(Tallies):
     def select(self, *_: Any) -> None: ...
 
     def observe(self, *arguments: Any) -> Met:
-        return Met(arguments[5], 0.0, 0.0)
+        nothing, never = np.zeros(len(arguments[5])), np.zeros(len(arguments[5]), bool)
+        return Met(arguments[5], 0.0, 0.0, nothing, nothing, nothing, never, never)
 
     def compare(self, *_: Any) -> None: ...
 
@@ -149,7 +150,7 @@ class _Silent(Tallies):
 
 
 class _SilentGuardrails(Guardrails):
-    """Watches nothing."""
+    """Watches nothing, and so do the sequential tests where nothing is judged."""
 
     def select(self, *_: Any) -> None: ...
 

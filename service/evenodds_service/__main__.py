@@ -1,4 +1,4 @@
-"""The command line: `evenodds serve | work | keys | migrate | import | replay`.
+"""The command line: `evenodds serve | work | keys | migrate | import | replay | alert-rules`.
 
 Each command is a module of `commands` that says its arguments and how it runs. These modules import what they need
 inside their functions: the thin client is installed without the service's libraries.
@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evenodds_service.commands import database, keys, openapi, serve, work
+from evenodds_service.commands import alert_rules, database, keys, openapi, serve, work
 from evenodds_service.commands.importing import arguments as importing
 from evenodds_service.commands.opening import fault
 from evenodds_service.commands.replay import arguments as replay
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         description="Predicts how hard each prompt is for one language model as it is right now.",
     )
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for module in (serve, work, keys, database, replay, importing, openapi):
+    for module in (serve, work, keys, database, replay, importing, openapi, alert_rules):
         module.add_commands(commands)
     return whole
 

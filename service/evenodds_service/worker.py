@@ -186,6 +186,7 @@ class Worker:
         run = self._store.run_with_id(refit.run_id)
         kept.live.catch_up(self._store, run)
         kept.live.save(self._store, run, now=self._clock())
+        self._store.save_run_states([(run.id, *kept.live.summary(run.settings))], now=self._clock())
 
     @contextmanager
     def _heartbeat(self, refit: Refit) -> Iterator[None]:

@@ -182,21 +182,42 @@ def test_a_run_whose_outcomes_stop_raises_an_alarm_until_they_come(caller: Calle
 
     assert (alarm["since_step"], alarm["value"], alarm["limit"]) == (2, 8, 8)
     assert alarm["message"] == (
-        "8 batches were selected since step 2 and no outcome was observed: check that the trainer reports to "
-        "POST /observe of this run"
+        "8 batches were selected since step 2 and no outcome was observed. Check that the trainer reports to POST "
+        "/observe of this run, and that no filter drops all outcomes."
     )
+    assert alarm["message"].endswith(alarm["next_step"])
     assert alarms(caller) == {}
 
 
-def test_a_silent_group_raises_an_alarm(caller: Caller) -> None:
-    caller.load([{"prompt_id": f"p{i}", "category": "ab"[i % 2]} for i in range(200)])
-    for step in range(2):
-        caller.observe(step, *({"prompt_id": f"p{i}", "successes": 4 * (i % 2 == 0), "attempts": 8} for i in range(80)))
+def dead_verifier(caller: Caller, *, steps: range, dead_from: int) -> None:
+    for step in steps:
+        batch = caller.client.select_batch(caller.run, step, 32)
+        chance = random.Random(step)
+        outcomes = [
+            {"prompt_id": p.prompt_id, "rewards": [float(step < dead_from and chance.random() < 0.5) for _ in range(8)]}
+            for p in batch.prompts
+        ]
+        caller.client.observe(caller.run, step, outcomes, selection_id=batch.selection_id)
 
-    alarm = alarms(caller)["group_silent"]
 
-    assert alarm["message"].startswith("category 'b': none of its last 80 outcomes was informative since step 0, while")
-    assert (alarm["since_step"], alarm["value"], alarm["limit"]) == (0, 80, 64)
+def test_a_dead_verifier_raises_an_alarm_whose_remedy_makes_the_run_forget_it(caller: Caller) -> None:
+    caller.load([{"prompt_id": f"p{i}"} for i in range(400)])
+    dead_verifier(caller, steps=range(8), dead_from=6)
+
+    alarm = alarms(caller)["forecast_off"]
+    report = caller.client.report(caller.run)
+    assert (alarm["since_step"], alarm["remedy"]) == (
+        6,
+        {"operation": "retract", "body": {"from_step": 6, "to_step": 7}},
+    )
+    assert report.verdict == "broken"
+    assert report.newest is not None
+    assert (report.newest.first_step, report.newest.last_step) == (4, 7)
+
+    caller.ok("POST", f"/runs/{caller.run}/{alarm['remedy']['operation']}", json=alarm["remedy"]["body"])
+
+    assert alarms(caller) == {}
+    assert caller.client.report(caller.run).verdict == "learning"
 
 
 def test_lists_of_runs_do_not_look_for_alarms(caller: Caller) -> None:
@@ -246,8 +267,9 @@ def test_where_forecasts_mislead_batches_are_uniform_and_say_why_until_they_do_n
     assert during["fallback"]["to"] == "uniform"
     assert during["fallback"]["reason"].startswith("over the newest 512 observations the model's skill against flat ")
     assert 12 <= during["fallback"]["since_step"] <= 15
-    assert raised["fallback"]["message"] == during["fallback"]["reason"]
-    assert raised["skill_not_positive"]["value"] < 0
+    reason = during["fallback"]["reason"]
+    assert raised["fallback"]["message"].startswith(f"{reason[0].upper()}{reason[1:]}. ")
+    assert raised["fallback"]["value"] < 0
     assert reported is not None
     assert reported.reason == during["fallback"]["reason"]
     assert forced["fallback"] is None

@@ -1,4 +1,4 @@
-"""What Prometheus reads: the runs of a process, few labels, and rules and a dashboard that name what exists."""
+"""What Prometheus reads: all runs at any replica, few labels, and rules and a dashboard that name what exists."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ import json
 import re
 import shutil
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import event, insert
 from tests.waiting import until
+
+from evenodds_service.api.run_metrics import RunMetrics
+from evenodds_service.commands.alert_rules import alert_of, rules_file
+from evenodds_service.domain.report.alarms import KINDS
+from evenodds_service.domain.report.summary import VERDICTS, Summary
+from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.runtime.run_states import RunStates
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.runs import settings_to_json
+from evenodds_service.storage.store import Store
+from evenodds_service.storage.tables import runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,48 +51,66 @@ def samples(service: Service, run: str) -> dict[str, float]:
     }
 
 
-def test_a_run_is_measured_as_far_as_the_process_has_folded_it(caller: Caller, service: Service) -> None:
-    caller.load_texts("a", "b", "c")
-    caller.predict("a")
-    caller.load_texts("d")
-    after_write = samples(service, caller.run)
-    batch = caller.select(3, 4)
-    caller.observe(
-        3,
-        *({"prompt_id": p["prompt_id"], "successes": 4, "attempts": 8} for p in batch["prompts"]),
-        selection_id=batch["selection_id"],
+@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+def test_a_run_is_measured_by_every_replica_until_it_is_deleted(
+    caller: Caller, service: Service, start_service: Callable[[str], Service]
+) -> None:
+    caller.load([{"prompt_id": f"p{i}", "text": f"Say {i}."} for i in range(8)])
+    for step in range(8):
+        prompts = caller.chosen(step, 1)
+    until(lambda: samples(service, caller.run).get("evenodds_run_alarm outcomes_stopped"), "the alarm to be saved")
+    assert samples(service, caller.run)["evenodds_run_state broken"] == 1
+    caller.observe(8, {"prompt_id": prompts[0], "successes": 4, "attempts": 8})
+    caller.predict(prompts[0])
+
+    replica = start_service(service.database_url)  # which has never been asked for the run
+    until(
+        lambda: (
+            samples(replica, caller.run).get("evenodds_run_observations") == 1
+            and samples(replica, caller.run)["evenodds_run_state_lag"] == 0
+        ),
+        "the state to be saved",
     )
+    shown, own = samples(replica, caller.run), samples(service, caller.run)
 
-    caller.predict("a")
-    after_read = samples(service, caller.run)
-
-    assert after_write["evenodds_run_head_lag"] > 0
-    assert after_read["evenodds_run_head_lag"] == 0
-    assert after_read["evenodds_run_head_step"] == 3
-    assert after_read["evenodds_run_observations"] == 4
-    assert after_read["evenodds_run_pool_prompts"] == 4
-    assert after_read["evenodds_run_coverage"] == 1
-    assert after_read["evenodds_run_informative_share policy"] == 1
-    assert after_read["evenodds_run_refit_open"] == 0
-
-
-def test_what_was_observed_is_folded_before_anyone_asks(caller: Caller, service: Service) -> None:
-    caller.load_texts("a")
-
-    caller.observe(0, {"prompt_id": "a", "successes": 1, "attempts": 2})
-
-    until(lambda: samples(service, caller.run)["evenodds_run_observations"], "the observation to be folded")
-    assert samples(service, caller.run)["evenodds_run_head_lag"] == 0
-
-
-def test_a_deleted_run_is_no_longer_shown(caller: Caller, service: Service) -> None:
-    caller.load_texts("a")
-    caller.predict("a")
-    assert samples(service, caller.run)
-
+    assert shown["evenodds_run_state learning"] == 1
+    assert sum(value for name, value in shown.items() if name.startswith("evenodds_run_state ")) == 1
+    assert "evenodds_run_alarm outcomes_stopped" not in shown
+    assert shown["evenodds_run_head_step"] == 8
+    assert shown["evenodds_run_pool_prompts"] == 8
+    assert shown["evenodds_run_coverage"] == 1
+    assert 0 <= shown["evenodds_run_idle_seconds"] < 3_600
+    assert shown["evenodds_run_refit_open"] == 0
+    assert own["evenodds_run_head_lag"] == 0
+    assert "evenodds_run_head_lag" not in shown
     service.http.delete(f"/runs/{caller.run}")
+    until(lambda: samples(replica, caller.run) == {}, "the run to be forgotten")
 
-    assert samples(service, caller.run) == {}
+
+@pytest.mark.slow
+def test_two_thousand_runs_are_two_thousand_states_and_three_statements(tmp_path: Path) -> None:
+    store = Store(open_engine(f"sqlite:///{tmp_path}/runs.db"))
+    upgrade(store._engine)
+    now = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    rows = [{"name": f"run-{i}", "settings": settings_to_json(RunSettings()), "created_at": now} for i in range(2_000)]
+    with store._engine.begin() as connection:
+        ids = list(connection.execute(insert(runs).values(rows).returning(runs.c.id)).scalars())
+    saved = [(run_id, 0, Summary(VERDICTS[i % len(VERDICTS)])) for i, run_id in enumerate(ids[1:])]
+    store.save_run_states(saved, now=now)
+    live_runs = LiveRuns(store, capacity=1)
+    collector = RunMetrics(store, live_runs, RunStates(store, live_runs, now=lambda: now), lambda: now)
+    registry, statements = CollectorRegistry(), []
+    registry.register(collector)
+    event.listen(store._engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+
+    shown = [generate_latest(registry) for _ in range(2)]
+
+    states = re.findall(rb'^evenodds_run_state\{run="run-\d+",state="(\w+)"\} 1.0$', shown[0], re.MULTILINE)
+    assert len(states) == 2_000
+    assert states.count(b"no_data") == len(saved) // len(VERDICTS) + 1  # and the run without a state
+    assert shown[0] == shown[1]
+    assert len([statement for statement in statements if statement.startswith("SELECT")]) == 3
+    store.close()
 
 
 def known_names(service: Service) -> set[str]:
@@ -110,6 +144,19 @@ def test_dashboard_and_alerts_ask_for_what_is_measured(
 
     assert used
     assert used <= known_names(service)
+
+
+@pytest.mark.parametrize("file", ["prometheus/alerts.yml", "helm/evenodds/alerts.yml"])
+def test_the_rules_are_those_that_the_command_prints(file: str) -> None:
+    """If this fails: evenodds alert-rules > deploy/prometheus/alerts.yml, and copy it to deploy/helm/evenodds."""
+    assert (DEPLOY / file).read_text() == rules_file()
+
+
+def test_every_alarm_has_an_alert_and_what_breaks_a_run_is_urgent() -> None:
+    severities = {rule["alert"]: rule["labels"]["severity"] for rule in rules()}
+
+    for code, kind in KINDS.items():
+        assert severities[alert_of(code)] == ("page" if kind.is_broken else "warn")
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool on this machine")

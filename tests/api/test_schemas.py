@@ -10,7 +10,7 @@ import pytest
 from evenodds import schemas
 from evenodds_service.domain import settings
 from evenodds_service.domain.budgets import allocation
-from evenodds_service.domain.report import report
+from evenodds_service.domain.report import alarms, lift, report, summary
 from evenodds_service.storage import values
 
 
@@ -24,6 +24,7 @@ from evenodds_service.storage import values
         (schemas.Objective, allocation.Objective),
         (schemas.AllocationMethod, allocation.Method),
         (schemas.RefitStatus, values.RefitStatus),
+        (schemas.Verdict, summary.Verdict),
     ],
 )
 def test_both_know_the_same_words(of_the_wire: object, of_the_service: object) -> None:
@@ -58,13 +59,17 @@ def test_the_report_of_the_wire_has_the_figures_of_the_domain() -> None:
     }
     of_the_domain = {
         name: {field.name for field in fields(made)}
-        for name, made in vars(report).items()
-        if is_dataclass(made) and made.__module__ == report.__name__
+        for module in (report, lift, alarms)
+        for name, made in vars(module).items()
+        if is_dataclass(made) and made.__module__ == module.__name__ and name != "Kind"
     }
 
     for name, figures in of_the_domain.items():
         more = {"category"} if name == "GroupReport" else set()
         if name == "Report":
-            name, more = "RunReport", {"run", "log_position", "model_version", "observations", "fallback"}
+            name, more = (
+                "RunReport",
+                {"run", "log_position", "model_version", "observations", "fallback", "verdict", "notes"},
+            )
             more |= {"categories", "other_categories"}
         assert of_the_wire[name] == figures | more, name

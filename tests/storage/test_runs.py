@@ -8,6 +8,7 @@ from sqlalchemy import Engine, func, select
 
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt, Vector
+from evenodds_service.domain.report.summary import Summary
 from evenodds_service.domain.settings import CALLER, RunSettings
 from evenodds_service.errors import EmbedderFixed, RunUnknown
 from evenodds_service.storage.store import NewSelection, NewSnapshot, Run, Store
@@ -116,6 +117,7 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
         store.append_observations(owner.id, Outcomes(step=0, observations=[observation]), now=now)
         store.save_checkpoint(owner.id, position=1, state=b"state", now=now)
         store.save_packed_block(owner.id, b"block", first=0, last=1, features="1")
+        store.save_run_states([(owner.id, 1, Summary("learning"))], now=now)
         store.request_refit(owner.id, now=now)
         claimed = store.claim_refit(worker="w", lease=timedelta(minutes=1), now=now)
         assert claimed is not None
@@ -143,6 +145,7 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
         "snapshots": 1,
         "checkpoints": 1,
         "decisions": 0,
+        "run_states": 1,
     }
     assert vectors == {"surface", f"caller:{other.id}"}
 

@@ -16,6 +16,7 @@ from evenodds_service.api.run_metrics import RunMetrics
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.runtime.run_states import RunStates
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -128,7 +129,8 @@ def test_an_age_is_never_negative(bench: Bench) -> None:
     assert bench.worker(bench.constant(0.5)).work_once()
     live_runs = LiveRuns(bench.store, capacity=2)
     live_runs.at_head("ahead")
-    metrics = RunMetrics(bench.store, live_runs, lambda: bench.clock() - timedelta(days=1))
+    run_states = RunStates(bench.store, live_runs, now=bench.clock)
+    metrics = RunMetrics(bench.store, live_runs, run_states, lambda: bench.clock() - timedelta(days=1))
 
     samples = [sample for family in metrics.collect() for sample in family.samples]
 

@@ -8,8 +8,9 @@ from pydantic import ConfigDict, Field
 from pydantic.config import JsonValue
 
 from evenodds.schemas.base import HasOlderNames, Reply, example, older
-from evenodds.schemas.fields import PromptId, RunName
+from evenodds.schemas.fields import PromptId, RunName, Verdict
 from evenodds.schemas.loop import FallbackNotice
+from evenodds.schemas.runs import Alarm
 
 
 class Share(Reply):
@@ -68,6 +69,41 @@ class WindowReport(Reply):
     )
 
 
+class LiftReport(Reply):
+    """The policy's choice against the control arm, over the selections that had one. Intervals hold 95%."""
+
+    policy_share: Share
+    control_share: Share = Field(description="weighted where the run's control_share was changed meanwhile")
+    difference: float = Field(description="of the two informative shares: the lift")
+    difference_interval: tuple[float, float]
+    rollouts_saved_share: float | None = Field(
+        description="share saved of the rollouts that uniform choice would have needed for as many informative groups; "
+        "null where it was not measured: fewer than 20 observations of the control arm, or none informative"
+    )
+    rollouts_saved_share_interval: tuple[float | None, float | None] = Field(description="null: not finite")
+    rollouts_saved: float | None = Field(
+        description="as a number of rollouts, by the policy arm so far, in windows with an informative group; "
+        "null: not measured"
+    )
+    rollouts_saved_interval: tuple[float | None, float | None] = Field(description="null: not finite")
+
+
+class RecentReport(Reply):
+    """The newest windows that hold a hundred observations, or all there are: what to show beside the whole run."""
+
+    first_step: int
+    last_step: int
+    observations: int
+    rank_correlation: float | None = Field(description="as in windows")
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None = Field(description="of all observations of two attempts or more")
+    informative_share: float | None
+    forecast_error: float | None = Field(description="mean informative forecast less the share that came")
+    lift: LiftReport | None = None
+    lift_missing: str | None = Field(default=None, description="why there is no lift, and what to do")
+
+
 class ArmReport(Reply):
     """One arm of the selections: the policy's choice, or the uniform control."""
 
@@ -77,21 +113,6 @@ class ArmReport(Reply):
     attempts: int
     informative_forecast: float | None = Field(description="mean forecast of the observed ones")
     informative_share: Share | None
-
-
-class LiftReport(Reply):
-    """The policy's choice against the control arm, over the selections that had one. Intervals hold 95%."""
-
-    policy_share: Share
-    control_share: Share = Field(description="weighted where the run's control_share was changed meanwhile")
-    difference: float = Field(description="of the two informative shares: the lift")
-    difference_interval: tuple[float, float]
-    rollouts_saved_share: float | None = Field(
-        description="share saved of the rollouts that uniform choice would have needed for as many informative groups"
-    )
-    rollouts_saved_share_interval: tuple[float | None, float | None] = Field(description="null: not finite")
-    rollouts_saved: float | None = Field(description="as a number of rollouts, by the policy arm so far")
-    rollouts_saved_interval: tuple[float | None, float | None] = Field(description="null: not finite")
 
 
 class VisitCount(Reply):
@@ -170,6 +191,16 @@ _QUALITY: dict[str, JsonValue] = {
 }
 _POLICY: dict[str, JsonValue] = {"value": 0.78, "interval": [0.74, 0.82], "observations": 461}
 _CONTROL: dict[str, JsonValue] = {"value": 0.47, "interval": [0.34, 0.61], "observations": 51}
+_LIFT: dict[str, JsonValue] = {
+    "policy_share": _POLICY,
+    "control_share": _CONTROL,
+    "difference": 0.31,
+    "difference_interval": [0.16, 0.44],
+    "rollouts_saved_share": 0.4,
+    "rollouts_saved_share_interval": [0.22, 0.57],
+    "rollouts_saved": 2433,
+    "rollouts_saved_interval": [1028, 4843],
+}
 _REPORT: dict[str, JsonValue] = {
     "run": "math-7b",
     "log_position": 5,
@@ -191,6 +222,14 @@ _REPORT: dict[str, JsonValue] = {
             "believed_counts": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2048, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         }
     ],
+    "verdict": "helping",
+    "notes": [],
+    "newest": {
+        **{"first_step": 12, "last_step": 12, "observations": 512, "rank_correlation": 0.52},
+        **{"success_rate_forecast": 0.41, "success_rate": 0.43},
+        **{"informative_forecast": 0.73, "informative_share": 0.75, "forecast_error": -0.02},
+        **{"lift": _LIFT, "lift_missing": None},
+    },
     "arms": [
         {
             **{"arm": "policy", "selected": 461, "observed": 461, "attempts": 3688},
@@ -201,16 +240,7 @@ _REPORT: dict[str, JsonValue] = {
             **{"informative_forecast": 0.46, "informative_share": _CONTROL},
         },
     ],
-    "lift": {
-        "policy_share": _POLICY,
-        "control_share": _CONTROL,
-        "difference": 0.31,
-        "difference_interval": [0.16, 0.44],
-        "rollouts_saved_share": 0.4,
-        "rollouts_saved_share_interval": [0.22, 0.57],
-        "rollouts_saved": 2433,
-        "rollouts_saved_interval": [1028, 4843],
-    },
+    "lift": _LIFT,
     "lift_missing": None,
     "coverage": {
         **{"pool_size": 29115, "chosen": 498, "observed": 498, "tried_share": 0.0171, "mean_visits": 0.0176},
@@ -250,7 +280,17 @@ class RunReport(HasOlderNames, Reply):
         description="of groups of two attempts or more; the forecast is for the number of attempts that were made"
     )
     rank_correlation: float | None = Field(description="as in windows, over all that count")
+    verdict: Verdict | None = Field(
+        default=None,
+        description="no_data: nothing was observed yet. broken: an alarm says that the run does not do its work. "
+        "helping, not_helping: chosen batches give more informative groups than uniform ones, or not more. learning: "
+        "it is too early to tell, or there is no control arm to tell it by",
+    )
+    notes: tuple[Alarm, ...] = Field(
+        default=(), description="what a person may want to know and need not act on; alarms stand in GET /runs/{run}"
+    )
     windows: tuple[WindowReport, ...] = Field(description="those in which something happened, oldest first")
+    newest: RecentReport | None = Field(default=None, description="null before any observation")
     arms: tuple[ArmReport, ...]
     lift: LiftReport | None = None
     lift_missing: str | None = Field(default=None, description="why there is no lift, and what to do")

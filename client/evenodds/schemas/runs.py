@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.config import JsonValue
@@ -218,18 +218,31 @@ class RefitList(Reply):
     refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
 
 
+class Remedy(Reply):
+    """A call that takes back what a run learned while something was wrong."""
+
+    operation: Literal["retract", "rewind"] = Field(description="POST /runs/{run}/ followed by this word")
+    body: dict[str, int] = Field(
+        description="the body of the call", examples=[{"from_step": 20, "to_step": 23}, {"step": 79}]
+    )
+
+
 class Alarm(Reply):
-    """Something that a person should look at."""
+    """Something that a person should know of."""
 
     code: str = Field(
-        description="group_silent, outcomes_stopped, skill_not_positive, sources_mislead, fallback or coverage_stalls; "
-        "a newer service may know more",
+        description="forecast_off, rewards_constant, outcomes_stopped, group_size_mismatch, run_restarted, "
+        "category_silent, lift_not_positive, fallback, sources_mislead or coverage_stalls; a newer service may know "
+        "more",
         examples=["outcomes_stopped"],
     )
-    message: str = Field(description="what was seen, and what to check")
-    since_step: int = Field(description="since when")
+    message: str = Field(description="what was seen, against what, since which step, and the next step to take")
+    since_step: int = Field(description="the first step at which it was seen")
     value: float = Field(description="what was measured")
     limit: float = Field(description="where the alarm begins")
+    next_step: str = Field(default="", description="the end of the message: what to do")
+    category: str | None = Field(default=None, description="the category that it speaks of; null: the run")
+    remedy: Remedy | None = Field(default=None, description="what takes back the harm that was done, if a call can")
 
 
 _RUN: dict[str, JsonValue] = {

@@ -46,6 +46,7 @@ from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
 from evenodds_service.runtime.retention import Tidying
+from evenodds_service.runtime.run_states import RunStates
 from evenodds_service.settings import Settings
 from evenodds_service.storage.store import Store
 
@@ -84,8 +85,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services.run_states.start()
         yield
         await run_in_threadpool(services.decisions.close)
+        await run_in_threadpool(services.run_states.close)
 
     app = FastAPI(
         # The page serves these under relative addresses.
@@ -135,8 +138,9 @@ def _services(store: Store, settings: Settings) -> Services:
     """What the routes share."""
     featurizer = Featurizer(store, allowed=settings.allowed_embedders())
     live_runs = LiveRuns(store, capacity=settings.live_runs)
+    run_states = RunStates(store, live_runs, now=now)
     run_registry = CollectorRegistry()
-    run_registry.register(RunMetrics(store, live_runs, now))
+    run_registry.register(RunMetrics(store, live_runs, run_states, now))
     return Services(
         store=store,
         featurizer=featurizer,
@@ -151,6 +155,7 @@ def _services(store: Store, settings: Settings) -> Services:
         ),
         decisions=Decisions(store, now=now, most=settings.decisions),
         tidying=Tidying(store),
+        run_states=run_states,
         predictions=training.prediction_coalescer(live_runs),
         max_step_jump=settings.max_step_jump,
         predict_staleness_seconds=settings.predict_staleness_ms / 1_000,

@@ -1,31 +1,44 @@
-"""Prometheus gauges of the runs that this process serves, read when they are scraped.
+"""Prometheus gauges of all runs, read when they are scraped, from the states that the database keeps.
 
-Only runs in memory are shown, so the labels are as few as `EVENODDS_LIVE_RUNS`; nothing is loaded for a scrape. Every
-replica shows what it knows: `max by (run)` over the replicas is the newest.
+Every replica shows the same, also one that has just started. Three statements answer for all runs, and what they said
+serves for some seconds. Of more runs than `MOST_RUNS` those are shown that were active last.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from evenodds_service.domain.report.report import Report, report
-from evenodds_service.errors import RunUnknown, StoreError
-from evenodds_service.runtime.live_run import LiveRun
+from evenodds_service.domain.report.summary import VERDICTS, Summary
+from evenodds_service.errors import StoreError
 from evenodds_service.runtime.live_runs import LiveRuns
-from evenodds_service.storage.store import Refit, Run, Store
+from evenodds_service.runtime.run_states import RunStates
+from evenodds_service.storage.store import Store, WatchedRun
 
 logger = logging.getLogger(__name__)
 
+MOST_RUNS = 5_000
+_KEPT_SECONDS = 2.0
+_NO_DATA = Summary("no_data")
+
 _RUN = ("run",)
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "evenodds_run_state": (
+        f"1 for the verdict that stands: {', '.join(sorted(VERDICTS))}; 0 for the others.",
+        ("run", "state"),
+    ),
+    "evenodds_run_alarm": ("1 for an alarm that is on, by its code.", ("run", "code")),
+    "evenodds_run_state_lag": ("Entries of the log that came since the run's state was saved.", _RUN),
+    "evenodds_run_idle_seconds": ("Since the newest batch was chosen or outcomes were reported.", _RUN),
     "evenodds_run_log_position": ("Entries in the run's log.", _RUN),
     "evenodds_run_head_lag": (
-        "Entries of the log that this process has not folded yet; the next call folds them.",
+        "Entries of the log that this process has not folded yet; the next call folds them. Of runs in memory.",
         _RUN,
     ),
     "evenodds_run_head_step": ("The highest step seen.", _RUN),
@@ -40,14 +53,18 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Share of informative groups in the newest window of steps, by arm.",
         ("run", "arm"),
     ),
+    "evenodds_run_lift": (
+        "Informative share of the policy arm less that of the control arm, and its interval.",
+        (*_RUN, "end"),
+    ),
+    "evenodds_run_rollouts_saved": ("Rollouts saved so far against uniform choice; only where measured.", _RUN),
     "evenodds_run_forecast_error": (
-        "Mean informative forecast less the share that came, in the newest window of steps.",
+        "Mean informative forecast less the share that came, in the newest windows of steps.",
         _RUN,
     ),
-    "evenodds_run_rank_correlation": ("Of forecast and observed success rate, in the newest window of steps.", _RUN),
+    "evenodds_run_rank_correlation": ("Of forecast and observed success rate, in the newest windows of steps.", _RUN),
     "evenodds_run_skill": ("Nats per observation gained on flat MoPPS over the whole run.", _RUN),
     "evenodds_run_coverage": ("Share of the pool that was ever selected or observed.", _RUN),
-    "evenodds_run_alarm": ("1 for an alarm that is on, by its code.", ("run", "code")),
 }
 
 
@@ -55,71 +72,85 @@ class RunMetrics(Collector):
     """Collects on scrape.
 
     Args:
+        run_states: What this process saves is shown at once.
         now: The present time, aware.
     """
 
-    def __init__(self, store: Store, live_runs: LiveRuns, now: Callable[[], datetime]) -> None:
-        self._store = store
-        self._live_runs = live_runs
-        self._now = now
+    def __init__(self, store: Store, live_runs: LiveRuns, run_states: RunStates, now: Callable[[], datetime]) -> None:
+        self._store, self._live_runs, self._run_states, self._now = store, live_runs, run_states, now
+        self._lock = threading.Lock()
+        self._kept: tuple[WatchedRun, ...] = ()
+        self._kept_until = -1.0
+        self._kept_at = -1
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Names only: registering must not ask the database."""
         return iter([GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in GAUGES.items()])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One family per gauge, with a sample for each run that is in memory."""
+        """One family per gauge, with a sample for each run."""
         families = {name: GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in GAUGES.items()}
         try:
-            for live in self._live_runs.in_memory():
-                try:
-                    run = self._store.run_with_id(live.run_id)
-                except RunUnknown:
-                    continue  # deleted since
-                refits = self._store.refits(run.id, limit=2)
-                for name, labels, value in self._samples(run, live, refits):
-                    families[name].add_metric([run.name, *labels], value)
+            watched_runs = self._watched_runs()
         except StoreError as error:
             logger.warning("metrics of runs are left out: %s", error)
+            watched_runs = ()
+        folded = {live.run_id: live.state.position for live in self._live_runs.in_memory()}
+        for watched in watched_runs:
+            for name, labels, value in self._samples(watched, folded.get(watched.run.id)):
+                families[name].add_metric([watched.run.name, *labels], value)
         yield from families.values()
 
-    def _samples(
-        self, run: Run, live: LiveRun, refits: tuple[Refit, ...]
-    ) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        with live.lock:
-            position = live.state.position
-            found = report(live.state, live.pool)
-            alarms = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
+    def _watched_runs(self) -> tuple[WatchedRun, ...]:
+        with self._lock:  # scrapes at the same time share one look
+            n_saved = self._run_states.n_saved
+            if time.monotonic() >= self._kept_until or self._kept_at != n_saved:
+                self._kept = self._store.watched_runs(limit=MOST_RUNS)
+                self._kept_until, self._kept_at = time.monotonic() + _KEPT_SECONDS, n_saved
+            return self._kept
+
+    def _samples(self, watched: WatchedRun, folded: int | None) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        run, state = watched.run, watched.state
         yield "evenodds_run_log_position", (), run.log_position
-        yield "evenodds_run_head_lag", (), run.log_position - position
+        if folded is not None:
+            yield "evenodds_run_head_lag", (), max(0, run.log_position - folded)
         yield "evenodds_run_head_step", (), run.head_step if run.head_step is not None else -1
         yield "evenodds_run_observations", (), run.n_observations
         yield "evenodds_run_pool_prompts", (), run.pool_size
         yield "evenodds_run_model_version", (), run.model_version
-        yield "evenodds_run_refit_open", (), bool(refits) and refits[0].status in ("pending", "running")
-        yield "evenodds_run_refit_failed", (), bool(refits) and refits[0].status == "failed"
-        done = next((refit for refit in refits if refit.status == "done"), None)
+        yield from self._of_refits(watched)
+        yield "evenodds_run_state_lag", (), run.log_position - (state.log_position if state is not None else 0)
+        if state is not None and state.active_at is not None:
+            yield "evenodds_run_idle_seconds", (), max(0.0, (self._now() - state.active_at).total_seconds())
+        yield from _of_summary(state.summary if state is not None else _NO_DATA)
+
+    def _of_refits(self, watched: WatchedRun) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        status = watched.refit.status if watched.refit is not None else None
+        yield "evenodds_run_refit_open", (), status in ("pending", "running")
+        yield "evenodds_run_refit_failed", (), status == "failed"
+        done = watched.done_refit
         if done is not None and done.finished_at is not None:
             yield "evenodds_run_refit_age_seconds", (), max(0.0, (self._now() - done.finished_at).total_seconds())
             parts = [(done.report or {}).get(f"seconds_{part}") for part in ("loading", "fitting")]
             yield "evenodds_run_refit_seconds", (), sum(float(part) for part in parts if isinstance(part, (int, float)))
-        yield "evenodds_run_coverage", (), found.coverage.tried_share
-        if found.skill.per_observation is not None:
-            yield "evenodds_run_skill", (), found.skill.per_observation
-        yield from _newest_window(found)
-        for alarm in alarms:
-            yield "evenodds_run_alarm", (alarm.code,), 1.0
 
 
-def _newest_window(found: Report) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    if not found.windows:
-        return
-    window = found.windows[-1]
-    shares = {"policy": window.policy_informative_share, "control": window.control_informative_share}
-    for arm, share in shares.items():
+def _of_summary(summary: Summary) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    for verdict in VERDICTS:
+        yield "evenodds_run_state", (verdict,), verdict == summary.verdict
+    for code in dict.fromkeys(alarm.code for alarm in summary.alarms):
+        yield "evenodds_run_alarm", (code,), 1.0
+    if summary.lift is not None:
+        ends = {"low": summary.lift.low, "value": summary.lift.value, "high": summary.lift.high}
+        for end, value in ends.items():
+            if value is not None:
+                yield "evenodds_run_lift", (end,), value
+    if summary.rollouts_saved is not None:
+        yield "evenodds_run_rollouts_saved", (), summary.rollouts_saved.value
+    for arm in ("policy", "control"):
+        share = summary.figures.get(f"informative_share_{arm}")
         if share is not None:
-            yield "evenodds_run_informative_share", (arm,), share.value
-    if window.informative_forecast is not None and window.informative_share is not None:
-        yield "evenodds_run_forecast_error", (), window.informative_forecast - window.informative_share
-    if window.rank_correlation is not None:
-        yield "evenodds_run_rank_correlation", (), window.rank_correlation
+            yield "evenodds_run_informative_share", (arm,), share
+    for name in ("forecast_error", "rank_correlation", "skill", "coverage"):
+        if name in summary.figures:
+            yield f"evenodds_run_{name}", (), summary.figures[name]

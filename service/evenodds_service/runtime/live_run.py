@@ -22,13 +22,17 @@ from evenodds_service.domain.learning.checkpoint import (
     to_bytes,
 )
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import fold, misled, unseen_share
-from evenodds_service.domain.learning.guardrails import Alarm, Fallback
+from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.guardrails import Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
 from evenodds_service.domain.learning.predictors import PREDICTORS, MixedBeliefs
 from evenodds_service.domain.learning.state import State, copied
 from evenodds_service.domain.log_entries import Entry, PoolEntry, RetireEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
+from evenodds_service.domain.report.alarms import Alarm
+from evenodds_service.domain.report.findings import alarms
+from evenodds_service.domain.report.summary import Summary
+from evenodds_service.domain.report.verdict import summarised
 from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, select
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
 from evenodds_service.errors import (
@@ -370,15 +374,14 @@ class LiveRun:
         """Whether choices of the run are uniform at present, and why. Only the mixture's skill is measured."""
         return self.state.guardrails.fallback() if PREDICTORS[predictor].is_mixed else None
 
-    def alarms(self, predictor: PredictorName, *, may_fall_back: bool) -> tuple[Alarm, ...]:
-        """What a person should look at in the present state."""
-        return self.state.guardrails.alarms(
-            self.pool.group_names,
-            unseen_share=unseen_share(self.state),
-            is_mixed=PREDICTORS[predictor].is_mixed,
-            may_fall_back=may_fall_back,
-            misled=misled(self.state),
-        )
+    def alarms(self, settings: RunSettings) -> tuple[Alarm, ...]:
+        """What a person should do something about in the present state."""
+        return alarms(self.state, self.pool, settings)
+
+    def summary(self, settings: RunSettings) -> tuple[int, Summary]:
+        """How the run stands, and the log position that this speaks of."""
+        with self.lock:
+            return self.state.position, summarised(self.state, self.pool, settings)
 
     def choose(self, settings: RunSettings, ask: Callable[[], SelectionRequest]) -> Chosen:
         """Choose a batch in the present state; observations are folded meanwhile. The caller holds `selecting`.

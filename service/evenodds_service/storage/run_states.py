@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ScalarSelect, func, select
 
 from evenodds_service.domain.report.alarms import Alarm, Remedy
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
@@ -34,20 +34,26 @@ class RunStateMethods(Transactions):
         Args:
             states: Id of the run, log position that the summary speaks of, and the summary.
         """
+        by_id = {run_id: (log_position, summary) for run_id, log_position, summary in states}
         with self._writing() as connection:
-            for run_id, log_position, summary in sorted(states, key=lambda state: state[0]):  # nobody deadlocks
-                there = select(runs.c.id).where(runs.c.id == run_id).with_for_update(read=True, key_share=True)
-                if connection.execute(there).scalar() is None:
-                    continue
-                row = {
+            active_at: dict[int, datetime | None] = {}
+            for ids in chunks(sorted(by_id)):
+                there = select(runs.c.id, _active_at().label("active_at")).where(runs.c.id.in_(ids)).order_by(runs.c.id)
+                locked = there.with_for_update(read=True, key_share=True, of=runs)
+                active_at |= {row.id: row.active_at for row in connection.execute(locked)}
+            rows = [
+                {
                     "run_id": run_id,
-                    "log_position": log_position,
-                    **_columns(summary),
-                    "active_at": _active_at(connection, run_id, log_position),
+                    "log_position": by_id[run_id][0],
+                    **_columns(by_id[run_id][1]),
+                    "active_at": active,
                     "saved_at": now,
                 }
-                statement = insert_or_update(connection, run_states, row, keys=("run_id",), newer_by="log_position")
-                connection.execute(statement)
+                for run_id, active in active_at.items()
+            ]
+            if rows:
+                statement = insert_or_update(connection, run_states, keys=("run_id",), newer_by="log_position")
+                connection.execute(statement, rows)
 
     def run_states(self, run_ids: Collection[int]) -> dict[int, RunState]:
         """States of these runs by id, of those that have one."""
@@ -147,13 +153,13 @@ def _alarms_of(content: str) -> tuple[Alarm, ...]:
     )
 
 
-def _active_at(connection: Connection, run_id: int, log_position: int) -> datetime | None:
-    """When the newest batch was chosen or outcomes were reported, up to this position."""
-    statement = (
+def _active_at() -> ScalarSelect[datetime]:
+    """When the newest batch of a run was chosen or outcomes were reported; null before any."""
+    return (
         select(log.c.created_at)
-        .where(log.c.run_id == run_id, log.c.position <= log_position, log.c.kind.in_(("observe", "select")))
+        .where(log.c.run_id == runs.c.id, log.c.kind.in_(("observe", "select")))
         .order_by(log.c.position.desc())
         .limit(1)
+        .correlate(runs)
+        .scalar_subquery()
     )
-    found: datetime | None = connection.execute(statement).scalar()
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TypeVar
 
@@ -83,20 +83,18 @@ def insert_or_ignore(connection: Connection, table: Table) -> Insert:
     return postgresql.insert(table).on_conflict_do_nothing()
 
 
-def insert_or_update(
-    connection: Connection, table: Table, row: Mapping[str, object], *, keys: Sequence[str], newer_by: str
-) -> Executable:
-    """An insert of the row, or an update of the one with its key where that is not newer.
+def insert_or_update(connection: Connection, table: Table, *, keys: Sequence[str], newer_by: str) -> Executable:
+    """An insert of whole rows, each of which replaces the one with its key where that is not newer.
 
     Args:
         newer_by: The column that says which row is newer. Rows that are equally new are replaced.
     """
     build = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = build(table).values(dict(row))
+    statement = build(table)
     fresh = statement.excluded
     return statement.on_conflict_do_update(
         index_elements=list(keys),
-        set_={name: fresh[name] for name in row if name not in keys},
+        set_={column.name: fresh[column.name] for column in table.c if column.name not in keys},
         where=table.c[newer_by] <= fresh[newer_by],
     )
 

@@ -104,9 +104,21 @@ def test_what_is_stored_keeps_the_names_of_its_format(pool: Pool, entries: list[
         header, names = json.loads(bytes(stored["header"])), {*stored}
 
     assert FORMAT == 8
-    assert {"position", "head_step", "running_counts", "log_guard", "n_recent", "basis", "record", "rails"} <= {*header}
+    assert {
+        "position",
+        "head_step",
+        "running_counts",
+        "log_guard",
+        "n_recent",
+        "basis",
+        "record",
+        "rails",
+        "watch",
+        "constant",
+        "repeats",
+    } <= {*header}
     assert {"first_step", "width", "n_selections", "open_ids"} == {*header["record"]}
-    assert {"skill_step", "n_calls", "fallback_since"} < {*header["rails"]}
+    assert {"skill_step", "found", "fallback_since"} < {*header["rails"]}
     assert {"successes_L_N", "outstanding_step_N", "log_weights", "record.arms", "rails.silence"} < names
     assert {"embedding_weights", "surface_precision", "surface_prior_precision", "recent_0"} < names
 

@@ -16,7 +16,8 @@ from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, Tallies
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
-from evenodds_service.domain.report.report import LiftReport, report
+from evenodds_service.domain.report.lift import LiftReport
+from evenodds_service.domain.report.report import report
 from evenodds_service.domain.selection.batch import Candidates, Shares, choose
 from evenodds_service.domain.selection.pickers import best
 
@@ -139,7 +140,7 @@ def test_a_control_arm_without_informative_groups_leaves_the_saving_open() -> No
 
     lift = of(tallies)
 
-    assert lift.rollouts_saved_share == 1
+    assert lift.rollouts_saved_share is None
     assert lift.rollouts_saved is None
     low, high = lift.rollouts_saved_interval
     assert low is not None

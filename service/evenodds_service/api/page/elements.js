@@ -70,7 +70,7 @@ export function verdictOf(state) {
   const { verdict, lift, rollouts_saved: saved } = state;
   const alarm = state.alarms?.[0];
   const measured = lift ? `lift ${points(lift.value)} (${between(lift.low, lift.high, (end) => (100 * end).toFixed(1))})` : "";
-  if (verdict === "broken") return `Broken: ${alarm ? alarm.message : "see the alarms"}`;
+  if (verdict === "broken") return alarm ? `Broken: ${wordsOf(alarm.code)} since step ${count(alarm.since_step)}. ${alarm.next_step || alarm.message}` : "Broken: see the alarms";
   if (verdict === "helping") return `Helping: ${[measured, savings(saved, state)].filter(Boolean).join("; ")}`;
   if (verdict === "not_helping") return `Not helping: ${measured || "chosen batches give no more informative groups than uniform ones"}`;
   if (verdict === "no_data") return state.pool_size ? "No data: no outcomes were reported yet" : "No data: the pool is empty";

@@ -31,6 +31,7 @@ export async function showRun(run, current) {
     alarmList(run, state.alarms),
     tiles(state, report),
     report.lift_missing ? quiet(`No lift: ${report.lift_missing}`) : null,
+    noteList(report.notes),
     windows.length ? rangeForm(windows, range) : null,
     element("div", { class: "grid" },
       informativeOverSteps(over), successOverSteps(over), beliefsOverSteps(over),
@@ -62,19 +63,23 @@ function remedyButton(run, { operation, body }) {
 
 function tiles(state, report) {
   const policy = report.arms.find((arm) => arm.arm === "policy")?.informative_share;
-  const newest = report.windows.at(-1);
-  const { lift } = report;
+  const { lift, newest } = report;
+  const recent = newest?.lift ?? null;
   return element("dl", { class: "tiles" },
     tile("predictor", state.predictor, `groups of ${state.group_size}`),
     tile("step", count(state.head_step)),
     tile("observations", count(state.observations)),
-    tile("informative, newest steps", percent(newest?.policy_informative_share?.value ?? newest?.informative_share), newest ? `${steps(newest)}; whole run ${percent(policy?.value)}` : null),
-    tile("lift over control", lift ? points(lift.difference) : "–", lift ? between(...lift.difference_interval, points) : "not measured"),
-    tile("rollouts saved", lift ? percent(lift.rollouts_saved_share) : "–", lift ? between(...lift.rollouts_saved_share_interval, percent) : "not measured"),
+    tile("informative, newest steps", percent(newest?.informative_share), newest ? `${steps(newest)}; whole run ${percent(policy?.value)}` : null),
+    tile("lift, newest steps", recent ? points(recent.difference) : "–", recent ? `${between(...recent.difference_interval, points)}; whole run ${points(lift?.difference)}` : "not measured"),
+    tile("rollouts saved, whole run", lift ? percent(lift.rollouts_saved_share) : "–", (lift?.rollouts_saved_share ?? null) === null ? "not measured" : between(...lift.rollouts_saved_share_interval, percent)),
     tile("pool tried", percent(report.coverage.tried_share), `of ${count(report.coverage.pool_size)} prompts`),
     tile("rank correlation, newest steps", number(newest?.rank_correlation), `whole run ${number(report.rank_correlation)}`),
     tile("model", count(state.model_version)),
   );
+}
+
+function noteList(notes) {
+  return notes?.length ? element("ul", { class: "quiet", "aria-label": "Notes" }, notes.map((note) => element("li", {}, note.message))) : null;
 }
 
 // Steps that the charts show, in the address.

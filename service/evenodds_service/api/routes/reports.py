@@ -13,7 +13,9 @@ from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.report.findings import notes
 from evenodds_service.domain.report.report import report
+from evenodds_service.domain.report.verdict import judged_lift, verdict_of
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
@@ -39,6 +41,8 @@ def get_report(
         state = live.state
         in_common = live.model.in_common if live.model is not None else {}
         found = report(state, live.pool, since_step=since_step, in_common=in_common)
+        verdict = verdict_of(state, live.alarms(stored.settings), judged_lift(state))
+        noted = notes(state, stored.settings)
         fallback = live.fallback(stored.settings.predictor) if stored.settings.fallback else None
         position, version, n = state.position, state.model_version, state.n_observations
     if found.others is not None:  # a key that is bound to runs learns of no others
@@ -48,6 +52,8 @@ def get_report(
         {
             **asdict(found),
             "run": run,
+            "verdict": verdict,
+            "notes": [asdict(note) for note in noted],
             "log_position": position,
             "model_version": version,
             "observations": n,

@@ -24,6 +24,7 @@ def rewind(run: RunPath, body: RewindRequest, services: Dependencies) -> Voided:
     run_id = services.store.run(run).id
     voided = services.store.rewind(run_id, step=body.step, incarnation=body.incarnation, now=now())
     services.live_runs.forget(run)
+    services.run_states.look_at(run)
     return _reply(run, voided)
 
 
@@ -50,6 +51,7 @@ def retract(run: RunPath, body: RetractRequest, services: Dependencies) -> Voide
         now=now(),
     )
     services.live_runs.forget(run)
+    services.run_states.look_at(run)
     return _reply(run, voided)
 
 

@@ -5,7 +5,7 @@ Each endpoint translates the wire into values, calls the store, and translates b
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -28,13 +28,12 @@ from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencie
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
-from evenodds_service.domain.learning import guardrails
 from evenodds_service.domain.learning.predictors import acquisition_of
-from evenodds_service.domain.report.alarms import Alarm
 from evenodds_service.domain.report.summary import Estimate, Summary
 from evenodds_service.domain.selection.selection import reprobe_share_of
 from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import RunForbidden, RunUnknown, ScopeMissing
+from evenodds_service.storage import values
 from evenodds_service.storage.store import ApiKey, ListedRun, RunListing, Store
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
@@ -79,6 +78,7 @@ def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Calle
         if stored.n_prompts and _learned(before) != _learned(settings):
             services.store.request_refit(stored.id, now=now())
     services.live_runs.forget(run)
+    services.run_states.look_at(run)
     return JSONResponse(_watched(services, run).model_dump(mode="json"), 201 if created else 200)
 
 
@@ -171,20 +171,13 @@ def delete_run(run: RunPath, services: Dependencies) -> Response:
 
 
 def _watched(services: Services, name: str) -> RunState:
-    """The run with its alarms, which are found in what its log folds to."""
+    """The run as it stands now, by what its log folds to."""
     run, live, _ = services.live_runs.at_head(name)
-    with live.lock:
-        found = live.alarms(run.settings.predictor, may_fall_back=run.settings.fallback)
-    state = services.store.run_states([run.id]).get(run.id)
+    summary = live.summary(run.settings)[1]
+    seen = services.store.run_states([run.id]).get(run.id)
     refits = services.store.refits(run.id, limit=1)
-    listed = ListedRun(run, state, refits[0] if refits else None)
-    return _run_state(listed).model_copy(update={"alarms": tuple(_alarm(alarm) for alarm in found)})
-
-
-def _alarm(found: guardrails.Alarm | Alarm) -> schemas.Alarm:
-    return schemas.Alarm(
-        code=found.code, message=found.message, since_step=found.since_step, value=found.value, limit=found.limit
-    )
+    state = values.RunState(run.id, run.log_position, summary, seen.active_at if seen is not None else None, now())
+    return _run_state(ListedRun(run, state, refits[0] if refits else None))
 
 
 def _estimate(found: Estimate | None) -> schemas.Estimate | None:
@@ -247,5 +240,7 @@ def _run_state(listed: ListedRun) -> RunState:
             for point in summary.informative_shares
         ),
         active_at=listed.state.active_at if listed.state is not None else None,
-        alarms=tuple(_alarm(alarm) for alarm in summary.alarms) if listed.state is not None else None,
+        alarms=tuple(schemas.Alarm.model_validate(asdict(alarm)) for alarm in summary.alarms)
+        if listed.state is not None
+        else None,
     )

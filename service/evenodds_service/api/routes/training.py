@@ -239,6 +239,7 @@ def _keep_up(services: Services, written: Written) -> None:
     else:
         live.save_behind(services.store, written.run, now=now())
         services.tidying.behind(live, written.run, now=now())
+    services.run_states.look_at(written.run.name)
 
 
 @router.post("/predict", summary="Predict success rates", response_model=PredictReply)
@@ -368,6 +369,7 @@ def select_batch(body: SelectRequest, services: Dependencies, confirm_step: Conf
             replayed = written is None
             if written is not None:  # the next choice knows of this one
                 live.catch_up(services.store, written.run, written=written.entries)
+                services.run_states.look_at(run.name)
     # The recorded reply is JSON already, without what differs between this run, its forks and a repetition. Reading it
     # and writing it again would take milliseconds for a large batch.
     head = f'{{"run":"{run.name}","replayed":{str(replayed).lower()},'

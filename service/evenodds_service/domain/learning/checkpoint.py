@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.guardrails import Guardrails
+from evenodds_service.domain.learning.guardrails import Constant, Guardrails, Repeats
 from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.mixture import Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.sequential import Watch
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.prompts import NO_ANSWERS, NO_RATES, NamedRates, RawBlock
@@ -35,7 +36,13 @@ _BASIS = "basis_"
 _COLUMNS = "columns_"
 _REGRESSIONS = ("surface", "embedding", "stack", "runs")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
-_COUNTED: dict[str, tuple[str, Any]] = {"tallies": ("record", Tallies), "guardrails": ("rails", Guardrails)}
+_COUNTED: dict[str, tuple[str, Any]] = {
+    "tallies": ("record", Tallies),
+    "guardrails": ("rails", Guardrails),
+    "watch": ("watch", Watch),
+    "constant": ("constant", Constant),
+    "repeats": ("repeats", Repeats),
+}
 """Fields that are stored value by value, under the names that they were first stored under."""
 _BLOCK_ARRAYS = ("prior_rates_N", "surface_N_S", "embedding_N_D")
 _RATE_ARRAYS = ("rates_N_R", "attempts_N_R")

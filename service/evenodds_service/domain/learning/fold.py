@@ -129,6 +129,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     np.add.at(k, position, entry.successes)
     np.add.at(counts, position, entry.attempts)
     informative = _is_informative(entry, position, len(prompts))
+    state.repeats.observe(entry.step, state.head_step, state.last_step_N[prompts] >= entry.step)
     if entry.step > state.head_step:
         state.tallies.look(entry.step, lambda: _sampled_rates(state, pool))
         if state.head_step >= 0:
@@ -150,7 +151,9 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     met = state.tallies.observe(entry.step, entry.selection_id, prompts, k, counts, informative, groups, forecast_of)
     state.found_informative += met.found
     state.foreseen_informative += met.foreseen
-    state.guardrails.observe(entry.step, counts, met.informative_n, groups)
+    state.guardrails.observe(entry.step, met, groups)
+    state.watch.observe(entry.step, met, groups)
+    state.constant.observe(entry.step, counts, met)
 
     likelihoods = np.zeros(state.mixture.log_weights.shape)
     likelihoods[here] = mixture.batch_log_likelihoods(means_C_n[here], own, lost, k, counts, scales_C_n[here])

@@ -1,12 +1,11 @@
-"""What keeps a run from going wrong unnoticed: alarms, and the fallback to uniform choice.
+"""What keeps a run from going wrong unnoticed: counters that alarms are read from, and the fallback to uniform choice.
 
-Part of the fold, so that every replica raises the same alarms and falls back at the same log position. What is
-watched is a handful of counters; the conditions are read from them, with constants as limits.
+Part of the fold, so that every replica raises the same alarms and falls back at the same log position. `report/alarms`
+reads the counters and puts alarms in words; the sequential tests of forecasts stand in `sequential`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,36 +13,20 @@ import numpy as np
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
-from evenodds_service.domain.learning.tallies import MAX_GROUPS, group_rows
+from evenodds_service.domain.learning.sequential import tolerated
+from evenodds_service.domain.learning.tallies import Met, group_rows
+from evenodds_service.domain.log_entries import EQUAL_WITHIN
 
 SKILL_BLOCKS, RECENT_BLOCKS = 8, 4
 BLOCK_OBSERVATIONS, FULL_BLOCK_OBSERVATIONS = 64, 4_096
 FALLBACK_ODDS = 20.0
-_FALLBACK_NATS = float(exact.log(FALLBACK_ODDS))
-SILENT_OBSERVED, SILENT_SELECTED, SILENT_SELECTIONS = 64, 128, 8
-QUIET_SELECTIONS = 8
-COVERAGE_SELECTIONS, COVERAGE_LEAST, FRESH_SHARE, UNSEEN_SHARE = 16, 64, 0.01, 0.01
-MAX_GROUP_ALARMS = 20
+FALLBACK_NATS = float(exact.log(FALLBACK_ODDS))
+COVERAGE_SELECTIONS = 16
+REPEATED_SHARE, LEAST_REPEATED = 0.9, 4
+"""A report repeats earlier ones where this share of its prompts, at least so many, was reported at its step before."""
 
-OBSERVED, SELECTED, SELECTIONS, SINCE, SINCE_CALL, INFORMATIVE_CALL = range(6)
-_NEVER = (0, 0, 0, -1, -1, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """Something that a person should look at.
-
-    Attributes:
-        code: Stable name of the kind.
-        since_step: Since when.
-        value, limit: What was measured, and where the alarm begins.
-    """
-
-    code: str
-    message: str
-    since_step: int
-    value: float
-    limit: float
+JUDGED, FORESEEN, NATS, ANSWERED, SELECTED, SELECTIONS, SINCE, OTHERS_FOUND, OTHERS_FORESEEN = range(9)
+_NEVER = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +37,6 @@ class Misled:
     weight: float
     limit: float
 
-    def alarm(self) -> Alarm:
-        message = (
-            f"what other runs and prior_rates showed foretells nothing here: after hundreds of outcomes it is believed "
-            f"with a weight of {self.weight:.2f} (1: as it stands, below 0: the contrary). It costs little; check "
-            "whether learn_from and prior_rates name runs and models of these prompts, graded by the same verifier"
-        )
-        return Alarm("sources_mislead", message, self.since_step, self.weight, self.limit)
-
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
@@ -69,6 +44,70 @@ class Fallback:
 
     reason: str
     since_step: int
+
+
+@dataclass(slots=True)
+class Constant:
+    """Reports in a row of which every single reward is the same.
+
+    Attributes:
+        rate: The reward; -1 where the newest report has different ones.
+        since: Step of the first of these reports.
+        calls, prompts, attempts: How many of each.
+        nats: How unlikely that was under the forecasts, with the benefit of the doubt: -log of the chance.
+    """
+
+    rate: float = -1.0
+    since: int = -1
+    calls: int = 0
+    prompts: int = 0
+    attempts: float = 0.0
+    nats: float = 0.0
+
+    def observe(self, step: int, counts_n: FloatArray, met: Met) -> None:
+        rate = float(met.rate_n[0])
+        is_constant = not met.informative_n.any() and bool((np.abs(met.rate_n - rate) <= EQUAL_WITHIN).all())
+        if not is_constant:
+            self.rate, self.since, self.calls, self.prompts, self.attempts, self.nats = -1.0, -1, 0, 0, 0.0, 0.0
+            return
+        if abs(rate - self.rate) > EQUAL_WITHIN:
+            self.rate, self.since, self.calls, self.prompts, self.attempts, self.nats = rate, step, 0, 0, 0.0, 0.0
+        self.calls += 1
+        self.prompts += len(counts_n)
+        self.attempts += float(counts_n.sum())
+        alike = met.rate_forecast_n if rate < 0.5 else 1.0 - met.rate_forecast_n
+        other = np.where(met.is_scored_n, met.informative_forecast_n, alike)  # the chance that one reward were another
+        self.nats -= float(exact.log(1.0 - tolerated(other)).sum())
+
+
+@dataclass(slots=True)
+class Repeats:
+    """Reports in a row of steps that were reported before, as a trainer makes them that restarted without a rewind.
+
+    Attributes:
+        first, last: The first and the newest of their steps; -1: the newest report repeats none.
+        steps: How many steps.
+    """
+
+    first: int = -1
+    last: int = -1
+    steps: int = 0
+
+    def observe(self, step: int, head_step: int, is_known_n: BoolArray) -> None:
+        """Watch a report.
+
+        Args:
+            head_step: The highest step before it.
+            is_known_n: Which of its prompts were observed at this step or later before.
+        """
+        n = len(is_known_n)
+        is_repeat = step < head_step and n >= LEAST_REPEATED and int(is_known_n.sum()) >= REPEATED_SHARE * n
+        if not is_repeat or step < self.last:
+            self.first, self.last, self.steps = -1, -1, 0
+        if is_repeat and step > self.last:
+            self.first = step if self.steps == 0 else self.first
+            self.last = step
+            self.steps += 1
 
 
 @dataclass(slots=True)
@@ -84,10 +123,11 @@ class Guardrails:
             uniform; -1 where that is not so.
         quiet_selections, quiet_since: Selections since the newest observation, and the step of the first of them.
         choices: Of the newest 16 selections, newest last: prompts, those never chosen or seen before, step.
-        n_calls: Observe entries.
-        silence: By group, up to 501 rows: scored observations, prompts selected and selections since its last
-            informative outcome; step and number of the observe entry with which that silence began; number of the
-            one with its last informative outcome. -1 stands for never.
+        found, foreseen: Informative groups in all, and how many were forecast.
+        silence: By group, up to 501 rows, since its last informative outcome: judged observations, informative ones
+            that were forecast, and how unlikely it is that none came (nats, with the benefit of the doubt); all
+            observations of two attempts or more, prompts selected, and selections; the step with which that silence
+            began, -1: it has not; and what the other groups had found and let foresee by then.
     """
 
     skill_nats: FloatArray = field(default_factory=partial(np.zeros, SKILL_BLOCKS))
@@ -98,8 +138,9 @@ class Guardrails:
     quiet_selections: int = 0
     quiet_since: int = -1
     choices: IntArray = field(default_factory=lambda: np.zeros((COVERAGE_SELECTIONS, 3), np.int64))
-    n_calls: int = 0
-    silence: IntArray = field(default_factory=lambda: np.zeros((0, len(_NEVER)), np.int64))
+    found: float = 0.0
+    foreseen: float = 0.0
+    silence: FloatArray = field(default_factory=partial(np.zeros, (0, len(_NEVER))))
 
     def select(self, step: int, fresh_B: BoolArray, groups_B: IntArray) -> None:
         """Watch a selection. Arguments as in `Tallies.select`."""
@@ -107,19 +148,26 @@ class Guardrails:
         self.quiet_selections += 1
         self.choices = np.concatenate((self.choices[1:], [[len(fresh_B), int(fresh_B.sum()), step]]))
         rows, n = np.unique(self._rows(groups_B), return_counts=True)
-        self._begin(rows, step, self.n_calls + 1)
+        self._begin(rows, step)
         self.silence[rows, SELECTED] += n
-        self.silence[rows, SELECTIONS] += 1
+        self.silence[rows, SELECTIONS] += 1.0
 
-    def observe(self, step: int, counts_n: FloatArray, informative_n: BoolArray, groups_n: IntArray) -> None:
-        """Watch outcomes: of prompts with `counts` attempts each."""
+    def observe(self, step: int, met: Met, groups_n: IntArray) -> None:
+        """Watch how outcomes met their forecasts."""
         self.quiet_selections, self.quiet_since = 0, -1
-        self.n_calls += 1
-        rows = self._rows(groups_n)
-        scored, n = np.unique(rows[counts_n > 1], return_counts=True)
-        self._begin(scored, step, self.n_calls)
-        self.silence[scored, OBSERVED] += n
-        self.silence[np.unique(rows[informative_n])] = (*_NEVER[:INFORMATIVE_CALL], self.n_calls)
+        rows, scored = self._rows(groups_n), met.is_scored_n
+        chance = met.informative_forecast_n
+        judged = scored & met.is_judged_n
+        doubt = -exact.log(1.0 - tolerated(chance[judged]))
+        more = np.zeros((len(self.silence), ANSWERED + 1))
+        np.add.at(more[:, :ANSWERED], rows[judged], np.column_stack((np.ones(len(doubt)), chance[judged], doubt)))
+        more[:, ANSWERED] = np.bincount(rows[scored], minlength=len(more))
+        self.found += float(met.informative_n[judged].sum())
+        self.foreseen += float(chance[judged].sum())
+        fresh = self._begin(np.unique(rows[scored]), step)
+        self.silence[:, : ANSWERED + 1] += more
+        self.silence[fresh, OTHERS_FORESEEN] = self.foreseen - more[fresh, FORESEEN]
+        self.silence[np.unique(rows[met.informative_n])] = _NEVER
 
     def compare(self, step: int, nats: float, n: int) -> None:
         """Watch by how much the mixture foresaw n observations of this step better than MoPPS did."""
@@ -139,7 +187,7 @@ class Guardrails:
             self.skill_since = step
         if recent > 0.0:
             self.fallback_since = -1
-        elif self.fallback_since < 0 and recent < 0.0 and skill < -_FALLBACK_NATS:
+        elif self.fallback_since < 0 and recent < 0.0 and skill < -FALLBACK_NATS:
             self.fallback_since = step
 
     def skill(self) -> tuple[float, int]:
@@ -154,97 +202,18 @@ class Guardrails:
         recent = float(self.skill_nats[-RECENT_BLOCKS:].sum())
         reason = (
             f"over the newest {n:,} observations the model's skill against flat MoPPS is {nats:.1f} nats (limit "
-            f"{-_FALLBACK_NATS:.1f}), over the newer half of these {recent:.1f}: the choice is uniform since "
+            f"{-FALLBACK_NATS:.1f}), over the newer half of these {recent:.1f}: the choice is uniform since "
             f"step {self.fallback_since}, until the newer half is positive"
         )
         return Fallback(reason, self.fallback_since)
 
-    def alarms(
-        self,
-        names: Sequence[str | None],
-        *,
-        unseen_share: float,
-        is_mixed: bool,
-        may_fall_back: bool,
-        misled: Misled | None = None,
-    ) -> tuple[Alarm, ...]:
-        """What a person should look at now.
-
-        Args:
-            names: The groups by code.
-            unseen_share: Share of the pool that was never chosen or observed.
-            is_mixed: Whether the run's predictor is the mixture, whose skill is measured.
-            may_fall_back: Whether the run is set to fall back.
-            misled: That what others showed is of no use, if it is.
-        """
-        found = [*self._silent(names)]
-        if self.quiet_selections >= QUIET_SELECTIONS:
-            message = (
-                f"{self.quiet_selections} batches were selected since step {self.quiet_since} and no outcome was "
-                "observed: check that the trainer reports to POST /observe of this run"
-            )
-            found.append(Alarm("outcomes_stopped", message, self.quiet_since, self.quiet_selections, QUIET_SELECTIONS))
-        if is_mixed and self.skill_since >= 0:
-            found += self._unskilled(may_fall_back=may_fall_back)
-        if is_mixed and misled is not None:
-            found.append(misled.alarm())
-        stalled = self._stalled(unseen_share)
-        return (*found, stalled) if stalled is not None else tuple(found)
-
-    def _silent(self, names: Sequence[str | None]) -> list[Alarm]:
-        watched = self.silence
-        # A silent group's last informative outcome came before its silence began: the latest is another's.
-        latest = int(watched[:, INFORMATIVE_CALL].max(initial=-1))
-        mute = (watched[:, OBSERVED] >= SILENT_OBSERVED) | (
-            (watched[:, SELECTED] >= SILENT_SELECTED) & (watched[:, SELECTIONS] >= SILENT_SELECTIONS)
-        )
-        found = []
-        mute &= (watched[:, SINCE_CALL] >= 0) & (latest >= watched[:, SINCE_CALL])
-        for row in np.flatnonzero(mute)[:MAX_GROUP_ALARMS]:
-            observed, selected, _, since, *_ = watched[row].tolist()
-            name = "categories that came later" if row == MAX_GROUPS else f"category {names[row]!r}"
-            if names[row] is None and row < MAX_GROUPS:
-                name = "prompts without a category"
-            by_outcomes = observed >= SILENT_OBSERVED
-            what = f"its last {observed:,} outcomes" if by_outcomes else f"its last {selected:,} selected prompts"
-            message = (
-                f"{name}: none of {what} was informative since step {since}, while others' were: check its verifier "
-                "and its difficulty, or lower its share with categories_at_most"
-            )
-            value, limit = (observed, SILENT_OBSERVED) if by_outcomes else (selected, SILENT_SELECTED)
-            found.append(Alarm("group_silent", message, since, value, limit))
-        return found
-
-    def _unskilled(self, *, may_fall_back: bool) -> list[Alarm]:
-        nats, n = self.skill()
-        message = (
-            f"over the newest {n:,} observations the model foresaw outcomes no better than flat MoPPS does "
-            f"({nats:.1f} nats): texts, categories or rates sent beforehand may mislead; compare "
-            "GET /runs/{run}/report"
-        )
-        found = [Alarm("skill_not_positive", message, self.skill_since, nats, 0.0)]
-        fallback = self.fallback() if may_fall_back else None
-        if fallback is not None:
-            limit = -_FALLBACK_NATS
-            found.append(Alarm("fallback", fallback.reason, fallback.since_step, nats, limit))
-        return found
-
-    def _stalled(self, unseen_share: float) -> Alarm | None:
-        chosen, fresh, _ = self.choices.sum(axis=0).tolist()
-        if self.choices[0, 0] == 0 or chosen < COVERAGE_LEAST or unseen_share < UNSEEN_SHARE:
-            return None
-        if fresh >= FRESH_SHARE * chosen:
-            return None
-        message = (
-            f"of the {chosen:,} prompts in the last {COVERAGE_SELECTIONS} selections {fresh:,} were new, though "
-            f"{unseen_share:.0%} of the pool was never tried: raise reprobe_share or optimism, or set max_visits"
-        )
-        return Alarm("coverage_stalls", message, int(self.choices[0, 2]), fresh / chosen, FRESH_SHARE)
-
-    def _begin(self, rows: IntArray, step: int, call: int) -> None:
-        """A silence begins, where none has begun."""
-        fresh = rows[self.silence[rows, SINCE_CALL] < 0]
-        self.silence[fresh, SINCE], self.silence[fresh, SINCE_CALL] = step, call
+    def _begin(self, rows: IntArray, step: int) -> IntArray:
+        """A silence begins, where none has begun. Returns where."""
+        fresh: IntArray = rows[self.silence[rows, SINCE] < 0]
+        self.silence[fresh, SINCE] = step
+        self.silence[fresh, OTHERS_FOUND] = self.found
+        self.silence[fresh, OTHERS_FORESEEN] = self.foreseen
+        return fresh
 
     def _rows(self, groups_n: IntArray) -> IntArray:
         rows, self.silence = group_rows(groups_n, self.silence, fresh=_NEVER)

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.features import Basis
-from evenodds_service.domain.learning.guardrails import Guardrails
+from evenodds_service.domain.learning.guardrails import Constant, Guardrails, Repeats
 from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.mixture import FITTED, MEMORIES, PRIORS, RUNS, STACKED, Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
+from evenodds_service.domain.learning.sequential import Watch
 from evenodds_service.domain.learning.tallies import Tallies
 
 
@@ -47,7 +48,8 @@ class State:
         advance_steps, n_advances: Mean advance of the head step, over n_advances: the unit of ageing.
         found_informative, foreseen_informative: Informative groups of past selections, and how many their forecasts had
             let expect, discounted with each advance of the head step.
-        tallies, guardrails: What the report is made of, and what alarms and the fallback are read from.
+        tallies, guardrails, watch, constant, repeats: What the report is made of, and what alarms and the fallback are
+            read from.
     """
 
     position: int = 0
@@ -93,13 +95,18 @@ class State:
     recent_batches: tuple[IntArray, ...] = ()
     tallies: Tallies = field(default_factory=Tallies)
     guardrails: Guardrails = field(default_factory=Guardrails)
+    watch: Watch = field(default_factory=Watch)
+    constant: Constant = field(default_factory=Constant)
+    repeats: Repeats = field(default_factory=Repeats)
+
+
+_COUNTED = Tallies | Guardrails | Watch | Constant | Repeats
 
 
 def copied(state: State) -> State:
     """A state of one's own for reading at length, while the other is folded on.
 
-    What is learned (arrays, the mixture, the regressions) and the guardrails are copied. Values that are not updated in
-    place are shared, and so are the tallies, which nobody should read here.
+    Values that are not updated in place are shared.
     """
     values = {each.name: getattr(state, each.name) for each in fields(state)}
     return State(**{name: _copied(value) for name, value in values.items()})
@@ -108,7 +115,7 @@ def copied(state: State) -> State:
 def _copied(value: Any) -> Any:
     if isinstance(value, np.ndarray | OnlineLogistic):
         return value.copy()
-    return copy.deepcopy(value) if isinstance(value, Mixture | Guardrails) else value
+    return copy.deepcopy(value) if isinstance(value, Mixture | _COUNTED) else value
 
 
 def _grow(state: State, n_prompts: int, *, at: int) -> None:

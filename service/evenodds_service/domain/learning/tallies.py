@@ -25,6 +25,8 @@ N_BELIEVED = 20
 MAX_GROUPS = 500
 """Groups with sums of their own, by first appearance; all later ones share one more row."""
 MAX_OPEN, MIN_OPEN, MAX_OPEN_ROWS = 64, 8, 65_536
+JUDGED_OBSERVATIONS, JUDGED_OF_GROUP = 128, 32
+"""Forecasts are judged once so many observations were known to whoever made them, and so many of the prompt's group."""
 
 BIN_COLUMNS = ("count", "forecast", "outcome", "squared_error")
 ARMS = ("policy", "control")
@@ -38,16 +40,26 @@ GROUP_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Met:
-    """How outcomes met what was forecast of them.
+    """How outcomes of n prompts met what was forecast of them.
 
     Attributes:
         informative_n: Which of the n are informative together with what was reported of the same selection before.
         found, foreseen: Informative groups of selections that they add, and how many were forecast.
+        rate_n, rate_forecast_n: The success rate of what was reported now, and its forecast.
+        informative_forecast_n: The forecast that so many attempts are informative.
+        is_scored_n: Whether it is known how the group of attempts came out: it has two attempts or more.
+        is_judged_n: Whether the forecast may be judged by the outcome: whoever made it had seen enough outcomes, also
+            of the prompt's category, and this is the first report of the prompt under its selection.
     """
 
     informative_n: BoolArray
     found: float
     foreseen: float
+    rate_n: FloatArray
+    rate_forecast_n: FloatArray
+    informative_forecast_n: FloatArray
+    is_scored_n: BoolArray
+    is_judged_n: BoolArray
 
 
 @dataclass(slots=True)
@@ -73,7 +85,8 @@ class Tallies:
         groups: [G, 10] columns `GROUP_COLUMNS`, G grows up to 501.
         n_selections: Of any kind.
         open_*: The newest selections, whose outcomes may still come: ids, steps, control shares, first rows; and by
-            row the prompt, its arm, its forecast Beta(a, b), and what was observed: k of n, informative.
+            row the prompt, its arm, its forecast Beta(a, b), whether that may be judged by the outcome, and what was
+            observed: k of n, informative.
     """
 
     first_step: int = -1
@@ -94,6 +107,7 @@ class Tallies:
     open_prompts: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     open_control: BoolArray = field(default_factory=lambda: np.zeros(0, np.bool_))
     open_beta: FloatArray = field(default_factory=partial(np.zeros, (0, 2)))
+    open_judged: BoolArray = field(default_factory=lambda: np.zeros(0, np.bool_))
     open_seen: FloatArray = field(default_factory=partial(np.zeros, (0, 2)))
     open_informative: BoolArray = field(default_factory=lambda: np.zeros(0, np.bool_))
 
@@ -138,6 +152,7 @@ class Tallies:
         self.open_prompts = np.concatenate((self.open_prompts[rows_dropped:], entry.prompts))
         self.open_control = np.concatenate((self.open_control[rows_dropped:], control))
         self.open_beta = np.concatenate((self.open_beta[rows_dropped:], beta))
+        self.open_judged = np.concatenate((self.open_judged[rows_dropped:], self._may_be_judged(rows)))
         self.open_seen = np.concatenate((self.open_seen[rows_dropped:], np.zeros((n, 2))))
         self.open_informative = np.concatenate((self.open_informative[rows_dropped:], np.zeros(n, np.bool_)))
 
@@ -164,10 +179,11 @@ class Tallies:
         of_selection, rows = self._open_rows(step, selection_id, prompts_n)
         groups = self._group_rows(groups_n)
         informative_n = informative_n.copy()
-        met = np.zeros(2)
+        met, beta, is_judged = np.zeros(2), np.ones((len(prompts_n), 2)), self._may_be_judged(groups)
         free = np.flatnonzero(rows < 0)
         if len(free):
             a, b = forecast_of(free)
+            beta[free] = np.column_stack((a, b))
             w = self.window(step)
             outcome = _Outcomes(a, b, k_n[free], counts_n[free], informative_n[free])
             self._score(w, outcome, groups[free], 1.0)
@@ -177,6 +193,8 @@ class Tallies:
             self._fill_in(rows, held, forecast_of)
             w = self.window(int(self.open_steps[of_selection]))
             share = float(self.open_shares[of_selection])
+            beta[held] = self.open_beta[rows]
+            is_judged[held] = self.open_judged[rows] & (self.open_seen[rows, 1] == 0.0)
             earlier = np.flatnonzero(self.open_seen[rows, 1] > 0)
             if len(earlier):  # the whole takes the part's place
                 met += self._count(w, rows[earlier], groups[held[earlier]], share, -1.0)
@@ -187,7 +205,17 @@ class Tallies:
             self.open_seen[rows, 1] += counts_n[held]
             self.open_informative[rows] = informative_n[held]
             met += self._count(w, rows, groups[held], share, 1.0)
-        return Met(informative_n, float(met[0]), float(met[1]))
+        a_n, b_n = beta.T
+        return Met(
+            informative_n,
+            found=float(met[0]),
+            foreseen=float(met[1]),
+            rate_n=k_n / counts_n,
+            rate_forecast_n=a_n / (a_n + b_n),
+            informative_forecast_n=informative_probability(a_n, b_n, counts_n),
+            is_scored_n=counts_n > 1,
+            is_judged_n=is_judged,
+        )
 
     def move(self, moved_N: IntArray) -> None:
         """Prompts stand elsewhere from here on; -1 stands for those that are gone, whose outcomes cannot come."""
@@ -207,6 +235,11 @@ class Tallies:
         w = self.window(step)
         if not self.believed[w].any():
             self.believed[w] = np.histogram(rates_of(), N_BELIEVED, (0.0, 1.0))[0]
+
+    def _may_be_judged(self, rows: IntArray) -> BoolArray:
+        """Whether forecasts that are made now of prompts of these groups may be judged by what comes of them."""
+        observed = self.groups[:, GROUP_COLUMNS.index("observed")]
+        return np.asarray((observed[rows] >= JUDGED_OF_GROUP) & (observed.sum() >= JUDGED_OBSERVATIONS))
 
     def _surplus(self, n: int) -> int:
         """How many of the oldest open selections go before one of n prompts comes."""

@@ -15,7 +15,7 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """A share in [0, 1] of n observations, n > 0, with its 95% interval."""
+    """A share in [0, 1] of n observations, n > 0, with its interval."""
 
     value: float
     low: float
@@ -23,12 +23,12 @@ class Proportion:
     n: float
 
     @staticmethod
-    def of(successes: float, n: float) -> Proportion:
-        """Wilson's score interval of `successes` of n, 0 <= successes <= n, n > 0."""
+    def of(successes: float, n: float, z: float = Z) -> Proportion:
+        """Wilson's score interval of `successes` of n, 0 <= successes <= n, n > 0; of 95%, unless z says otherwise."""
         value = min(max(successes / n, 0.0), 1.0)
-        centre = value + Z * Z / (2.0 * n)
-        reach = Z * math.sqrt(value * (1.0 - value) / n + Z * Z / (4.0 * n * n))
-        scale = 1.0 + Z * Z / n
+        centre = value + z * z / (2.0 * n)
+        reach = z * math.sqrt(value * (1.0 - value) / n + z * z / (4.0 * n * n))
+        scale = 1.0 + z * z / n
         return Proportion(value, max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale), n)
 
 

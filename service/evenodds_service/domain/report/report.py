@@ -6,7 +6,6 @@ Costs the same whatever the run has observed, save for coverage, which looks at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from evenodds_service.domain.learning.tallies import (
     ARM_COLUMNS,
     ARMS,
     GROUP_COLUMNS,
-    LIFT_COLUMNS,
     MAX_GROUPS,
     N_BINS,
     N_WINDOWS,
@@ -28,20 +26,12 @@ from evenodds_service.domain.learning.tallies import (
 )
 from evenodds_service.domain.prompts import MEAN
 from evenodds_service.domain.ranks import spearman_of_table
-from evenodds_service.domain.report.intervals import Proportion, difference, ratio
+from evenodds_service.domain.report.lift import LiftReport, Share, lift_of, share_of
 
 LEAST_RANKED = 8
+RECENT_OBSERVATIONS = 100
 PRIOR_RATE = "prior_rate"
 VISITS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A share in [0, 1] with its 95% interval, of so many observations."""
-
-    value: float
-    interval: tuple[float, float]
-    observations: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +88,28 @@ class WindowReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RecentReport:
+    """The newest windows that hold a hundred observations, or all there are: what to show beside the whole run.
+
+    Attributes:
+        forecast_error: Mean informative forecast less the share that came.
+        lift_missing: Why there is no lift, and what to do.
+    """
+
+    first_step: int
+    last_step: int
+    observations: int
+    rank_correlation: float | None
+    success_rate_forecast: float | None
+    success_rate: float | None
+    informative_forecast: float | None
+    informative_share: float | None
+    forecast_error: float | None
+    lift: LiftReport | None
+    lift_missing: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ArmReport:
     """One arm of the selections. `observed` counts prompts with at least two attempts."""
 
@@ -107,26 +119,6 @@ class ArmReport:
     attempts: int
     informative_forecast: float | None
     informative_share: Share | None
-
-
-@dataclass(frozen=True, slots=True)
-class LiftReport:
-    """The policy arm against the control arm, over the selections that had one; intervals hold 95%.
-
-    Attributes:
-        difference: Of the informative shares.
-        rollouts_saved_share: Of the rollouts that uniform choice would have needed for as many informative groups.
-        rollouts_saved: These rollouts less those of the policy arm. None stands for an end that is not finite.
-    """
-
-    policy_share: Share
-    control_share: Share
-    difference: float
-    difference_interval: tuple[float, float]
-    rollouts_saved_share: float | None
-    rollouts_saved_share_interval: tuple[float | None, float | None]
-    rollouts_saved: float | None
-    rollouts_saved_interval: tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +213,7 @@ class Report:
     informative: ForecastQuality
     rank_correlation: float | None
     windows: tuple[WindowReport, ...]
+    newest: RecentReport | None
     arms: tuple[ArmReport, ...]
     lift: LiftReport | None
     lift_missing: str | None
@@ -239,20 +232,21 @@ def report(state: State, pool: Pool, *, since_step: int = 0, in_common: Mapping[
         in_common: How many of the pool's prompts each run has tried that is learned from.
     """
     tallies = state.tallies
-    used = [w for w in range(N_WINDOWS) if _last_step(tallies, w) >= since_step and _is_counted(tallies, w)]
+    used = used_windows(tallies, since_step=since_step)
     ranks = tallies.ranks[used].sum(axis=0)
-    lift, missing = _lift(tallies.lift[used].sum(axis=0), has_selections=tallies.n_selections > 0)
+    lift, missing = lift_of(tallies, used)
     groups, others = _groups(state, pool)
     nats, n = tallies.skill[used].sum(axis=0).tolist()
     recent, n_recent = state.guardrails.skill()
     return Report(
-        since_step=_first_step(tallies, used[0]) if used else None,
+        since_step=first_step_of(tallies, used[0]) if used else None,
         window_steps=tallies.width,
         selections=tallies.n_selections,
         success_rate=_quality(tallies.rate_bins[used].sum(axis=0)),
         informative=_quality(tallies.informative_bins[used].sum(axis=0)),
         rank_correlation=rank_correlation(ranks),
         windows=tuple(_window(tallies, w) for w in used),
+        newest=_recent(tallies, used),
         arms=tuple(_arm(name, tallies.arms[used, arm].sum(axis=0)) for arm, name in enumerate(ARMS)),
         lift=lift,
         lift_missing=missing,
@@ -293,28 +287,25 @@ def rank_correlation(counts: FloatArray) -> float | None:
     return spearman_of_table(counts) if counts.sum() >= LEAST_RANKED else None
 
 
-def _first_step(tallies: Tallies, w: int) -> int:
+def used_windows(tallies: Tallies, *, since_step: int = 0) -> list[int]:
+    """The windows in which something happened, oldest first, but for those that end before this step."""
+    return [w for w in range(N_WINDOWS) if last_step_of(tallies, w) >= since_step and is_counted(tallies, w)]
+
+
+def first_step_of(tallies: Tallies, w: int) -> int:
     return tallies.first_step + w * tallies.width
 
 
-def _last_step(tallies: Tallies, w: int) -> int:
-    return _first_step(tallies, w + 1) - 1
+def last_step_of(tallies: Tallies, w: int) -> int:
+    return first_step_of(tallies, w + 1) - 1
 
 
-def _is_counted(tallies: Tallies, w: int) -> bool:
+def is_counted(tallies: Tallies, w: int) -> bool:
     return bool(tallies.arms[w].any() or tallies.rate_bins[w].any())
 
 
 def _mean(total: float, n: float) -> float | None:
     return total / n if n > 0.0 else None
-
-
-def _share(successes: float, n: float) -> Share | None:
-    return _as_share(Proportion.of(successes, n)) if n > 0.0 else None
-
-
-def _as_share(share: Proportion) -> Share:
-    return Share(share.value, (share.low, share.high), round(share.n))
 
 
 def _quality(bins: FloatArray) -> ForecastQuality:
@@ -339,21 +330,57 @@ def _window(tallies: Tallies, w: int) -> WindowReport:
     policy, control = (dict(zip(ARM_COLUMNS, sums, strict=True)) for sums in tallies.arms[w].tolist())
     nats, compared = tallies.skill[w].tolist()
     return WindowReport(
-        first_step=_first_step(tallies, w),
-        last_step=_last_step(tallies, w),
+        first_step=first_step_of(tallies, w),
+        last_step=last_step_of(tallies, w),
         observations=round(n),
         rank_correlation=rank_correlation(tallies.ranks[w]),
         success_rate_forecast=_mean(forecast, n),
         success_rate=_mean(rate, n),
         informative_forecast=_mean(informative_forecast, scored),
         informative_share=_mean(informative, scored),
-        policy_informative_share=_share(policy["informative"], policy["scored"]),
-        control_informative_share=_share(control["informative"], control["scored"]),
+        policy_informative_share=share_of(policy["informative"], policy["scored"]),
+        control_informative_share=share_of(control["informative"], control["scored"]),
         chosen=round(policy["selected"] + control["selected"]),
         fresh=round(policy["fresh"] + control["fresh"]),
         skill=_mean(nats, compared),
         believed_counts=tuple(round(n) for n in tallies.believed[w].tolist()) if tallies.believed[w].any() else None,
     )
+
+
+def _recent(tallies: Tallies, used: Sequence[int]) -> RecentReport | None:
+    """Of the newest of these windows; None before any observation."""
+    newest = recent_windows(tallies, used)
+    if not newest:
+        return None
+    n, forecast, rate, _ = tallies.rate_bins[newest].sum(axis=(0, 1)).tolist()
+    scored, informative_forecast, informative, _ = tallies.informative_bins[newest].sum(axis=(0, 1)).tolist()
+    lift, missing = lift_of(tallies, newest)
+    return RecentReport(
+        first_step=first_step_of(tallies, newest[0]),
+        last_step=last_step_of(tallies, newest[-1]),
+        observations=round(n),
+        rank_correlation=rank_correlation(tallies.ranks[newest].sum(axis=0)),
+        success_rate_forecast=_mean(forecast, n),
+        success_rate=_mean(rate, n),
+        informative_forecast=_mean(informative_forecast, scored),
+        informative_share=_mean(informative, scored),
+        forecast_error=_mean(informative_forecast - informative, scored),
+        lift=lift,
+        lift_missing=missing,
+    )
+
+
+def recent_windows(tallies: Tallies, used: Sequence[int], *, least: int = RECENT_OBSERVATIONS) -> list[int]:
+    """The newest of these windows with so many observations, or all; from the newest one on that has any."""
+    chosen: list[int] = []
+    n = 0.0
+    for w in reversed(used):
+        n += float(tallies.rate_bins[w, :, 0].sum())
+        if n > 0.0:
+            chosen.insert(0, w)
+        if n >= least:
+            break
+    return chosen
 
 
 def _arm(name: str, sums: FloatArray) -> ArmReport:
@@ -364,50 +391,8 @@ def _arm(name: str, sums: FloatArray) -> ArmReport:
         observed=round(values["scored"]),
         attempts=round(values["attempts"]),
         informative_forecast=_mean(values["forecast"], values["scored"]),
-        informative_share=_share(values["informative"], values["scored"]),
+        informative_share=share_of(values["informative"], values["scored"]),
     )
-
-
-def _lift(sums: FloatArray, *, has_selections: bool) -> tuple[LiftReport | None, str | None]:
-    """The lift, or why there is none."""
-    values = dict(zip(LIFT_COLUMNS, sums.tolist(), strict=True))
-    if not has_selections:
-        return None, "nothing was selected yet: choose batches with POST /select_batch"
-    if values["policy"] <= 0.0 and values["control"] <= 0.0:
-        return None, (
-            "no outcome of a selection with a control arm was observed, of two attempts or more: set control_share "
-            "with PUT /runs/{run}, and report outcomes with their selection_id"
-        )
-    for arm in ("control", "policy"):
-        if values[arm] <= 0.0:
-            return None, f"no outcome of the {arm} arm was observed yet, of two attempts or more: report its outcomes"
-    # Weighted observations are worth fewer where their weights differ (Kish's effective sample size).
-    effective = values["control"] ** 2 / values["control_square"]
-    control = Proportion.of(values["control_informative"] / values["control"] * effective, effective)
-    policy = Proportion.of(values["policy_informative"], values["policy"])
-    value, low, high = difference(policy, control)
-    relative, least, most = ratio(control, policy)
-    attempts = values["policy_attempts"]
-
-    def saved(of_uniform: float) -> float:
-        """Rollouts that uniform choice would have needed beyond the policy's, which are this share of them."""
-        return attempts * (1.0 / of_uniform - 1.0) if of_uniform > 0.0 else math.inf
-
-    report = LiftReport(
-        policy_share=_as_share(policy),
-        control_share=_as_share(control),
-        difference=value,
-        difference_interval=(low, high),
-        rollouts_saved_share=_finite(1.0 - relative),
-        rollouts_saved_share_interval=(_finite(1.0 - most), _finite(1.0 - least)),
-        rollouts_saved=_finite(saved(relative)),
-        rollouts_saved_interval=(_finite(saved(most)), _finite(saved(least))),
-    )
-    return report, None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _coverage(state: State) -> Coverage:
@@ -455,5 +440,5 @@ def _group(name: str | None, prompts: int, tried: int, sums: FloatArray) -> Grou
         success_rate_forecast=_mean(values["rate_forecast"], values["observed"]),
         success_rate=_mean(values["rate"], values["observed"]),
         informative_forecast=_mean(values["forecast"], values["scored"]),
-        informative_share=_share(values["informative"], values["scored"]),
+        informative_share=share_of(values["informative"], values["scored"]),
     )

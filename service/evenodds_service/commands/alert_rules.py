@@ -1,0 +1,128 @@
+"""`evenodds alert-rules`: rules for Prometheus, one for each alarm that a run may have, and those of the service.
+
+Made from the definitions that the service itself uses, so that no alarm is without a rule. `deploy/` holds what this
+prints, once for Prometheus and once for the chart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+
+HEADER = "# Made by `evenodds alert-rules`. Check with `promtool check rules`.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One alert: `lasts` is how long the expression has to hold, and `severity` is page or warn."""
+
+    alert: str
+    expression: str
+    lasts: str
+    severity: str
+    summary: str
+    description: str
+
+
+SERVICE_RULES = (
+    Rule(
+        "EvenOddsDown",
+        'up{job="evenodds"} == 0',
+        "1m",
+        "page",
+        "{{ $labels.instance }} does not answer",
+        "Trainers go on with uniform batches meanwhile, and keep their observations.",
+    ),
+    Rule(
+        "EvenOddsErrors",
+        'sum(rate(evenodds_requests_total{status=~"5.."}[5m])) by (job) '
+        "/ sum(rate(evenodds_requests_total[5m])) by (job) > 0.01",
+        "5m",
+        "page",
+        "{{ $value | humanizePercentage }} of requests fail",
+        "503 means that the database did not answer in time. The log has the cause by request id.",
+    ),
+    Rule(
+        "EvenOddsSlow",
+        'histogram_quantile(0.99, sum(rate(evenodds_request_seconds_bucket{route="/predict"}[5m])) by (le)) > 0.25',
+        "10m",
+        "warn",
+        "99% of /predict take up to {{ $value | humanizeDuration }}",
+        "Add replicas, or look at the database's latency.",
+    ),
+    Rule(
+        "EvenOddsRefitFailed",
+        "max by (run) (evenodds_run_refit_failed) == 1",
+        "5m",
+        "warn",
+        "run {{ $labels.run }}: its last refit failed",
+        "GET /runs/{{ $labels.run }}/refits has the error. Predictions go on with the snapshot before.",
+    ),
+    Rule(
+        "EvenOddsRefitWaits",
+        "min by (run) (evenodds_run_refit_open) == 1",
+        "15m",
+        "warn",
+        "run {{ $labels.run }}: a refit has been open for a quarter of an hour",
+        "Check that a worker (`evenodds work`) is running and that its machine is large enough.",
+    ),
+    Rule(
+        "EvenOddsStateOld",
+        "min by (run) (evenodds_run_state_lag) > 0",
+        "15m",
+        "warn",
+        "run {{ $labels.run }}: its state has not been saved for a quarter of an hour",
+        "Its alarms may be old until the next call to the run. The service's log says why states are not saved.",
+    ),
+)
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `alert-rules`."""
+    parser = commands.add_parser("alert-rules", help="print alert rules for Prometheus, one for each alarm of a run")
+    parser.set_defaults(command=print_rules)
+
+
+def print_rules(_: argparse.Namespace) -> int:
+    print(rules_file(), end="")
+    return 0
+
+
+def rules() -> tuple[Rule, ...]:
+    """Those of the service, then those of runs, the most urgent first."""
+    from evenodds_service.domain.report.alarms import KINDS
+
+    of_runs = (
+        Rule(
+            alert_of(code),
+            f'max by (run) (evenodds_run_alarm{{code="{code}"}}) == 1',
+            "1m" if kind.is_broken else "10m",
+            "page" if kind.is_broken else "warn",
+            f"run {{{{ $labels.run }}}}: {kind.title}",
+            "GET /runs/{{ $labels.run }} says what was seen, since which step, and what to do.",
+        )
+        for code, kind in KINDS.items()
+    )
+    return (*SERVICE_RULES, *of_runs)
+
+
+def alert_of(code: str) -> str:
+    """Name of the alert of an alarm: `forecast_off` is `EvenOddsForecastOff`."""
+    return "EvenOdds" + "".join(word.capitalize() for word in code.split("_"))
+
+
+def rules_file() -> str:
+    """The rules as a file for Prometheus. Strings are written as JSON, which is YAML too."""
+    lines = [HEADER, "groups:\n", "  - name: evenodds\n", "    rules:\n"]
+    for rule in rules():
+        lines += [
+            f"      - alert: {rule.alert}\n",
+            f"        expr: {json.dumps(rule.expression)}\n",
+            f"        for: {rule.lasts}\n",
+            f"        labels: {{severity: {rule.severity}}}\n",
+            "        annotations:\n",
+            f"          summary: {json.dumps(rule.summary)}\n",
+            f"          description: {json.dumps(rule.description)}\n",
+        ]
+    return "".join(lines)
