@@ -110,7 +110,7 @@ def test_a_stream_is_counted_at_its_end_and_in_no_latency(caller: Caller, servic
             "0",
             *re.findall(rf'^{name}{{.*route="/runs/{{run}}/events".*}} (.*)$', service.http.get("/metrics").text, re.M),
         ]
-        return count
+        return str(count)
 
     requests, latencies = counted("evenodds_requests_total"), counted("evenodds_request_seconds_count")
     with listening(service, f"/runs/{caller.run}/events") as blocks:
