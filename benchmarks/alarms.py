@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from benchmarks.worlds import TRAJECTORY, World, open_world
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments
@@ -142,9 +143,9 @@ class Recorded:
     """One run of the whole fold over a recorded training: it chooses, and learns from what comes of it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from benchmarks.worlds import TRAJECTORY, open_world
-
-        self.world = _WORLDS.setdefault(folder, open_world(folder / TRAJECTORY))
+        if folder not in _WORLDS:
+            _WORLDS[folder] = open_world(folder / TRAJECTORY)
+        self.world = _WORLDS[folder]
         self.rng, self.seed = np.random.default_rng([seed, 18]), seed
         self.batch, self.pool = 64, self.world.pool()
         self.state = fold(State(), PoolEntry(1, self.world.n_prompts), self.pool)
@@ -169,7 +170,7 @@ class Recorded:
         fold(self.state, observed, self.pool)
 
 
-_WORLDS: dict[Path, object] = {}
+_WORLDS: dict[Path, World] = {}
 
 
 def _block(n: int, categories: IntArray) -> RawBlock:

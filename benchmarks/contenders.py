@@ -31,7 +31,7 @@ from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.paper_fit import PAST_PAIRS, fit_paper, paper_inputs, predict_paper
 from evenodds_service.model.paper_network import SMALL, NetworkSize
-from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model
 
 PAPER_DIVERSITY = 0.1
 """Lambda of the paper's acquisition (Eq. 13). Not published; ours."""
@@ -141,7 +141,7 @@ class Gps:
             x_N_d=self._pool.matrix(state.basis, state.n_prompts),
             embeddings_N_D=self._world.embeddings_N_D,
             ngrams=self._world.ngrams,
-            history=gather(self._history),
+            history=History.gathered(self._history),
             sources=self._world.sources,
         )
         model = fit_shared_model(data, device=self._device)

@@ -54,7 +54,7 @@ from evenodds_service.domain.ranks import spearman
 from evenodds_service.domain.settings import BudgetMode, BudgetPolicy
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
-from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE_NAMES
 
@@ -74,6 +74,7 @@ _WARM_UP, _SERVED_TOGETHER = 1_024, 16
 
 Beliefs = tuple[FloatArray, FloatArray]
 Curve = Callable[[float], float]
+Judged = Callable[[IntArray, np.random.Generator], FloatArray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,14 +191,22 @@ class Served:
         self._history: list[History] = []
         self._model: SharedModel | None = None
 
-    def report(self, world: World, rows: IntArray, *, refits: Sequence[int], seed: int) -> None:
-        """Add these prompts of a world with the outcomes of 8 attempts each; refit after so many of them."""
+    def report(
+        self, world: World, rows: IntArray, *, refits: Sequence[int], seed: int, judged: Judged | None = None
+    ) -> None:
+        """Add these prompts of a world with the outcomes of 8 attempts each; refit after so many of them.
+
+        Args:
+            judged: Sums of rewards by how many of the attempts were right; without it the right ones are rewarded.
+        """
         state, first = self._state, self._pool.n
         self._pool.append(_block(world, rows, first=first))
         self._reports.append((world, rows))
         fold(state, PoolEntry(state.position + 1, self._pool.n), self._pool)
         successes, samples = world.recording.successes_V_N[0][rows], world.recording.attempts_V_N[0][rows]
         drawn = np.random.default_rng([seed, first, 8]).hypergeometric(successes, samples - successes, LABEL_ATTEMPTS)
+        if judged is not None:
+            drawn = judged(drawn, np.random.default_rng([seed, first, 12]))
         for start in range(0, len(rows), BATCH):
             k = drawn[start : start + BATCH].astype(np.float64)
             prompts, n = first + start + np.arange(len(k)), np.full(len(k), float(LABEL_ATTEMPTS))
@@ -229,7 +238,7 @@ class Served:
             x_N_d=self._pool.matrix(state.basis, self._pool.n),
             embeddings_N_D=np.concatenate([world.embeddings_N_D[rows] for world, rows in self._reports]),
             ngrams=sparse.vstack([world.ngrams[rows] for world, rows in self._reports], format="csr"),
-            history=gather(self._history),
+            history=History.gathered(self._history),
         )
         self._model = fit_shared_model(data, device=torch.device("cpu"))
         version = state.model_version + 1

@@ -105,7 +105,7 @@ class Replay:
             acquisition="paper" if step % 5 == 4 else None,
             target_rate=0.6 if step % 7 == 6 else None,
         )
-        return self.live.choose(settings, SelectionRequest(step=step, batch_size=BATCH_SIZE, seed=7))
+        return self.live.choose(settings, lambda: SelectionRequest(step=step, batch_size=BATCH_SIZE, seed=7))
 
     def answers(self) -> Iterator[tuple[str, str]]:
         """Every selection, forecasts after every tenth step, and the state at the end."""

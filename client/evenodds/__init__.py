@@ -6,6 +6,7 @@ The requests and replies of the wire contract stand whole in `evenodds.schemas`.
 
 from __future__ import annotations
 
+from evenodds.agreement import agreement
 from evenodds.answers import Answer, answers_of
 from evenodds.client import AsyncClient, Client
 from evenodds.errors import (
@@ -63,6 +64,7 @@ from evenodds.schemas import (
     RefitPolicy,
     RefitState,
     ReliabilityBin,
+    Retention,
     RunPage,
     RunReport,
     RunState,
@@ -134,6 +136,7 @@ __all__ = [
     "RefitState",
     "ReliabilityBin",
     "ReplyInvalid",
+    "Retention",
     "RunPage",
     "RunReport",
     "RunState",
@@ -155,6 +158,7 @@ __all__ = [
     "Voided",
     "WindowReport",
     "__version__",
+    "agreement",
     "answers_of",
     "text_of",
 ]

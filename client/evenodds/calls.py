@@ -48,6 +48,7 @@ from evenodds.schemas import (
     RefitRequest,
     RefitState,
     Request,
+    Retention,
     RetractRequest,
     RewindRequest,
     RunName,
@@ -105,6 +106,7 @@ class Calls(Protocol):
         fallback: bool | None = None,
         learn_from: Sequence[str] | None = None,
         data_set: str | None = None,
+        retention: Retention | Mapping[str, object] | None = None,
         fork_of: str | None = None,
         at_step: int | None = None,
         groups: Mapping[str, float] | None = None,
@@ -142,6 +144,8 @@ class Calls(Protocol):
             learn_from: Names of other runs, and patterns of names such as `math-*`, whose outcomes are used from the
                 first batch on; only runs that the key may touch count, and `[]` ends it.
             data_set: Names where the prompts come from: runs of one data set have the same prompts under the same ids.
+            retention: What the pool keeps: `prompts`, `days` after the last outcome, or both. Everything by default,
+                and 200,000 prompts once a run that chose no batch has answered a budget.
             fork_of: Of a new run: the run whose pool, settings and memory it starts with.
             at_step: With `fork_of`: what came after this step is left out; nothing by default.
             groups, groups_at_most: Older names of `categories` and `categories_at_most`, until 1.0.
@@ -362,6 +366,19 @@ class Calls(Protocol):
         with kept_to("prompt", "prompt_id"):
             _PROMPT_ID.validate_python(prompt_id)
         return (yield from self.call("GET", f"{path}/prompts/{_segment(prompt_id)}", PromptState))
+
+    def delete_prompt(self, run: str, prompt_id: str) -> Exchange[None]:
+        """Erase a prompt with its text, vectors and outcomes. This cannot be undone.
+
+        The run's log is compacted up to now: rewinds, retractions and forks cannot reach back behind this call.
+
+        Raises:
+            NotFound: There is no such run or prompt.
+        """
+        path = _run_path("delete_prompt", run)
+        if not prompt_id:
+            raise ValueError("delete_prompt: prompt_id is empty: name the prompt")
+        return (yield from self.delete(f"{path}/prompts/{_segment(prompt_id)}"))
 
     def observe(
         self,

@@ -73,6 +73,8 @@ class GatewayCounts:
 class GatewayBudget:
     """Budgets of one run for a gateway on asyncio. Tasks of one event loop share one.
 
+    More than eight arguments, since a gateway has no other place to say them; each but the run has a default.
+
     Args:
         base_url: Where the service is.
         run: The run that stands for the served model.
@@ -144,18 +146,12 @@ class GatewayBudget:
         except asyncio.TimeoutError:
             self.counts.late += 1
             self._fault(f"no answer within {1_000 * self._deadline:g} ms")
-        except InvalidRequest as error:  # nothing was sent, and nothing is wrong with the service
+        except Exception as error:  # a request must never fail because of us
             self.counts.failed += 1
-            logger.debug("no budget: %s", error)
-        except EvenOddsError as error:
-            self.counts.failed += 1
-            if isinstance(error, ProblemError) and error.status in (413, 422):
+            if _is_of_the_request(error):
                 logger.debug("no budget: %s", error)
             else:
                 self._fault(str(error))
-        except Exception as error:  # a request must never fail because of us
-            self.counts.failed += 1
-            self._fault(f"{type(error).__name__}: {error}")
         else:
             self.counts.answered += 1
             self._fine()
@@ -281,13 +277,24 @@ class GatewayBudget:
                         self._reports.appendleft((step, observation))
                     batch, request_id = batch[: len(batch) // 2], uuid4().hex
                     continue
-                except Exception as error:  # what is no fault of the way there would come back each time
-                    is_refused = isinstance(error, ProblemError) and not isinstance(error, ServerError)
-                    if not isinstance(error, EvenOddsError) or isinstance(error, InvalidRequest):
-                        is_refused = True
-                    if is_refused and not isinstance(error, RateLimited):
+                except Exception as error:
+                    if _is_for_good(error):
                         self._give_up(batch, error)
                         break
                     logger.debug("%d outcomes wait: %s", len(batch), error)
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, MAX_DELIVERY_WAIT)
+
+
+def _is_of_the_request(error: Exception) -> bool:
+    """Whether a budget failed by what was asked: nothing is wrong with the service."""
+    if isinstance(error, ProblemError):
+        return error.status in (413, 422)
+    return isinstance(error, InvalidRequest)
+
+
+def _is_for_good(error: Exception) -> bool:
+    """Whether a delivery that failed so would fail each time."""
+    if isinstance(error, ProblemError):
+        return not isinstance(error, (ServerError, RateLimited))
+    return isinstance(error, InvalidRequest) or not isinstance(error, EvenOddsError)

@@ -38,6 +38,10 @@
         ├── DecisionUnknown         decision_unknown     there is no such decision on a budget
         ├── DecisionExpired         decision_expired     a decision on a budget of more than a day ago
         ├── PromptUnknown           prompt_unknown       there is no such prompt
+        ├── BelowBase               below_base           it reaches back to where the log was compacted
+        ├── LogCompacted            log_compacted        what was to be read was compacted meanwhile
+        ├── PoolChanged             pool_changed         prompts were retired after the caller looked
+        ├── VectorsGone             vectors_gone         vectors were erased after the caller looked
         ├── PromptConflict          prompt_conflict      a prompt id is taken by another prompt
         ├── EmbedderFixed           embedder_fixed       the pool's vectors come from another embedder
         ├── EmbeddingWidthConflict  embedding_width      the pool's vectors have another length
@@ -348,6 +352,30 @@ class RequestConflict(StoreError):
     """A request id was used with another body."""
 
     code = "request_conflict"
+
+
+class BelowBase(StoreError):
+    """What is asked for reaches back to where the run's log was compacted."""
+
+    code = "below_base"
+
+
+class LogCompacted(StoreError):
+    """What was to be read was compacted meanwhile: look at the run again, and start from its base."""
+
+    code = "log_compacted"
+
+
+class PoolChanged(StoreError):
+    """Prompts were retired after the caller looked at the pool: look again."""
+
+    code = "pool_changed"
+
+
+class VectorsGone(StoreError):
+    """Vectors that were stored when the caller looked were erased since: compute them."""
+
+    code = "vectors_gone"
 
 
 class SelectionUnknown(StoreError):

@@ -65,6 +65,13 @@ class Settings(BaseModel):
     budget_queue: int = Field(
         default=256, ge=1, le=100_000, description="requests for a budget that may wait at a time"
     )
+    decisions: int = Field(
+        default=500_000,
+        ge=0,
+        le=100_000_000,
+        description="most decisions on budgets that the database keeps for verdicts, for 24 hours; 0 keeps none, and "
+        "budgets have no decision_id",
+    )
     text_rule: TextRule | None = Field(
         default=None,
         description="which text of a conversation /v1/chat/completions judges: JSON with fields of evenodds.TextRule",

@@ -6,6 +6,7 @@ No transaction is open while a model fits. Knows no HTTP.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -20,22 +21,25 @@ from scipy import sparse
 
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.learning.predictors import PREDICTORS
+from evenodds_service.domain.learning.state import rows_of_serials
 from evenodds_service.domain.log_entries import ObserveEntry
 from evenodds_service.domain.prompts import Prompt, join_key
-from evenodds_service.errors import NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
+from evenodds_service.errors import LogCompacted, NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
-from evenodds_service.model.refit import TrainingData, gather
+from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.sources import NO_KEY, Joined, Source, joined
 from evenodds_service.redaction import described
 from evenodds_service.runtime.live_run import LiveRun, vector_name
+from evenodds_service.runtime.retention import Tidying, history_of
 from evenodds_service.storage.store import NewSnapshot, Refit, Run, Store
 
 logger = logging.getLogger(__name__)
 
 FIRST_FIT_OBSERVATIONS = 128
 RETRY_SECONDS = 30
+TIDY_SECONDS = 60.0
 GROWN_SECONDS = 10
 """So long a run that learns from others waits with a few more prompts: they come in many calls."""
 
@@ -74,6 +78,8 @@ class Worker:
         self._lease = lease
         self._poll_seconds = poll_seconds
         self._kept: OrderedDict[int, _KeptRun] = OrderedDict()
+        self._tidying = Tidying(store)
+        self._tidied_at = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a fit that has begun is finished and published first."""
@@ -102,6 +108,7 @@ class Worker:
             StoreUnavailable: the database did not answer; nothing was published.
         """
         self._request_due()
+        self._tidy()
         refit = self._store.claim_refit(worker=self._name, lease=self._lease, now=self._clock())
         if refit is None:
             return False
@@ -110,7 +117,7 @@ class Worker:
                 self._work(refit)
             except (RefitLost, RunUnknown) as error:
                 logger.warning("%s: %s", self._name, error)
-            except StoreUnavailable:
+            except (StoreUnavailable, LogCompacted):
                 raise  # the lease runs out, and the refit is taken up again
             except Exception as error:  # one run's bad data must not keep the others from being fitted
                 logger.exception("%s: refit %d failed", self._name, refit.id)
@@ -122,6 +129,25 @@ class Worker:
             may_be = run.n_observations or (run.settings.learn_from and run.n_prompts)
             if may_be and (newest_seen := self._due_after(run)) is not None:
                 self._store.request_refit(run.id, now=self._clock(), newest_seen=newest_seen)
+
+    def _tidy(self) -> None:
+        """Let go of what runs need not keep, now and then: whoever serves a run does it sooner."""
+        if time.monotonic() - self._tidied_at < TIDY_SECONDS:
+            return
+        self._tidied_at = time.monotonic()
+        runs = self._store.runs(limit=_PAGE)
+        while runs:
+            for run in runs:
+                if self._tidying.is_due(run, now=self._clock()):
+                    self._tidying.now(self._kept_run(run.id).live, run, now=self._clock())
+            runs = self._store.runs(after=runs[-1].name, limit=_PAGE)
+
+    def _kept_run(self, run_id: int) -> _KeptRun:
+        kept = self._kept.setdefault(run_id, _KeptRun(run_id))
+        self._kept.move_to_end(run_id)
+        while len(self._kept) > _KEPT_RUNS:
+            self._kept.popitem(last=False)
+        return kept
 
     def _due_after(self, run: Run) -> int | None:
         """After which refit another one is due, 0 where it is the first; None where none is due."""
@@ -139,15 +165,15 @@ class Worker:
     def _work(self, refit: Refit) -> None:
         started = time.monotonic()
         run = self._store.run_with_id(refit.run_id)
-        kept = self._kept.setdefault(run.id, _KeptRun(run.id))
-        self._kept.move_to_end(run.id)
-        while len(self._kept) > _KEPT_RUNS:
-            self._kept.popitem(last=False)
+        kept = self._kept_run(run.id)
         data = kept.training_data(self._store, run)
         state = kept.live.state
         fitted = _Fitted(state.position, state.n_observations, state.n_prompts)
         loaded = time.monotonic()
         model = self._fit(data)
+        serials_N = kept.live.state.serials_N
+        if kept.live.state.n_retired:
+            model = dataclasses.replace(model, serials_N=serials_N.copy())
         seconds = {"seconds_loading": loaded - started, "seconds_fitting": time.monotonic() - loaded}
         published = NewSnapshot(
             embedder=model.embedder,
@@ -256,47 +282,78 @@ class _KeptLog:
         self._void_position = 0
 
     def read(self, store: Store, run: Run, *, to: int, void_position: int) -> History:
-        """Everything up to this log position, as the log stood there.
+        """Everything up to this log position, as the log stood there; what is below the run's base comes from there.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
+            LogCompacted: the run's base has passed this position.
         """
         if self._void_position != void_position:
             self._pieces, self._read_to = [], 0
             self._void_position = void_position
         while self._read_to < to:
+            base, content = store.base_history(run.id)
+            if base > to:
+                raise LogCompacted(f"the log of run {run.name!r} was compacted up to position {base} meanwhile")
+            if base > self._read_to:
+                self._pieces = [History.from_bytes(content)] if content is not None else []
+                self._read_to = base
+                continue
             entries = store.entries(run.id, after=self._read_to, as_of=to)
             if not entries:
                 raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
-            self._pieces += [_history(entry) for entry in entries if isinstance(entry, ObserveEntry)]
+            if entries[-1].position != self._read_to + len(entries):
+                continue  # compacted since the look at its base
+            self._pieces += [history_of(entry) for entry in entries if isinstance(entry, ObserveEntry)]
             self._read_to = entries[-1].position
-        return gather(self._pieces)
+        return History.gathered(self._pieces)
+
+    def keep(self, history: History) -> None:
+        """In place of all that was read."""
+        self._pieces = [history]
 
 
 class _KeptSource:
     """What a worker keeps of a run that another one learns from: its outcomes and the keys of its prompts."""
 
     def __init__(self) -> None:
+        self._begin_anew(0)
+
+    def _begin_anew(self, n_retired: int) -> None:
+        self._n_retired = n_retired
         self._log = _KeptLog()
+        self._serials: list[int] = []
         self._keys: list[int] = []
         self._ids: list[str] = []
 
-    def read(self, store: Store, run: Run, *, with_ids: bool, texts: _KeptTexts, own: Container[int]) -> Source:
+    def read(self, store: Store, run: Run, *, texts: _KeptTexts, own: Container[int]) -> Source:
         """The run as it stands. Its texts are left with `texts`, save for those whose keys are among `own`.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
         """
-        while len(self._keys) < run.n_prompts:
-            prompts = store.prompts(run.id, first=len(self._keys), limit=_PAGE)
-            if not prompts:
-                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
+        try:
+            return self._read(store, run, texts, own)
+        except LogCompacted:  # meanwhile; it is seldom
+            return self._read(store, store.run_with_id(run.id), texts, own)
+
+    def _read(self, store: Store, run: Run, texts: _KeptTexts, own: Container[int]) -> Source:
+        if self._n_retired != run.n_retired:
+            self._begin_anew(run.n_retired)  # what was retired counts no more
+        is_last = False
+        while not is_last:
+            prompts = store.prompts(run.id, first=self._serials[-1] + 1 if self._serials else 0, limit=_PAGE)
             keys = [_key_of(prompt) for prompt in prompts]
             texts.add(keys, [prompt.text for prompt in prompts], own)
+            self._serials += [prompt.index for prompt in prompts]
             self._keys += keys
             self._ids += [prompt.prompt_id for prompt in prompts]
+            is_last = len(prompts) < _PAGE
         history = self._log.read(store, run, to=run.log_position, void_position=run.void_position)
-        return Source(run.name, np.array(self._keys, dtype=np.int64), history, self._ids if with_ids else ())
+        row = {serial: row for row, serial in enumerate(self._serials)}
+        rows = np.array([row.get(serial, -1) for serial in history.prompts.tolist()], dtype=np.int64)
+        known = dataclasses.replace(history.rows(rows >= 0), prompts=rows[rows >= 0])
+        return Source(run.name, np.array(self._keys, dtype=np.int64), known, self._ids)
 
 
 class _KeptTexts:
@@ -331,7 +388,8 @@ class _KeptRun:
         self.live = LiveRun(run_id)
         self._log = _KeptLog()
         self._ngrams = sparse.csr_matrix((0, 0))
-        self._keys: list[int] = []
+        self._serials_N = np.zeros(0, dtype=np.int64)  # whose n-grams these are
+        self._keys_N = np.zeros(0, dtype=np.int64)
         self._sources: dict[int, _KeptSource] = {}
         self._texts = _KeptTexts()
 
@@ -347,6 +405,10 @@ class _KeptRun:
         if state.basis is None:
             raise NothingToFit(f"run {run.name!r} has no prompts to fit: load them with POST /runs/{{run}}/prompts")
         history = self._log.read(store, run, to=state.position, void_position=self.live.void_position)
+        rows = rows_of_serials(state, history.prompts)
+        if state.n_retired:
+            history, rows = history.rows(rows >= 0), rows[rows >= 0]
+            self._log.keep(history)  # what is retired is read no more
         self._read_texts(store, run)
         own = self._ngrams[: state.n_prompts]
         sources = self._joined(store, run, state.n_prompts)
@@ -359,23 +421,30 @@ class _KeptRun:
             x_N_d=pool.matrix(state.basis, state.n_prompts),
             embeddings_N_D=pool.raw(0, state.n_prompts).embedding_N_D,
             ngrams=own,
-            history=history,
+            history=dataclasses.replace(history, prompts=rows),
             warm_start=self.live.model,
             sources=sources,
             source_ngrams=None if sources is None else self._texts.below(own, sources.others_F),
         )
 
     def _read_texts(self, store: Store, run: Run) -> None:
-        n = self._ngrams.shape[0]
-        blocks = [self._ngrams] if n else []
-        while n < self.live.state.n_prompts:
-            prompts = store.prompts(run.id, first=n, limit=_PAGE)
-            if not prompts:
-                raise RunUnknown(f"run {run.name!r} was deleted meanwhile")
-            blocks.append(ngram_matrix([prompt.text or "" for prompt in prompts]))
-            self._keys += [_key_of(prompt) for prompt in prompts]
-            n += len(prompts)
+        """The n-grams of the pool's texts, row by row; a text that was erased meanwhile counts as empty."""
+        serials_N = self.live.state.serials_N
+        kept_N = np.isin(self._serials_N, serials_N)
+        if not kept_N.all():
+            self._ngrams, self._serials_N = self._ngrams[kept_N], self._serials_N[kept_N]
+            self._keys_N = self._keys_N[kept_N]
+        fresh = serials_N[len(self._serials_N) :]
+        blocks = [self._ngrams] if len(self._serials_N) else []
+        keys = [self._keys_N]
+        for first in range(0, len(fresh), _PAGE):
+            page = fresh[first : first + _PAGE]
+            found = {prompt.index: prompt for prompt in store.prompts(run.id, first=int(page[0]), limit=_PAGE)}
+            prompts = [found.get(serial) for serial in page.tolist()]
+            blocks.append(ngram_matrix([(prompt and prompt.text) or "" for prompt in prompts]))
+            keys.append(np.array([NO_KEY if prompt is None else _key_of(prompt) for prompt in prompts], dtype=np.int64))
         self._ngrams = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
+        self._serials_N, self._keys_N = serials_N.copy(), np.concatenate(keys)
 
     def _joined(self, store: Store, run: Run, n_prompts: int) -> Joined | None:
         """What the runs showed that this one learns from, as they stand now; None where there is nothing."""
@@ -384,21 +453,22 @@ class _KeptRun:
             self._sources, self._texts = {}, _KeptTexts()
             return None
         known, self._sources, found = self._sources, {}, []
-        own = frozenset(self._keys)
+        own = frozenset(self._keys_N.tolist())
         for other in _all_runs(store):
             if other.id == run.id or not other.n_observations or not settings.learns_from(other.name):
                 continue
             kept = known.get(other.id, _KeptSource())
             try:
                 shares_ids = settings.data_set is not None and other.settings.data_set == settings.data_set
-                found.append(kept.read(store, other, with_ids=shares_ids, texts=self._texts, own=own))
+                source = kept.read(store, other, texts=self._texts, own=own)
             except RunUnknown:
                 continue  # deleted meanwhile: it counts no more
+            found.append(source if shares_ids else dataclasses.replace(source, ids=()))
             self._sources[other.id] = kept
         if not found:
             return None
         ids = self.live.pool.prompt_ids[:n_prompts]
-        return joined(np.array(self._keys[:n_prompts], dtype=np.int64), ids, found)
+        return joined(self._keys_N[:n_prompts], ids, found)
 
 
 def _all_runs(store: Store) -> Iterator[Run]:
@@ -416,13 +486,3 @@ def _key_of(prompt: Prompt) -> int:
     """
     key = prompt.join_key or (join_key(prompt.text) if prompt.text else prompt.text_key)
     return int(key[:15], 16) if key else NO_KEY
-
-
-def _history(entry: ObserveEntry) -> History:
-    return History(
-        prompts=entry.prompts,
-        steps=entry.prompts * 0 + entry.step,
-        successes=entry.successes,
-        attempts=entry.attempts,
-        informative=entry.informative,
-    )

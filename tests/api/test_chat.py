@@ -18,7 +18,7 @@ LABELS = ["SIMPLE", "MEDIUM", "COMPLEX", "REASONING"]
 @pytest.fixture
 def mopps(caller: Caller) -> Caller:
     """Beliefs .9 about the text "Easy?", .1 about "Hard?", .5 about all others."""
-    caller.create(predictor="mopps")
+    caller.create(predictor="mopps", retention={"prompts": 0})  # or the first budget bounds the pool, behind the reply
     caller.observe(
         0, {"text": "Easy?", "successes": 8, "attempts": 8}, {"text": "Hard?", "successes": 0, "attempts": 8}
     )

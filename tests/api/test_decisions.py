@@ -7,10 +7,16 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import select
 from tests.waiting import until
 
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import DecisionExpired, DecisionUnknown
 from evenodds_service.runtime.decisions import Decisions
+from evenodds_service.storage.engine import open_engine
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.store import Store
+from evenodds_service.storage.tables import decisions
 
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
@@ -113,3 +119,23 @@ def test_no_thread_is_left_when_all_is_written(caller: Caller) -> None:
     decided(caller)
 
     until(lambda: "decisions" not in {thread.name for thread in threading.enumerate()}, "the thread to end")
+
+
+def test_the_newest_decisions_are_kept_and_none_where_that_is_set(database_url: str) -> None:
+    now = datetime(2027, 1, 2, tzinfo=timezone.utc)
+    engine = open_engine(database_url)
+    upgrade(engine)
+    store = Store(engine)
+    run, _ = store.put_run("served", RunSettings(), now=now)
+    clock = iter(now + timedelta(seconds=i) for i in range(10_000))
+    few = Decisions(store, now=lambda: next(clock), most=20)
+    for _ in range(10):
+        kept = [few.keep("served", run.id, step=1, prompt="{}") for _ in range(10)]
+        few.close()  # writes them
+
+    with engine.connect() as connection:
+        left = connection.execute(select(decisions.c.decision_id)).scalars().all()
+    assert 20 <= len(left) <= 40
+    assert set(kept) <= set(left)
+    assert Decisions(store, now=lambda: now, most=0).keep("served", run.id, step=1, prompt="{}") is None
+    store.close()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import betainc
 
-from evenodds_service.api.intervals import TAILS, credible_intervals
+from evenodds_service.api.intervals import TAIL, credible_intervals
 from evenodds_service.domain.arrays import BoolArray, FloatArray
-from evenodds_service.domain.distributions import informative_moments
+from evenodds_service.domain.distributions import beta_from_moments, informative_moments
 from evenodds_service.domain.learning.mixture import (
     AGEING,
     MEMORIES,
@@ -115,7 +115,7 @@ def test_the_interval_is_the_mixtures_contains_the_mean_and_has_a_width(attempts
 
     assert 0.0 <= low <= mean <= high <= 1.0
     assert high - low > 0.5 / (attempts + 2)
-    for end, tail in zip((low, high), TAILS, strict=True):
+    for end, tail in ((low, TAIL), (high, 1.0 - TAIL)):
         below = float(mixed.weights_K @ betainc(mixed.a_K_n[:, 0], mixed.b_K_n[:, 0], end))
         assert below == pytest.approx(tail, abs=1e-5) or end == mean
 
@@ -155,3 +155,24 @@ def test_all_strengths_are_experts() -> None:
     assert len(mixed.weights_K) == PRESENT.sum() * len(STRENGTHS) * len(MEMORIES)
     means = mixed.a_K_n / (mixed.a_K_n + mixed.b_K_n)
     np.testing.assert_allclose(mixed.weights_K @ means, a_n / (a_n + b_n), rtol=1e-12)
+
+
+def test_experts_that_are_sure_of_unlike_rates_leave_the_tails_their_probability() -> None:
+    rng = np.random.default_rng(3)
+    for n_experts in (2, 5, 9):
+        rates_K_n, sizes_K_n = (
+            rng.uniform(0.002, 0.998, (n_experts, 400)),
+            10 ** rng.uniform(0.5, 4.0, (n_experts, 400)),
+        )
+        weights_K = rng.dirichlet(np.ones(n_experts))
+        mixed = Experts(weights_K, rates_K_n * sizes_K_n, (1.0 - rates_K_n) * sizes_K_n)
+        mean_n = weights_K @ rates_K_n
+        variance_n = weights_K @ (rates_K_n * (1.0 - rates_K_n) / (sizes_K_n + 1.0) + rates_K_n**2) - mean_n**2
+
+        low_n, high_n = credible_intervals(mixed, *beta_from_moments(mean_n, variance_n))
+
+        for end_n, a_K_n, b_K_n in ((low_n, mixed.a_K_n, mixed.b_K_n), (1.0 - high_n, mixed.b_K_n, mixed.a_K_n)):
+            outside_n = weights_K @ betainc(a_K_n, b_K_n, end_n)
+            is_cut = np.isclose(end_n, mean_n, atol=1e-9) | np.isclose(end_n, 1.0 - mean_n, atol=1e-9) | (end_n < 1e-9)
+            assert np.all(is_cut | (np.abs(outside_n - TAIL) < 1e-5))
+            assert is_cut.mean() < 0.2

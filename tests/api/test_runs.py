@@ -41,6 +41,8 @@ DEFAULTS = {
     "fallback": True,
     "learn_from": None,
     "data_set": None,
+    "retention": None,
+    "base_step": None,
     "last_refit": None,
     "pool_size": 0,
     "log_position": 0,

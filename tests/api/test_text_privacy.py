@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import MetaData, select, update
+from tests.waiting import until
 
+from evenodds_service.domain.prompts import text_key
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
 from evenodds_service.storage.tables import prompts
@@ -119,3 +121,64 @@ def test_what_is_erased_stands_in_no_table_and_in_no_page(caller: Caller, servic
 
     assert "prompts" in stood
     assert where_it_stands(service.database_url, words) == []
+
+
+def test_an_erased_prompt_stands_in_no_table_and_in_no_page(caller: Caller, service: Service) -> None:
+    """Its text, its vectors and decisions on budgets; the other prompts and what is believed of them stay."""
+    words = f"{SECRET} {caller.run} to be erased"
+    caller.load_texts("a", "b")
+    caller.observe(0, {"prompt_id": "gone", "text": words, "successes": 1, "attempts": 8})
+    decided = caller.ok("POST", "/budget", json={"run": caller.run, "prompt": {"text": words}})["decision_id"]
+    until(lambda: "decisions" in where_it_stands(service.database_url, words), "the decision to be written")
+
+    reply = caller.http.delete(f"/runs/{caller.run}/prompts/gone")
+
+    assert reply.status_code == 204
+    assert where_it_stands(service.database_url, words) == []
+    assert where_it_stands(service.database_url, text_key(words)) == []  # nor under the name of its vectors
+    assert [prompt["prompt_id"] for prompt in caller.ok("GET", f"/runs/{caller.run}/prompts")["prompts"]] == ["a", "b"]
+    state = caller.ok("GET", f"/runs/{caller.run}")
+    assert (state["pool_size"], state["base_step"]) == (2, 0)
+    assert caller.refused("DELETE", f"/runs/{caller.run}/prompts/gone").code == "prompt_unknown"
+    assert caller.refused("POST", "/observe", json={"decision_id": decided, "rewards": [1]}).code == "decision_unknown"
+    assert len(caller.chosen(1, 2)) == 2
+    problem = caller.refused("POST", f"/runs/{caller.run}/rewind", json={"step": -1})
+    assert (problem.status, problem.code) == (409, "below_base")
+
+
+def test_a_run_that_answers_budgets_keeps_so_many_prompts_unless_it_chooses_batches(caller: Caller) -> None:
+    def retention() -> dict[str, Any] | None:
+        kept: dict[str, Any] | None = caller.ok("GET", f"/runs/{caller.run}")["retention"]
+        return kept
+
+    def ask() -> None:
+        caller.ok("POST", "/budget", json={"run": caller.run, "prompt": {"text": "Why?"}})
+
+    caller.load_texts("a", "b")
+    assert retention() is None
+    ask()
+    until(lambda: retention() == {"prompts": 200_000, "days": None}, "the run to be a served one")
+    caller.create(retention={"prompts": 0, "days": 30})
+    ask()
+    assert retention() == {"prompts": 0, "days": 30}
+
+    caller.create(retention=None)
+    caller.select(1, 1)
+    ask()
+    assert retention() is None
+
+
+def test_a_served_run_lets_go_of_texts_behind_the_replies(caller: Caller) -> None:
+    caller.create(retention={"prompts": 10})
+    for i in range(4):
+        caller.observe(1, *({"text": f"Text {i} {j}?", "rewards": [1]} for j in range(5)))
+    until(lambda: caller.ok("GET", f"/runs/{caller.run}")["pool_size"] == 10, "the pool to be cut")
+
+    state = caller.ok("GET", f"/runs/{caller.run}")
+    listed = [prompt["text"] for prompt in caller.ok("GET", f"/runs/{caller.run}/prompts")["prompts"]]
+    again = caller.observe(1, {"text": "Text 0 0?", "rewards": [0]})
+
+    assert state["observations"] == 20
+    assert listed == [f"Text {i} {j}?" for i in (2, 3) for j in range(5)]
+    assert again["accepted"] == 1
+    assert caller.ok("GET", f"/runs/{caller.run}")["pool_size"] == 11

@@ -217,6 +217,32 @@ def test_every_endpoint_gets_budget_and_report(traffic: Traffic, stream: bool) -
     assert "medium" not in json.dumps(messages_body)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_verdict_that_comes_later_needs_only_the_header_of_the_reply(traffic: Traffic, stream: bool) -> None:
+    text = f"Judged later {stream}?"
+    reply = traffic.chat("picked", text, stream=stream, max_tokens=5)  # cut off: no outcome of its own
+    decision_id = reply.headers["x-evenodds-decision-id"]
+
+    first = traffic.service.client.observe_decision(decision_id, [1.0])
+    again = traffic.service.client.observe_decision(decision_id, [1.0])
+
+    assert (first.run, first.accepted, first.replayed, again.replayed) == ("served-p", 1, False, True)
+    assert traffic.seen(text) == {**dict.fromkeys(RUNS, 0), "served-p": 1}
+    assert traffic.service.client.run("served-p").head_step == 1
+
+
+def test_a_harness_is_not_judged_and_a_follow_up_is_judged_with_what_it_follows(traffic: Traffic) -> None:
+    question = "How many prime numbers lie between one and a hundred?"
+    wrapped = f"<system-reminder>Today is Monday.</system-reminder>{question}"
+    booked(traffic, lambda: traffic.chat("first", wrapped), "served-a", question)
+    assert traffic.model.bodies[-1]["messages"][-1]["content"] == wrapped  # the model reads what the caller sent
+
+    turns = [("user", question), ("assistant", "25."), ("user", "yes, go on")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    judged = f"user: {question}\n\nassistant: 25.\n\nuser: yes, go on"
+    booked(traffic, lambda: traffic.post("/v1/chat/completions", model="first", messages=messages), "served-a", judged)
+
+
 def test_a_caller_cannot_claim_a_decision(traffic: Traffic) -> None:
     claimed = {"evenodds": {"run": "x", "policy": "x", "policy_version": 0, "changed": {}}}
 

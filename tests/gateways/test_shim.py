@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ import httpx
 import pytest
 import uvicorn
 import yaml
-from tests.gateways.conftest import ROOT, ServedModel
-from tests.waiting import PATIENCE_SECONDS
+from tests.gateways.conftest import ROOT, ServedModel, serving_model, tokens_of
+from tests.waiting import PATIENCE_SECONDS, until
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -36,12 +37,17 @@ def service(start_service: Callable[[str], Service], tmp_path: Path) -> Service:
 
 @pytest.fixture
 def shim(service: Service, served_model: ServedModel) -> Iterator[httpx.Client]:
+    with serving_shim(served_model.base_url.removesuffix("/v1"), service) as http:
+        yield http
+
+
+@contextmanager
+def serving_shim(upstream: str, service: Service) -> Iterator[httpx.Client]:
     spec = importlib.util.spec_from_file_location("shim", EXAMPLE / "shim.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    upstream = served_model.base_url.removesuffix("/v1")
     app = module.create_app(upstream, service.base_url, "served", deadline_ms=30_000)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
@@ -190,3 +196,66 @@ def test_the_shell_example_has_a_default_for_when_there_is_no_answer(service: Se
     assert (effort("Easy?"), effort("Hard?")) == ("low", "high")
     service.stop()
     assert effort("Easy?") == "medium"
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[tuple[str, ServedModel, ServedModel]]:
+    """The example's nginx between the shim and two models: its address, the usual model and the small one."""
+    program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    assert program is not None, "the example for nginx was not tried: install nginx"
+    with serving_model() as usual, serving_model() as small, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        config = (EXAMPLE / "nginx.conf").read_text()
+        for there, here in (
+            ("127.0.0.1:8801", f"127.0.0.1:{port}"),
+            ("127.0.0.1:8001", usual.base_url.removeprefix("http://").removesuffix("/v1")),
+            ("127.0.0.1:8002", small.base_url.removeprefix("http://").removesuffix("/v1")),
+        ):
+            assert config.count(there) == 1
+            config = config.replace(there, here)
+        (tmp_path / "nginx.conf").write_text(config)
+        command = [program, "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"]
+        with (tmp_path / "nginx.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+
+        def is_there() -> bool:
+            assert process.poll() is None, (tmp_path / "nginx.log").read_text()
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        try:
+            until(is_there, "nginx to listen")
+            yield f"http://127.0.0.1:{port}", usual, small
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_SECONDS)
+
+
+@pytest.mark.slow
+def test_a_real_nginx_sends_easy_requests_to_a_small_model_and_the_usual_one_writes_less(
+    nginx: tuple[str, ServedModel, ServedModel], service: Service, tmp_path: Path
+) -> None:
+    upstream, usual, small = nginx
+    asked = ["Easy?", "Hard?", "Easy?", "Easy?"]
+    with serving_shim(upstream, service) as http:
+        for text in asked:
+            chat(http, text)
+        streamed = chat(http, "Easy?", stream=True)
+        http.post("/v1/chat/completions", json={"model": "m"}, headers={"x-evenodds-effort": "low"})  # claimed
+        service.stop()
+        chat(http, "Easy?")  # nobody judges it
+
+    assert streamed.text.endswith("data: [DONE]\n\n")
+    assert [body["messages"][0]["content"] for body in small.bodies] == ["Easy?"] * 4
+    assert [body.get("messages", [{"content": None}])[0]["content"] for body in usual.bodies] == [
+        "Hard?",
+        None,
+        "Easy?",
+    ]
+    spent = sum(tokens_of(body) for body in usual.bodies if "messages" in body)
+    assert (spent, sum(tokens_of(body) for body in small.bodies)) == (200, 400)  # without the shim the usual one: 600
+    log = (tmp_path / "access.log").read_text()
+    assert log.count("effort=low model=small status=200") == 4
+    assert "effort=high model=usual status=200" in log

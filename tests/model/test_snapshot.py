@@ -24,7 +24,7 @@ from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import NGRAMS, ngram_matrix
 from evenodds_service.model.paper_fit import fit_paper, predict_paper
 from evenodds_service.model.paper_network import NetworkSize, size_of
-from evenodds_service.model.refit import TrainingData, fit_shared_model, gather
+from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import FORMAT, PAPER_CONTEXT, SharedModel
 from evenodds_service.model.surface import surface_features
 
@@ -191,7 +191,7 @@ def test_the_published_model_goes_on_from_the_one_before(models: dict[str, Share
     given = training_data("gps-paper")
     later = replace(given.history, steps=given.history.steps + 2)
 
-    model = fitted(replace(given, history=gather([given.history, later]), warm_start=models["gps-paper"]))
+    model = fitted(replace(given, history=History.gathered([given.history, later]), warm_start=models["gps-paper"]))
 
     assert model.last_step == model.report["paper.last_step"] == 3
     np.testing.assert_array_equal(model.weights["paper context"]["successes_C"], later.successes[N // 2 :])

@@ -60,9 +60,9 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
     live, other = LiveRun(run.id, each_block=gate.each_block), LiveRun(run.id)
     live.catch_up(store, run)
     other.catch_up(store, run)
-    expected = other.choose(SETTINGS, REQUEST)
+    expected = other.choose(SETTINGS, lambda: REQUEST)
     chosen = []
-    chooser = threading.Thread(target=lambda: chosen.append(live.choose(SETTINGS, REQUEST)))
+    chooser = threading.Thread(target=lambda: chosen.append(live.choose(SETTINGS, lambda: REQUEST)))
 
     chooser.start()
     assert gate.reached.wait(PATIENCE_SECONDS)
@@ -83,14 +83,14 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
         expected.groups,
     )
     np.testing.assert_array_equal(choice.a, expected.a)
-    assert live.choose(SETTINGS, REQUEST).position == run.log_position + 2
+    assert live.choose(SETTINGS, lambda: REQUEST).position == run.log_position + 2
 
 
 def test_a_batch_may_be_made_of_groups(store: Store) -> None:
     live = LiveRun(store.run("math").id)
     live.catch_up(store, store.run("math"))
 
-    chosen = live.choose(replace(SETTINGS, groups={"g1": 0.5, "g2": 0.5}), REQUEST)
+    chosen = live.choose(replace(SETTINGS, groups={"g1": 0.5, "g2": 0.5}), lambda: REQUEST)
 
     assert sorted(group or "" for group in chosen.groups) == ["g1"] * 10 + ["g2"] * 10
     assert all(chosen.prompt_ids[i] == live.pool.prompt_ids[p] for i, p in enumerate(chosen.choice.prompts))
@@ -123,4 +123,4 @@ def test_what_a_process_folds_of_its_own_writing_is_what_others_read(store: Stor
     other.catch_up(store, store.run("math"))
     assert to_bytes(live.state) == to_bytes(other.state)
     assert live.pool.n == other.pool.n == 201
-    assert live.known(["new", "p7", "nobody"]) == {"new": 200, "p7": 7}
+    assert live.known(["new", "p7", "nobody"]) == ({"new": 200, "p7": 7}, live.state.position)

@@ -51,7 +51,7 @@ from evenodds_service.domain.prompts import FittedPrior
 from evenodds_service.errors import RefitLost, ServiceError
 from evenodds_service.model.refit import TrainingData
 from evenodds_service.model.snapshot import SharedModel
-from evenodds_service.runtime import live_run, live_runs
+from evenodds_service.runtime import live_run, live_runs, retention
 from evenodds_service.settings import Settings
 from evenodds_service.storage.store import NewSnapshot, Refit, Snapshot, Store
 
@@ -167,6 +167,7 @@ def simulated(world: World, network: httpx.BaseTransport, *, learns: bool) -> It
         (live_run, "threading", simulation.Threading),
         (live_runs, "threading", simulation.Threading),
         (live_runs, "ThreadPoolExecutor", simulation.Threads),
+        (retention, "threading", simulation.Threading),
         (workers, "threading", simulation.Threading),
         (workers, "time", simulation.Clock),
         (training, "uuid", SimpleNamespace(uuid4=uuid4)),
@@ -254,6 +255,10 @@ class Service:
             if isinstance(answer, Exception):
                 raise answer
             return 200, answer.encode()
+        found = re.fullmatch(r"/runs/([^/]+)/prompts/([^/]+)", path)
+        if found is not None:
+            assert method == "DELETE", method
+            return prompts.delete_prompt(found[1], found[2], self._services).status_code, b""
         found = re.fullmatch(r"/runs/([^/]+)(/[a-z]+)?", path)
         assert found is not None, path
         run, what = found.groups()

@@ -11,6 +11,7 @@ import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ _REFUSALS = {
     404: {"run_unknown", "prompt_unknown", "selection_unknown"},
     409: {"request_conflict", "selection_conflict", "selection_voided", "not_enough_prompts", "prompt_conflict"},
     422: {"malformed"},
-    503: {"store_unavailable"},
+    503: {"store_unavailable", "log_compacted", "pool_changed"},
 }
 
 
@@ -88,8 +89,9 @@ class History:
     def committed(self) -> None:
         """After each transaction that wrote."""
         for row in self.rows(
-            "SELECT name, log_position AS head, count(position) AS n, coalesce(max(position), 0) AS newest "
-            "FROM runs LEFT JOIN log ON run_id = id GROUP BY id"
+            "SELECT name, log_position AS head, base_position + count(position) AS n, "
+            "coalesce(max(position), base_position) AS newest "
+            "FROM runs LEFT JOIN log ON run_id = id AND position > base_position GROUP BY id"
         ):
             if not row["head"] == row["n"] == row["newest"]:
                 self.world.violated(f"the log of {row['name']} has gaps: {dict(row)}")
@@ -130,7 +132,8 @@ class History:
         run = told.get("run") or str(request.url.path).split("/")[2]
         reply = Reply(where.rpartition("/")[2] if "runs" in where else where, run, asked, told)
         if request.method == "DELETE":
-            self._deleted(run)
+            if "/prompts/" not in request.url.path:
+                self._deleted(run)
             return
         at = told.get("log_position")
         if at is not None and not told.get("replayed"):
@@ -153,6 +156,8 @@ class History:
             "SELECT log.* FROM log JOIN runs ON run_id = id WHERE name = ? AND position = ?", run, told["log_position"]
         )
         sent = [float(each["successes"]) for each in asked["observations"]]
+        if not found and self._base_of(run) >= told["log_position"]:
+            return  # it is in the state that the log begins from
         if not found or json.loads(found[0]["body"])["successes"] != sent or found[0]["step"] != asked["step"]:
             self.world.violated(f"an acknowledged report is not where it should be: {asked} {told}")
         key = (run, asked.get("request_id") or "")
@@ -179,6 +184,11 @@ class History:
             self.world.violated(f"a report was written twice: {earlier.told}, then {told}")
         if earlier is None or not told["replayed"]:
             self.first[key] = reply
+
+    def _base_of(self, run: str) -> int:
+        """The position that the run's log begins behind."""
+        found = self.rows("SELECT base_position FROM runs WHERE name = ?", run)
+        return int(found[0]["base_position"]) if found else 0
 
     def _was_voided(self, run: str, position: int) -> bool:
         found = self.rows(
@@ -247,7 +257,8 @@ class History:
             if row["n"] != row["newest"]:
                 self.world.violated(f"snapshots do not count from 1: {dict(row)}")
         for name in sorted({reply.run for reply in self.replies}):
-            of_run = [reply for reply in self.replies if reply.run == name]
+            base = self._base_of(name)
+            of_run = [reply for reply in self.replies if reply.run == name and reply.told["log_position"] >= base]
             log = _Log(
                 self.rows("SELECT log.* FROM log JOIN runs ON run_id = id WHERE name = ? ORDER BY position", name)
             )
@@ -255,14 +266,15 @@ class History:
                 row["prompt_id"]: row["index"]
                 for row in self.rows("SELECT prompts.* FROM prompts JOIN runs ON run_id = id WHERE name = ?", name)
             }
-            for reply in of_run:
-                self._check_counts(reply, log, index)
+            if not base:
+                for reply in of_run:
+                    self._check_counts(reply, log, index)
             some = self.world.chance.sample(of_run, min(LOOKED_AT, len(of_run)))
             self._check_fold(name, sorted(some, key=lambda reply: int(reply.told["log_position"])), log, engine)
         content = self.path.read_bytes() + self.path.with_name(self.path.name + "-wal").read_bytes()
-        for run in self.erased:
-            if f"canary of {run}".encode() in content:
-                self.world.violated(f"a text of {run} stands in the file after it was erased")
+        for text in self.erased:
+            if text.encode() in content:
+                self.world.violated(f"{text!r} stands in the file after it was erased")
 
     def standing_marks(self, run: str) -> tuple[Counter[int], Counter[int]]:
         """How often each marked observation stands in the log, and how often it stood and was voided."""
@@ -311,7 +323,8 @@ class History:
             else:
                 body = SelectRequest.model_validate(reply.asked)
                 # Settings are no part of the log: what the reply does not say of them is taken from the present ones.
-                chosen = live.choose(training._overlaid(body, run.settings), training._request(body, run, live))
+                asked_for = partial(training._request, body, run, live)
+                chosen = live.choose(training._overlaid(body, run.settings), asked_for)
                 due, told = list(chosen.prompt_ids), [prompt["prompt_id"] for prompt in reply.told["prompts"]]
             if told != due:
                 self.world.violated(f"the fold of {name} at {past.position} answers {due}, answered was {told}")
@@ -319,7 +332,9 @@ class History:
 
     def _check_checkpoints(self, name: str, live_runs: LiveRuns, past: _Past) -> None:
         for row in self.rows(
-            "SELECT checkpoints.* FROM checkpoints JOIN runs ON run_id = id WHERE name = ? ORDER BY position", name
+            "SELECT checkpoints.* FROM checkpoints JOIN runs ON run_id = id "
+            "WHERE name = ? AND position >= base_position ORDER BY position",
+            name,
         ):
             self.world.sometimes["a checkpoint was saved"] += 1
             if row["position"] >= past.position:

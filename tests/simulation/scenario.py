@@ -30,11 +30,15 @@ from evenodds_service.storage.migration import upgrade
 from evenodds_service.storage.store import Store
 from evenodds_service.worker import Worker
 
-TRAINED, SHARED, BRIEF, MISLED = "trained", "shared", "brief", "misled"
-"""Runs: one of a trainer, one that others write to, one that is deleted again and again, one whose prompts mislead."""
+TRAINED, SHARED, BRIEF, MISLED, SERVED = "trained", "shared", "brief", "misled", "served"
+"""Runs: one of a trainer, one that others write to, one that is deleted again and again, one whose prompts mislead, and
+one that keeps few of its prompts."""
 
 GROUP_SIZE = 8
 POOL = {TRAINED: 40, SHARED: 24, BRIEF: 4}
+KEPT = 8
+"""Prompts that the served run keeps; a few more until it has let go of them."""
+
 STEPS = (40, 60, 80, 100, 300)
 """How long a seed may be."""
 
@@ -78,6 +82,8 @@ RAILS = (
     "a key was rotated",
     "an old secret was refused",
     "texts were erased",
+    "a prompt was erased",
+    "a run let go of prompts",
     "a run was deleted",
     "a run fell back to uniform choice",
     "answered request_conflict",
@@ -183,6 +189,7 @@ class _Scenario:
         self.n_services, self.n_workers = chance.choice((1, 2, 2, 3)), chance.choice((1, 2))
         self.trainer = _Trainer(self)
         self.writers = [_Writer(self, n) for n in range(chance.choice((1, 2)))]
+        self.gateway = _Gateway(self) if chance.random() < 0.5 else None
         self.fit_seconds = chance.choice((2.0, 10.0, 40.0))
 
     def successes(self, prompt_id: str, mark: int) -> float:
@@ -208,6 +215,8 @@ class _Scenario:
         self._keep_alive("trainer", self._trainer)
         for writer in self.writers:
             world.spawn(Process("writer"), writer.work)
+        if self.gateway is not None:
+            world.spawn(Process("gateway"), self.gateway.work)
         world.spawn(Process("operator"), self._trouble)
         if self.keys is not None:
             world.spawn(Process("operator"), self.keys.rotate)
@@ -220,6 +229,8 @@ class _Scenario:
         self.trainer.check()
         for writer in self.writers:
             writer.check()
+        if self.gateway is not None:
+            self.gateway.check()
         world.end()
         self.history.close()
 
@@ -352,7 +363,7 @@ class _Scenario:
         elif what < 0.44:
             client.put_run(SHARED, keep_text=False)
             self.world.sometimes["texts were erased"] += 1
-            self.history.erased.add(SHARED)
+            self.history.erased.add(f"canary of {SHARED}")
         elif what < 0.55:
             run = chance.choice((TRAINED, SHARED))
             is_fitting = self.history.rows(
@@ -682,6 +693,51 @@ class _Writer:
         for mark, n in standing.items():
             if n > 1:
                 self._world.violated(f"report {mark} counts {n} times")
+
+
+class _Gateway:
+    """Reports outcomes of one new text after the other, so that its run has to let go of prompts; erases some."""
+
+    def __init__(self, scenario: _Scenario) -> None:
+        self._scenario, self._world = scenario, scenario.world
+        self._n = 0
+        self._known: list[int] = []
+
+    def work(self) -> None:
+        client, world = self._scenario.client(), self._world
+        while not self._scenario.is_over:
+            world.pause(world.chance.expovariate(2.0))
+            try:
+                if self._n == 0:
+                    client.put_run(SERVED, embedder="none", group_size=GROUP_SIZE, retention={"prompts": KEPT})
+                self._act(client)
+            except EvenOddsError as error:
+                world.say(f"gateway: {error!r:.120}")
+
+    def _act(self, client: Client) -> None:
+        chance = self._world.chance
+        what = chance.random()
+        if what < 0.2 and self._known:
+            client.predict(SERVED, [f"{SERVED}-{chance.choice(self._known[-KEPT:])}"])
+        elif what < 0.25 and self._known:
+            i = self._known.pop(chance.randrange(len(self._known)))
+            client.delete_prompt(SERVED, f"{SERVED}-{i}")
+            self._world.sometimes["a prompt was erased"] += 1
+            self._scenario.history.erased.add(text_of(SERVED, i))
+        else:
+            self._n += 1
+            i = self._n
+            row = {"prompt_id": f"{SERVED}-{i}", "text": text_of(SERVED, i), "successes": i % 8, "attempts": GROUP_SIZE}
+            client.observe(SERVED, i // 10, [row], request_id=f"served-{i}")
+            self._known.append(i)  # what was not acknowledged may still be under way
+
+    def check(self) -> None:
+        world, history = self._world, self._scenario.history
+        for row in history.rows("SELECT * FROM runs WHERE name = ? AND base_position > 0", SERVED):
+            world.sometimes["a run let go of prompts"] += 1
+            below = "SELECT 1 FROM log WHERE run_id = ? AND position <= ? AND kind = 'observe' AND body LIKE ?"
+            if history.rows(below, row["id"], row["base_position"], f"%canary of {SERVED}%"):
+                world.violated(f"a text of {SERVED} stands in the log below its base")
 
 
 def _mislead(scenario: _Scenario) -> None:

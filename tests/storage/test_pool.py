@@ -38,8 +38,8 @@ def test_prompts_come_back_as_they_were_added_in_order_of_arrival(store: Store, 
     added = store.add_prompts(run.id, [FULL, NewPrompt("b")], now=now)
     more = store.add_prompts(run.id, [NewPrompt("0")], now=now)
 
-    assert added == PromptsAdded(added=2, existing=0, n_prompts=2, log_position=1)
-    assert more == PromptsAdded(added=1, existing=0, n_prompts=3, log_position=2)
+    assert added == PromptsAdded(added=2, existing=0, pool_size=2, log_position=1)
+    assert more == PromptsAdded(added=1, existing=0, pool_size=3, log_position=2)
     first = Prompt(
         FULL.prompt_id,
         FULL.text,
@@ -63,13 +63,13 @@ def test_repeated_prompts_count_as_existing_and_take_no_log_position(store: Stor
 
     again = store.add_prompts(run.id, [FULL, NewPrompt("a")], now=now)
 
-    assert again == PromptsAdded(added=0, existing=2, n_prompts=1, log_position=1)
+    assert again == PromptsAdded(added=0, existing=2, pool_size=1, log_position=1)
 
 
 def test_prompt_twice_in_one_call_is_added_once(store: Store, run: Run, now: datetime) -> None:
     added = store.add_prompts(run.id, [NewPrompt("b"), FULL, FULL, NewPrompt("a")], now=now)
 
-    assert added == PromptsAdded(added=2, existing=2, n_prompts=2, log_position=1)
+    assert added == PromptsAdded(added=2, existing=2, pool_size=2, log_position=1)
 
 
 @pytest.mark.parametrize(
@@ -265,19 +265,22 @@ def test_thousands_of_prompts_are_added_and_read_whole(store: Store, run: Run, n
 
 
 def test_packed_blocks_are_kept_once_and_found_by_name(store: Store, run: Run) -> None:
-    assert store.packed_until(run.id, features="1") == 0
+    assert store.packed_blocks(run.id, features="1") == frozenset()
 
     for first, content in ((0, b"\x00a"), (10, b"b"), (0, b"another")):
         store.save_packed_block(run.id, content, first=first, last=first + 10, features="1")
 
-    assert store.packed_until(run.id, features="1") == 20
+    assert store.packed_blocks(run.id, features="1") == {0, 10}
     assert [store.packed_block(run.id, first=first, features="1") for first in (0, 10, 5, 20)] == [
         b"\x00a",
         b"b",
         None,
         None,
     ]
-    assert (store.packed_until(run.id, features="2"), store.packed_block(run.id, first=0, features="2")) == (0, None)
+    assert (store.packed_blocks(run.id, features="2"), store.packed_block(run.id, first=0, features="2")) == (
+        frozenset(),
+        None,
+    )
 
 
 def test_packed_blocks_of_other_features_give_way(store: Store, run: Run, now: datetime) -> None:
@@ -288,9 +291,9 @@ def test_packed_blocks_of_other_features_give_way(store: Store, run: Run, now: d
 
     store.save_packed_block(run.id, b"new", first=0, last=10, features="2")
 
-    assert [store.packed_until(run.id, features=name) for name in "12"] == [0, 10]
+    assert [store.packed_blocks(run.id, features=name) for name in "12"] == [frozenset(), {0}]
     assert store.packed_block(run.id, first=0, features="2") == b"new"
-    assert store.packed_until(other.id, features="1") == 20
+    assert store.packed_blocks(other.id, features="1") == {0, 10}
 
 
 def test_packed_block_of_an_unknown_run_is_refused(store: Store) -> None:

@@ -136,6 +136,7 @@ def test_deleting_a_run_deletes_all_it_owns_and_nothing_else(
     assert left == {
         "runs": 1,
         "prompts": 1,
+        "bases": 0,
         "pool_blocks": 1,
         "embeddings": 2,
         "log": 4,

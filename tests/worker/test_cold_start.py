@@ -42,9 +42,11 @@ class Watched(Store):
         super().__init__(engine)
         self.by_row: list[tuple[int, int]] = []
 
-    def pool_block(self, run_id: int, *, first: int, last: int, surface: str, embedder: str | None) -> RawBlock:
+    def pool_block(
+        self, run_id: int, *, first: int, last: int, surface: str, embedder: str | None, as_of: int | None = None
+    ) -> RawBlock:
         self.by_row.append((first, last))
-        return super().pool_block(run_id, first=first, last=last, surface=surface, embedder=embedder)
+        return super().pool_block(run_id, first=first, last=last, surface=surface, embedder=embedder, as_of=as_of)
 
     def entries(self, run_id: int, *, after: int, as_of: int | None = None, limit: int = 1_000) -> tuple[Entry, ...]:
         if self.read_from is None:

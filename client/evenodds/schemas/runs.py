@@ -44,6 +44,17 @@ class RefitPolicy(Request):
     )
 
 
+class Retention(Request):
+    """What a run's pool keeps. Prompts whose last outcome is the longest ago go first; what they taught stays."""
+
+    prompts: Annotated[int, Field(ge=0, le=100_000_000)] = Field(
+        default=0, description="so many; the pool is cut when it has a twentieth more. 0 sets no limit"
+    )
+    days: Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)] | None = Field(
+        default=None, description="for so long after the last outcome; null: for ever"
+    )
+
+
 class RunUpdate(HasOlderNames, Request):
     """Settings of a run. On an existing run, a field that is left out keeps its value."""
 
@@ -139,6 +150,11 @@ class RunUpdate(HasOlderNames, Request):
         description="names the prompts' origin: runs of one data set have the same prompts under the same ids",
     )
 
+    retention: Retention | None = Field(
+        default=None,
+        description="what the pool keeps: everything by default, and 200,000 prompts from the first budget on in a run "
+        "that has chosen no batch",
+    )
     fork_of: RunName | None = Field(
         default=None, description="of a new run: start with the pool, settings and memory of this one"
     )
@@ -238,6 +254,10 @@ class RunState(HasOlderNames, Reply):
     fallback: bool = True
     learn_from: tuple[str, ...] | None = Field(default=None, description="other runs whose outcomes are used")
     data_set: str | None = Field(default=None, description="runs that name the same one share ids of prompts")
+    retention: Retention | None = Field(default=None, description="what the pool keeps; null: everything so far")
+    base_step: int | None = Field(
+        default=None, description="the log is compacted up to this step: a rewind or fork cannot go back behind it"
+    )
     last_refit: RefitState | None = Field(default=None, description="the newest refit, in whatever state")
     pool_size: int = Field(description="prompts that may be selected")
     log_position: int = Field(description="entries in the run's log")

@@ -32,6 +32,7 @@ from evenodds_service.runtime.budgets import Budgets
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.runtime.retention import Tidying
 from evenodds_service.runtime.run_states import RunStates
 from evenodds_service.settings import Settings
 from evenodds_service.storage.store import Store
@@ -134,8 +135,10 @@ def _services(store: Store, settings: Settings) -> Services:
             staleness_seconds=settings.budget_staleness_ms / 1_000,
             deadline_seconds=settings.budget_deadline_ms / 1_000,
             capacity=settings.budget_queue,
+            settle_retention=store.settle_retention,
         ),
-        decisions=Decisions(store, now=now),
+        decisions=Decisions(store, now=now, most=settings.decisions),
+        tidying=Tidying(store),
         run_states=run_states,
         predictions=training.prediction_coalescer(live_runs),
         max_step_jump=settings.max_step_jump,

@@ -18,6 +18,7 @@ from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.featurizer import Featurizer
 from evenodds_service.runtime.live_runs import LiveRuns
+from evenodds_service.runtime.retention import Tidying
 from evenodds_service.runtime.run_states import RunStates
 from evenodds_service.storage.store import Store
 
@@ -31,6 +32,7 @@ class Services:
     live_runs: LiveRuns
     budgets: Budgets
     decisions: Decisions
+    tidying: Tidying
     run_states: RunStates
     predictions: Coalescer[PredictRequest, str]
     predict_staleness_seconds: float

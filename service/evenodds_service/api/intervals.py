@@ -7,16 +7,20 @@ so far that nearly all of its mass lies at the very end, beyond the mean.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import betainc, betaincinv
+from scipy.special import betainc, betaincinv, betaln, expit, logit
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.mixture import Experts
 
-TAILS = (0.05, 0.95)
+TAIL = 0.05
+"""Probability that is left out on each side."""
+
 _TOLERANCE = 1e-6
 _MOST_ROUNDS = 60
-_NEARBY = 0.01
+_NARROW = 1e-9
+_FARTHEST = 40.0
+"""Log-odds beyond which no end is looked for: a rate of 4e-18."""
 
 
 def credible_intervals(experts: Experts, a_n: FloatArray, b_n: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -26,40 +30,46 @@ def credible_intervals(experts: Experts, a_n: FloatArray, b_n: FloatArray) -> tu
         a_n, b_n: The Beta with each mixture's mean and variance: where the search begins.
     """
     n, mean = len(a_n), a_n / (a_n + b_n)
-    tails_2n = np.repeat(TAILS, n)
-    ends_2n = _quantiles(experts, np.tile(a_n, 2), np.tile(b_n, 2), tails_2n)
-    return np.minimum(ends_2n[:n], mean), np.maximum(ends_2n[n:], mean)
+    # The upper end is 1 minus the lower end of the rate of failures.
+    a_K_m = np.concatenate((experts.a_K_n, experts.b_K_n), axis=1)
+    b_K_m = np.concatenate((experts.b_K_n, experts.a_K_n), axis=1)
+    start_m = betaincinv(np.concatenate((a_n, b_n)), np.concatenate((b_n, a_n)), TAIL)
+    most_m = np.concatenate((mean, 1.0 - mean))
+    ends_m = start_m if len(experts.weights_K) == 1 else _lower_ends(experts.weights_K, a_K_m, b_K_m, start_m, most_m)
+    return np.minimum(ends_m[:n], mean), np.maximum(1.0 - ends_m[n:], mean)
 
 
-def _quantiles(experts: Experts, a_m: FloatArray, b_m: FloatArray, tails_m: FloatArray) -> FloatArray:
-    """Where the distribution functions of the mixtures have these values, within 1e-6 of them, [m].
+def _lower_ends(
+    weights_K: FloatArray, a_K_m: FloatArray, b_K_m: FloatArray, start_m: FloatArray, most_m: FloatArray
+) -> FloatArray:
+    """Where the distribution functions F of the mixtures are within 1e-6 of the tail, or `most_m` if below it, [m].
 
-    By secants inside a bracket. What the experts' arrays say of n prompts repeats m / n times.
+    By Newton's method for log F as a function of the rate's log-odds, which is nearly straight at the ends, inside a
+    bracket. Each mixture by itself, so that none is told something else in another company.
     """
-    x_m = betaincinv(a_m, b_m, tails_m)
-    if len(experts.weights_K) == 1:
-        return np.asarray(x_m)
-    repeats = len(a_m) // experts.a_K_n.shape[1] if len(a_m) else 1
-    a_K_m, b_K_m = np.tile(experts.a_K_n, repeats), np.tile(experts.b_K_n, repeats)
-    near_m = tails_m + np.where(tails_m < 0.5, _NEARBY, -_NEARBY)
-    slope_m = (near_m - tails_m) / (betaincinv(a_m, b_m, near_m) - x_m + 1e-300)
-    last_m, last_excess_m = x_m.copy(), np.full(len(x_m), np.nan)
-    low_m, high_m = np.zeros(len(x_m)), np.ones(len(x_m))
-    open_m = np.arange(len(x_m))
+    log_norm_K_m = np.log(np.maximum(weights_K, 1e-300))[:, None] - betaln(a_K_m, b_K_m)
+    low_m = np.full(len(start_m), -_FARTHEST)
+    with np.errstate(divide="ignore"):
+        high_m = np.clip(logit(most_m), -_FARTHEST, _FARTHEST)
+        t_m = np.clip(logit(start_m), -_FARTHEST, high_m)
+    last_m = np.full(len(t_m), np.inf)
+    open_m = np.arange(len(t_m))
     for _ in range(_MOST_ROUNDS):
-        x = x_m[open_m]
-        below = experts.weights_K[:, None] * betainc(a_K_m[:, open_m], b_K_m[:, open_m], x)
-        excess = exact.in_order(below) - tails_m[open_m]
-        low_m[open_m] = low = np.where(excess < 0.0, x, low_m[open_m])
-        high_m[open_m] = high = np.where(excess < 0.0, high_m[open_m], x)
-        run, rise = x - last_m[open_m], excess - last_excess_m[open_m]
-        slope = np.where(rise * run > 0.0, rise / np.where(run == 0.0, 1.0, run), slope_m[open_m])
-        step = x - excess / np.maximum(slope, 1e-300)
-        last_m[open_m], last_excess_m[open_m], slope_m[open_m] = x, excess, slope
-        is_found = (np.abs(excess) < _TOLERANCE) | (high - low < 1e-15)
-        following = np.where((step > low) & (step < high), step, 0.5 * (low + high))
-        x_m[open_m] = np.where(is_found, x, following)
+        t, a, b, log_norm = t_m[open_m], a_K_m[:, open_m], b_K_m[:, open_m], log_norm_K_m[:, open_m]
+        below = np.maximum(exact.in_order(weights_K[:, None] * betainc(a, b, expit(t))), 1e-300)
+        # The density in log-odds, with log x = -log(1 + e^-t) and log(1 - x) = -log(1 + e^t).
+        density = exact.in_order(np.exp(log_norm - a * np.logaddexp(0.0, -t) - b * np.logaddexp(0.0, t)))
+        low_m[open_m] = low = np.where(below < TAIL, t, low_m[open_m])
+        high_m[open_m] = high = np.where(below < TAIL, high_m[open_m], t)
+        is_found = (np.abs(below - TAIL) < _TOLERANCE) | (high - low < _NARROW)
+        following = t - np.log(below / TAIL) * below / np.maximum(density, 1e-300)
+        halfway = np.where((following <= low) & (low == -_FARTHEST), low, 0.5 * (low + high))
+        # A step that is not half of the one before it may turn round and round between two experts' ends.
+        is_slow = (np.abs(following - t) > 0.5 * last_m[open_m]) & (low > -_FARTHEST)
+        following = np.where((following > low) & (following < high) & ~is_slow, following, halfway)
+        last_m[open_m] = np.abs(following - t)
+        t_m[open_m] = np.where(is_found, t, following)
         open_m = open_m[~is_found]
         if not len(open_m):
             break
-    return np.asarray(x_m)
+    return np.asarray(expit(t_m))

@@ -116,7 +116,7 @@ class RunMetrics(Collector):
             yield "evenodds_run_head_lag", (), max(0, run.log_position - folded)
         yield "evenodds_run_head_step", (), run.head_step if run.head_step is not None else -1
         yield "evenodds_run_observations", (), run.n_observations
-        yield "evenodds_run_pool_prompts", (), run.n_prompts
+        yield "evenodds_run_pool_prompts", (), run.pool_size
         yield "evenodds_run_model_version", (), run.model_version
         yield from self._of_refits(watched)
         yield "evenodds_run_state_lag", (), run.log_position - (state.log_position if state is not None else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,10 +17,15 @@ EQUAL_WITHIN = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class PoolEntry:
-    """Log entry: the pool grew to `n_prompts` prompts."""
+    """Log entry: `n_prompts` prompts have come since the run began, those that were retired since among them.
+
+    Attributes:
+        at: When, in seconds since 1970.
+    """
 
     position: int
     n_prompts: int
+    at: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class ObserveEntry:
         attempts: float64 [n], at least 1.
         informative: bool [n]; whether the rewards of the group were not all equal.
         selection_id, selection_step: The selection whose outcomes these are, and the step that it was for.
+        at: When they were reported, in seconds since 1970.
     """
 
     position: int
@@ -43,6 +49,7 @@ class ObserveEntry:
     informative: BoolArray
     selection_id: str | None = None
     selection_step: int | None = None
+    at: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         sizes = {len(self.prompts), len(self.successes), len(self.attempts), len(self.informative)}
@@ -97,13 +104,28 @@ class SnapshotEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class RetireEntry:
+    """Log entry: these prompts, by index, leave the pool. What their outcomes taught of others stays.
+
+    Attributes:
+        prompts: int64 [n], distinct.
+    """
+
+    position: int
+    prompts: IntArray
+
+
+@dataclass(frozen=True, slots=True)
 class VoidEntry:
     """Log entry that changes nothing: one that was voided since, or the rewind or retract that voids others."""
 
     position: int
 
 
-Entry = PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry | VoidEntry
+WrittenEntry = PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry | RetireEntry
+"""What is appended to a log; a rewind or retract is recorded by whoever marks what it voids."""
+
+Entry = WrittenEntry | VoidEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import TypeAlias
 
 import numpy as np
 
-from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 
 RATE_ATTEMPTS = 8.0
 """A known rate that comes without a number of attempts counts as one of so many."""
@@ -58,7 +59,7 @@ class Prompt(NewPrompt):
     """A prompt of a pool.
 
     Attributes:
-        index: Counts from 0 without gaps in the order of arrival.
+        index: Counts from 0 in the order of arrival, and is never another prompt's.
         join_key: Of its text, by which runs know what they have in common; None without a text, and for prompts that
             are older than this key.
     """
@@ -82,6 +83,7 @@ class NewPrompts:
 
     Attributes:
         embedder, embedding_width: Whose vectors these are and how long. The run keeps both where it has none yet.
+        stored: Under which (embedder, key) the other vectors were stored when somebody looked.
         keeps_existing: A prompt that the pool has with another content keeps what it has, instead of an error.
     """
 
@@ -90,6 +92,7 @@ class NewPrompts:
     embedder: str | None = None
     embedding_width: int | None = None
     keeps_existing: bool = False
+    stored: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,10 +133,10 @@ NO_RATES = NamedRates((), np.empty((0, 0), dtype=np.float32), np.empty((0, 0), d
 
 @dataclass(frozen=True, slots=True)
 class RawBlock:
-    """Raw features of the consecutive prompts `first .. first + n - 1` of a pool.
+    """Raw features of n consecutive prompts of a pool, from `first` on.
 
     Attributes:
-        first: Index of the first prompt.
+        first: Where the first prompt stands.
         prompt_ids: n ids.
         groups: n group names or None.
         numeric: n mappings of the caller's numeric features, or None.
@@ -141,6 +144,7 @@ class RawBlock:
         surface_N_S: float32 [n, S]; a row of NaN where the prompt has no text. S may be 0.
         embedding_N_D: float32 [n, D]; a row of NaN where the prompt has no vector. D may be 0.
         named_rates: What others showed, by their names; `NO_RATES` where nothing is known of any of these prompts.
+        serials_N: Their indices in the log, int64 [n], where those are not `first .. first + n - 1`.
     """
 
     first: int
@@ -151,6 +155,24 @@ class RawBlock:
     surface_N_S: FloatArray
     embedding_N_D: FloatArray
     named_rates: NamedRates = NO_RATES
+    serials_N: IntArray | None = None
+
+    def rows(self, kept_N: BoolArray) -> RawBlock:
+        """The block of some of its prompts alone; where they stand is another's business."""
+        told = self.named_rates
+        return replace(
+            self,
+            prompt_ids=tuple(compress(self.prompt_ids, kept_N)),
+            groups=tuple(compress(self.groups, kept_N)),
+            numeric=tuple(compress(self.numeric, kept_N)),
+            prior_rates_N=self.prior_rates_N[kept_N],
+            surface_N_S=self.surface_N_S[kept_N],
+            embedding_N_D=self.embedding_N_D[kept_N],
+            named_rates=NamedRates(told.names, told.rates_N_R[kept_N], told.attempts_N_R[kept_N])
+            if told.names
+            else NO_RATES,
+            serials_N=None if self.serials_N is None else self.serials_N[kept_N],
+        )
 
     @property
     def told(self) -> NamedRates:
@@ -179,6 +201,10 @@ class FittedPrior:
     means_N: FloatArray
     concentrations_N: FloatArray
 
+    def rows(self, kept_N: BoolArray) -> FittedPrior:
+        """Of some of the prompts alone."""
+        return FittedPrior(self.means_N[kept_N], self.concentrations_N[kept_N])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SourceColumns:
@@ -186,7 +212,7 @@ class SourceColumns:
 
     Attributes:
         names: Of C columns. A run is one, or two where its policy moved: early and late.
-        log_odds_N_C: Smoothed log-odds, finite, float16.
+        log_odds_N_C: Smoothed log-odds, float16; NaN for prompts that the refit did not know.
         levels_C: Their means over the prompts.
         has_mean: Whether the first column is the mean of all, and the others those that have foreseen this run best.
     """
@@ -195,6 +221,10 @@ class SourceColumns:
     log_odds_N_C: FloatArray
     levels_C: FloatArray
     has_mean: bool = False
+
+    def kept(self, kept_N: BoolArray) -> SourceColumns:
+        """Of some of the prompts alone."""
+        return replace(self, log_odds_N_C=self.log_odds_N_C[kept_N])
 
     def rows(self, rows: IntArray | slice, n: int) -> FloatArray:
         """Of these among n prompts, float64 [n, C]; rows of NaN for prompts that are newer than the columns."""

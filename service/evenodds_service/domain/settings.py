@@ -93,6 +93,9 @@ class RunSettings:
         reprobe_share: Least share of each batch for the prompts least recently seen, in [0, 1]; None follows the
             acquisition (.05 under `yield` and `paper`, else none).
         groups, groups_at_most: Least and largest share of a batch by group.
+        retain_prompts: The pool keeps so many prompts, and lets those go whose last outcome is the longest ago; 0 keeps
+            all, None as well until the run answers a budget.
+        retain_days: It keeps a prompt for so long after its last outcome, in days above 0; None: for ever.
         fallback: Choose uniformly while the mixture's skill against MoPPS stays negative.
         budget_policies: By name, one of each.
         learn_from: Names of runs, and patterns of names (`*`, `?`), whose outcomes are used.
@@ -119,6 +122,8 @@ class RunSettings:
     reprobe_share: float | None = None
     groups: Mapping[str, float] | None = None
     groups_at_most: Mapping[str, float] | None = None
+    retain_prompts: int | None = None
+    retain_days: float | None = None
     fallback: bool = True
     budget_policies: tuple[BudgetPolicy, ...] = ()
     learn_from: tuple[str, ...] | None = None

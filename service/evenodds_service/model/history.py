@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+
+_COLUMNS = ("prompts", "steps", "successes", "attempts", "informative")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +47,51 @@ class History:
         order = np.argsort(self.steps, kind="stable")
         starts = np.flatnonzero(np.diff(self.steps[order], prepend=-1))
         return [self.rows(rows) for rows in np.split(order, starts[1:])] if len(self) else []
+
+    def capped(self, most: int) -> History:
+        """The newest `most` observations of each prompt, the older ones of each added up to one more.
+
+        The rows are taken to stand in the order in which they came.
+        """
+        order = np.lexsort((-np.arange(len(self)), self.prompts))
+        starts = np.flatnonzero(np.diff(self.prompts[order], prepend=-1))
+        sizes = np.diff(starts, append=len(self))
+        rank = np.empty(len(self), dtype=np.int64)
+        rank[order] = np.arange(len(self)) - np.repeat(starts, sizes)  # 0 is the newest of its prompt
+        old = self.rows(rank >= most)
+        if not len(old):
+            return self
+        prompts, row = np.unique(old.prompts, return_inverse=True)
+        sums = [np.zeros(len(prompts)) for _ in range(3)]
+        for total, column in zip(sums, (old.successes, old.attempts, old.informative), strict=True):
+            np.add.at(total, row, column)
+        steps = np.zeros(len(prompts), dtype=np.int64)
+        np.maximum.at(steps, row, old.steps)
+        new = self.rows(rank < most)
+        older = History(prompts, steps, sums[0], sums[1], sums[2] > 0)
+        return History(*(np.concatenate(pair) for pair in zip(older._columns(), new._columns(), strict=True)))
+
+    def to_bytes(self) -> bytes:
+        """The history as bytes."""
+        buffer = io.BytesIO()
+        prompts, steps, successes, attempts, informative = self._columns()
+        np.savez_compressed(
+            buffer, prompts=prompts, steps=steps, successes=successes, attempts=attempts, informative=informative
+        )
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> History:
+        """The history that `to_bytes` took."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            return History(*(stored[name] for name in _COLUMNS))
+
+    @staticmethod
+    def gathered(pieces: Sequence[History]) -> History:
+        """Several pieces as one."""
+        if not pieces:
+            return History.empty()
+        return History(*map(np.concatenate, zip(*(piece._columns() for piece in pieces), strict=True)))
 
     def _columns(self) -> tuple[IntArray, IntArray, FloatArray, FloatArray, BoolArray]:
         return self.prompts, self.steps, self.successes, self.attempts, self.informative

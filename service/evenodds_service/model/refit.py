@@ -6,7 +6,6 @@ whoever only gathers its data starts sooner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -202,11 +201,3 @@ def _labels(history: History) -> _Labels:
     groups = np.bincount(row_n, weights=history.attempts > 1, minlength=len(prompts)) > 0
     share = np.where(groups, informative / np.maximum(worth, 1e-300), np.nan)
     return _Labels(prompts, successes, attempts, share)
-
-
-def gather(observations: Sequence[History]) -> History:
-    """Several pieces of a history as one."""
-    if not observations:
-        return History.empty()
-    columns = ("prompts", "steps", "successes", "attempts", "informative")
-    return History(*(np.concatenate([getattr(piece, column) for piece in observations]) for column in columns))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.learning.predictors import PAPER
 from evenodds_service.domain.matched_prior import MOST_SECTIONS, matched_concentration
@@ -48,6 +48,7 @@ class SharedModel:
         last_step: Newest step that the published model was fitted on, where the next fit goes on; -1 without.
         sources: What the runs that are learned from showed on the pool's prompts, if there are any.
         in_common: The names of these runs, with how many of the pool's prompts each has tried.
+        serials_N: Indices in the log of the prompts that `priors` speak of; None: 0, 1, 2, ...
     """
 
     embedder: str
@@ -59,6 +60,7 @@ class SharedModel:
     last_step: int = -1
     sources: SourceColumns | None = None
     in_common: Mapping[str, int] = field(default_factory=dict)
+    serials_N: IntArray | None = None
 
     def to_bytes(self) -> bytes:
         """The model as safetensors."""
@@ -83,6 +85,8 @@ class SharedModel:
             arrays[f"prior/{name}/concentrations"] = prior.concentrations_N.astype(np.float16)
         if self.sources is not None:
             arrays[f"{SOURCES}/log_odds"] = self.sources.log_odds_N_C
+        if self.serials_N is not None:
+            arrays["pool/serials"] = self.serials_N
         for name, weights in self.weights.items():
             arrays |= {f"weights/{name}/{part}": array for part, array in weights.items()}
         return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -142,6 +146,45 @@ class SharedModel:
             last_step=header.get("last_step", int(header["report"].get("paper.last_step", -1))),
             sources=_sources_of(header.get(SOURCES), parts),
             in_common=header.get("in_common", {}),
+            serials_N=parts["pool"][""]["serials"].astype(np.int64) if "pool" in parts else None,
+        )
+
+    def priors_of(self, serials_N: IntArray) -> Mapping[str, FittedPrior]:
+        """What each prior says about the pool's prompts of these indices; NaN for those that it was not fitted on."""
+        return {name: _aligned(prior, self.serials_N, serials_N) for name, prior in self.priors.items()}
+
+    def sources_of(self, serials_N: IntArray) -> SourceColumns | None:
+        """What other runs showed on the pool's prompts of these indices; rows of NaN for those that were not known."""
+        shown = self.sources
+        places = None if shown is None else _places(len(shown.log_odds_N_C), self.serials_N, serials_N)
+        if shown is None or places is None:
+            return shown
+        place, known = places
+        log_odds_N_C = np.full((len(serials_N), len(shown.names)), np.nan, dtype=np.float16)
+        log_odds_N_C[known] = shown.log_odds_N_C[place[known]]
+        return replace(shown, log_odds_N_C=log_odds_N_C)
+
+    def forgetting(self, block: RawBlock) -> SharedModel | None:
+        """The same without what it holds of these prompts' features; None where it holds nothing.
+
+        That is the published model's newest batch, which goes whole, and the landmarks of the latent prior: where one
+        of these prompts is one, the nearest other landmark takes its place.
+        """
+        weights = dict(self.weights)
+        if len(self.weights.get(PAPER_CONTEXT, {}).get("successes_C", ())):
+            weights[PAPER_CONTEXT] = {name: rows[:0] for name, rows in self.weights[PAPER_CONTEXT].items()}
+        if "latent" in self.weights:
+            landmarks = self.weights["latent"]["landmarks"]
+            x_n_d = self.basis.project(block)[:, -landmarks.shape[1] :]
+            is_erased_M = (landmarks[:, None] == x_n_d[None]).all(axis=2).any(axis=1)
+            if is_erased_M.any() and not is_erased_M.all():
+                others = landmarks[~is_erased_M]
+                moved = landmarks.copy()
+                for m in np.flatnonzero(is_erased_M):
+                    moved[m] = others[((others - landmarks[m]) ** 2).sum(axis=1).argmin()]
+                weights["latent"] = {**self.weights["latent"], "landmarks": moved}
+        return (
+            replace(self, weights=weights) if any(weights[name] is not self.weights[name] for name in weights) else None
         )
 
     def on(self, basis: Basis | None) -> SharedModel:
@@ -230,6 +273,31 @@ def _sources_of(header: Mapping[str, Any] | None, parts: Mapping[str, Mapping[st
         return None
     levels_C = np.asarray(header["levels"], dtype=np.float64)
     return SourceColumns(tuple(header["names"]), parts[SOURCES][""]["log_odds"], levels_C, header["has_mean"])
+
+
+def _places(n: int, fitted_N: IntArray | None, serials_N: IntArray) -> tuple[IntArray, BoolArray] | None:
+    """Where each of the prompts `serials_N` stands among the n `fitted_N` (None: 0, 1, 2, ...), and whether it does.
+
+    Both rise. None where nobody has left the pool: the first n stand where they are.
+    """
+    if fitted_N is None and (not len(serials_N) or serials_N[-1] == len(serials_N) - 1):
+        return None
+    fitted = np.arange(n) if fitted_N is None else fitted_N
+    place = np.minimum(np.searchsorted(fitted, serials_N), max(n - 1, 0))
+    return place, fitted[place] == serials_N if n else np.zeros(len(serials_N), dtype=np.bool_)
+
+
+def _aligned(prior: FittedPrior, fitted_N: IntArray | None, serials_N: IntArray) -> FittedPrior:
+    """The prior of the prompts `fitted_N` as one of the prompts `serials_N`."""
+    places = _places(len(prior.means_N), fitted_N, serials_N)
+    if places is None:
+        return prior
+    place, known = places
+    means_N = np.full(len(serials_N), np.nan, dtype=np.float32)
+    concentrations_N = np.ones(len(serials_N), dtype=np.float32)
+    means_N[known] = prior.means_N[place[known]]
+    concentrations_N[known] = prior.concentrations_N[place[known]]
+    return FittedPrior(means_N, concentrations_N)
 
 
 def shaped(means_N: FloatArray, informative_N: FloatArray, group_size: int) -> FittedPrior:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Beliefs:
     """Beliefs Beta(a, b) about n prompts in the order asked, and the state that they come from.
 
     Attributes:
-        experts: Whose mixture each belief sums up.
+        experts: Tells whose mixture each belief sums up.
         seen: Attempts observed of each, [n].
         n_observations: Observations of the whole run.
     """
@@ -30,7 +31,7 @@ class Beliefs:
     ids: tuple[str, ...]
     a: FloatArray
     b: FloatArray
-    experts: Experts
+    experts: Callable[[], Experts]
     seen: FloatArray
     log_position: int
     model_version: int
@@ -58,6 +59,7 @@ def beliefs_about(
     """
     ids = tuple(new_prompt(item).prompt_id for item in items)
     with live.lock:
+        n_retired = live.state.n_retired
         known = [live.pool.index.get(prompt_id) for prompt_id in ids]
     outside = [i for i, index in enumerate(known) if index is None]
     unknown = [ids[i] for i in outside if items[i].text is None]
@@ -70,9 +72,11 @@ def beliefs_about(
     rows = np.array([index for index in known if index is not None], dtype=np.int64)
     n = len(ids)
     a, b, seen = np.ones(n), np.ones(n), np.zeros(n)
-    parts: list[tuple[list[int], Experts]] = []
+    parts: list[tuple[list[int], Callable[[], Experts]]] = []
     predictor = run.settings.predictor
     with live.lock:
+        if live.state.n_retired != n_retired:  # while features were computed: prompts stand elsewhere now
+            return beliefs_about(featurizer, run, live, items, names=names, step=step)
         if inside:
             steps = None if step is None else np.full(len(rows), step)
             a[inside], b[inside], experts = live.mixed_beliefs(predictor, rows, steps_n=steps)
@@ -86,7 +90,7 @@ def beliefs_about(
             ids,
             a,
             b,
-            _together(parts, n),
+            partial(_together, parts, n),
             seen,
             live.state.position,
             live.state.model_version,
@@ -94,10 +98,11 @@ def beliefs_about(
         )
 
 
-def _together(parts: Sequence[tuple[Sequence[int], Experts]], n: int) -> Experts:
+def _together(parts: Sequence[tuple[Sequence[int], Callable[[], Experts]]], n: int) -> Experts:
     """The experts of n prompts, from those of some at a time: the state, and so their weights, are the same."""
-    weights_K = parts[0][1].weights_K
+    told = [(places, experts()) for places, experts in parts]
+    weights_K = told[0][1].weights_K
     a_K_n, b_K_n = np.empty((len(weights_K), n)), np.empty((len(weights_K), n))
-    for places, experts in parts:
+    for places, experts in told:
         a_K_n[:, places], b_K_n[:, places] = experts.a_K_n, experts.b_K_n
     return Experts(weights_K, a_K_n, b_K_n)

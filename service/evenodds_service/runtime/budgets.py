@@ -8,6 +8,7 @@ waited for its deadline is not worked on. Knows nothing of the wire.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,14 +23,17 @@ from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.learning.predictors import PREDICTORS
+from evenodds_service.domain.retention import SERVED_PROMPTS
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
-from evenodds_service.errors import DeadlinePassed, PolicyUnknown, UnknownPrompts
+from evenodds_service.errors import DeadlinePassed, PolicyUnknown, StoreError, UnknownPrompts
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.featurizer import Featurizer, PromptLike
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.live_runs import FoldedRun, LiveRuns
 from evenodds_service.storage.store import Run
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_POLICY = "default"
 _THREADS = 4
@@ -89,6 +93,8 @@ class Budgets:
         staleness_seconds: So far behind the log an answer may be; 0 reads the log for every round of requests.
         deadline_seconds: After so long a request is given up, unless it names a shorter time.
         capacity: Requests that may wait at a time.
+        settle_retention: Called once with a run's id and how many prompts it may keep, when it proves to be a served
+            one.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class Budgets:
         staleness_seconds: float,
         deadline_seconds: float,
         capacity: int,
+        settle_retention: Callable[[int, int], None] | None = None,
     ) -> None:
         self._live_runs, self._featurizer = live_runs, featurizer
         self._staleness, self._deadline, self._capacity = staleness_seconds, deadline_seconds, capacity
@@ -109,6 +116,9 @@ class Budgets:
         self._limiter: CapacityLimiter | None = None
         self._traffic: OrderedDict[tuple[int, BudgetPolicy], Traffic] = OrderedDict()
         self._traffic_lock = threading.Lock()
+        self._settle_retention = settle_retention
+        self._settling: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(
         self, run: str, prompt: PromptLike, *, policy: str, failures: int = 0, deadline_seconds: float | None = None
@@ -149,15 +159,39 @@ class Budgets:
         folded = self._live_runs.held(name, self._staleness)
         if folded is None:
             folded = await self._read(name, since=max(question.asked_at for question in questions) - self._staleness)
-            return await self._in_thread(lambda: self._budgets(folded, questions))
+            return self._settled(folded, await self._in_thread(lambda: self._budgets(folded, questions)))
         if self._live_runs.age(folded) > self._staleness / 2:
             self._refresh(name)  # ahead of time, so that nobody has to wait for it
         if not _is_light(folded.run, questions) or not folded.live.lock.acquire(blocking=False):
-            return await self._in_thread(lambda: self._budgets(folded, questions))
+            return self._settled(folded, await self._in_thread(lambda: self._budgets(folded, questions)))
         try:
-            return self._budgets(folded, questions)
+            return self._settled(folded, self._budgets(folded, questions))
         finally:
             folded.live.lock.release()
+
+    def _settled(self, folded: FoldedRun, answers: Sequence[Budget | Exception]) -> Sequence[Budget | Exception]:
+        """A run that answers budgets and has never chosen a batch is a served one: from now on its pool is bounded."""
+        run = folded.run
+        is_settled = run.settings.retain_prompts is not None or folded.live.state.tallies.n_selections
+        is_answered = any(isinstance(answer, Budget) for answer in answers)
+        if is_settled or not is_answered or run.id in self._settling or self._settle_retention is None:
+            return answers
+        settle = self._settle_retention
+        self._settling.add(run.id)
+
+        async def work() -> None:
+            try:
+                await self._in_thread(lambda: settle(run.id, SERVED_PROMPTS))
+                self._live_runs.forget(run.name)
+            except StoreError as error:
+                logger.warning("run %r: its retention is not settled: %s", run.name, error)
+            finally:
+                self._settling.discard(run.id)
+                self._tasks.discard(task)
+
+        task = asyncio.get_running_loop().create_task(work())
+        self._tasks.add(task)
+        return answers
 
     async def _read(self, name: str, *, since: float) -> FoldedRun:
         """The run as it was at `since` or later."""

@@ -30,21 +30,25 @@ class Decisions:
 
     Args:
         now: The time, aware.
+        most: So many are kept, the newest ones; 0 keeps none.
     """
 
-    def __init__(self, store: Store, *, now: Callable[[], datetime]) -> None:
-        self._store, self._now = store, now
-        self._lock = threading.Lock()
+    def __init__(self, store: Store, *, now: Callable[[], datetime], most: int = 500_000) -> None:
+        self._store, self._now, self._most = store, now, most
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._waiting: OrderedDict[str, Decision] = OrderedDict()
         self._thread: threading.Thread | None = None
+        self._n_written = 0  # since some were forgotten
         self._forgot_at = datetime.min.replace(tzinfo=timezone.utc)
 
-    def keep(self, run: str, run_id: int, *, step: int, prompt: str) -> str:
-        """Keep a decision, and return the id under which a verdict on it is reported.
+    def keep(self, run: str, run_id: int, *, step: int, prompt: str) -> str | None:
+        """Keep a decision, and return the id under which a verdict on it is reported; None where none are kept.
 
         Args:
             prompt: JSON of what an observation needs besides its rewards.
         """
+        if not self._most:
+            return None
         now = self._now()
         decision_id = f"{run}.{int(now.timestamp()):x}.{uuid.uuid4().hex}"
         with self._lock:
@@ -79,6 +83,12 @@ class Decisions:
             )
         return decision
 
+    def forget(self, run_id: int) -> None:
+        """Drop those of this run that are not written yet."""
+        with self._lock:
+            for decision_id in [name for name, waiting in self._waiting.items() if waiting.run_id == run_id]:
+                del self._waiting[decision_id]
+
     def close(self) -> None:
         """Write what waits, once."""
         try:
@@ -99,15 +109,20 @@ class Decisions:
                     return
 
     def _flush(self) -> None:
+        with self._flushing:  # each is written once
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
         with self._lock:
             made = tuple(self._waiting.values())
         if not made:
             return
         now = self._now()
-        is_due = now - self._forgot_at > _FORGET_EVERY
-        self._store.save_decisions(made, forget_before=now - KEPT if is_due else None)
+        self._n_written += len(made)
+        is_due = now - self._forgot_at > _FORGET_EVERY or self._n_written > self._most // 10
+        self._store.save_decisions(made, forget_before=now - KEPT if is_due else None, most=self._most)
         if is_due:
-            self._forgot_at = now
+            self._forgot_at, self._n_written = now, 0
         with self._lock:
             for decision in made:
                 self._waiting.pop(decision.decision_id, None)

@@ -25,6 +25,7 @@ MOST_EMBEDDERS = 8
 """Models kept open, with each instruction another one; all of the built-in model share its weights."""
 CACHED_TEXTS = 8_192
 """Texts outside of pools whose features are kept in memory: some 10 MB with the built-in embedder."""
+_FEW_TEXTS = 64
 
 
 class CountsLike(Protocol):
@@ -130,12 +131,14 @@ class Featurizer:
                 prompt = replace(prompt, vector_key=prompt.text_key)
             prompts.append(prompt)
         embedder = self.embedder(settings)
-        ways: dict[str, _Embed] = {SURFACE: surface_features}
+        ways = [SURFACE]
         if embedder is not None:
-            ways[embedder.name] = embedder.embed
+            ways.append(embedder.name)
             width = embedder.width
-        vectors += self._missing(texts, ways)
-        return NewPrompts(tuple(prompts), tuple(vectors), settings.embedder or BUILTIN, width)
+        missing = self._store.missing_vectors(tuple(ways), tuple(texts)) if texts else frozenset()
+        stored = tuple((name, key) for name in ways for key in texts if (name, key) not in missing)
+        vectors += self._computed(missing, texts, embedder)
+        return NewPrompts(tuple(prompts), tuple(vectors), settings.embedder or BUILTIN, width, stored=stored)
 
     def block(self, run: Run, items: Sequence[PromptLike], *, names: Sequence[str]) -> RawBlock:
         """Raw features of prompts outside the pool. Nothing is stored. `names` as in `prepare`.
@@ -189,19 +192,26 @@ class Featurizer:
                     self._rows.popitem(last=False)
         return np.stack([found[key][0] for key in keys]), np.stack([found[key][1] for key in keys])
 
-    def _missing(self, texts: Mapping[str, str], ways: Mapping[str, _Embed]) -> list[Vector]:
-        """What the store lacks of these texts' vectors, by the names of the ways to compute them."""
-        missing = sorted(self._store.missing_vectors(tuple(ways), tuple(texts))) if texts else []
-        vectors: list[Vector] = []
-        for name, embed in ways.items():
-            keys = [key for owner, key in missing if owner == name]
-            rows = embed([texts[key] for key in keys]) if keys else ()
-            vectors += [Vector(name, key, row) for key, row in zip(keys, rows, strict=True)]
+    def _computed(
+        self, missing: Collection[tuple[str, str]], texts: Mapping[str, str], embedder: Embedder | None
+    ) -> list[Vector]:
+        """The vectors (embedder, key) of these texts. Few texts are those of requests, and asked about before."""
+        keys = sorted({key for _, key in missing})
+        if 0 < len(keys) <= _FEW_TEXTS:
+            surface, embedding = self._cached([texts[key] for key in keys], embedder)
+            told = {SURFACE: surface} | ({embedder.name: embedding} if embedder is not None else {})
+            return [
+                Vector(name, key, told[name][i])
+                for name in told
+                for i, key in enumerate(keys)
+                if (name, key) in missing
+            ]
+        vectors = []
+        for name, embed in ((SURFACE, surface_features), *(((embedder.name, embedder.embed),) if embedder else ())):
+            wanted = [key for key in keys if (name, key) in missing]
+            rows = embed([texts[key] for key in wanted]) if wanted else ()
+            vectors += [Vector(name, key, row) for key, row in zip(wanted, rows, strict=True)]
         return vectors
-
-
-class _Embed(Protocol):
-    def __call__(self, texts: Sequence[str], /) -> FloatArray: ...
 
 
 def new_prompt(item: PromptLike) -> NewPrompt:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -26,7 +27,7 @@ from evenodds_service.domain.learning.guardrails import Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
 from evenodds_service.domain.learning.predictors import PREDICTORS, MixedBeliefs
 from evenodds_service.domain.learning.state import State, copied
-from evenodds_service.domain.log_entries import Entry, PoolEntry, SnapshotEntry
+from evenodds_service.domain.log_entries import Entry, PoolEntry, RetireEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.report.alarms import Alarm
 from evenodds_service.domain.report.findings import alarms
@@ -36,6 +37,7 @@ from evenodds_service.domain.selection.selection import Chosen, Forecasts, Selec
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
 from evenodds_service.errors import (
     CheckpointUnusable,
+    LogCompacted,
     RunUnknown,
     SnapshotUnknown,
     SnapshotUnusable,
@@ -53,8 +55,7 @@ logger = logging.getLogger(__name__)
 PACKED = 8_192
 """Prompts of a packed block of the pool's features."""
 
-_BLOCK = 10_000
-
+_TRIES = 5
 
 CHECKPOINT_EVERY = 500
 """Log entries between two checkpoints that a process saves which only folds: about a second of folding at the next
@@ -71,8 +72,8 @@ class LiveRun:
 
     What may be stale: The state is that of the log at `state.position` and says nothing of what came later: an answer
     that has to be exact begins with `catch_up` to a run that was read after the question. What never changes serves at
-    any age: a prompt's index, and its features. `void_position` is that of the newest rewind or retract that the state
-    knows of: a run that shows a newer one makes it fold again.
+    any age: a prompt's index while it is in the pool, and its features. `void_position` is that of the newest rewind or
+    retract that the state knows of: a run that shows a newer one makes it fold again.
 
     What it costs: Nothing here writes to the log. Whoever appended hands the entries over instead of reading them back.
     A checkpoint is only a way to start sooner: it may be missing, old or refused, and the answers stay the same.
@@ -106,45 +107,91 @@ class LiveRun:
         Raises:
             RunUnknown: the run was deleted since `run` was read.
         """
-        embedder = vector_name(run.settings)
         with self.lock:
-            if not self._is_started or run.void_position > self.state.position:
-                self._start(store, run, embedder)
-            while self.state.position < run.log_position:
-                tail: Sequence[Entry] = written
-                if not written or written[0].position != self.state.position + 1:
-                    tail = store.entries(self.run_id, after=self.state.position, as_of=run.log_position)
-                if not tail:  # its log went with it
-                    raise RunUnknown(f"run {run.name!r} was deleted meanwhile: create it first")
-                for entry in tail:
-                    if isinstance(entry, PoolEntry):
-                        self._extend_pool(store, entry.n_prompts, embedder)
-                    elif isinstance(entry, SnapshotEntry):
-                        self._attach(store, entry.version, embedder)
-                    fold(self.state, entry, self.pool)
+            tries = 1
+            while (
+                error := self._missed(store, run, written)
+            ) is not None:  # what it would need is gone, and in the base
+                if tries == _TRIES:
+                    raise error
+                tries += 1
+                self._is_started, written = False, ()
+                run = store.run_with_id(self.run_id)
+
+    def _missed(self, store: Store, run: Run, written: Sequence[Entry]) -> LogCompacted | None:
+        """What kept it from catching up, if something was compacted while it was read."""
+        try:
+            self._catch_up(store, run, written)
+        except LogCompacted as error:
+            logger.info("run %r: %s", run.name, error)
+            return error
+        return None
+
+    def _catch_up(self, store: Store, run: Run, written: Sequence[Entry]) -> None:
+        embedder = vector_name(run.settings)
+        if not self._is_started or max(run.void_position, run.base_position) > self.state.position:
+            self._start(store, run, embedder)
+        while self.state.position < run.log_position:
+            position, tail = self.state.position, written
+            if not written or written[0].position != position + 1:
+                tail = store.entries(self.run_id, after=position, as_of=run.log_position)
+            if not tail and store.run_with_id(self.run_id).base_position <= position:  # its log went with it
+                raise RunUnknown(f"run {run.name!r} was deleted meanwhile: create it first")
+            if not tail or tail[-1].position != position + len(tail):
+                raise LogCompacted(f"its log is compacted beyond position {position}")
+            for entry in tail:
+                if isinstance(entry, PoolEntry):
+                    self._extend_pool(store, entry.n_prompts, embedder, as_of=entry.position)
+                elif isinstance(entry, RetireEntry) and self.pool.n > self.state.n_prompts:
+                    self._load_pool(store, embedder)  # it is ahead, after something was voided
+                elif isinstance(entry, SnapshotEntry):
+                    self._attach(store, entry.version, embedder)
+                fold(self.state, entry, self.pool)
 
     def _start(self, store: Store, run: Run, embedder: str | None) -> None:
         self._is_started = False  # until the end: who fails on the way starts over
         self.state, self.model = State(), None
-        self.pool.reserve(run.n_prompts)
-        checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
         self._saved_position = 0
-        if checkpoint is not None:
+        checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
+        if checkpoint is not None and checkpoint[0] >= run.base_position:
             try:
-                state = from_bytes(checkpoint[1])
-                if state.position != checkpoint[0]:
-                    raise CheckpointUnusable(f"the checkpoint at {checkpoint[0]} holds the state at {state.position}")
-                self.state, self._saved_position = state, checkpoint[0]
+                self.state = _state_at(*checkpoint)
+                self._saved_position = checkpoint[0]
             except CheckpointUnusable as error:
-                logger.warning("run %r: %s; folding its log from the beginning", run.name, error)
-            self._extend_pool(store, self.state.n_prompts, embedder)
-            if self.state.model_version:
-                self._attach(store, self.state.model_version, embedder)
+                where = "its base" if run.base_position else "the beginning"
+                logger.warning("run %r: %s; folding its log from %s", run.name, error, where)
+        if run.base_position and not self._saved_position:
+            self.state = _base_of(store, run)
+            self._saved_position = run.base_position
+        if self.pool.n_retired != self.state.n_retired or self.pool.n < self.state.n_prompts:
+            self._load_pool(store, embedder, room=run.pool_size)
+        if self.state.model_version:
+            self._attach(store, self.state.model_version, embedder)
         self.void_position = run.void_position
         self._is_started = True
 
-    def save(self, store: Store, run: Run, *, now: datetime) -> None:
+    def _load_pool(self, store: Store, embedder: str | None, *, room: int = 0) -> None:
+        """The pool as it was at the state's position."""
+        state = self.state
+        if state.n_retired or self.pool.n_retired or self.pool.n > state.n_prompts:
+            self.pool = Pool(
+                surface_width=len(SURFACE_NAMES),
+                embedding_width=0,
+                group_names=state.group_names,
+                tellers=state.tellers,
+            )
+        self.pool.reserve(room)
+        self._extend_pool(
+            store, state.n_prompts + state.n_retired, embedder, as_of=state.position, serials_N=state.serials_N
+        )
+        self.pool.n_retired = state.n_retired
+        self._give_priors(state.model_version)
+
+    def save(self, store: Store, run: Run, *, now: datetime) -> State | None:
         """Save what a process may start from: the state, and before it what is not yet saved of the pool's features.
+
+        Returns:
+            What was saved; None where something was voided meanwhile, and nothing was.
 
         Raises:
             RunUnknown: the run was deleted since `run` was read.
@@ -152,14 +199,28 @@ class LiveRun:
         features = _packing(vector_name(run.settings))
         with self.lock:
             state = copied(self.state)
-        position, n = state.position, state.n_prompts
-        for first in range(store.packed_until(self.run_id, features=features), n - PACKED + 1, PACKED):
+        position, n_come = state.position, state.n_prompts + state.n_retired
+        there = store.packed_blocks(self.run_id, features=features)
+        for first in range(0, n_come - PACKED + 1, PACKED):
+            if first in there:
+                continue
             last = first + PACKED
             with self.lock:
-                block = self.pool.raw(first, last)
-            store.save_packed_block(self.run_id, block_to_bytes(block), first=first, last=last, features=features)
-        store.save_checkpoint(self.run_id, position=position, state=to_bytes(state), now=now)
+                block = self._block(first, last)
+            if block is not None:
+                store.save_packed_block(self.run_id, block_to_bytes(block), first=first, last=last, features=features)
+        is_saved = store.save_checkpoint(self.run_id, position=position, state=to_bytes(state), now=now)
         self._saved_position = position
+        return state if is_saved else None
+
+    def _block(self, first: int, last: int) -> RawBlock | None:
+        """Those of the prompts first <= index < last of the log that are in the pool; None where there is none."""
+        serials_N = self.state.serials_N
+        start, stop = np.searchsorted(serials_N, (first, last)).tolist()
+        if start == stop:
+            return None
+        own = serials_N[start:stop].copy() if stop - start < last - first else None
+        return replace(self.pool.raw(start, stop), first=first, serials_N=own)
 
     def save_behind(self, store: Store, run: Run, *, now: datetime) -> None:
         """Save in a thread of its own where much was folded since the newest checkpoint. Returns at once.
@@ -186,22 +247,53 @@ class LiveRun:
         finally:
             self._is_saving.release()
 
-    def _extend_pool(self, store: Store, n_prompts: int, embedder: str | None) -> None:
-        while n_prompts - self.pool.n >= PACKED:
-            content = store.packed_block(self.run_id, first=self.pool.n, features=_packing(embedder))
-            if content is None:
-                break
-            try:
-                block = block_from_bytes(content)
-                if (block.first, len(block.prompt_ids)) != (self.pool.n, PACKED):
-                    raise CheckpointUnusable(f"the packed block of prompt {self.pool.n} holds others")
-            except CheckpointUnusable as error:
-                logger.warning("run with id %d: %s; reading its prompts one by one", self.run_id, error)
-                break
-            self.pool.append(block)
-        for first in range(self.pool.n, n_prompts, _BLOCK):
-            last = min(first + _BLOCK, n_prompts)
-            self.pool.append(store.pool_block(self.run_id, first=first, last=last, surface=SURFACE, embedder=embedder))
+    def _extend_pool(
+        self, store: Store, n_come: int, embedder: str | None, *, as_of: int, serials_N: IntArray | None = None
+    ) -> None:
+        """Read the prompts that come next, up to the first `n_come` that ever came.
+
+        Args:
+            as_of: The log position as of which those that are retired are left out.
+            serials_N: Of all that are in the pool then; None: nobody was retired of those that come next.
+
+        Raises:
+            LogCompacted: some of them are deleted by now.
+        """
+        first = self.pool.n + self.pool.n_retired
+        while first < n_come:
+            last = min((first // PACKED + 1) * PACKED, n_come)
+            wanted = np.arange(first, last)
+            if serials_N is not None:
+                wanted = serials_N[slice(*np.searchsorted(serials_N, (first, last)))]
+            if len(wanted):
+                block = self._packed(store, wanted, embedder) if last - first == PACKED else None
+                if block is None:
+                    where = {"first": first, "last": last, "as_of": as_of}
+                    block = store.pool_block(self.run_id, **where, surface=SURFACE, embedder=embedder)
+                if len(block.prompt_ids) != len(wanted):
+                    raise LogCompacted(f"of prompts {first} to {last - 1} some are deleted")
+                self.pool.append(replace(block, first=self.pool.n))
+            first = last
+
+    def _packed(self, store: Store, wanted: IntArray, embedder: str | None) -> RawBlock | None:
+        """These prompts from the packed block that holds them all, if there is one."""
+        first = int(wanted[0]) // PACKED * PACKED
+        content = store.packed_block(self.run_id, first=first, features=_packing(embedder))
+        if content is None:
+            return None
+        try:
+            block = block_from_bytes(content)
+        except CheckpointUnusable as error:
+            logger.warning("run with id %d: %s; reading its prompts one by one", self.run_id, error)
+            return None
+        serials_N = block.serials_N
+        if serials_N is None:
+            serials_N = np.arange(block.first, block.first + len(block.prompt_ids))
+        kept_N = np.isin(serials_N, wanted)
+        if block.first != first or kept_N.sum() != len(wanted):
+            logger.warning("run with id %d: the packed block of prompt %d holds others", self.run_id, first)
+            return None
+        return block if kept_N.all() else block.rows(kept_N)
 
     def _attach(self, store: Store, version: int, embedder: str | None) -> None:
         """Use this snapshot from here on; one that cannot be used is as good as none, on every replica alike."""
@@ -211,19 +303,33 @@ class LiveRun:
         except (SnapshotUnusable, SnapshotUnknown) as error:
             logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
             self.model = None
+        self._give_priors(version)
+
+    def _give_priors(self, version: int) -> None:
+        """Let the pool have what the model says of its prompts."""
         if self.model is None:
             self.pool.attach(version, {})
         else:
-            self.pool.attach(version, self.model.priors, self.model.sources)
+            serials_N = self.state.serials_N
+            self.pool.attach(version, self.model.priors_of(serials_N), self.model.sources_of(serials_N))
 
-    def known(self, prompt_ids: Iterable[str]) -> dict[str, int]:
-        """Pool indices of those of these ids that are in the pool. They never change."""
+    def known(self, prompt_ids: Iterable[str]) -> tuple[dict[str, int], int]:
+        """Indices in the log of those of these ids that are in the pool, and the position as of which that holds.
+
+        A prompt keeps its index for as long as it is in the pool.
+        """
         with self.lock:
-            index = self.pool.index
-            return {i: index[i] for i in prompt_ids if i in index}
+            index, state = self.pool.index, self.state
+            rows = {i: index[i] for i in prompt_ids if i in index}
+            # The pool may be ahead of the state, after something was voided.
+            serials = {
+                i: int(state.serials_N[row]) if row < state.n_prompts else row + state.n_retired
+                for i, row in rows.items()
+            }
+            return serials, state.position
 
     def indices(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> IntArray:
-        """Pool indices of these ids.
+        """Where the prompts of these ids stand in the pool. Whoever uses that holds `lock` since before.
 
         Raises:
             UnknownPrompts: some are not in the pool.
@@ -276,13 +382,17 @@ class LiveRun:
         with self.lock:
             return self.state.position, summarised(self.state, self.pool, settings)
 
-    def choose(self, settings: RunSettings, request: SelectionRequest) -> Chosen:
+    def choose(self, settings: RunSettings, ask: Callable[[], SelectionRequest]) -> Chosen:
         """Choose a batch in the present state; observations are folded meanwhile. The caller holds `selecting`.
+
+        Args:
+            ask: Tells what is asked for, in places of the pool as it is when the choice begins.
 
         Raises:
             NotEnoughPrompts: fewer may be selected than were asked for.
         """
         with self.lock, phase("copy"):
+            request = ask()
             state, pool = copied(self.state), self.pool.view(self.state.basis)
         with phase("beliefs"):
             a_N, b_N = PREDICTORS[settings.predictor].beliefs(state, pool, each_block=self._each_block)
@@ -290,6 +400,33 @@ class LiveRun:
             forecasts = Forecasts.of(a_N, b_N, settings.group_size, each_block=self._each_block)
         with phase("choice"):
             return select(state, pool, settings, request, forecasts)
+
+
+def _state_at(position: int, content: bytes) -> State:
+    """Raises CheckpointUnusable."""
+    state = from_bytes(content)
+    if state.position != position:
+        raise CheckpointUnusable(f"the checkpoint at {position} holds the state at {state.position}")
+    return state
+
+
+def _base_of(store: Store, run: Run) -> State:
+    """The state that the run's log begins from.
+
+    Raises:
+        LogCompacted: the base was moved meanwhile.
+        CheckpointUnusable: nothing can be folded from it.
+    """
+    content = store.checkpoint(run.id, run.base_position)
+    if content is None:
+        raise LogCompacted(f"its base at position {run.base_position} was moved")
+    try:
+        return _state_at(run.base_position, content)
+    except CheckpointUnusable as error:
+        raise CheckpointUnusable(
+            f"run {run.name!r}: {error}, and its log begins behind it: use the release that wrote it, restore a "
+            "backup, or begin a new run"
+        ) from error
 
 
 def _packing(embedder: str | None) -> str:

@@ -26,7 +26,8 @@ class CheckpointMethods(Transactions):
             keep: Most checkpoints that are kept, at least 1.
 
         Returns:
-            Whether it was saved: not if something was voided behind the position, since the state may hold it.
+            Whether it was saved: not if something was voided behind the position, since the state may hold it, nor
+            below the base.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
@@ -38,14 +39,21 @@ class CheckpointMethods(Transactions):
                 keep_run(connection, run_id)
                 connection.execute(insert_or_ignore(connection, checkpoints).values(row))
                 # The lock that stops the trainer comes last: the state may be large.
-                if lock_run(connection, run_id).void_position > position:
+                run = lock_run(connection, run_id)
+                if position < max(run.void_position, run.base_position):
                     raise _Outdated
                 positions = connection.execute(select(checkpoints.c.position).where(of_run)).scalars().all()
-                superfluous = set(positions) - set(thinned(positions, keep=keep))
+                superfluous = set(positions) - set(thinned(positions, keep=keep)) - {run.base_position}
                 connection.execute(delete(checkpoints).where(of_run, checkpoints.c.position.in_(superfluous)))
         except _Outdated:
             return False
         return True
+
+    def checkpoint(self, run_id: int, position: int) -> bytes | None:
+        """The state that was saved at this log position, if one was."""
+        saved = (checkpoints.c.run_id == run_id, checkpoints.c.position == position)
+        with self._reading() as connection:
+            return connection.execute(select(checkpoints.c.state).where(*saved)).scalar()
 
     def newest_checkpoint_position(self, run_id: int) -> int:
         """Log position of the newest checkpoint; 0 where there is none."""

@@ -13,15 +13,22 @@ from evenodds_service.storage.values import Decision
 
 
 class DecisionMethods(Transactions):
-    def save_decisions(self, made: Sequence[Decision], *, forget_before: datetime | None = None) -> None:
+    def save_decisions(
+        self, made: Sequence[Decision], *, forget_before: datetime | None = None, most: int = 500_000
+    ) -> None:
         """Keep these decisions, but for those of runs that were deleted.
 
         Args:
-            forget_before: Older ones are deleted.
+            forget_before: Older ones are deleted, and those beyond the newest `most`.
+            most: At least 1.
         """
         with self._writing() as connection:
             if forget_before is not None:
-                connection.execute(delete(decisions).where(decisions.c.created_at < forget_before))
+                newest = select(decisions.c.created_at).order_by(decisions.c.created_at.desc()).offset(most).limit(1)
+                beyond = connection.execute(newest).scalar()
+                if beyond is not None:
+                    forget_before = max(forget_before, beyond)
+                connection.execute(delete(decisions).where(decisions.c.created_at <= forget_before))
             asked = {decision.run_id for decision in made}
             there = set(connection.execute(select(runs.c.id).where(runs.c.id.in_(asked)).with_for_update()).scalars())
             rows = [

@@ -4,7 +4,7 @@ The body of an entry is compact JSON. Of an observe entry: parallel lists `promp
 and `informative` (0 or 1), the `model_version` that was answered, and the `selection_step` where a selection was
 named. Of a select entry: `prompts`; `a` and `b`, the belief about each, in six digits; where there is a control arm,
 `control_share` and the places of its prompts in the batch, `control`. Of a pool entry: `n_prompts`. Of a snapshot
-entry: `version`. Of a rewind or retract: what was asked and what it voided.
+entry: `version`. Of a retire entry: `prompts`. Of a rewind or retract: what was asked and what it voided.
 
 What is voided stays in the log, marked with the position of the entry that voided it, so that the log can be read
 as it stood at any position. Where only some observations of an entry were voided, `voided_rows` lists them:
@@ -14,6 +14,7 @@ pairs of that position and the rows, counted in the body's lists.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -24,7 +25,16 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, RowMapping, insert, update
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
-from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry, VoidEntry
+from evenodds_service.domain.log_entries import (
+    Entry,
+    ObserveEntry,
+    PoolEntry,
+    RetireEntry,
+    SelectEntry,
+    SnapshotEntry,
+    VoidEntry,
+    WrittenEntry,
+)
 from evenodds_service.storage.tables import log, runs
 from evenodds_service.storage.values import Run
 
@@ -36,10 +46,20 @@ ENTRY_COLUMNS = (
     log.c.voided_at,
     log.c.voided_rows,
     log.c.body,
+    log.c.created_at,
 )
 """What `read_entry` needs of a row."""
-_KINDS = {PoolEntry: "pool", ObserveEntry: "observe", SelectEntry: "select", SnapshotEntry: "snapshot"}
-_MOVED = ("log_position", "n_prompts", "head_step", "n_observations", "model_version")
+_KINDS = {
+    PoolEntry: "pool",
+    ObserveEntry: "observe",
+    SelectEntry: "select",
+    SnapshotEntry: "snapshot",
+    RetireEntry: "retire",
+}
+_MOVED = (
+    *("log_position", "n_prompts", "head_step", "n_observations", "model_version"),
+    *("n_retired", "retired_position"),
+)
 VOIDS = ("rewind", "retract")
 """The kinds of entries that void others."""
 
@@ -47,7 +67,7 @@ VOIDS = ("rewind", "retract")
 def append_entries(
     connection: Connection,
     run: Run,
-    entries: Sequence[PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry],
+    entries: Sequence[WrittenEntry],
     *,
     now: datetime,
     request: tuple[str, str] | None = None,
@@ -84,13 +104,15 @@ def append_entries(
     return moved
 
 
-def _moved(run: Run, entry: PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry) -> Run:
+def _moved(run: Run, entry: WrittenEntry) -> Run:
     assert entry.position == run.log_position + 1, f"log entry {entry.position} follows {run.log_position}"
     run = replace(run, log_position=entry.position)
     if isinstance(entry, PoolEntry):
         return replace(run, n_prompts=entry.n_prompts)
     if isinstance(entry, SnapshotEntry):
         return replace(run, model_version=entry.version)
+    if isinstance(entry, RetireEntry):
+        return replace(run, n_retired=run.n_retired + len(entry.prompts), retired_position=entry.position)
     head_step = entry.step if run.head_step is None else max(run.head_step, entry.step)
     n_observations = run.n_observations + (len(entry.prompts) if isinstance(entry, ObserveEntry) else 0)
     return replace(run, head_step=head_step, n_observations=n_observations)
@@ -103,10 +125,12 @@ def read_entry(row: RowMapping, *, as_of: int | None = None) -> Entry:
         return VoidEntry(position)
     body = json.loads(row["body"])
     if row["kind"] == "pool":
-        return PoolEntry(position, body["n_prompts"])
+        return PoolEntry(position, body["n_prompts"], seconds_of(row["created_at"]))
     if row["kind"] == "snapshot":
         return SnapshotEntry(position, body["version"])
     prompts = np.asarray(body["prompts"], dtype=np.int64)
+    if row["kind"] == "retire":
+        return RetireEntry(position, prompts)
     if row["kind"] == "select":
         return _select_entry(row, body, prompts)
     kept: slice | NDArray[np.bool_] = slice(None)
@@ -122,7 +146,13 @@ def read_entry(row: RowMapping, *, as_of: int | None = None) -> Entry:
         informative=np.asarray(body["informative"], dtype=np.bool_)[kept],
         selection_id=row["selection_id"],
         selection_step=body.get("selection_step"),
+        at=seconds_of(row["created_at"]),
     )
+
+
+def seconds_of(moment: datetime) -> int:
+    """Whole seconds since 1970, as entries carry them."""
+    return math.floor(moment.timestamp())
 
 
 def kept_digits(values: FloatArray | None) -> FloatArray | None:
@@ -130,7 +160,7 @@ def kept_digits(values: FloatArray | None) -> FloatArray | None:
     return None if values is None else np.asarray([float(f"{value:.6g}") for value in values.tolist()])
 
 
-def _body(entry: PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry, run: Run) -> dict[str, object]:
+def _body(entry: WrittenEntry, run: Run) -> dict[str, object]:
     if isinstance(entry, PoolEntry):
         return {"n_prompts": entry.n_prompts}
     if isinstance(entry, SnapshotEntry):
@@ -143,6 +173,8 @@ def _body(entry: PoolEntry | ObserveEntry | SelectEntry | SnapshotEntry, run: Ru
         body["model_version"] = run.model_version
         if entry.selection_step is not None:
             body["selection_step"] = entry.selection_step
+        return body
+    if isinstance(entry, RetireEntry):
         return body
     if entry.control_share:
         body["control_share"] = entry.control_share

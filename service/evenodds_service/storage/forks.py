@@ -6,13 +6,14 @@ import json
 from collections.abc import Collection
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, literal, or_, select, true, update
 
 from evenodds_service.domain.settings import CALLER, RunSettings
-from evenodds_service.errors import RunExists
+from evenodds_service.errors import BelowBase, RunExists
 from evenodds_service.storage.rewind import newest_standing_snapshot, rewind_run
 from evenodds_service.storage.runs import find_run, lock_run, settings_that_stand, settings_to_json, stored_embedder
 from evenodds_service.storage.tables import (
+    bases,
     checkpoints,
     embeddings,
     log,
@@ -26,6 +27,7 @@ from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 from evenodds_service.storage.values import Run
 
 _BLOCK = 20_000  # rows that one statement copies
+_RETIRED = ("n_retired", "retired_position", "base_position", "base_step", "base_observations")
 
 
 class ForkMethods(Transactions):
@@ -45,6 +47,7 @@ class ForkMethods(Transactions):
         Raises:
             RunUnknown: there is no run `fork_of`.
             RunExists: there is a run `name` that is not this fork.
+            BelowBase: the other's log is compacted up to a later step.
             EmbedderFixed: the pool's vectors come from another embedder than `settings` ask for.
         """
         row = {"name": name, "settings": "{}", "fork_of": fork_of, "fork_step": at_step, "created_at": now}
@@ -54,23 +57,30 @@ class ForkMethods(Transactions):
             if new_id is None:
                 return _standing_fork(find_run(connection, name), fork_of, at_step), False
             source = find_run(connection, fork_of)
+            if at_step is not None and source.base_step is not None and at_step < source.base_step:
+                raise BelowBase(
+                    f"run {fork_of!r} cannot be forked at step {at_step}: its log is compacted up to step "
+                    f"{source.base_step}; fork at a step from {source.base_step} on, or without at_step"
+                )
             kept = settings_that_stand(source, settings)
             cut = _cut(connection, source, at_step)
             _copy_all(connection, source.id, new_id, cut, with_texts=kept.keep_text)
             counts = select(func.coalesce(func.sum(log.c.n_observations), 0), func.max(log.c.step)).where(
-                log.c.run_id == new_id, log.c.voided_at.is_(None)
+                log.c.run_id == new_id, log.c.voided_at.is_(None), log.c.position > source.base_position
             )
-            n_observations, head_step = connection.execute(counts).one()
+            n_observations, step = connection.execute(counts).one()
+            steps = [known for known in (step, source.base_step) if known is not None]
             memory = {
                 "settings": settings_to_json(kept),
                 "embedding_width": source.embedding_width,
                 "n_prompts": source.n_prompts,
                 "rate_names": json.dumps(source.rate_names) if source.rate_names else None,
                 "log_position": cut,
-                "head_step": head_step,
-                "n_observations": n_observations,
+                "head_step": max(steps, default=None),
+                "n_observations": int(n_observations) + source.base_observations,
                 "model_version": newest_standing_snapshot(connection, new_id),
                 "void_position": source.void_position,
+                **{name: getattr(source, name) for name in _RETIRED},
             }
             connection.execute(update(runs).where(runs.c.id == new_id).values(memory))
             if at_step is not None:
@@ -98,9 +108,9 @@ def _cut(connection: Connection, source: Run, at_step: int | None) -> int:
     published = select(snapshots.c.log_position).where(snapshots.c.run_id == source.id)
     if first_later is not None:
         published = published.where(snapshots.c.fitted_position < first_later)
-    kept = or_(log.c.kind == "pool", log.c.step <= at_step, log.c.position.in_(published))
+    kept = or_(log.c.kind.in_(("pool", "retire")), log.c.step <= at_step, log.c.position.in_(published))
     last = connection.execute(select(func.max(log.c.position)).where(*counts, kept)).scalar()
-    return max(last or 0, source.void_position)
+    return max(last or 0, source.void_position, source.base_position)
 
 
 def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int, *, with_texts: bool) -> None:
@@ -116,6 +126,7 @@ def _copy_all(connection: Connection, source_id: int, new_id: int, cut: int, *, 
     _copy(connection, selections, source_id, new_id, selections.c.log_position <= cut)
     _copy(connection, snapshots, source_id, new_id, snapshots.c.log_position <= cut)
     _copy(connection, checkpoints, source_id, new_id, checkpoints.c.position <= cut)
+    _copy(connection, bases, source_id, new_id, true())
     columns = [embeddings.c.key, embeddings.c.width, embeddings.c.vector]
     own = select(literal(stored_embedder(CALLER, new_id)), *columns).where(
         embeddings.c.embedder == stored_embedder(CALLER, source_id)

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, select
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.log_entries import Entry, NewObservation, ObserveEntry, Outcomes
 from evenodds_service.domain.prompts import NewPrompts
-from evenodds_service.errors import PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
-from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entries, read_entry
+from evenodds_service.errors import PoolChanged, PromptUnknown, RequestConflict, SelectionUnknown, SelectionVoided
+from evenodds_service.storage.entries import ENTRY_COLUMNS, append_entries, read_entry, seconds_of
 from evenodds_service.storage.pool import GrownPool, grow_pool
 from evenodds_service.storage.rewind import refuse_forgotten
 from evenodds_service.storage.runs import lock_run
@@ -26,7 +26,13 @@ _HISTORY_BLOCK = 200  # log entries that a look into one prompt's history reads 
 
 class LogMethods(Transactions):
     def append_observations(
-        self, run_id: int, outcomes: Outcomes, *, new: NewPrompts | None = None, now: datetime
+        self,
+        run_id: int,
+        outcomes: Outcomes,
+        *,
+        new: NewPrompts | None = None,
+        known_at: int | None = None,
+        now: datetime,
     ) -> Appended:
         """Append one observe entry (after a pool entry where prompts are new); all or nothing.
 
@@ -34,8 +40,12 @@ class LogMethods(Transactions):
         hash is answered as the first time, whatever the other arguments; one whose observations were all voided since
         counts anew. The model version of the run is answered, and kept for repetitions.
 
+        Args:
+            known_at: The log position as of which the caller took the indices of prompts; None: of now.
+
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
+            PoolChanged: prompts were retired after `known_at`.
             RequestConflict: the request id was used with another body (hash).
             SelectionUnknown: no such selection in this run.
             SelectionVoided: a rewind has voided the selection, or ended the incarnation that made the observations.
@@ -48,10 +58,14 @@ class LogMethods(Transactions):
             first = _first_answer(connection, run, outcomes)
             if first is not None:
                 return first
+            if known_at is not None and run.retired_position > known_at:
+                raise PoolChanged(
+                    f"prompts of run {run.name!r} were retired at log position {run.retired_position}: repeat the call"
+                )
             selection_step = _selection_step(connection, run, outcomes.selection_id)
             if outcomes.selection_id is None and outcomes.request_id is not None and run.void_position > 0:
                 refuse_forgotten(connection, run, outcomes.request_id, outcomes.step)
-            grown = grow_pool(connection, run, new) if new is not None else GrownPool(0, {}, None)
+            grown = grow_pool(connection, run, new, now=now) if new is not None else GrownPool(0, {}, None)
             observations = outcomes.observations
             entry = ObserveEntry(
                 run.log_position + (1 if grown.entry is None else 2),
@@ -62,6 +76,7 @@ class LogMethods(Transactions):
                 informative=np.asarray([observation.informative for observation in observations], dtype=np.bool_),
                 selection_id=outcomes.selection_id,
                 selection_step=selection_step,
+                at=seconds_of(now),
             )
             entries = (entry,) if grown.entry is None else (grown.entry, entry)
             written = Written(append_entries(connection, run, entries, now=now, request=_request(outcomes)), entries)

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, insert, null, or_, select, update
 
 from evenodds_service.domain.log_entries import PoolEntry
 from evenodds_service.domain.prompts import (
@@ -36,12 +36,12 @@ from evenodds_service.errors import (
     RateNamesLimit,
     RunUnknown,
 )
-from evenodds_service.storage.entries import append_entries
+from evenodds_service.storage.entries import append_entries, seconds_of
 from evenodds_service.storage.runs import keep_run, lock_run, settings_to_json, stored_embedder
 from evenodds_service.storage.tables import embeddings, pool_blocks, prompts, runs
 from evenodds_service.storage.transactions import Transactions, chunks, insert_or_ignore
 from evenodds_service.storage.values import PromptsAdded, Run
-from evenodds_service.storage.vectors import absent_vectors, read_vectors, store_vectors
+from evenodds_service.storage.vectors import absent_vectors, hold_vectors, read_vectors, store_vectors
 
 MAX_RATE_NAMES = 64
 """Most others whose rates the prompts of one run bring along."""
@@ -79,16 +79,24 @@ class PoolMethods(Transactions):
                 run's width.
             VectorUnstorable: a value is not finite, or beyond 65,504.
         """
+        new = NewPrompts(prompts, vectors, embedder, embedding_width, keeps_existing)
+        return self.add_prepared(run_id, new, now=now)
+
+    def add_prepared(self, run_id: int, new: NewPrompts, *, now: datetime) -> PromptsAdded:
+        """As `add_prompts`.
+
+        Raises:
+            VectorsGone: vectors that the caller found stored were erased since.
+        """
         with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
-            new = NewPrompts(prompts, vectors, embedder, embedding_width, keeps_existing)
-            grown = grow_pool(connection, run, new)
+            grown = grow_pool(connection, run, new, now=now)
             if grown.entry is not None:
                 run = append_entries(connection, run, [grown.entry], now=now)
         return PromptsAdded(
             added=grown.added,
-            existing=len(prompts) - grown.added - len(grown.conflicts),
-            n_prompts=run.n_prompts,
+            existing=len(new.prompts) - grown.added - len(grown.conflicts),
+            pool_size=run.pool_size,
             log_position=run.log_position,
             conflicts=grown.conflicts,
         )
@@ -99,7 +107,7 @@ class PoolMethods(Transactions):
         """Prompts with index >= first, in order of index; those whose id or text contains `containing`, in any case."""
         statement = (
             select(prompts)
-            .where(prompts.c.run_id == run_id, prompts.c.index >= first)
+            .where(prompts.c.run_id == run_id, prompts.c.index >= first, prompts.c.retired_at.is_(None))
             .order_by(prompts.c.index)
             .limit(limit)
         )
@@ -116,22 +124,28 @@ class PoolMethods(Transactions):
 
     def prompts_at(self, run_id: int, indices: Sequence[int]) -> tuple[Prompt, ...]:
         """The prompts of these indices, in this order; those that do not exist are left out. At most 500."""
-        statement = select(prompts).where(prompts.c.run_id == run_id, prompts.c.index.in_(indices))
+        asked = (prompts.c.run_id == run_id, prompts.c.index.in_(indices), prompts.c.retired_at.is_(None))
+        statement = select(prompts).where(*asked)
         with self._reading() as connection:
             found = {row["index"]: _prompt_of(row) for row in connection.execute(statement).mappings()}
         return tuple(found[index] for index in indices if index in found)
 
     def prompt(self, run_id: int, prompt_id: str) -> Prompt:
         """Raises PromptUnknown."""
-        statement = select(prompts).where(prompts.c.run_id == run_id, prompts.c.prompt_id == prompt_id)
+        asked = (prompts.c.run_id == run_id, prompts.c.prompt_id == prompt_id, prompts.c.retired_at.is_(None))
+        statement = select(prompts).where(*asked)
         with self._reading() as connection:
             row = connection.execute(statement).mappings().one_or_none()
         if row is None:
             raise PromptUnknown(f"prompt {prompt_id!r} is not in the pool: add it, or send its text")
         return _prompt_of(row)
 
-    def pool_block(self, run_id: int, *, first: int, last: int, surface: str, embedder: str | None) -> RawBlock:
-        """Raw features of prompts first <= index < last, as far as the pool goes.
+    def pool_block(
+        self, run_id: int, *, first: int, last: int, surface: str, embedder: str | None, as_of: int | None = None
+    ) -> RawBlock:
+        """Raw features of prompts first <= index < last that are in the pool, as far as the pool goes.
+
+        Those that were retired by log position `as_of` are left out; by now, without it.
 
         `surface` and `embedder` name the vectors to join: surface features by `text_key`, embeddings by
         `vector_key`. Without an embedder D is 0. Where no prompt of the block has the vector, S is 0 and D
@@ -142,7 +156,10 @@ class PoolMethods(Transactions):
             EmbeddingWidthConflict: an embedder's vectors are of different lengths.
         """
         surfaces, vectors = embeddings.alias("surfaces"), embeddings.alias("vectors")
-        asked = and_(prompts.c.run_id == runs.c.id, prompts.c.index >= first, prompts.c.index < last)
+        is_there: ColumnElement[bool] = prompts.c.retired_at.is_(None)
+        if as_of is not None:
+            is_there = or_(is_there, prompts.c.retired_at > as_of)
+        asked = and_(prompts.c.run_id == runs.c.id, prompts.c.index >= first, prompts.c.index < last, is_there)
         joined = runs.outerjoin(prompts, asked)
         joined = joined.outerjoin(surfaces, and_(surfaces.c.embedder == surface, surfaces.c.key == prompts.c.text_key))
         embedding: Any = null()
@@ -191,13 +208,11 @@ class PoolMethods(Transactions):
             connection.execute(delete(pool_blocks).where(*others))
             connection.execute(insert_or_ignore(connection, pool_blocks).values(row))
 
-    def packed_until(self, run_id: int, *, features: str) -> int:
-        """Where the run's packed blocks of this name end; 0 where there is none."""
-        statement = select(func.max(pool_blocks.c.last)).where(
-            pool_blocks.c.run_id == run_id, pool_blocks.c.features == features
-        )
+    def packed_blocks(self, run_id: int, *, features: str) -> frozenset[int]:
+        """Of each packed block of this name the index of its first prompt."""
+        named = (pool_blocks.c.run_id == run_id, pool_blocks.c.features == features)
         with self._reading() as connection:
-            return connection.execute(statement).scalar() or 0
+            return frozenset(connection.execute(select(pool_blocks.c.first).where(*named)).scalars())
 
     def packed_block(self, run_id: int, *, first: int, features: str) -> bytes | None:
         """The packed block of this name that starts at prompt `first`; None where there is none."""
@@ -229,10 +244,13 @@ class GrownPool:
     conflicts: Mapping[str, str] = field(default_factory=dict)
 
 
-def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
+def grow_pool(connection: Connection, run: Run, new: NewPrompts, *, now: datetime) -> GrownPool:
     """Add what the pool does not have. The caller holds the run's lock, and appends the log entry.
 
-    Raises as add_prompts.
+    Raises:
+        VectorsGone: vectors that the caller found stored were erased since.
+
+    And as add_prompts.
     """
     _settle_embedder(connection, run, new)
     new_prompts = new.prompts
@@ -270,7 +288,8 @@ def grow_pool(connection: Connection, run: Run, new: NewPrompts) -> GrownPool:
     entry = None
     if rows:
         connection.execute(insert(prompts), rows)
-        entry = PoolEntry(run.log_position + 1, run.n_prompts + len(rows))
+        entry = PoolEntry(run.log_position + 1, run.n_prompts + len(rows), seconds_of(now))
+        hold_vectors(connection, new.stored)
     indices = {prompt_id: prompt.index for prompt_id, prompt in known.items()}
     return GrownPool(added=len(rows), indices=indices, entry=entry, conflicts=conflicts)
 
@@ -345,7 +364,7 @@ def _known_prompts(connection: Connection, run_id: int, prompt_ids: Sequence[str
     known = {}
     for some in chunks(prompt_ids):
         statement = select(prompts.c.prompt_id, *columns).where(
-            prompts.c.run_id == run_id, prompts.c.prompt_id.in_(some)
+            prompts.c.run_id == run_id, prompts.c.prompt_id.in_(some), prompts.c.retired_at.is_(None)
         )
         for prompt_id, index, text_key, group, features, rate, rates in connection.execute(statement):
             known[prompt_id] = _Known(index, text_key, group, _features_of(features), rate, _rates_of(rates))
@@ -399,6 +418,6 @@ def _named_rates(stored: Sequence[str | None]) -> NamedRates:
 
 
 def _prompt_of(row: RowMapping) -> Prompt:
-    values = {name: value for name, value in row.items() if name != "run_id"}
+    values = {name: value for name, value in row.items() if name not in ("run_id", "retired_at")}
     told = {"features": _features_of(values["features"]), "prior_rates": _rates_of(values["prior_rates"])}
     return Prompt(**{**values, **told})

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, insert, or_, select, update
 
-from evenodds_service.errors import SelectionVoided
+from evenodds_service.errors import BelowBase, SelectionVoided
 from evenodds_service.storage.entries import compact_json, voided_rows
 from evenodds_service.storage.runs import lock_run
 from evenodds_service.storage.tables import checkpoints, log, refits, runs, selections, snapshots
@@ -36,6 +36,7 @@ class RewindMethods(Transactions):
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
+            BelowBase: the log is compacted up to a later step.
         """
         with self._writing(in_bulk=True) as connection:
             return rewind_run(connection, lock_run(connection, run_id), step=step, incarnation=incarnation, now=now)
@@ -59,10 +60,12 @@ class RewindMethods(Transactions):
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
+            BelowBase: some of what is named may have been compacted.
         """
         with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
             conditions = [log.c.run_id == run_id, log.c.kind == "observe", log.c.voided_at.is_(None)]
+            _check_is_above_base(connection, run, from_step=from_step, request_id=request_id)
             if from_step is not None:
                 conditions.append(log.c.step >= from_step)
             if to_step is not None:
@@ -83,10 +86,32 @@ class RewindMethods(Transactions):
             return _record(connection, run, "retract", asked, found, now=now)
 
 
+def _check_is_above_base(connection: Connection, run: Run, *, from_step: int | None, request_id: str | None) -> None:
+    """Raises BelowBase where some of what a retraction names may have been compacted."""
+    if run.base_position == 0 or (from_step is not None and run.base_step is not None and from_step > run.base_step):
+        return
+    if request_id is not None:
+        named = (log.c.run_id == run.id, log.c.request_id == request_id, log.c.voided_at.is_(None))
+        position = connection.execute(select(log.c.position).where(*named)).scalar()
+        if position is not None and position > run.base_position:
+            return
+    raise BelowBase(
+        f"run {run.name!r}: what was reported up to log position {run.base_position} (step {run.base_step}) is "
+        "compacted and cannot be dropped any more: name a from_step above, or the request_id of a later report"
+    )
+
+
 def rewind_run(connection: Connection, run: Run, *, step: int, incarnation: str | None = None, now: datetime) -> Voided:
     """See `RewindMethods.rewind`. The caller holds the run's lock."""
+    if run.base_step is not None and step < run.base_step:
+        raise BelowBase(
+            f"run {run.name!r} cannot go back to step {step}: its log is compacted up to step {run.base_step} (log "
+            f"position {run.base_position}), where prompts were retired; go back to a step from {run.base_step} on, or "
+            "begin a new run"
+        )
     position = run.log_position + 1
-    is_later = and_(log.c.run_id == run.id, log.c.voided_at.is_(None), log.c.step > step)
+    is_above = log.c.position > run.base_position
+    is_later = and_(log.c.run_id == run.id, is_above, log.c.voided_at.is_(None), log.c.step > step)
     if incarnation is not None:
         is_own = log.c.request_id.startswith(f"{incarnation}.", autoescape=True)
         is_later = and_(is_later, or_(log.c.request_id.is_(None), ~is_own))
@@ -243,7 +268,8 @@ def _record(
         model_version = _void_snapshots(connection, run.id, found.first_observed, position)
         _refit_again(connection, run.id, is_wanted=model_version < run.model_version and n_observations > 0, now=now)
     head = select(func.max(log.c.step)).where(log.c.run_id == run.id, log.c.voided_at.is_(None))
-    head_step = connection.execute(head).scalar()
+    steps = [step for step in (connection.execute(head).scalar(), run.base_step) if step is not None]
+    head_step = max(steps, default=None)
     connection.execute(
         update(runs)
         .where(runs.c.id == run.id)
@@ -268,13 +294,19 @@ def _void_snapshots(connection: Connection, run_id: int, first_observed: int, po
     return newest_standing_snapshot(connection, run_id)
 
 
-def newest_standing_snapshot(connection: Connection, run_id: int) -> int:
-    """The newest version that was not voided; 0 where there is none."""
+def newest_standing_snapshot(connection: Connection, run_id: int, *, at_most: int | None = None) -> int:
+    """The newest version that was not voided, of those published up to a log position; 0 where there is none.
+
+    Of those below the run's base only one is left, and its log entry is not.
+    """
+    entry = and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position)
     standing = (
         select(func.max(snapshots.c.version))
-        .join(log, and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position))
+        .outerjoin(log, entry)
         .where(snapshots.c.run_id == run_id, log.c.voided_at.is_(None))
     )
+    if at_most is not None:
+        standing = standing.where(snapshots.c.log_position <= at_most)
     return int(connection.execute(standing).scalar() or 0)
 
 

@@ -79,6 +79,11 @@ def _check_is_of_now(connection: Connection, run: Run, chosen: NewSelection) -> 
             f"run {run.name!r}: the batch was chosen at log position {chosen.chosen_at}, and a rewind or retract at "
             f"position {run.void_position} voided some of what it was chosen on: choose again"
         )
+    if chosen.chosen_at < run.retired_position:
+        raise ChoiceOutdated(
+            f"run {run.name!r}: the batch was chosen at log position {chosen.chosen_at}, and prompts were retired at "
+            f"position {run.retired_position}: choose again"
+        )
     is_newest = chosen.chosen_at == run.log_position
     if chosen.is_alone and not is_newest and _is_recorded_after(connection, run.id, chosen.chosen_at):
         raise ChoiceOutdated(

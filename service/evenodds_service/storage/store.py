@@ -13,6 +13,7 @@ from evenodds_service.storage.keys import KeyMethods
 from evenodds_service.storage.log import LogMethods
 from evenodds_service.storage.pool import PoolMethods
 from evenodds_service.storage.refits import RefitMethods
+from evenodds_service.storage.retention import RetentionMethods
 from evenodds_service.storage.rewind import RewindMethods
 from evenodds_service.storage.run_states import RunStateMethods
 from evenodds_service.storage.runs import RunMethods
@@ -68,6 +69,7 @@ class Store(
     ForkMethods,
     KeyMethods,
     DecisionMethods,
+    RetentionMethods,
     RunStateMethods,
 ):
     """The store of one database, safe to share between threads.
@@ -81,7 +83,8 @@ class Store(
     Features, models and choices are computed before: no transaction is open meanwhile.
 
     The log: Positions are given under that lock and have no gaps. Whoever has seen position p has seen everything up to
-    p, on every replica. An append is acknowledged after its commit, and what was acknowledged is in the next read of
+    p, on every replica. A run that lets go of prompts has a base: its log begins behind it, and processes start from
+    the checkpoint there. An append is acknowledged after its commit, and what was acknowledged is in the next read of
     anybody. Entries never change; a rewind or retract marks what it voids with its own position, so that the log can be
     read as it stood at any position.
 

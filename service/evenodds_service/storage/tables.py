@@ -23,7 +23,6 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
-    UniqueConstraint,
     text,
 )
 from sqlalchemy.exc import DontWrapMixin
@@ -83,6 +82,11 @@ runs = Table(
     Column("fork_of", Text),  # name of the run that it started from
     Column("fork_step", BigInteger),
     Column("rate_names", Text),  # JSON: all names among the pool's prior_rates
+    Column("n_retired", Integer, nullable=False, server_default="0"),  # of the n_prompts that have come
+    Column("retired_position", BigInteger, nullable=False, server_default="0"),  # of the newest retire entry
+    Column("base_position", BigInteger, nullable=False, server_default="0"),  # of the checkpoint below which no log is
+    Column("base_step", BigInteger),  # the highest step up to there
+    Column("base_observations", BigInteger, nullable=False, server_default="0"),  # that count up to there
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("embedding_width > 0", name="embedding_width"),
     CheckConstraint(
@@ -108,12 +112,29 @@ prompts = Table(
     Column("prior_rate", Double),
     Column("prior_rates", Text),  # JSON: name -> rate, or [successes, attempts]
     Column("vector_key", Text),
+    Column("retired_at", BigInteger),  # position of the log entry that retired it
     PrimaryKeyConstraint("run_id", "index"),
-    UniqueConstraint("run_id", "prompt_id"),
     CheckConstraint('"index" >= 0', name="index"),
     CheckConstraint("prior_rate >= 0 AND prior_rate <= 1", name="prior_rate"),
     CheckConstraint("text IS NULL OR text_key IS NOT NULL", name="text_key"),  # a run may keep no texts
 )
+
+Index(
+    "uq_prompts_prompt_id",
+    prompts.c.run_id,
+    prompts.c.prompt_id,
+    unique=True,
+    sqlite_where=text("retired_at IS NULL"),
+    postgresql_where=text("retired_at IS NULL"),
+)
+Index(
+    "ix_prompts_retired_at",
+    prompts.c.run_id,
+    prompts.c.retired_at,
+    sqlite_where=text("retired_at IS NOT NULL"),
+    postgresql_where=text("retired_at IS NOT NULL"),
+)
+Index("ix_prompts_text_key", prompts.c.text_key)
 
 pool_blocks = Table(
     "pool_blocks",
@@ -155,7 +176,7 @@ log = Table(
     Column("created_at", UtcDateTime, nullable=False),
     PrimaryKeyConstraint("run_id", "position"),
     CheckConstraint("position >= 1", name="position"),
-    CheckConstraint("kind IN ('pool', 'observe', 'select', 'snapshot', 'rewind', 'retract')", name="kind"),
+    CheckConstraint("kind IN ('pool', 'observe', 'select', 'snapshot', 'retire', 'rewind', 'retract')", name="kind"),
     CheckConstraint("(step IS NOT NULL AND step >= 0) = (kind IN ('observe', 'select'))", name="step"),
     CheckConstraint("(request_id IS NULL) = (request_hash IS NULL)", name="request"),
     CheckConstraint("n_observations >= 0 AND (n_observations = 0 OR kind = 'observe')", name="n_observations"),
@@ -285,6 +306,14 @@ checkpoints = Table(
     CheckConstraint("position >= 0", name="position"),
 )
 
+
+bases = Table(
+    "bases",
+    metadata,
+    _run_id(),
+    Column("history", LargeBinary, nullable=False),  # observations up to the base, of prompts that were left then
+    PrimaryKeyConstraint("run_id"),
+)
 
 run_states = Table(
     "run_states",

@@ -34,6 +34,16 @@ class Run:
     fork_of: str | None = None  # name of the run that it started from
     fork_step: int | None = None  # as it stood at this step; None: with everything
     rate_names: tuple[str, ...] = ()  # who showed what the pool's prompts have among their `prior_rates`
+    n_retired: int = 0  # of the `n_prompts` that have come
+    retired_position: int = 0  # of the newest entry that retired some
+    base_position: int = 0  # its log begins behind this position, from a checkpoint; 0: from nothing
+    base_step: int | None = None  # the highest step up to there
+    base_observations: int = 0  # that count up to there
+
+    @property
+    def pool_size(self) -> int:
+        """Prompts that are in the pool."""
+        return self.n_prompts - self.n_retired
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,7 @@ class PromptsAdded:
 
     added: int
     existing: int
-    n_prompts: int
+    pool_size: int
     log_position: int
     conflicts: Mapping[str, str] = field(default_factory=dict)
 

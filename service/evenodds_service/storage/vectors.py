@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, tuple_
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.prompts import Vector
-from evenodds_service.errors import EmbeddingWidthConflict, VectorUnstorable
+from evenodds_service.errors import EmbeddingWidthConflict, VectorsGone, VectorUnstorable
 from evenodds_service.storage.tables import embeddings
 from evenodds_service.storage.transactions import chunks, insert_or_ignore
 
@@ -42,6 +42,19 @@ def store_vectors(connection: Connection, vectors: Sequence[Vector]) -> None:
     # deadlocking.
     if rows:
         connection.execute(insert_or_ignore(connection, embeddings), [rows[names] for names in sorted(rows)])
+
+
+def hold_vectors(connection: Connection, stored: Sequence[tuple[str, str]]) -> None:
+    """Keep these vectors (embedder, key) from being erased until the transaction ends.
+
+    Raises:
+        VectorsGone: some are not there any more.
+    """
+    for some in chunks(sorted(stored)):
+        there = select(embeddings.c.key).where(tuple_(embeddings.c.embedder, embeddings.c.key).in_(some))
+        found = connection.execute(there.with_for_update(read=True, key_share=True)).all()
+        if len(found) < len(some):
+            raise VectorsGone(f"{len(some) - len(found)} vectors were erased meanwhile: repeat the call")
 
 
 def absent_vectors(connection: Connection, embedders: Sequence[str], keys: Sequence[str]) -> frozenset[tuple[str, str]]:

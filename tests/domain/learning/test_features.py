@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +49,9 @@ def whole(make_block: MakeBlock) -> RawBlock:
 
 
 def part(block: RawBlock, first: int, last: int) -> RawBlock:
-    return RawBlock(first, *(getattr(block, f.name)[first:last] for f in fields(block)[1:]))
+    values = {f.name: getattr(block, f.name) for f in fields(block)[1:]}
+    parts = {name: value[first:last] for name, value in values.items() if value is not None}
+    return replace(block, first=first, **parts)
 
 
 def pool_of(block: RawBlock, cuts: Iterable[int] = ()) -> Pool:

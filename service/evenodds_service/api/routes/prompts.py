@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
@@ -30,7 +31,9 @@ from evenodds_service.api.middleware.access import Caller
 from evenodds_service.api.middleware.request_body import forget, lift_limit
 from evenodds_service.api.wire import now, predictions
 from evenodds_service.domain.prompts import KnownRate, Prompt
-from evenodds_service.errors import PromptConflict
+from evenodds_service.errors import PromptConflict, VectorsGone
+from evenodds_service.runtime.retention import erase
+from evenodds_service.storage import values
 from evenodds_service.storage.store import Run
 
 _NDJSON = "application/x-ndjson"
@@ -138,24 +141,25 @@ def _add_block(
     services: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str], keeps_existing: bool
 ) -> PromptsAdded:
     run = services.store.run(run.name)
-    prepared = services.featurizer.prepare(run, items, names=names)
-    result = services.store.add_prompts(
-        run.id,
-        prepared.prompts,
-        prepared.vectors,
-        embedder=prepared.embedder,
-        embedding_width=prepared.embedding_width,
-        keeps_existing=keeps_existing,
-        now=now(),
-    )
+    try:
+        result = _added(services, run, items, names, keeps_existing)
+    except VectorsGone:  # some that were stored before; now they are computed
+        result = _added(services, run, items, names, keeps_existing)
     return PromptsAdded(
         run=run.name,
         added=result.added,
         existing=result.existing,
-        pool_size=result.n_prompts,
+        pool_size=result.pool_size,
         log_position=result.log_position,
         conflicts=dict(result.conflicts),
     )
+
+
+def _added(
+    services: Services, run: Run, items: Sequence[PromptIn], names: Sequence[str], keeps_existing: bool
+) -> values.PromptsAdded:
+    prepared = services.featurizer.prepare(run, items, names=names)
+    return services.store.add_prepared(run.id, replace(prepared, keeps_existing=keeps_existing), now=now())
 
 
 async def _line_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
@@ -209,19 +213,19 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
     """One prompt with the present belief about it and its newest 100 observations."""
     prompt = services.store.prompt(services.store.run(run).id, prompt_id)
     stored, live, _ = services.live_runs.at_head(run)  # read after the prompt, so that its log holds the prompt's entry
-    index = np.array([prompt.index])
     with live.lock:
         state, position, version = live.state, live.state.position, live.state.model_version
+        index = live.indices(run, [prompt_id], path="prompt_id", hint="it was retired or erased meanwhile")
         a, b, experts = live.mixed_beliefs(stored.settings.predictor, index)
         seen = state.attempts_N[index]
-        visits, last_step = int(state.visits_N[prompt.index]), int(state.last_step_N[prompt.index])
+        visits, last_step = int(state.visits_N[index[0]]), int(state.last_step_N[index[0]])
     history = services.store.prompt_history(stored.id, prompt.index, limit=_HISTORY) if visits else ()
     return PromptState(
         **_prompt_fields(prompt),
         run=run,
         model_version=version,
         log_position=position,
-        belief=predictions([prompt_id], a, b, seen, stored.settings.group_size, credible_intervals(experts, a, b))[0],
+        belief=predictions([prompt_id], a, b, seen, stored.settings.group_size, credible_intervals(experts(), a, b))[0],
         visits=visits,
         last_step=last_step if last_step >= 0 else None,
         history=tuple(
@@ -235,6 +239,20 @@ def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: D
             for visit in history
         ),
     )
+
+
+@router.delete("/runs/{run}/prompts/{prompt_id:id}", summary="Erase a prompt", status_code=204)
+def delete_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies) -> Response:
+    """Remove a prompt with its text, its vectors and its outcomes from all that is stored. This cannot be undone.
+
+    The counts that it added to what all prompts share stay, as numbers. The run's log is compacted up to now: a rewind,
+    a retraction or a fork cannot reach back behind this call. Takes seconds in a large run.
+    """
+    stored, live, _ = services.live_runs.at_head(run)
+    erase(services.store, live, stored, prompt_id, now=now())
+    services.decisions.forget(stored.id)
+    services.live_runs.forget(run)
+    return Response(status_code=204)
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:

@@ -72,24 +72,25 @@ def get_beliefs(
     stored, live, _ = services.live_runs.at_head(run)
     with live.lock:
         a, b = live.beliefs(stored.settings.predictor)
-        seen = live.state.attempts_N.copy()
+        seen, serials = live.state.attempts_N.copy(), live.state.serials_N.copy()
         position, version = live.state.position, live.state.model_version
     rates = a / (a + b)
     informative, _ = informative_moments(a, b, stored.settings.group_size)
     shown = min(shown, len(rates))
 
     def described(indices: IntArray) -> tuple[BelievedPrompt, ...]:
-        prompts = services.store.prompts_at(stored.id, indices.tolist())
+        prompts = services.store.prompts_at(stored.id, serials[indices].tolist())
+        places = np.searchsorted(serials, [prompt.index for prompt in prompts])
         return tuple(
             BelievedPrompt(
                 prompt_id=prompt.prompt_id,
                 category=prompt.group,
                 text=prompt.text[:_SHOWN_TEXT] if prompt.text is not None else None,
-                success_rate=float(rates[prompt.index]),
-                informative_probability=float(informative[prompt.index]),
-                attempts_seen=int(seen[prompt.index]),
+                success_rate=float(rates[place]),
+                informative_probability=float(informative[place]),
+                attempts_seen=int(seen[place]),
             )
-            for prompt in prompts
+            for prompt, place in zip(prompts, places.tolist(), strict=True)
         )
 
     order = np.argsort(rates, kind="stable") if shown else np.zeros(0, np.int64)

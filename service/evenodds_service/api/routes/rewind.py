@@ -40,7 +40,8 @@ def retract(run: RunPath, body: RetractRequest, services: Dependencies) -> Voide
     else:
         stored, live, _ = services.live_runs.at_head(run)
         with live.lock:
-            prompts = live.indices(run, body.prompt_ids, path="prompt_ids", hint="leave it out").tolist()
+            rows = live.indices(run, body.prompt_ids, path="prompt_ids", hint="leave it out")
+            prompts = live.state.serials_N[rows].tolist()
     voided = services.store.retract(
         stored.id,
         from_step=body.from_step,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from evenodds.schemas import OLDER_NAMES, Alarm, RefitPolicy, RunPage, RunState, RunUpdate
+from evenodds.schemas import OLDER_NAMES, Alarm, RefitPolicy, Retention, RunPage, RunState, RunUpdate
 from evenodds_service.api.cursors import cursor_at, place_of
 from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
 from evenodds_service.api.middleware.access import Caller, may_touch
@@ -46,11 +46,14 @@ def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Calle
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunSettings)}
     sent: dict[str, Any] = {
         _STORED_AS.get(name, name): getattr(body, name)
-        for name in body.model_fields_set - {"refit", "fork_of", "at_step", "learn_from", *OLDER_NAMES}
+        for name in body.model_fields_set - {"refit", "retention", "fork_of", "at_step", "learn_from", *OLDER_NAMES}
     }
     if "refit" in body.model_fields_set:
         policy = body.refit or RefitPolicy()
         sent |= {f"refit_{name}": getattr(policy, name) for name in policy.model_fields_set or RefitPolicy.model_fields}
+    if "retention" in body.model_fields_set:
+        kept = body.retention
+        sent |= {"retain_prompts": kept and kept.prompts, "retain_days": kept and kept.days}
     changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
     before, settings = settings, replace(settings, **changes, **_learning(services.store, caller, settings, body))
     check_shares(settings.groups or {}, settings.groups_at_most or {})
@@ -177,8 +180,12 @@ def _run_state(store: Store, run: Run) -> RunState:
         fallback=settings.fallback,
         learn_from=settings.learn_from,
         data_set=settings.data_set,
+        retention=None
+        if settings.retain_prompts is None
+        else Retention(prompts=settings.retain_prompts, days=settings.retain_days),
+        base_step=run.base_step,
         last_refit=refit_state(refits[0]) if refits else None,
-        pool_size=run.n_prompts,
+        pool_size=run.pool_size,
         log_position=run.log_position,
         head_step=run.head_step,
         model_version=run.model_version,

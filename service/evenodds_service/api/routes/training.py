@@ -12,6 +12,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, TypeVar
 
 import numpy as np
@@ -45,7 +46,15 @@ from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.selection.fill import Fill, Outlook
 from evenodds_service.domain.selection.selection import Chosen, SelectionRequest
 from evenodds_service.domain.settings import RunSettings, check_shares
-from evenodds_service.errors import ChoiceOutdated, RunUnknown, StepJump, StoreError, UnknownPrompts
+from evenodds_service.errors import (
+    ChoiceOutdated,
+    PoolChanged,
+    RunUnknown,
+    StepJump,
+    StoreError,
+    UnknownPrompts,
+    VectorsGone,
+)
 from evenodds_service.runtime.beliefs import UNKNOWN_HINT, beliefs_about
 from evenodds_service.runtime.coalescer import Coalescer
 from evenodds_service.runtime.decisions import run_of
@@ -64,6 +73,8 @@ MOST_AT_ONCE = 64
 
 MOST_WAITING = 1_000
 """Those of one run that may wait: the first of them take seconds already where the database hangs."""
+
+_TRIES = 5
 
 _SMALL_PROMPTS = 256
 """A request about so many prompts at most is small."""
@@ -153,7 +164,8 @@ def _by_decision(body: VerdictRequest, services: Services) -> ObserveRequest:
 def _append(body: ObserveRequest, services: Services) -> Appended:
     """Append what is reported, with the prompts that are new.
 
-    A prompt keeps its index for ever, and a pool its embedder: the run as it was at any time will do, if it knows both.
+    A prompt keeps its index while it is in the pool, and a pool its embedder: the run as it was at any time will do, if
+    it knows both, and no prompt was retired since.
 
     Raises:
         UnknownPrompts: neither in the pool nor described by a text.
@@ -162,26 +174,33 @@ def _append(body: ObserveRequest, services: Services) -> Appended:
     described = {i for i, item in zip(ids, body.observations, strict=True) if item.text is not None}
     folded = services.live_runs.held(body.run, math.inf)
     if folded is not None:
-        known = folded.live.known(ids)
+        known, known_at = folded.live.known(ids)
         has_embedder = folded.run.n_prompts > 0 and folded.run.settings.embedder is not None
         if all(i in known or (i in described and has_embedder) for i in ids):
             try:
-                return _append_known(body, services, folded.run, ids, known)
-            except RunUnknown:  # deleted since; there may be another one of its name
+                return _append_known(body, services, folded.run, ids, known, known_at)
+            except (RunUnknown, PoolChanged, VectorsGone):  # deleted since; there may be another one of its name
                 services.live_runs.forget(body.run)
-    folded = services.live_runs.at_head(body.run)
-    known = folded.live.known(ids)
-    unknown = [i for i in ids if i not in known and i not in described]
-    if unknown:
-        hint = "send its text along, or load it with POST /runs/{run}/prompts"
-        raise UnknownPrompts(body.run, unknown, path="observations", hint=hint)
-    return _append_known(body, services, folded.run, ids, known)
+    tries = _TRIES
+    while True:
+        folded = services.live_runs.at_head(body.run)
+        known, known_at = folded.live.known(ids)
+        unknown = [i for i in ids if i not in known and i not in described]
+        if unknown:
+            hint = "send its text along, or load it with POST /runs/{run}/prompts"
+            raise UnknownPrompts(body.run, unknown, path="observations", hint=hint)
+        try:
+            return _append_known(body, services, folded.run, ids, known, known_at)
+        except (PoolChanged, VectorsGone):
+            tries -= 1
+            if not tries:
+                raise
 
 
 def _append_known(
-    body: ObserveRequest, services: Services, run: Run, ids: Sequence[str], known: Mapping[str, int]
+    body: ObserveRequest, services: Services, run: Run, ids: Sequence[str], known: Mapping[str, int], known_at: int
 ) -> Appended:
-    """Append observations of these prompts. `known` holds the indices of those that are in the pool."""
+    """Append observations of these prompts. `known` holds the indices of those that are in the pool at `known_at`."""
     # A prompt that comes with its text is new, or is checked against the text that the pool has.
     with_text = {f"observations[{i}]": item for i, item in enumerate(body.observations) if item.text is not None}
     new = None
@@ -194,7 +213,7 @@ def _append_known(
         request_hash=None if body.request_id is None else observed_hash(body),
         selection_id=body.selection_id,
     )
-    return services.store.append_observations(run.id, outcomes, new=new, now=now())
+    return services.store.append_observations(run.id, outcomes, new=new, known_at=known_at, now=now())
 
 
 def _observed(item: Observation, prompt: int | str) -> NewObservation:
@@ -211,6 +230,7 @@ def _keep_up(services: Services, written: Written) -> None:
         logger.info("run %r: not folded ahead of time: %s", written.run.name, error)
     else:
         live.save_behind(services.store, written.run, now=now())
+        services.tidying.behind(live, written.run, now=now())
     services.run_states.look_at(written.run.name)
 
 
@@ -277,7 +297,7 @@ def _predict_known(live_runs: LiveRuns, run_name: str, bodies: Sequence[PredictR
         a, b, experts = live.mixed_beliefs(run.settings.predictor, indices, steps_n=np.concatenate(steps))
         seen = live.state.attempts_N[indices]
     sizes = {number: bodies[number].group_size or run.settings.group_size for number in parts}
-    intervals = credible_intervals(experts, a, b)
+    intervals = credible_intervals(experts(), a, b)
     told = {size: predictions(ids, a, b, seen, size, intervals) for size in set(sizes.values())}
     for number, part in parts.items():
         reply = PredictReply(
@@ -304,7 +324,7 @@ def _predict(body: PredictRequest, services: Services) -> str:
             asked.b,
             asked.seen,
             body.group_size or run.settings.group_size,
-            credible_intervals(asked.experts, asked.a, asked.b),
+            credible_intervals(asked.experts(), asked.a, asked.b),
         ),
     )
     return reply.model_dump_json()
@@ -328,7 +348,7 @@ def select_batch(body: SelectRequest, services: Dependencies, confirm_step: Conf
             _check_step(body, services, run)
         with services.live_runs.live(run.id).selecting:
             live = services.live_runs.fold(run)  # at least; it holds what was chosen here while this one waited
-            chosen = live.choose(_overlaid(body, run.settings), _request(body, run, live))
+            chosen = live.choose(_overlaid(body, run.settings), partial(_request, body, run, live))
             with phase("reply"):
                 reply = _select_reply(body, run, chosen)
             try:
@@ -406,7 +426,7 @@ def _new_selection(
         step=body.step,
         arguments_hash=arguments_hash,
         reply=reply.model_dump_json(exclude={"run", "replayed"}),
-        prompts=chosen.choice.prompts,
+        prompts=chosen.prompts,
         control_share=run.settings.control_share,
         control=chosen.choice.control,
         a=chosen.a,

@@ -28,7 +28,7 @@ from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.prompts import NO_RATES, NamedRates, RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
-FORMAT = 8
+FORMAT = 9
 BLOCK_FORMAT = 1
 _SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", "float"))
 _ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))
@@ -53,6 +53,7 @@ def to_bytes(state: State) -> bytes:
     header: dict[str, Any] = {"format": FORMAT} | {name: getattr(state, name) for name in _SCALARS}
     header["log_guard"] = state.mixture.log_guard
     header["n_recent"] = len(state.recent_batches)
+    header |= {"group_names": state.group_names, "tellers": state.tellers}
     arrays = {name: getattr(state, name) for name in _ARRAYS} | {"log_weights": state.mixture.log_weights}
     arrays |= {f"recent_{i}": batch for i, batch in enumerate(state.recent_batches)}
     if state.basis is not None:
@@ -95,6 +96,7 @@ def from_bytes(content: bytes) -> State:
 def _state_of(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> State:
     state = State(**{name: header[name] for name in _SCALARS}, **{name: arrays[name] for name in _ARRAYS})
     state.mixture = Mixture(arrays["log_weights"], header["log_guard"])
+    state.group_names, state.tellers = tuple(header["group_names"]), tuple(header["tellers"])
     state.recent_batches = tuple(arrays[f"recent_{i}"] for i in range(header["n_recent"]))
     if "basis" in header:
         parts = {name.removeprefix(_BASIS): array for name, array in arrays.items() if name.startswith(_BASIS)}
@@ -123,6 +125,8 @@ def block_to_bytes(block: RawBlock) -> bytes:
         "numeric": [features and dict(features) for features in block.numeric] if any(block.numeric) else None,
     }
     arrays = {name: getattr(block, name) for name in _BLOCK_ARRAYS}
+    if block.serials_N is not None:
+        arrays["serials_N"] = block.serials_N
     if block.named_rates.names:
         header["rate_names"] = block.named_rates.names
         arrays |= {name: getattr(block.named_rates, name) for name in _RATE_ARRAYS}
@@ -148,6 +152,7 @@ def block_from_bytes(content: bytes) -> RawBlock:
             numeric=tuple(header["numeric"] or (None,) * n),
             **{name: arrays[name] for name in _BLOCK_ARRAYS},
             named_rates=_named_rates(header, arrays),
+            serials_N=arrays.get("serials_N"),
         )
     except Exception as error:  # bytes that were damaged may hold anything
         raise CheckpointUnusable(f"{len(content)} bytes are no packed block: {error!r:.200}") from error

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.regression import FEATURE_STEP
+from evenodds_service.domain.learning.tallies import MAX_GROUPS as SUMMED_GROUPS
 from evenodds_service.domain.prompts import NO_RATES, UNNAMED, FittedPrior, NamedRates, RawBlock, SourceColumns
 
 COMPONENTS = 32
@@ -43,19 +45,28 @@ class Pool:
     Kept in half precision: the features are O(1) and standardised later, and a million prompts must fit.
     """
 
-    def __init__(self, *, surface_width: int, embedding_width: int) -> None:
+    def __init__(
+        self,
+        *,
+        surface_width: int,
+        embedding_width: int,
+        group_names: Sequence[str | None] = (),
+        tellers: Sequence[str] = (),
+    ) -> None:
+        """Without prompts. `group_names` and `tellers` are those that prompts before these brought, in their order."""
         self.n = 0
+        self.n_retired = 0
         self.prompt_ids: list[str] = []
         self.index: dict[str, int] = {}
         self.groups: list[str | None] = []
-        self._group_codes: dict[str | None, int] = {}
+        self._group_codes: dict[str | None, int] = {name: code for code, name in enumerate(group_names)}
         self._codes = np.empty(0, dtype=np.int32)
         self._numeric: list[Mapping[str, float] | None] = []
         self._surface = np.empty((0, surface_width), dtype=np.float16)
         self._embedding = np.empty((0, embedding_width), dtype=np.float16)
         self._prior_rates = np.empty(0, dtype=np.float32)
-        self._told = NO_RATES
-        self._first_told: dict[str, int] = {}  # by who told it: the first prompt
+        self._told = _with_rates(NO_RATES, 0, 0, tuple(tellers))
+        self._first_told = _told_before(tellers)  # by who told it: the first prompt
         self._known: tuple[RateColumns, FloatArray] | None = None
         self._matrix: tuple[Basis, FloatArray, IntArray] | None = None  # with how many rows of each chunk are done
         self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
@@ -134,6 +145,53 @@ class Pool:
             column = self._told.names.index(new.names[i])
             self._told.rates_N_R[here, column] = new.rates_N_R[:, i]
             self._told.attempts_N_R[here, column] = new.attempts_N_R[:, i]
+
+    def retire(self, kept_N: BoolArray) -> None:
+        """Let go of all prompts but these. The others move up; views that were given out stay as they are.
+
+        What the sums of a run know groups by stays, though no prompt of theirs be left: the names of the first
+        `SUMMED_GROUPS`, and who told something.
+
+        Args:
+            kept_N: One for each prompt.
+        """
+        n = len(kept_N)
+        if n != self.n:
+            raise ValueError(f"{n} prompts to keep or not, the pool has {self.n}")
+        codes = self._codes[:n][kept_N]
+        names, used = tuple(self._group_codes), set(np.unique(codes).tolist())
+        left = [code for code in range(len(names)) if code < SUMMED_GROUPS or code in used]
+        renamed = np.zeros(len(names), dtype=np.int32)
+        renamed[left] = np.arange(len(left))
+        self._group_codes = {names[code]: i for i, code in enumerate(left)}
+        self._codes = renamed[codes]
+        self.prompt_ids = list(compress(self.prompt_ids[:n], kept_N))
+        self.index = {prompt_id: row for row, prompt_id in enumerate(self.prompt_ids)}
+        self.groups = list(compress(self.groups[:n], kept_N))
+        self._numeric = list(compress(self._numeric[:n], kept_N))
+        self._surface, self._embedding = self._surface[:n][kept_N], self._embedding[:n][kept_N]
+        self._prior_rates = self._prior_rates[:n][kept_N]
+        self._first_told = _told_before(self.all_tellers)
+        if self._told.names:
+            told = self._told
+            self._told = NamedRates(told.names, told.rates_N_R[:n][kept_N], told.attempts_N_R[:n][kept_N])
+        if self._known is not None:
+            columns, known = self._known
+            self._known = (columns, known[kept_N[: len(known)]])
+        if self._matrix is not None:
+            self._matrix = _compressed(*self._matrix, kept_N)
+        version, fitted = self._fitted
+        self._fitted = (version, {name: prior.rows(kept_N[: len(prior.means_N)]) for name, prior in fitted.items()})
+        self._sources = {
+            version: shown.kept(kept_N[: len(shown.log_odds_N_C)]) for version, shown in self._sources.items()
+        }
+        self.n = len(self.prompt_ids)
+        self.n_retired += n - self.n
+
+    @property
+    def all_tellers(self) -> tuple[str, ...]:
+        """Who has told something of any prompt that is or was here, in the order of the first."""
+        return tuple(name for _, name in sorted((first, name) for name, first in self._first_told.items()))
 
     def view(self, basis: Basis | None) -> Pool:
         """The pool as it stands, for whoever reads at length while it grows and takes other priors. Copies nothing."""
@@ -221,7 +279,7 @@ class Pool:
         knows = np.asarray(np.isfinite(self.told(columns.names, slice(0, n)).rates_N_R).any(axis=1))
         sources = self._sources.get(columns.version)
         if sources is not None:
-            knows[: len(sources.log_odds_N_C)] = True
+            knows |= np.isfinite(sources.rows(slice(0, n), n)[:, 0])
         return knows
 
     def inputs(self, columns: RateColumns, rows: IntArray | slice) -> FloatArray:
@@ -261,6 +319,24 @@ class Pool:
         done_K[missing] = np.minimum(_CHUNK, self.n - _CHUNK * missing)
         self._matrix = (basis, x_N_d, done_K)
         return x_N_d[: self.n]
+
+
+def _told_before(tellers: Sequence[str]) -> dict[str, int]:
+    """Each before any prompt that is here."""
+    return {name: i - len(tellers) for i, name in enumerate(tellers)}
+
+
+def _compressed(
+    basis: Basis, x_N_d: FloatArray, done_K: IntArray, kept_N: BoolArray
+) -> tuple[Basis, FloatArray, IntArray]:
+    """The projected features of those that are kept. A chunk is done as far as its first rows are."""
+    n = min(len(x_N_d), len(kept_N))
+    rows = np.arange(n)
+    done_n = (rows % _CHUNK < done_K[rows // _CHUNK])[kept_N[:n]]
+    x_n_d = x_N_d[:n][kept_N[:n]]
+    chunks = np.zeros((-(-len(x_n_d) // _CHUNK), _CHUNK), dtype=np.int64)
+    chunks.reshape(-1)[: len(done_n)] = done_n
+    return basis, x_n_d, np.minimum.accumulate(chunks, axis=1).sum(axis=1)
 
 
 def _of_width(values_n_D: FloatArray, width: int, *, what: str) -> FloatArray:

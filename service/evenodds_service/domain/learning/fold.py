@@ -6,6 +6,8 @@ state of a million prompts is too large to copy per call; the owner of a state s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from evenodds_service.domain import exact
@@ -34,8 +36,8 @@ from evenodds_service.domain.learning.regression import (
     effective_count,
     further_count,
 )
-from evenodds_service.domain.learning.state import State, _grow, present
-from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.learning.state import State, _grow, _without, present, rows_of_serials
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, RetireEntry, SelectEntry, SnapshotEntry
 
 REGRESSION_KEEP = 0.98
 CALIBRATION_KEEP = 0.95
@@ -59,7 +61,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     """Fold the next log entry into the state, in place, and return it.
 
     Args:
-        pool: Holds at least the prompts that the entry speaks of.
+        pool: Holds at least the prompts that the entry speaks of. Those that it retires leave the pool too.
 
     Raises:
         ValueError: the entry is not the next one, or names a prompt that the pool does not have at this position.
@@ -67,16 +69,20 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     if entry.position != state.position + 1:
         raise ValueError(f"log entry {entry.position} does not follow position {state.position}")
     if isinstance(entry, PoolEntry):
-        _grow(state, entry.n_prompts)
+        _grow(state, entry.n_prompts, at=entry.at)
         _ensure_basis(state, pool)
         _ensure_columns(state, pool)
         _admit(state, pool)
     elif isinstance(entry, ObserveEntry):
-        _known(state, entry.prompts)
-        _observe(state, entry, pool)
+        _observe(state, replace(entry, prompts=_rows(state, entry.prompts)), pool)
     elif isinstance(entry, SelectEntry):
-        _known(state, entry.prompts)
-        _select(state, entry, pool)
+        _select(state, replace(entry, prompts=_rows(state, entry.prompts)), pool)
+    elif isinstance(entry, RetireEntry):
+        kept_N = np.ones(state.n_prompts, dtype=np.bool_)
+        kept_N[_rows(state, entry.prompts)] = False
+        pool.retire(kept_N)
+        state.group_names, state.tellers = pool.group_names, pool.all_tellers
+        _without(state, kept_N)
     elif isinstance(entry, SnapshotEntry):
         state.model_version = entry.version
         _take_sources(state, pool)
@@ -87,10 +93,13 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     return state
 
 
-def _known(state: State, prompts: IntArray) -> None:
-    unknown = prompts[(prompts < 0) | (prompts >= state.n_prompts)]
-    if len(unknown):
-        raise ValueError(f"a log entry names prompt {int(unknown[0])}, the pool has {state.n_prompts}")
+def _rows(state: State, prompts: IntArray) -> IntArray:
+    """Where the prompts that an entry names stand in the pool."""
+    rows = rows_of_serials(state, prompts)
+    if (rows < 0).any():
+        had = f" and had {state.n_retired} more" if state.n_retired else ""
+        raise ValueError(f"a log entry names prompt {int(prompts[rows < 0][0])}, the pool has {state.n_prompts}{had}")
+    return rows
 
 
 def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
@@ -160,6 +169,7 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
     before = _MEMORIES_L[_SHORTEST] * (own[_SHORTEST] + lost[_SHORTEST])
     arrived = _arrive(state, entry.selection_step, prompts)
     _remember(state, entry.step, prompts, k, counts, arrived)
+    state.touched_N[prompts] = np.maximum(state.touched_N[prompts], entry.at)
     worth = effective_count(counts)
     state.running_successes += float((worth * (k / counts)).sum())
     state.running_counts += float(worth.sum())

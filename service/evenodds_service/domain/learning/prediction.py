@@ -6,6 +6,7 @@ Reads a state and never changes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -169,13 +170,13 @@ def beliefs_of(
 
 def mixed_beliefs_of(
     state: State, pool: Pool, indices: IntArray, *, steps_n: IntArray | None = None
-) -> tuple[FloatArray, FloatArray, Experts]:
-    """As `beliefs_of`, with the experts whose mixture (a, b) sum up."""
+) -> tuple[FloatArray, FloatArray, Callable[[], Experts]]:
+    """As `beliefs_of`, and a call that tells the experts whose mixture (a, b) sum up: few ask for them."""
     weights = state.mixture.kept()
     inputs = _inputs(
         state, pool, indices, state.head_step if steps_n is None else steps_n, np.asarray(weights.any(axis=(1, 2)))
     )
-    return *mixture.predict(weights, *inputs), mixture.experts(weights, *inputs)
+    return *mixture.predict(weights, *inputs), partial(mixture.experts, weights, *inputs)
 
 
 def _inputs(
@@ -193,7 +194,7 @@ def new_prompt_beliefs(
     told: NamedRates,
     fitted: Mapping[str, FittedPrior],
     shown_n_S: FloatArray | None = None,
-) -> tuple[FloatArray, FloatArray, Experts]:
+) -> tuple[FloatArray, FloatArray, Callable[[], Experts]]:
     """The `gps` belief about prompts outside the pool, as `mixed_beliefs_of`.
 
     Args:
@@ -208,7 +209,7 @@ def new_prompt_beliefs(
     means_C_n, scales_C_n, _ = shared_priors(state, x_n_d, told.rates_N_R[:, 0], fitted, wanted, known_n_c=known)
     none = np.zeros((len(MEMORIES), len(told.rates_N_R)), dtype=np.float32)
     inputs = (means_C_n, none, none, scales_C_n)
-    return *mixture.predict(weights, *inputs), mixture.experts(weights, *inputs)
+    return *mixture.predict(weights, *inputs), partial(mixture.experts, weights, *inputs)
 
 
 def _priors_of(

@@ -7,6 +7,7 @@ argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -32,8 +33,8 @@ Beliefs: TypeAlias = tuple[FloatArray, FloatArray]
 """Parameters a and b of Beta distributions of success rates, float64 [n] each."""
 
 
-MixedBeliefs: TypeAlias = tuple[FloatArray, FloatArray, Experts]
-"""Beliefs, and the mixture that they sum up."""
+MixedBeliefs: TypeAlias = tuple[FloatArray, FloatArray, Callable[[], Experts]]
+"""Beliefs, and a call that tells the mixture that they sum up."""
 
 Fitted: TypeAlias = Callable[[FloatArray | None], Mapping[str, FittedPrior]]
 
@@ -72,7 +73,7 @@ class Predictor(Protocol):
     ) -> MixedBeliefs:
         """As `beliefs`, with the experts behind them: one, where nothing is mixed."""
         a, b = self.beliefs(state, pool, indices, steps_n=steps_n)
-        return a, b, Experts.alone(a, b)
+        return a, b, partial(Experts.alone, a, b)
 
     def new_beliefs(
         self, state: State, block: RawBlock, fitted: Fitted, shown_n_S: FloatArray | None = None
@@ -85,7 +86,7 @@ class Predictor(Protocol):
             shown_n_S: As in `new_prompt_beliefs`.
         """
         a, b = _flat(len(block.prompt_ids))
-        return a, b, Experts.alone(a, b)
+        return a, b, partial(Experts.alone, a, b)
 
 
 class Gps(Predictor):
@@ -133,7 +134,7 @@ class GpsPaper(Predictor):
     ) -> MixedBeliefs:
         prior = fitted(None).get(PAPER)
         a, b = _flat(len(block.prompt_ids)) if prior is None else self._of(prior)
-        return a, b, Experts.alone(a, b)
+        return a, b, partial(Experts.alone, a, b)
 
     @staticmethod
     def _of(prior: FittedPrior) -> Beliefs:

@@ -33,6 +33,11 @@ class State:
         others_nats, others_counts: By how much the mixture foresaw outcomes better than it would have without what
             others showed, in nats, and over how many prompts.
         misled_since: Step since which the others' weights have vanished; -1 where they have not.
+        n_prompts, n_retired: Prompts of the pool, N, and those that were in it.
+        serials_N: The index that each prompt has in the log for ever, rising; axis N is the pool as it is now.
+        touched_N: When its last outcome came, or itself, in seconds since 1970.
+        group_names, tellers: Of the pool in their order at the last retirement: what a pool of those who are left would
+            not know.
         successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
@@ -49,6 +54,7 @@ class State:
 
     position: int = 0
     n_prompts: int = 0
+    n_retired: int = 0
     head_step: int = -1
     n_observations: int = 0
     model_version: int = 0
@@ -66,6 +72,10 @@ class State:
     others_nats: float = 0.0
     others_counts: int = 0
     misled_since: int = -1
+    group_names: tuple[str | None, ...] = ()
+    tellers: tuple[str, ...] = ()
+    serials_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    touched_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     successes_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     failures_L_N: FloatArray = field(default_factory=lambda: np.zeros((len(MEMORIES), 0), np.float32))
     attempts_N: FloatArray = field(default_factory=lambda: np.zeros(0))
@@ -108,12 +118,38 @@ def _copied(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, Mixture | _COUNTED) else value
 
 
-def _grow(state: State, n_prompts: int) -> None:
+def _grow(state: State, n_prompts: int, *, at: int) -> None:
+    """Make room for those that came at this time: `n_prompts` have come in all."""
+    before, n_prompts = state.n_prompts, n_prompts - state.n_retired
     for name in ("successes_L_N", "failures_L_N", "attempts_N", "visits_N", "selected_N"):
         setattr(state, name, _grown(getattr(state, name), n_prompts, fill=0))
-    for name in ("last_step_N", "last_selected_N", "outstanding_step_N"):
+    for name in ("last_step_N", "last_selected_N", "outstanding_step_N", "serials_N", "touched_N"):
         setattr(state, name, _grown(getattr(state, name), n_prompts, fill=-1))
+    state.serials_N[before:] = np.arange(before, n_prompts) + state.n_retired
+    state.touched_N[before:] = at
     state.n_prompts = n_prompts
+
+
+def rows_of_serials(state: State, serials: IntArray) -> IntArray:
+    """Where the prompts of these indices of the log stand at present, -1 for those that are not in the pool."""
+    if not state.n_retired:
+        return np.where((serials >= 0) & (serials < state.n_prompts), serials, -1)
+    if not state.n_prompts:
+        return np.full(len(serials), -1, dtype=np.int64)
+    rows = np.minimum(np.searchsorted(state.serials_N, serials), state.n_prompts - 1)
+    return np.where(state.serials_N[rows] == serials, rows, -1)
+
+
+def _without(state: State, kept_N: BoolArray) -> None:
+    """Let go of all rows but these."""
+    moved_N = np.where(kept_N, np.cumsum(kept_N) - 1, -1)
+    for each in fields(state):
+        if each.name.endswith("_N"):
+            setattr(state, each.name, np.ascontiguousarray(getattr(state, each.name)[..., kept_N]))
+    state.recent_batches = tuple(rows[rows >= 0] for rows in (moved_N[batch] for batch in state.recent_batches))
+    state.tallies.move(moved_N)
+    n = int(kept_N.sum())
+    state.n_prompts, state.n_retired = n, state.n_retired + state.n_prompts - n
 
 
 def _grown(array: NDArray[ScalarT], n: int, *, fill: int) -> NDArray[ScalarT]:

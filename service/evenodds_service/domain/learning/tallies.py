@@ -217,6 +217,11 @@ class Tallies:
             is_judged_n=is_judged,
         )
 
+    def move(self, moved_N: IntArray) -> None:
+        """Prompts stand elsewhere from here on; -1 stands for those that are gone, whose outcomes cannot come."""
+        known = self.open_prompts >= 0
+        self.open_prompts = np.where(known, moved_N[np.where(known, self.open_prompts, 0)], -1)
+
     def compare(self, step: int, nats: float, n: int) -> None:
         """Count by how much the mixture foresaw n observations better than MoPPS did."""
         self.skill[self.window(step)] += (nats, n)

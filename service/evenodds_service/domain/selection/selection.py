@@ -90,6 +90,7 @@ class Chosen:
 
     Attributes:
         a, b: Beta parameters of the beliefs, [B].
+        prompts: Their indices in the log, int64 [B]; those of `choice` are places in the pool.
         prompt_ids, groups: Of the prompts, B of each.
         fallback: Why the batch is uniform, if it was to be another.
         outlook: What to expect of a filled one.
@@ -97,6 +98,7 @@ class Chosen:
     """
 
     choice: Choice
+    prompts: IntArray
     a: FloatArray
     b: FloatArray
     prompt_ids: tuple[str, ...]
@@ -192,6 +194,7 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
     prompts = choice.prompts
     return Chosen(
         choice=replace(choice, n_outstanding=int(allowed.waited_for_N[prompts].sum())),
+        prompts=state.serials_N[prompts],
         a=forecasts.a_N[prompts],
         b=forecasts.b_N[prompts],
         prompt_ids=tuple(pool.prompt_ids[i] for i in prompts),

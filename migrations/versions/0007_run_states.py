@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0006_run_states"
-down_revision = "0005_join_key"
+revision = "0007_run_states"
+down_revision = "0006_retention"
 branch_labels = None
 depends_on = None
 
