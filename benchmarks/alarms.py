@@ -1,6 +1,6 @@
 """How soon each planted fault is told, and how often a quiet run raises an alarm.
 
-    python -m benchmarks.alarms [--quiet 1000] [--faulty 40] [--folder FOLDER]      (or EVENODDS_DATA=FOLDER)
+    python -m benchmarks.alarms [--quiet 1000] [--faulty 20] [--folder FOLDER]      (or EVENODDS_DATA=FOLDER)
 
 Simulated runs: prompts in four categories with rates that are piled up near 0 and 1, as recorded ones are; a policy
 that improves slowly and jitters from step to step; forecasts that know a part of the truth, lag two steps behind the
@@ -9,7 +9,7 @@ policy, and are a little too high or low, and over- or underconfident, in each r
 read from: the tallies, the guardrails and the sequential tests of the service. Nothing is fitted, for speed.
 
 With a folder that holds `dsr_sub_rl_trajectory`, the whole fold also chooses and learns from this recorded training
-run: the same faults, and quiet runs, with other chances each time.
+run, its prompts dealt into four categories: the same faults, and quiet runs, with other chances each time.
 
 A fault begins at step 20. The tables count the steps with the fault until its alarm is on; a fault that is not told
 within 25 steps is missed. The limits of the tests were chosen on runs of the whole fold over made-up pools, not on
@@ -24,10 +24,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from benchmarks.worlds import TRAJECTORY, World, open_world
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments
@@ -142,9 +143,9 @@ class Recorded:
     """One run of the whole fold over a recorded training: it chooses, and learns from what comes of it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from benchmarks.worlds import TRAJECTORY, open_world
-
-        self.world = _WORLDS.setdefault(folder, open_world(folder / TRAJECTORY))
+        if folder not in _WORLDS:
+            _WORLDS[folder] = _in_categories(open_world(folder / TRAJECTORY))
+        self.world = _WORLDS[folder]
         self.rng, self.seed = np.random.default_rng([seed, 18]), seed
         self.batch, self.pool = 64, self.world.pool()
         self.state = fold(State(), PoolEntry(1, self.world.n_prompts), self.pool)
@@ -169,7 +170,16 @@ class Recorded:
         fold(self.state, observed, self.pool)
 
 
-_WORLDS: dict[Path, object] = {}
+_WORLDS: dict[Path, World] = {}
+
+
+def _in_categories(world: World) -> World:
+    """The world with its prompts dealt into categories, since the recording has none."""
+    prompts = [
+        prompt.model_copy(update={"category": "abcd"[i % N_CATEGORIES]})
+        for i, prompt in enumerate(world.recording.prompts)
+    ]
+    return replace(world, recording=replace(world.recording, prompts=tuple(prompts)))
 
 
 def _block(n: int, categories: IntArray) -> RawBlock:
@@ -231,7 +241,7 @@ def report_faults(make: Callable[[int], Simulated | Recorded], n: int, what: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quiet", type=int, default=1_000, help="simulated quiet runs")
-    parser.add_argument("--faulty", type=int, default=40, help="simulated runs for each fault")
+    parser.add_argument("--faulty", type=int, default=20, help="simulated runs for each fault")
     parser.add_argument("--recorded", type=int, default=4, help="recorded runs, quiet and for each fault")
     folder = os.environ.get("EVENODDS_DATA")
     parser.add_argument("--folder", type=Path, default=Path(folder) if folder else None)

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.browser import browser
 from benchmarks.latency import service
 from benchmarks.report_speed import BATCH_SIZE, RUN, write
+from sqlalchemy import event
 
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary, Verdict
 from evenodds_service.domain.settings import RunSettings
@@ -42,6 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="evenodds-page-") as folder:
         url = f"sqlite:///{Path(folder) / 'evenodds.db'}"
         engine = open_engine(url)
+        event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
         upgrade(engine)
         write(Store(engine), n_steps)
         write_runs(Store(engine), options.runs)

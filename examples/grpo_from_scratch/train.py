@@ -146,7 +146,7 @@ def train(
         each: Called after each step.
 
     Raises:
-        EvenOddsError: the service did not do its part.
+        EvenOddsError: the service refused the call or did not answer.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -149,7 +149,9 @@ def test_client_and_events_pass_nginx(
             assert any(line.startswith("id: ") for line in lines)
             client.observe("a", 0, [{"prompt_id": "..", "rewards": [1]}])
             assert any('"observations": 1' in line for line in lines)
-        assert httpx.get(f"{address}{prefix}/openapi.json").json()["servers"] == [{"url": prefix}]
+        assert httpx.get(f"{address}{prefix}/openapi.json", timeout=PATIENCE_SECONDS).json()["servers"] == [
+            {"url": prefix}
+        ]
 
 
 @pytest.mark.slow

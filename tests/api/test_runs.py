@@ -312,7 +312,7 @@ def test_runs_are_listed_by_how_they_stand(database_url: str, start_service: Cal
     store = Store(open_engine(database_url))
     for name, summary in states.items():
         service.client.put_run(name, embedder="none")
-        store.save_run_states([(store.run(name).id, 0, summary)], now=now)
+        store.save_run_states([(store.run(name).id, 1_000, summary)], now=now)  # newer than what it finds
     store.close()
 
     def listed(**asked: Any) -> list[str]:

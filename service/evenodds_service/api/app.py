@@ -187,9 +187,11 @@ def _describe(app: FastAPI) -> None:
                 for operation in operations.values():
                     operation["security"] = [{}, *operation.get("security", [])]
                     for response in operation["responses"].values():
-                        schema = response.get("content", {}).get("application/json", {}).get("schema", {})
-                        if schema.get("$ref") == "#/components/schemas/Problem":
-                            response["content"] = {problems.MEDIA_TYPE: response["content"]["application/json"]}
+                        content = response.get("content", {})
+                        refs = {kind.get("schema", {}).get("$ref") for kind in content.values()}
+                        if "#/components/schemas/Problem" in refs:
+                            whole = {name: value for kind in content.values() for name, value in kind.items()}
+                            response["content"] = {problems.MEDIA_TYPE: whole}
         return cast("dict[str, Any]", app.openapi_schema)
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the description

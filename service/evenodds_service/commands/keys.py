@@ -17,7 +17,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     keys = commands.add_parser("keys", help="create, list and revoke API keys")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
     create = actions.add_parser("create", help="create a key and show its secret, once")
-    create.add_argument("name", help="names the key for ever, also in logs")
+    create.add_argument("name", help="name of the key, used in logs; it can never be used again")
     create.add_argument(
         "--scope",
         action="append",
@@ -32,10 +32,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="PATTERN",
         help="run names it may touch, with * and ? (default: all)",
     )
-    create.add_argument("--expires-days", type=positive, metavar="N", help="works for so long only (default: for ever)")
-    create.add_argument("--requests-per-minute", type=positive, metavar="N", help="in each process (default: no limit)")
     create.add_argument(
-        "--max-body-mb", type=positive, metavar="N", help="of one request (default: the service's limit)"
+        "--expires-days", type=positive, metavar="N", help="days until the key expires (default: never)"
+    )
+    create.add_argument(
+        "--requests-per-minute", type=positive, metavar="N", help="limit in each service process (default: none)"
+    )
+    create.add_argument(
+        "--max-body-mb", type=positive, metavar="N", help="largest body of one request (default: the service's limit)"
     )
     create.set_defaults(command=create_key)
     rotate = actions.add_parser("rotate", help="give a key a new secret; the present one works beside it")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `serve`."""
     parser = commands.add_parser("serve", help="run the HTTP service (settings: EVENODDS_* variables)")
-    parser.add_argument("--with-worker", action="store_true", help="run a worker beside it, as a process of its own")
+    parser.add_argument("--with-worker", action="store_true", help="also run a worker, as a separate process")
     parser.set_defaults(command=serve)
 
 

@@ -58,7 +58,7 @@ class Changes:
             n_runs, change = self._store.newest_change()
             return change, json.dumps({"runs": n_runs})
         run = self._store.run(name)
-        state, refits = self._store.run_states([run.id]).get(run.id), self._store.refits(run.id, limit=1)
-        rest = (run.settings, state and state.saved_at, refits and (refits[0].id, refits[0].status))
+        refits = self._store.refits(run.id, limit=1)
+        rest = (run.settings, refits and (refits[0].id, refits[0].status))
         data = {"run": name, "log_position": run.log_position, "observations": run.n_observations}
         return f"{run.id}.{run.log_position}.{crc32(repr(rest).encode()):x}", json.dumps(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 
@@ -13,7 +14,7 @@ from evenodds_service.storage.tables import refits, run_states, runs
 from evenodds_service.storage.transactions import Transactions
 from evenodds_service.storage.values import ListedRun, RunListing, RunSort
 
-_ORDERS: dict[RunSort, tuple[ColumnElement[object], ...]] = {
+_ORDERS: dict[RunSort, tuple[ColumnElement[Any], ...]] = {
     "name": (),
     "alarms": (
         (func.coalesce(run_states.c.verdict, "") == "broken").desc(),
@@ -60,7 +61,7 @@ class ListingMethods(Transactions):
         return counted[0], f"{counted[0]}.{counted[1] or 0}.{counted[2] or 0}.{saved.timestamp() if saved else 0:.6f}"
 
 
-def _selected(listing: RunListing) -> Select[tuple[object, ...]]:
+def _selected(listing: RunListing) -> Select[Any]:
     statement = select(runs).outerjoin(run_states, run_states.c.run_id == runs.c.id)
     if listing.names is not None:
         pattern = re.escape(listing.names).replace(r"\*", ".*").replace(r"\?", ".")
@@ -68,7 +69,7 @@ def _selected(listing: RunListing) -> Select[tuple[object, ...]]:
     if listing.search:
         statement = statement.where(func.lower(runs.c.name).contains(listing.search.lower(), autoescape=True))
     if listing.verdicts:
-        wanted = run_states.c.verdict.in_(listing.verdicts)
+        wanted: ColumnElement[bool] = run_states.c.verdict.in_(listing.verdicts)
         if "no_data" in listing.verdicts:  # also where nobody has looked yet
             wanted = or_(wanted, and_(run_states.c.verdict.is_(None), runs.c.n_observations == 0))
         statement = statement.where(wanted)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ScalarSelect, func, select
+from sqlalchemy import Function, func, select
 
 from evenodds_service.domain.report.alarms import Alarm, Remedy
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
@@ -153,9 +153,12 @@ def _alarms_of(content: str) -> tuple[Alarm, ...]:
     )
 
 
-def _active_at() -> ScalarSelect[datetime]:
-    """When the newest batch of a run was chosen or outcomes were reported; null before any."""
-    return (
+def _active_at() -> Function[datetime]:
+    """When the newest batch of a run was chosen or outcomes were reported; null before any.
+
+    What the state said before stands where the log was compacted since.
+    """
+    newest = (
         select(log.c.created_at)
         .where(log.c.run_id == runs.c.id, log.c.kind.in_(("observe", "select")))
         .order_by(log.c.position.desc())
@@ -163,3 +166,5 @@ def _active_at() -> ScalarSelect[datetime]:
         .correlate(runs)
         .scalar_subquery()
     )
+    before = select(run_states.c.active_at).where(run_states.c.run_id == runs.c.id).correlate(runs).scalar_subquery()
+    return func.coalesce(newest, before)

@@ -77,9 +77,9 @@ class Store(
     ForkMethods,
     KeyMethods,
     DecisionMethods,
+    RetentionMethods,
     RunStateMethods,
     ListingMethods,
-    RetentionMethods,
 ):
     """The store of one database, safe to share between threads.
 

@@ -309,6 +309,14 @@ checkpoints = Table(
 )
 
 
+bases = Table(
+    "bases",
+    metadata,
+    _run_id(),
+    Column("history", LargeBinary, nullable=False),  # observations up to the base, of prompts that were left then
+    PrimaryKeyConstraint("run_id"),
+)
+
 run_states = Table(
     "run_states",
     metadata,
@@ -333,14 +341,6 @@ run_states = Table(
     Column("saved_at", UtcDateTime, nullable=False),
     CheckConstraint("log_position >= 0 AND n_alarms >= 0", name="counts"),
     CheckConstraint("verdict IN ('broken', 'not_helping', 'helping', 'learning', 'no_data')", name="verdict"),
-)
-
-bases = Table(
-    "bases",
-    metadata,
-    _run_id(),
-    Column("history", LargeBinary, nullable=False),  # observations up to the base, of prompts that were left then
-    PrimaryKeyConstraint("run_id"),
 )
 
 

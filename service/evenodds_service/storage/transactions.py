@@ -13,7 +13,7 @@ from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
 from evenodds_service.timing import phase
 
-T = TypeVar("T")
+KeyT = TypeVar("KeyT")
 
 CHUNK = 500
 """Keys in one look-up, well below the limit on parameters of either database."""
@@ -99,7 +99,7 @@ def insert_or_update(connection: Connection, table: Table, *, keys: Sequence[str
     )
 
 
-def chunks(keys: Sequence[T]) -> Iterator[Sequence[T]]:
+def chunks(keys: Sequence[KeyT]) -> Iterator[Sequence[KeyT]]:
     for start in range(0, len(keys), CHUNK):
         yield keys[start : start + CHUNK]
 

@@ -16,6 +16,14 @@ export function clear() {
   charts.clear();
 }
 
+/** Give the chart its focus back that had it before it moved. */
+export function refocus() {
+  for (const made of charts.values()) {
+    if (made.hadFocus) made.box.focus({ preventScroll: true });
+    made.hadFocus = false;
+  }
+}
+
 /** Draw all anew, in the colours of the present theme. */
 export function recolour() {
   for (const chart of charts.values()) build(chart);
@@ -37,6 +45,7 @@ export function chart(label, spec) {
   const known = charts.get(label);
   if (known) {
     known.spec = spec;
+    known.hadFocus = document.activeElement === known.box; // which it loses on its way into the new view
     build(known);
     return known.box;
   }

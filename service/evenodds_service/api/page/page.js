@@ -1,7 +1,7 @@
 // The operator's page: which view the address asks for, what it reads, and how it stays up to date. It reads the service's
 // own HTTP interface and nothing else, by relative paths, so that it works under any prefix.
 
-import { clear, recolour } from "./charts.js";
+import { clear, recolour, refocus } from "./charts.js";
 import { element } from "./elements.js";
 import { follow } from "./live.js";
 import { showPrompt } from "./prompt.js";
@@ -87,8 +87,8 @@ export function replace(...children) {
       input.dispatchEvent(new Event("change"));
     } else input.value = before.value;
   }
-  if (focused && view.contains(focused)) focused.focus({ preventScroll: true }); // a chart, which has moved along
-  else if (key) [...view.querySelectorAll("input, select, button, a, summary")].find((each) => fieldOf(each) === key)?.focus({ preventScroll: true });
+  refocus();
+  if (key) [...view.querySelectorAll("input, select, button, a, summary")].find((each) => fieldOf(each) === key)?.focus({ preventScroll: true });
 }
 
 const fieldOf = (each) => `${each.tagName} ${each.name ?? ""} ${each.type === "checkbox" ? each.value : (each.getAttribute("href") ?? (each.tagName === "BUTTON" ? each.textContent : ""))}`;

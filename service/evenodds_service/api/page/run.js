@@ -47,7 +47,7 @@ function alarmList(run, alarms) {
   if (!alarms?.length) return null;
   return element("ul", { class: "alarms", "aria-label": "Alarms" },
     alarms.map((alarm) => element("li", {},
-      element("strong", {}, `${wordsOf(alarm.code)}${alarm.category ? ` in ${alarm.category}` : ""}`), ` since step ${count(alarm.since_step)}: ${alarm.message}`,
+      element("strong", {}, `${wordsOf(alarm.code)}${alarm.category ? ` in ${alarm.category}` : ""}`), `: ${alarm.message}`,
       alarm.remedy ? remedyButton(run, alarm.remedy) : null)));
 }
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
@@ -42,7 +42,9 @@ LastEvent = Annotated[str, Header(alias="Last-Event-ID", max_length=256, descrip
 WaitSeconds = Annotated[
     float, Query(ge=0, le=_LONGEST_SECONDS, description="end the stream after so long; an hour at most")
 ]
-_STREAM = {200: {"description": "Events", "content": {EventStream.media_type: {"example": _EXAMPLE}}}}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Events", "content": {EventStream.media_type: {"example": _EXAMPLE}}}
+}
 
 
 @router.get("/events", summary="Changes of any run, as they happen", response_class=EventStream, responses=_STREAM)

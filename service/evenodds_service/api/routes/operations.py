@@ -20,13 +20,13 @@ router = APIRouter(responses=UNEXPECTED, tags=["operations"])
 
 @router.get("/healthz", summary="Is the process alive?")
 async def healthz() -> Health:
-    """Answers as long as the process does."""
+    """Answers as long as the process runs."""
     return Health(status="ok")
 
 
 @router.get("/readyz", summary="Can the service answer?", response_model=Health, responses={503: {"model": Health}})
 async def readyz(services: Dependencies) -> JSONResponse:
-    """200 where the database answers and keeps what is written to it, else 503 with the reasons."""
+    """200 if the database answers and keeps what is written to it; otherwise 503 with the reasons."""
     # In the event loop's own threads: the answer does not wait behind requests that wait for the database.
     probe = asyncio.to_thread(services.store.probe)
     try:
@@ -54,9 +54,9 @@ def _unavailable(reason: str) -> JSONResponse:
     },
 )
 async def metrics(services: Dependencies) -> Response:
-    """Requests, latencies and the runs that this process serves, in the Prometheus text format.
+    """Requests and latencies of this process, and how every run stands, in the Prometheus text format.
 
-    Where the database does not answer, without the runs.
+    If the database does not answer, the runs are left out.
     """
     of_runs = asyncio.to_thread(generate_latest, services.run_registry)
     try:

@@ -22,7 +22,8 @@ router = APIRouter(responses=PROBLEMS, tags=["runs"])
 async def refit(run: RunPath, body: RefitRequest, services: Dependencies) -> RefitState:
     """Ask for a refit; a run has at most one that is open, which is returned. A worker (`evenodds work`) does it.
 
-    With `wait_seconds` the reply comes when the refit has ended, or as it stands when the time is up.
+    With `wait_seconds`, the reply comes when the refit has ended. If the time is up before, it shows the refit as it
+    stands.
     """
     stored = await run_in_threadpool(services.store.run, run)
     asked = await run_in_threadpool(lambda: services.store.request_refit(stored.id, now=now()))

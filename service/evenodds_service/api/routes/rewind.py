@@ -14,12 +14,12 @@ router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 @router.post("/runs/{run}/rewind", summary="Forget what came after a step")
 def rewind(run: RunPath, body: RewindRequest, services: Dependencies) -> Voided:
-    """Forget every observation and selection with a step above `step`: the trainer restarted from its checkpoint.
+    """Forget every observation and selection with a step above `step`, after a trainer restarted from its checkpoint.
 
-    The run stands as if none of it had happened; prompts stay in the pool. A step above may be selected and reported
-    anew, under the same request ids too. Outcomes for a selection that was forgotten are refused (409). With an
-    `incarnation`, what the restarted trainer itself has reported already is kept, and what an older one still reports
-    of such steps is refused (409), without a selection too.
+    The run then stands as if none of it had happened. Prompts stay in the pool. A step above may be selected and
+    reported anew, also under the same request ids. Outcomes for a selection that was forgotten are refused (409). With
+    an `incarnation`, what the restarted trainer itself has already reported is kept, and what an older one still
+    reports for these steps is refused (409), also without a selection.
     """
     run_id = services.store.run(run).id
     voided = services.store.rewind(run_id, step=body.step, incarnation=body.incarnation, now=now())
@@ -30,10 +30,10 @@ def rewind(run: RunPath, body: RewindRequest, services: Dependencies) -> Voided:
 
 @router.post("/runs/{run}/retract", summary="Drop observations")
 def retract(run: RunPath, body: RetractRequest, services: Dependencies) -> Voided:
-    """Drop the observations that fulfil every condition, because a verifier was down, say. Selections stay.
+    """Drop the observations that meet every condition, for example those of the steps when a verifier was down.
 
-    The run stands as if they had never been reported. A report that was dropped whole may be sent again under its
-    request id.
+    Selections stay. The run then stands as if the observations had never been reported. A report that was dropped
+    whole may be sent again under its request id.
     """
     if body.prompt_ids is None:
         stored, prompts = services.store.run(run), None

@@ -104,11 +104,11 @@ def observe(
     response: Response,
     confirm_step: ConfirmStep = False,
 ) -> ObserveReply:
-    """Append outcomes to the run's log. All or nothing; with a `request_id` the call may be repeated safely.
+    """Append outcomes to the run's log, all of them or none. With a `request_id`, the call may be repeated safely.
 
-    An attempt that failed or timed out for other reasons than the policy is left out of `attempts`. Outcomes may come
-    late, out of order, in several calls, and for prompts that the selection did not choose: each counts at its `step`.
-    A gateway may report by the `decision_id` of a budget instead, within 24 hours.
+    Leave out of `attempts` what failed or timed out for a reason other than the policy. Outcomes may come late, out of
+    order, in several calls, and for prompts that the selection did not choose. Each counts at its `step`. Instead of a
+    run and a step, a gateway may send the `decision_id` of a budget, within 24 hours.
     """
     if isinstance(body, VerdictRequest):
         body = _by_decision(body, services)
@@ -340,11 +340,11 @@ def _predict(body: PredictRequest, services: Services) -> str:
 
 @router.post("/select_batch", summary="Choose the prompts of a step", response_model=SelectReply, responses=REPLAYABLE)
 def select_batch(body: SelectRequest, services: Dependencies, confirm_step: ConfirmStep = False) -> Response:
-    """Choose and record a batch. The same (run, step) and arguments return the same batch, other arguments 409.
+    """Choose a batch and record it. The same run, step and arguments return the same batch; other arguments give 409.
 
-    Prompts that earlier selections chose and whose outcomes have not come within `lease_steps` are left out, unless
-    `allow_outstanding` is set or too few others remain: then those waited for the longest are chosen again, and
-    `outstanding` says how many. Steps may be chosen in any order.
+    A prompt that an earlier selection chose is left out while its outcome is awaited, for `lease_steps` steps at most.
+    With `allow_outstanding`, or if too few other prompts remain, the prompts that were awaited the longest are chosen
+    again, and `outstanding` says how many they are. Steps may be chosen in any order.
     """
     arguments_hash = selected_hash(body)
     replayed, recorded = True, None

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.tallies import LIFT_COLUMNS, Tallies
 from evenodds_service.domain.report.intervals import Proportion, Z, difference, ratio
@@ -97,8 +99,8 @@ def _saving(tallies: Tallies, windows: Sequence[int]) -> tuple[float | None, _En
 def alive(tallies: Tallies, windows: Sequence[int]) -> list[int]:
     """Those of these windows in which some group of a selection with a control arm was informative."""
     informative = [LIFT_COLUMNS.index(f"{arm}_informative") for arm in ("policy", "control")]
-    found = (tallies.lift[:, informative] > 0.0).any(axis=1).tolist()
-    return [w for w in windows if found[w]]
+    found = np.flatnonzero((tallies.lift[:, informative] > 0.0).any(axis=1)).tolist()
+    return [w for w in windows if w in found]
 
 
 def judged_windows(tallies: Tallies, windows: Sequence[int], *, controls: int = JUDGED_CONTROLS) -> list[int]:
