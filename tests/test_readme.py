@@ -69,13 +69,13 @@ def test_the_gateways_function_answers_and_reports(service: Service) -> None:
     exec(program, names)  # the README's own function
 
     async def answer() -> object:
-        async with GatewayBudget(service.base_url, run="served", deadline_ms=10_000) as budgets:
+        async with GatewayBudget(service.base_url, run="readme-served", deadline_ms=10_000) as budgets:
             return await names["answer"](budgets, "What is 3 + 4?")  # type: ignore[operator]  # the README defines it
 
     with Client(service.base_url) as client:
-        client.put_run("served")
+        client.put_run("readme-served")
         assert asyncio.run(answer()) == "7"
-        run = client.run("served")
+        run = client.run("readme-served")
 
     assert efforts != [None]
     assert (run.observations, run.head_step) == (1, 3)

@@ -23,6 +23,7 @@ from evenodds_service.domain.budgets.allocation import attempts_at_price, solve_
 from evenodds_service.domain.budgets.pricing import MOST_REQUESTS, Traffic
 from evenodds_service.domain.distributions import mean_and_std
 from evenodds_service.domain.learning.predictors import PREDICTORS
+from evenodds_service.domain.prompts import text_to_read
 from evenodds_service.domain.retention import SERVED_PROMPTS
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, BudgetPolicy
 from evenodds_service.errors import DeadlinePassed, PolicyUnknown, StoreError, UnknownPrompts
@@ -355,4 +356,5 @@ def _is_light(run: Run, questions: Sequence[_Question]) -> bool:
     settings = run.settings
     if PREDICTORS[settings.predictor].is_published or settings.embedder not in (None, BUILTIN, CALLER, NO_EMBEDDER):
         return False
-    return sum(len(question.prompt.text or "") for question in questions) <= _LIGHT_CHARACTERS
+    prompts = (question.prompt for question in questions)
+    return sum(len(text_to_read(prompt.text, prompt.answer)) for prompt in prompts) <= _LIGHT_CHARACTERS

@@ -131,8 +131,11 @@ class Featurizer:
         prompts: list[NewPrompt] = []
         vectors: list[Vector] = []
         texts: dict[str, str] = {}
-        for item in items:
+        answers_n_A = _answers(items).astype(np.float16)  # as a pool keeps them: the same however often they are stored
+        for row, item in enumerate(items):
             prompt = new_prompt(item)
+            if item.answer is not None:
+                prompt = replace(prompt, answer_features=tuple(answers_n_A[row].tolist()))
             if prompt.prompt_id in known:
                 prompts.append(prompt)
                 continue
@@ -242,15 +245,7 @@ def new_prompt(item: PromptLike) -> NewPrompt:
         prior_rate=item.prior_rate,
         prior_rates=_known_rates(item.prior_rates),
         answer=item.answer,
-        answer_features=_features_of(item.answer),
     )
-
-
-def _features_of(answer: Answer) -> tuple[float, ...] | None:
-    """In the precision in which a pool keeps them, so that they are the same however often they are stored."""
-    if answer is None:
-        return None
-    return tuple(answer_features([answer_text(answer)])[0].astype(np.float16).tolist())
 
 
 def _answers(items: Sequence[PromptLike]) -> FloatArray:

@@ -264,7 +264,7 @@ def test_what_learning_from_others_adds_is_said_with_its_interval_and_what_it_as
     run = logged(log)
     rows = [{"text": prompt.text, "pass_rate": 0.5} for prompt in run.prompts[:48]]
     sources = read_sources([written.write_lines(tmp_path / "rates.jsonl", rows)], Wishes(), Tally())
-    replayed = Replayed({"gps": chosen(9)[:1] * 2, LEARNING: chosen(n_informative)[:1] * 2}, sources)
+    replayed = Replayed({"gps": chosen(9)[:1] * 2, LEARNING: chosen(n_informative)[:1] * 2}, sources, sources)
     run = replace(run, steps=tuple(run.steps[i % len(run.steps)] for i in range(25)))
 
     lines = "\n".join(text(run, replayed, share=0.5))
@@ -285,7 +285,7 @@ def test_where_learning_from_others_cannot_be_told_the_answer_says_why(log: Path
     reasons = [str(sources[0].cannot_tell(run))]
     run = replace(run, steps=tuple(run.steps[i % len(run.steps)] for i in range(25)))
 
-    lines = "\n".join(text(run, Replayed({"gps": chosen(9)}, sources, reasons), share=0.5))
+    lines = "\n".join(text(run, Replayed({"gps": chosen(9)}, sources, cannot_tell=reasons), share=0.5))
 
     assert (
         "With learn_from, this log cannot tell: few.jsonl has outcomes of 9 prompts; at least 16 are needed." in lines

@@ -31,17 +31,14 @@ class Replayed:
     Attributes:
         runs: By predictor, what was chosen with each seed; nothing where the log cannot tell.
         sources: What was named to learn from.
+        used: Those of them that were learned from.
         cannot_tell: Why nothing, or less, can be told of learning from them.
     """
 
     runs: Mapping[str, Sequence[ChosenSteps]]
     sources: Sequence[ReadSource] = ()
+    used: Sequence[ReadSource] = ()
     cannot_tell: Sequence[str] = ()
-
-    @property
-    def used(self) -> list[ReadSource]:
-        """The sources that were learned from."""
-        return [source for source in self.sources if not any(source.name in reason for reason in self.cannot_tell)]
 
     @cached_property
     def gain(self) -> tuple[float, tuple[float, float]] | None:

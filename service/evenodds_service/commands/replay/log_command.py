@@ -78,8 +78,9 @@ def _replayed(
 ) -> Replayed:
     """What each predictor chose, a replay for each seed; and gps once more, learning from the sources."""
     runs: dict[str, list[ChosenSteps]] = {one.name: [] for one in contenders}
-    cannot_tell = [reason for source in sources if (reason := source.cannot_tell(logged)) is not None]
-    used = [source for source in sources if source.cannot_tell(logged) is None]
+    reasons = [source.cannot_tell(logged) for source in sources]
+    cannot_tell = [reason for reason in reasons if reason is not None]
+    used = [source for source, reason in zip(sources, reasons, strict=True) if reason is None]
     if used:
         contenders = [*contenders, replace(CONTENDERS["gps"], name=LEARNING)]
         runs[LEARNING] = []
@@ -123,4 +124,4 @@ def _replayed(
     if used and len(runs[LEARNING]) < options.seeds:
         del runs[LEARNING]
         cannot_tell.append("no worker was running, and a worker is what reads other runs: evenodds serve --with-worker")
-    return Replayed(runs, sources, cannot_tell)
+    return Replayed(runs, sources, used, cannot_tell)
