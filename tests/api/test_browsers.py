@@ -267,7 +267,7 @@ def test_a_real_browser_lets_a_page_of_another_port_neither_write_nor_read(
     before, refused_before = caller.state(), refused()
     address = service.base_url.replace("127.0.0.1", host)
     (tmp_path / "attack.html").write_text(ATTACK.replace("SERVICE", address).replace("RUN", caller.run))
-    with browser() as tab, served_from_another_port(tmp_path) as origin:
+    with served_from_another_port(tmp_path) as origin, browser() as tab:  # which ends first, with its connections
         # The service's own page may read: what is refused below is refused for its origin.
         tab.open(f"{address}/#/runs/{caller.run}")
         tab.until("document.body?.innerText.includes('No data')")

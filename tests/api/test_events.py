@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 from tests.waiting import until
 
+from evenodds_service.api.middleware.request_body import RequestBodyLimit
 from evenodds_service.api.routes import events
 
 if TYPE_CHECKING:
@@ -83,6 +86,32 @@ def test_silence_is_filled(caller: Caller, service: Service, monkeypatch: pytest
         told = [next(blocks) for _ in range(3)]
 
     assert ["event" in block for block in told] == [False, True, False]
+
+
+def test_a_stream_goes_on_for_longer_than_a_body_may_take() -> None:
+    """The wait for the listener's leaving is no wait for a body."""
+
+    async def received() -> Message:
+        messages: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(0.05)
+            return {"type": "http.disconnect"}
+
+        found: list[Message] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            found.extend([await receive(), await receive()])
+
+        async def send(message: Message) -> None: ...
+
+        limit = RequestBodyLimit(app, max_bytes=10, max_bytes_together=10, grace_seconds=0.01)
+        await limit({"type": "http", "headers": []}, receive, send)
+        return found[-1]
+
+    assert asyncio.run(received()) == {"type": "http.disconnect"}
 
 
 @one_backend

@@ -107,10 +107,13 @@ class _Body:
         self._unpacking = _Unpacking() if self._encoding in _GZIP else None
         self._n_bytes = 0
         self._is_arriving = True
+        self._is_whole = False
         if self._unpacking is not None:
             del headers["content-encoding"], headers["content-length"]
 
     async def receive(self) -> Message:
+        if self._is_whole and self._unpacking is None:  # what comes now is the caller's leaving, however late
+            return await self._receive()
         if self._encoding not in ("", "identity", *_GZIP):
             detail = f"body: Content-Encoding {self._encoding!r} is unknown here: send it plain, or with gzip"
             raise HTTPException(415, detail, headers={"Accept-Encoding": "gzip"})
@@ -163,7 +166,7 @@ class _Body:
             piece = message.get("body", b"")
             rate = LEAST_BYTES_PER_SECOND if self.max_bytes is not None else LEAST_BYTES_PER_SECOND_OF_A_STREAM
             self._wait_seconds += len(piece) / rate - (time.monotonic() - started)
-            is_last = not message.get("more_body", False)
+            self._is_whole = is_last = not message.get("more_body", False)
             if not pieces and (is_last or len(piece) >= _LEAST_PIECE_BYTES):
                 return message
             pieces += piece
