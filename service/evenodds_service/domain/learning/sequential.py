@@ -146,7 +146,7 @@ def bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
     """
     forecast_n = np.clip(forecast_n, _LEAST_FORECAST, 1.0 - _LEAST_FORECAST)
     q, r = _with_odds(forecast_n, _TOLERATED), _with_odds(forecast_n, _ALTERNATIVE)
-    return 1.0 + (q - outcome_n) * (q - r) / (q * (1.0 - q))
+    return np.asarray(1.0 + (q - outcome_n) * (q - r) / (q * (1.0 - q)))
 
 
 def flip_bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
@@ -159,7 +159,7 @@ def flip_bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
         return np.ones(len(forecast_n))
     x = np.clip(forecast_n - forecast_n.sum() / len(forecast_n), -_FLIP_FORECAST, _FLIP_FORECAST)
     y = np.clip(outcome_n - outcome_n.sum() / len(outcome_n), -_FLIP_OUTCOME, _FLIP_OUTCOME)
-    return 1.0 - _FLIP_BET * (x * y + _FLIP_TOLERATED * x * x)
+    return np.asarray(1.0 - _FLIP_BET * (x * y + _FLIP_TOLERATED * x * x))
 
 
 def _with_odds(chance: FloatArray, factor: float) -> FloatArray:
