@@ -77,15 +77,16 @@ class Watch:
         if not len(used):
             return
         rate, forecast = met.rate_n[used], met.rate_forecast_n[used]
-        nats_n_T, sums_n_T = np.zeros((len(used), 4)), np.zeros((len(used), 4, 3))
-        nats_n_T[:, LOW] = bets(forecast, rate)
-        nats_n_T[:, HIGH] = bets(1.0 - forecast, 1.0 - rate)
-        nats_n_T[:, FLIPPED] = flip_bets(forecast, rate)
+        factors_n_T, sums_n_T = np.ones((len(used), 4)), np.zeros((len(used), 4, 3))
+        factors_n_T[:, LOW] = bets(forecast, rate)
+        factors_n_T[:, HIGH] = bets(1.0 - forecast, 1.0 - rate)
+        factors_n_T[:, FLIPPED] = flip_bets(forecast, rate)
         sums_n_T[:, (LOW, HIGH, FLIPPED)] = np.column_stack((np.ones(len(used)), forecast, rate))[:, None]
         scored = np.flatnonzero(met.is_scored_n[used])
         outcome, chance = met.informative_n[used][scored].astype(np.float64), met.informative_forecast_n[used][scored]
-        nats_n_T[scored, DULL] = bets(chance, outcome)
+        factors_n_T[scored, DULL] = bets(chance, outcome)
         sums_n_T[scored, DULL] = np.column_stack((np.ones(len(scored)), chance, outcome))
+        nats_n_T = exact.log(factors_n_T)
 
         rows = 1 + self._rows(groups_n[used])
         nats, sums = np.zeros(self.nats.shape), np.zeros(self.sums.shape)
@@ -137,7 +138,7 @@ def tolerated(chance: FloatArray) -> FloatArray:
 
 
 def bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
-    """Log factors of bets that outcomes in [0, 1] are lower than forecast, [n].
+    """Factors of bets that outcomes in [0, 1] are lower than forecast, positive, [n].
 
     With q the tolerated forecast and r the alternative, the factor is 1 + (q - y) (q - r) / (q (1 - q)): the likelihood
     ratio of r against q for outcomes of 0 and 1, and linear between. Its mean is at most 1 where that of y is at least
@@ -145,20 +146,20 @@ def bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
     """
     forecast_n = np.clip(forecast_n, _LEAST_FORECAST, 1.0 - _LEAST_FORECAST)
     q, r = _with_odds(forecast_n, _TOLERATED), _with_odds(forecast_n, _ALTERNATIVE)
-    return exact.log(1.0 + (q - outcome_n) * (q - r) / (q * (1.0 - q)))
+    return np.asarray(1.0 + (q - outcome_n) * (q - r) / (q * (1.0 - q)))
 
 
 def flip_bets(forecast_n: FloatArray, outcome_n: FloatArray) -> FloatArray:
-    """Log factors of bets that outcomes fall where forecasts rise, within what was reported together, [n].
+    """Factors of bets that outcomes fall where forecasts rise, within what was reported together, positive, [n].
 
     With x and y the forecast and the outcome, each less its mean, the factor is 1 - s (x y + t x^2): its mean is at
-    most 1 where the slope of y on x is at least -t. All 0 where fewer than eight are compared.
+    most 1 where the slope of y on x is at least -t. All 1 where fewer than eight are compared.
     """
     if len(forecast_n) < _LEAST_FLIPPED:
-        return np.zeros(len(forecast_n))
+        return np.ones(len(forecast_n))
     x = np.clip(forecast_n - forecast_n.sum() / len(forecast_n), -_FLIP_FORECAST, _FLIP_FORECAST)
     y = np.clip(outcome_n - outcome_n.sum() / len(outcome_n), -_FLIP_OUTCOME, _FLIP_OUTCOME)
-    return exact.log(1.0 - _FLIP_BET * (x * y + _FLIP_TOLERATED * x * x))
+    return np.asarray(1.0 - _FLIP_BET * (x * y + _FLIP_TOLERATED * x * x))
 
 
 def _with_odds(chance: FloatArray, factor: float) -> FloatArray:
