@@ -38,8 +38,8 @@ class Settings(BaseModel):
     allowed_origins: str | None = Field(
         default=None, description="origins (https://host:port) whose web pages may call, separated by commas"
     )
-    root_path: str = Field(
-        default="",
+    root_path: str | None = Field(
+        default=None,
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",
         description="path under which a proxy shows the service, such as /evenodds, whether it takes it off or not",
     )

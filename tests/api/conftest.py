@@ -57,9 +57,9 @@ class Caller:
         return predictions
 
     def state(self) -> dict[str, Any] | None:
-        """The run as it stands; None where there is none."""
+        """The run as it stands; None where there is none. When it was last active is saved behind the calls."""
         reply = self.http.get(f"/runs/{self.run}")
-        return None if reply.status_code == 404 else dict(reply.json())
+        return None if reply.status_code == 404 else {**reply.json(), "active_at": None}
 
     def ok(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         reply = self.http.request(method, path, **request)

@@ -60,6 +60,8 @@ def test_a_crowd_over_one_connection_is_sent_away_and_served_later(
     service = start_service(database_url, pool_size=1)
     service.client.put_run("math", embedder="none")
     service.client.add_prompts("math", [{"prompt_id": "a"}])
+    service.client.observe("math", 0, [{"prompt_id": "a", "rewards": [1]}])
+    until(lambda: service.client.run("math").active_at, "how the run stands; that is saved behind the calls")
     lock = ExitStack()
 
     async def crowd() -> tuple[list[httpx.Response], httpx.Response, list[httpx.Response]]:
@@ -88,7 +90,7 @@ def test_a_crowd_over_one_connection_is_sent_away_and_served_later(
     replies = [service.http.post("/observe", json=observation(i)) for i in range(80)]
     assert [reply.status_code for reply in replies] == [200] * 80
     assert [reply.json()["replayed"] for reply in replies].count(True) == 1  # of the one that was served
-    assert service.client.run("math").observations == 80
+    assert service.client.run("math").observations == 81
     assert service.client.readyz().status == "ok"
 
 

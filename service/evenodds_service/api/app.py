@@ -86,9 +86,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.run_states.start()
-        yield
-        await run_in_threadpool(services.decisions.close)
-        await run_in_threadpool(services.run_states.close)
+        try:
+            yield
+            await run_in_threadpool(services.decisions.close)
+        finally:
+            await run_in_threadpool(services.run_states.close)
 
     app = FastAPI(
         # The page serves these under relative addresses.
@@ -129,7 +131,7 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
     app.add_middleware(RequestLog, registry=services.registry)
-    app.add_middleware(Prefix, root_path=settings.root_path, proxies=settings.proxies())
+    app.add_middleware(Prefix, root_path=settings.root_path or "", proxies=settings.proxies())
     _describe(app)
     return app
 
