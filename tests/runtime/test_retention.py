@@ -18,13 +18,13 @@ from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import FittedPrior, NewPrompt, NewPrompts, Vector, text_key
 from evenodds_service.domain.selection.selection import SelectionRequest
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.errors import BelowBase, PoolChanged, PromptUnknown
+from evenodds_service.errors import BelowBase, PoolChanged, PromptUnknown, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
 from evenodds_service.runtime import live_run
 from evenodds_service.runtime.live_run import LiveRun
-from evenodds_service.runtime.retention import erase, tidy
+from evenodds_service.runtime.retention import Tidying, erase, tidy
 from evenodds_service.storage import tables
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
@@ -259,6 +259,34 @@ def test_batches_are_chosen_and_answered_while_prompts_retire(store: Store) -> N
     chosen = live.choose(SETTINGS, lambda: SelectionRequest(step=30, batch_size=5))
 
     assert [store.prompt(run.id, i).index for i in chosen.prompt_ids] == chosen.prompts.tolist()
+
+
+def test_an_erasure_that_died_behind_the_new_base_is_finished_by_whoever_comes_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object, **__: object) -> bool:
+        raise StoreUnavailable("killed")
+
+    def rows_of(prompt_id: str) -> int:
+        with store._reading() as connection:
+            where = tables.prompts.c.prompt_id == prompt_id
+            return connection.execute(select(func.count()).select_from(tables.prompts).where(where)).scalar_one()
+
+    _, live, _ = lived(store, 5)
+    for prompt_id, is_asked_again in (("p7", True), ("p8", False)):
+        with monkeypatch.context() as dying:
+            dying.setattr(store, "clear_below_base", dies)
+            with pytest.raises(StoreUnavailable):
+                erase(store, live, store.run("served"), prompt_id, now=NOW)
+        assert rows_of(prompt_id) == 1
+
+        if is_asked_again:
+            with pytest.raises(PromptUnknown):
+                erase(store, live, store.run("served"), prompt_id, now=NOW)
+        else:
+            Tidying(store).now(live, store.run("served"), now=NOW)
+
+        assert rows_of(prompt_id) == 0
 
 
 def test_an_erased_prompt_is_nowhere_in_the_database(store: Store, database_url: str) -> None:

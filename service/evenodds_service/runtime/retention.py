@@ -52,6 +52,8 @@ class Tidying:
         settings = run.settings
         if is_above(settings, run.pool_size) or run.retired_position > run.base_position:
             return True
+        if run.base_position and run.id not in self._looked:  # whoever moved the base may have died behind that
+            return True
         return settings.retain_days is not None and (
             now.timestamp() - self._looked.get(run.id, 0.0) > min(_LOOK_SECONDS, settings.retain_days * _LOOK_SECONDS)
         )
@@ -111,6 +113,8 @@ def tidy(store: Store, live: LiveRun, run: Run, *, now: datetime) -> None:
     run = store.run_with_id(run.id)
     if run.retired_position > run.base_position:
         compact(store, live, run, now=now)
+    elif run.base_position:
+        _clear(store, run.id, now=now)
 
 
 def compact(store: Store, live: LiveRun, run: Run, *, now: datetime) -> bool:
@@ -130,10 +134,14 @@ def compact(store: Store, live: LiveRun, run: Run, *, now: datetime) -> bool:
     history = _history(store, run.id, saved, above, before)
     if history is None or not store.move_base(run.id, saved.position, above=above, history=history.to_bytes()):
         return False
-    while store.clear_below_base(run.id, now=now):
-        pass
+    _clear(store, run.id, now=now)
     _give_memory_back()
     return True
+
+
+def _clear(store: Store, run_id: int, *, now: datetime) -> None:
+    while store.clear_below_base(run_id, now=now):
+        pass
 
 
 def _give_memory_back() -> None:
@@ -155,8 +163,11 @@ def erase(store: Store, live: LiveRun, run: Run, prompt_id: str, *, now: datetim
     try:
         prompt = store.prompt(run.id, prompt_id)
     except PromptUnknown:
-        if run.retired_position <= run.base_position:
-            raise  # else an earlier call is to be finished
+        if run.retired_position <= run.base_position:  # else an earlier call is to be finished
+            # It may be retired, and whoever moved the base have died before all below was deleted.
+            _clear(store, run.id, now=now)
+            store.forget_deleted()
+            raise
     else:
         _forget_in_snapshot(store, live, run, prompt.index, now=now)
         said = [json.dumps(prompt_id, ensure_ascii=False)]
