@@ -80,9 +80,9 @@ def lift_of(tallies: Tallies, windows: Sequence[int]) -> tuple[LiftReport | None
 
 def _saving(tallies: Tallies, windows: Sequence[int]) -> tuple[float | None, _Ends, float | None, _Ends]:
     """The share saved and the rollouts saved, each with the ends of its interval; None where it was not measured."""
-    if n_controls(tallies, windows) < MEASURED_CONTROLS or _sums(tallies, windows)["policy"] <= 0.0:
-        return None, (None, None), None, (None, None)
     values = _sums(tallies, windows)
+    if n_controls(tallies, windows) < MEASURED_CONTROLS or values["policy"] <= 0.0:
+        return None, (None, None), None, (None, None)
     policy, control = _proportions(values)
     relative, least, most = ratio(control, policy)
     attempts = values["policy_attempts"]

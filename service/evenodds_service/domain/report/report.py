@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,13 +64,8 @@ class ForecastQuality:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowReport:
-    """Steps `first_step` to `last_step`. Shares and means are None where nothing was observed.
-
-    Attributes:
-        believed_counts: How the `gps` beliefs about a sample of the pool were spread before the first outcome of these
-            steps, in equal bins of the success rate.
-    """
+class StepsReport:
+    """Steps `first_step` to `last_step`. Shares and means are None where nothing was observed."""
 
     first_step: int
     last_step: int
@@ -79,6 +75,17 @@ class WindowReport:
     success_rate: float | None
     informative_forecast: float | None
     informative_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport(StepsReport):
+    """One window of steps.
+
+    Attributes:
+        believed_counts: How the `gps` beliefs about a sample of the pool were spread before the first outcome of these
+            steps, in equal bins of the success rate.
+    """
+
     policy_informative_share: Share | None
     control_informative_share: Share | None
     chosen: int
@@ -88,7 +95,7 @@ class WindowReport:
 
 
 @dataclass(frozen=True, slots=True)
-class RecentReport:
+class RecentReport(StepsReport):
     """The newest windows that hold a hundred observations, or all there are: what to show beside the whole run.
 
     Attributes:
@@ -96,14 +103,6 @@ class RecentReport:
         lift_missing: Why there is no lift, and what to do.
     """
 
-    first_step: int
-    last_step: int
-    observations: int
-    rank_correlation: float | None
-    success_rate_forecast: float | None
-    success_rate: float | None
-    informative_forecast: float | None
-    informative_share: float | None
     forecast_error: float | None
     lift: LiftReport | None
     lift_missing: str | None
@@ -324,20 +323,27 @@ def _quality(bins: FloatArray) -> ForecastQuality:
     )
 
 
+def _steps(tallies: Tallies, windows: Sequence[int]) -> dict[str, Any]:
+    """The fields of `StepsReport` over these windows, oldest first."""
+    n, forecast, rate, _ = tallies.rate_bins[windows].sum(axis=(0, 1)).tolist()
+    scored, informative_forecast, informative, _ = tallies.informative_bins[windows].sum(axis=(0, 1)).tolist()
+    return {
+        "first_step": first_step_of(tallies, windows[0]),
+        "last_step": last_step_of(tallies, windows[-1]),
+        "observations": round(n),
+        "rank_correlation": rank_correlation(tallies.ranks[windows].sum(axis=0)),
+        "success_rate_forecast": _mean(forecast, n),
+        "success_rate": _mean(rate, n),
+        "informative_forecast": _mean(informative_forecast, scored),
+        "informative_share": _mean(informative, scored),
+    }
+
+
 def _window(tallies: Tallies, w: int) -> WindowReport:
-    n, forecast, rate, _ = tallies.rate_bins[w].sum(axis=0).tolist()
-    scored, informative_forecast, informative, _ = tallies.informative_bins[w].sum(axis=0).tolist()
     policy, control = (dict(zip(ARM_COLUMNS, sums, strict=True)) for sums in tallies.arms[w].tolist())
     nats, compared = tallies.skill[w].tolist()
     return WindowReport(
-        first_step=first_step_of(tallies, w),
-        last_step=last_step_of(tallies, w),
-        observations=round(n),
-        rank_correlation=rank_correlation(tallies.ranks[w]),
-        success_rate_forecast=_mean(forecast, n),
-        success_rate=_mean(rate, n),
-        informative_forecast=_mean(informative_forecast, scored),
-        informative_share=_mean(informative, scored),
+        **_steps(tallies, [w]),
         policy_informative_share=share_of(policy["informative"], policy["scored"]),
         control_informative_share=share_of(control["informative"], control["scored"]),
         chosen=round(policy["selected"] + control["selected"]),
@@ -352,18 +358,10 @@ def _recent(tallies: Tallies, used: Sequence[int]) -> RecentReport | None:
     newest = recent_windows(tallies, used)
     if not newest:
         return None
-    n, forecast, rate, _ = tallies.rate_bins[newest].sum(axis=(0, 1)).tolist()
     scored, informative_forecast, informative, _ = tallies.informative_bins[newest].sum(axis=(0, 1)).tolist()
     lift, missing = lift_of(tallies, newest)
     return RecentReport(
-        first_step=first_step_of(tallies, newest[0]),
-        last_step=last_step_of(tallies, newest[-1]),
-        observations=round(n),
-        rank_correlation=rank_correlation(tallies.ranks[newest].sum(axis=0)),
-        success_rate_forecast=_mean(forecast, n),
-        success_rate=_mean(rate, n),
-        informative_forecast=_mean(informative_forecast, scored),
-        informative_share=_mean(informative, scored),
+        **_steps(tallies, newest),
         forecast_error=_mean(informative_forecast - informative, scored),
         lift=lift,
         lift_missing=missing,
