@@ -164,9 +164,9 @@ def erase(store: Store, live: LiveRun, run: Run, prompt_id: str, *, now: datetim
         prompt = store.prompt(run.id, prompt_id)
     except PromptUnknown:
         if run.retired_position <= run.base_position:  # else an earlier call is to be finished
-            # It may be retired, and whoever moved the base have died before all below was deleted.
-            _clear(store, run.id, now=now)
-            store.forget_deleted()
+            if run.base_position:  # it may be retired, and whoever moved the base have died before all below was gone
+                _clear(store, run.id, now=now)
+                store.forget_deleted()
             raise
     else:
         _forget_in_snapshot(store, live, run, prompt.index, now=now)
