@@ -12,29 +12,26 @@ the most frequent answer of n attempts, `vote, stop` makes attempts until one an
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from benchmarks.test_time import (
     BUDGETS,
     LABEL_ATTEMPTS,
     LABELS,
-    POLICY,
     REFITS,
     RESULTS,
     HeldOut,
     Served,
     _cell,
     _mean,
+    asked_for,
     one_shot,
     probed,
     saved,
 )
-from benchmarks.worlds import LARGE, MATH, World, open_world
+from benchmarks.worlds import World
 
 from evenodds import agreement
 from evenodds_service.domain.arrays import FloatArray, IntArray
@@ -50,15 +47,7 @@ VOTES = (1, 2, 4, 8, 16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Agreement as a reward, beside verified outcomes.")
-    parser.add_argument("folder", nargs="?", type=Path, default=os.environ.get("EVENODDS_DATA"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one seed")
-    arguments = parser.parse_args()
-    if arguments.folder is None:
-        parser.error("name the folder of the data sets, or set EVENODDS_DATA")
-    folder, seeds = Path(arguments.folder), 1 if arguments.quick else arguments.seeds
-    worlds = {LARGE: open_world(folder / LARGE), MATH: open_world(folder / MATH, models=POLICY)}
+    worlds, seeds = asked_for("Agreement as a reward, beside verified outcomes.")
     figures: dict[str, dict[str, list[dict[str, float]]]] = {}
     for seed in range(seeds):
         for name, world in worlds.items():

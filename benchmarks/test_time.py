@@ -109,8 +109,9 @@ class HeldOut:
         return np.asarray(-np.diff(self.silent_T_J, axis=1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Coverage for a budget of attempts at inference.")
+def asked_for(description: str) -> tuple[dict[str, World], int]:
+    """The two data sets and how many seeds, as the command line says."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", nargs="?", type=Path, default=os.environ.get("EVENODDS_DATA"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one seed")
@@ -118,7 +119,11 @@ def main() -> None:
     if arguments.folder is None:
         parser.error("name the folder of the data sets, or set EVENODDS_DATA")
     folder, seeds = Path(arguments.folder), 1 if arguments.quick else arguments.seeds
-    worlds = {LARGE: open_world(folder / LARGE), MATH: open_world(folder / MATH, models=POLICY)}
+    return {LARGE: open_world(folder / LARGE), MATH: open_world(folder / MATH, models=POLICY)}, seeds
+
+
+def main() -> None:
+    worlds, seeds = asked_for("Coverage for a budget of attempts at inference.")
     results: dict[str, list[dict[str, Curve]]] = {}
     correlations: dict[str, list[dict[str, float]]] = {}
     served: dict[str, list[dict[str, tuple[float, float]]]] = {}
