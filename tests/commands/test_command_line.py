@@ -274,17 +274,6 @@ def test_the_models_that_runs_may_name_are_listed_with_commas(serve: Callable[..
     assert refused.value.detail.endswith("(listed at present: '/models/small', 'some/model')")
 
 
-@pytest.mark.slow
-def test_a_taken_port_is_named(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-
-        refused = evenodds("serve", cwd=tmp_path, EVENODDS_PORT=str(port))
-
-    assert refused.returncode > 0
-    assert f"('127.0.0.1', {port}): address already in use" in refused.stderr
-
-
 @pytest.mark.parametrize("arguments", [(), ("dance",)])
 def test_a_missing_or_unknown_command_exits_2_with_those_that_exist(
     main_with: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
