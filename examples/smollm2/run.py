@@ -22,6 +22,7 @@ import torch
 from benchmarks.trainings_report import write
 from examples.grpo_from_scratch.service import ServiceFailed, running_service
 from examples.smollm2.model import Policy, save, saved_model, smollm2
+from examples.smollm2.report import WINDOW, forecasts
 from examples.smollm2.task import SHOTS, Problems, problems
 from examples.smollm2.train import ARMS, Arm, Files, Plan, Record, train, warm_up
 from tqdm import tqdm
@@ -140,6 +141,10 @@ class Demo:
         plan, scale = self.plan, self.scale
         title = f"SmolLM2-135M, B {plan.batch_size}, G {plan.group_size}, pool {scale.n_pool:,}"
         write({"llm": runs}, {"llm": title}, arms, self.out / "report")
+        text = f"Informative share / its forecast / mean reward, by {WINDOW} steps:\n\n{forecasts(runs, arms)}\n"
+        print(text)
+        with (self.out / "report.md").open("a") as file:
+            file.write(f"\n{text}")
         print(f"picture: {self.out / 'report.png'}, table: {self.out / 'report.md'}")
 
     def _is_done(self, seed: int, arm: Arm) -> bool:

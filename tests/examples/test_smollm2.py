@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from examples.smollm2.model import ModelMissing, Policy, save, smollm2
+from examples.smollm2.report import forecasts
 from examples.smollm2.run import main
 from examples.smollm2.task import KINDS, SHOTS, Problem, Problems, draw, is_right, problems
 from examples.smollm2.train import ARMS, Arm, Files, Plan, Record, train
@@ -224,6 +225,22 @@ def test_the_service_hears_of_every_rollout_and_a_run_that_was_killed_equals_one
         assert record.updated == record.informative
 
 
+def test_forecasts_are_judged_by_windows_of_steps_over_all_groups() -> None:
+    def record(groups: int, share: float) -> Record:
+        n = 12
+        return Record(
+            groups=[groups] * n, informative=[int(groups * share)] * n, forecasts=[0.5] * n, rewards=[0.25] * n
+        )
+
+    rows = forecasts({"gps": {0: record(8, 0.5), 1: record(16, 0.125)}, "dynamic": {}}, [*ARMS]).splitlines()
+
+    assert rows == [
+        "| arm | seeds | 1 to 10 | 11 to 12 | error |",
+        "|---|---|---|---|---|",
+        "| gps | 2 | 0.25 / 0.50 / 0.25 | 0.25 / 0.50 / 0.25 | 0.25 |",
+    ]
+
+
 # All together.
 
 
@@ -285,6 +302,7 @@ def test_all_arms_train_and_are_reported(tmp_path: Path, policy: Policy, model: 
     assert all(f"| {name} | 2 |" in said for name in ARMS)
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "picture:" in again.removeprefix(said)
+    assert "its forecast" in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
