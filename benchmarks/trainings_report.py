@@ -42,8 +42,12 @@ class Run(Protocol):
     updated: list[int]
     tokens: list[int]
     forecasts: list[float]
-    distinct: int
-    repeats: float
+
+    @property
+    def distinct(self) -> int: ...
+
+    @property
+    def repeats(self) -> float: ...
 
 
 Runs = Mapping[str, Mapping[int, Run]]

@@ -32,10 +32,7 @@ def forecasts(runs: Mapping[str, Mapping[int, Record]], arms: Sequence[str]) -> 
 
 def _window(runs: Sequence[Record], steps: slice) -> tuple[float, float, float]:
     groups = [n for run in runs for n in run.groups[steps]]
-    informative = sum(n for run in runs for n in run.informative[steps])
-    means = (
-        sum(n * value for n, value in zip(groups, [v for run in runs for v in values(run)[steps]], strict=True))
-        for values in (lambda run: run.forecasts, lambda run: run.rewards)
-    )
-    forecast, reward = (total / sum(groups) for total in means)
-    return informative / sum(groups), forecast, reward
+    n_informative = sum(n for run in runs for n in run.informative[steps])
+    forecast = sum(n * share for run in runs for n, share in zip(run.groups[steps], run.forecasts[steps], strict=True))
+    reward = sum(n * mean for run in runs for n, mean in zip(run.groups[steps], run.rewards[steps], strict=True))
+    return n_informative / sum(groups), forecast / sum(groups), reward / sum(groups)

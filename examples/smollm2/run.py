@@ -143,8 +143,8 @@ class Demo:
         write({"llm": runs}, {"llm": title}, arms, self.out / "report")
         text = f"Informative share / its forecast / mean reward, by {WINDOW} steps:\n\n{forecasts(runs, arms)}\n"
         print(text)
-        with (self.out / "report.md").open("a") as file:
-            file.write(f"\n{text}")
+        with (self.out / "report.md").open("a") as table:
+            table.write(f"\n{text}")
         print(f"picture: {self.out / 'report.png'}, table: {self.out / 'report.md'}")
 
     def _is_done(self, seed: int, arm: Arm) -> bool:
