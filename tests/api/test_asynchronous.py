@@ -361,7 +361,7 @@ def test_a_restart_between_choice_and_outcome_changes_nothing_that_is_outstandin
 
 @one_backend
 def test_what_came_too_late_for_a_step_teaches_the_beliefs_and_does_not_count_as_its_yield(pool: Caller) -> None:
-    """A trainer that drops a stale group has no use for it in the selection's step; what it shows is true all the same."""
+    """A trainer that drops a stale group reports it without its selection: what it shows is true all the same."""
     pool.create(control_share=0.5)
     batch = pool.select(0, 8)
     ids = [prompt["prompt_id"] for prompt in batch["prompts"]]
