@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_generations=options.group_size,
         max_completion_length=ANSWER_TOKENS,
         learning_rate=1e-5,
+        gradient_checkpointing=False,  # there is memory enough
         shuffle_dataset=False,
         ignore_data_skip=True,
         save_strategy="no",
