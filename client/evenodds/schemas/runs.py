@@ -49,10 +49,11 @@ class Retention(Request):
     """What a run's pool keeps. Prompts whose last outcome is the longest ago go first; what they taught stays."""
 
     prompts: Annotated[int, Field(ge=0, le=100_000_000)] = Field(
-        default=0, description="so many; the pool is cut when it has a twentieth more. 0 sets no limit"
+        default=0,
+        description="most prompts that are kept; the pool is cut when it has a twentieth more. 0 sets no limit",
     )
     days: Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)] | None = Field(
-        default=None, description="for so long after the last outcome; null: for ever"
+        default=None, description="a prompt is kept for this long after its last outcome; null sets no limit"
     )
 
 
@@ -92,7 +93,7 @@ class RunUpdate(HasOlderNames, Request):
     )
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
-        description="a prompt rests for this many steps after it was chosen, come what may. By default it rests for "
+        description="a prompt always rests for this many steps after it was chosen. By default it rests for "
         "25 steps, at most 0.4 of an epoch (pool / batch_size steps), under yield, while there are enough others; "
         "0: never",
     )

@@ -98,7 +98,7 @@ function askForKey(current) {
   const input = element("input", { name: "key", type: "password", required: true, autocomplete: "off" });
   current.leave.abort();
   replace(
-    element("h1", {}, "This service asks for an API key"),
+    element("h1", {}, "This service requires an API key"),
     element("form", {
       onsubmit: (event) => {
         event.preventDefault();
