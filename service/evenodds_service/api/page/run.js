@@ -35,9 +35,9 @@ export async function showRun(run, current) {
     windows.length ? rangeForm(windows, range) : null,
     element("div", { class: "grid" },
       informativeOverSteps(over), successOverSteps(over), beliefsOverSteps(over),
-      reliability(report), beliefHistogram(beliefs), coveragePanel(report.coverage), refitsPanel(refits.refits)),
+      reliability(report), beliefHistogram(beliefs), coveragePanel(report.coverage)),
     report.others ? othersPanel(report.others) : null,
-    element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories)),
+    element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories), refitsPanel(refits.refits)),
     element("div", { class: "grid pair" }, promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
     searchPanel(run, current.query.get("search"), found),
   );
@@ -66,7 +66,7 @@ function tiles(state, report) {
   const { lift, newest } = report;
   const recent = newest?.lift ?? null;
   return element("dl", { class: "tiles" },
-    tile("predictor", state.predictor, `groups of ${state.group_size}`),
+    tile("predictor", state.predictor, `groups of ${state.group_size}; ${state.model_version ? `snapshot ${count(state.model_version)}` : "no snapshot yet"}`),
     tile("step", count(state.head_step)),
     tile("observations", count(state.observations)),
     tile("informative, newest steps", percent(newest?.informative_share), newest ? `${steps(newest)}; whole run ${percent(policy?.value)}` : null),
@@ -74,7 +74,6 @@ function tiles(state, report) {
     tile("rollouts saved, whole run", lift ? percent(lift.rollouts_saved_share) : "–", (lift?.rollouts_saved_share ?? null) === null ? "not measured" : between(...lift.rollouts_saved_share_interval, percent)),
     tile("pool tried", percent(report.coverage.tried_share), `of ${count(report.coverage.pool_size)} prompts`),
     tile("rank correlation, newest steps", number(newest?.rank_correlation), `whole run ${number(report.rank_correlation)}`),
-    tile("model", count(state.model_version)),
   );
 }
 
@@ -178,6 +177,7 @@ function reliability(report) {
 
 function beliefHistogram({ success_rate_counts: counts }) {
   const title = "Beliefs about the pool now";
+  if (!counts.some(Boolean)) return empty(title, "The pool is empty.");
   const bin = (i) => `${number(i / counts.length, 2)} to ${number((i + 1) / counts.length, 2)}`;
   return panel(title, chart(title, {
     x: counts.map((_, i) => (i + 0.5) / counts.length), xTitle: "believed success rate", yTitle: "prompts", bars: true, shown: count, at: bin,
@@ -186,6 +186,7 @@ function beliefHistogram({ success_rate_counts: counts }) {
 }
 
 function coveragePanel(coverage) {
+  if (!coverage.pool_size) return empty("Coverage", "The pool is empty.");
   const names = coverage.visits.map((bin) => (bin.to_visits === null ? `${bin.from_visits}+` : bin.to_visits > bin.from_visits + 1 ? `${bin.from_visits}–${bin.to_visits - 1}` : String(bin.from_visits)));
   return panel("Coverage", names.length ? chart("Coverage", {
     x: names.map((_, i) => i), xTitle: "visits of a prompt", yTitle: "prompts", bars: true, shown: count, at: (i) => names[i], ticks: names.map((name, i) => [i, name]),
@@ -194,9 +195,9 @@ function coveragePanel(coverage) {
 }
 
 function refitsPanel(refits) {
-  if (!refits.length) return panel("Refits", quiet("None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed."));
-  return panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fit s", "number"], ["error", "text"]],
-    refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])));
+  if (!refits.length) return wide(panel("Refits", quiet("None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed.")));
+  return wide(panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fitted in seconds", "number"], ["error", "text"]],
+    refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""]))));
 }
 
 function othersPanel(others) {
