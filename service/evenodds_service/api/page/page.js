@@ -150,7 +150,7 @@ function theme() {
   const chosen = localStorage.getItem("evenodds-theme");
   const dark = chosen ? chosen === "dark" : systemDark.matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  themeButton.setAttribute("aria-pressed", String(dark));
+  themeButton.textContent = dark ? "Light" : "Dark"; // what a click changes to
   recolour();
 }
 themeButton.addEventListener("click", () => {

@@ -2,7 +2,7 @@
 
 import { ask, here, link, promptLink, replace, send, setQuery } from "./page.js";
 import { chart } from "./charts.js";
-import { between, count, element, figures, moment, number, panel, percent, points, quiet, shorten, steps, table, tile, verdictLine, wide, wordsOf } from "./elements.js";
+import { asCards, between, count, element, figures, moment, number, panel, percent, points, quiet, shorten, steps, table, tile, verdictLine, wide, wordsOf } from "./elements.js";
 
 const rate = (value) => number(value, 3);
 const empty = (title, text = "No outcomes yet.") => panel(title, quiet(text));
@@ -196,8 +196,8 @@ function coveragePanel(coverage) {
 
 function refitsPanel(refits) {
   if (!refits.length) return wide(panel("Refits", quiet("None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed.")));
-  return wide(panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fitted in seconds", "number"], ["error", "text"]],
-    refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""]))));
+  return wide(asCards(panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fitted in seconds", "number"], ["error", "text"]],
+    refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])))));
 }
 
 function othersPanel(others) {
@@ -216,23 +216,21 @@ function trouble({ observed, attempts, success_rate: seen, success_rate_forecast
 function categoriesPanel(categories, others) {
   const all = [...categories].sort((a, b) => trouble(b) - trouble(a));
   if (others) all.push({ ...others, category: "(all later categories)" });
-  return wide(panel("Categories", all.length
+  return wide(asCards(panel("Categories", all.length
     ? element("div", { class: "tall" }, table("Categories, the one farthest from its forecast first",
         [["category", "id"], ["prompts", "number"], ["tried", "number"], ["success rate", "number"], ["forecast", "number"], ["off by, in standard errors", "number"], ["informative", "number"], ["informative forecast", "number"]],
         all.map((c) => [c.category ?? "(none)", count(c.prompts), count(c.tried), rate(c.success_rate), rate(c.success_rate_forecast), number(trouble(c), 1), rate(c.informative_share?.value), rate(c.informative_forecast)])))
-    : quiet("The pool is empty.")));
+    : quiet("The pool is empty."))));
 }
 
 const excerpt = (text) => element("span", { class: "clamp" }, shorten(text));
 const idLink = (run, id) => element("a", { href: promptLink(run, id) }, id);
 
 function promptsPanel(run, title, prompts) {
-  const made = panel(title, prompts.length
+  return asCards(panel(title, prompts.length
     ? table(title, [["prompt", "id"], ["success rate", "number"], ["attempts", "number"], ["text", "text"]],
         prompts.map((p) => [idLink(run, p.prompt_id), rate(p.success_rate), count(p.attempts_seen), excerpt(p.text)]))
-    : quiet("The pool is empty."));
-  made.classList.add("cards");
-  return made;
+    : quiet("The pool is empty.")));
 }
 
 function searchPanel(run, searched, found) {
