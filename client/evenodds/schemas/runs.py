@@ -99,12 +99,12 @@ class RunUpdate(HasOlderNames, Request):
     )
     lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
-        description="for so many steps a chosen prompt is waited for and not chosen again before its outcome comes; "
+        description="steps for which a chosen prompt is not chosen again while its outcome has not come; "
         "8 by default, 0 waits for none",
     )
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
-        description="a prompt is chosen at most so often while there are enough others; 0, the default, sets no limit",
+        description="most times that a prompt is chosen while there are enough others; 0, the default, sets no limit",
     )
     keep_text: bool | None = Field(
         default=None,
@@ -112,7 +112,7 @@ class RunUpdate(HasOlderNames, Request):
     )
     model_size: ModelSize | None = Field(
         default=None,
-        description="of the networks of gps-paper: small (0.15 million parameters, the default) or published "
+        description="size of the networks of gps-paper: small (0.15 million parameters, the default) or published "
         "(20 million, for a GPU worker); applies from the next refit on",
     )
     refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
@@ -196,8 +196,8 @@ class RefitState(Reply):
 
     refit_id: int
     status: RefitStatus
-    worker: str | None = Field(description="who works or worked on it")
-    attempts: int = Field(description="how often a worker has claimed it")
+    worker: str | None = Field(description="the worker that works or worked on it")
+    attempts: int = Field(description="number of times that a worker has claimed it")
     requested_at: datetime
     finished_at: datetime | None
     model_version: int | None = Field(description="the snapshot that it published")
@@ -209,7 +209,7 @@ class RefitRequest(Request):
     model_config = example(wait_seconds=30)
 
     wait_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = Field(
-        default=0.0, description="wait so long for the refit to end"
+        default=0.0, description="longest wait for the refit to end"
     )
 
 
