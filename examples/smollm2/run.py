@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         demo = _demo(options)
         if not options.report:
             with _locked(options.out):
-                demo.run(options.seeds, [ARMS[name] for name in options.arms], keeps_checkpoints=options.keep)
+                demo.run(
+                    [*dict.fromkeys(options.seeds)],
+                    [ARMS[name] for name in options.arms],
+                    keeps_checkpoints=options.keep,
+                )
     except (EvenOddsError, ServiceFailed, ValueError, RuntimeError) as error:
         print(f"demo-llm: {error}", file=sys.stderr)
         return 1
@@ -100,7 +104,10 @@ class Demo:
     device: torch.device
 
     def run(self, seeds: Sequence[int], arms: Sequence[Arm], *, keeps_checkpoints: bool) -> None:
-        """Train what is missing: seed by seed, so that arms can be compared; what needs a sibling comes last."""
+        """Train what is missing: seed by seed, so that arms can be compared; what needs a sibling comes last.
+
+        The sibling of a seed is the next one of those given.
+        """
         waiting = [(seed, arm) for seed in seeds for arm in arms if not arm.has_sibling]
         waiting += [(seed, ARMS["uniform"]) for seed in seeds if any(arm.has_sibling for arm in arms)]
         waiting += [(seed, arm) for seed in seeds for arm in arms if arm.has_sibling]
