@@ -8,6 +8,7 @@ Not named `trl.py`, which would hide TRL from a program beside it.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from evenodds.integrations.trl import GRPOSelection
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the service would outlive the training
     try:
         model, tokenizer = smollm2(options.out / "model")
     except ModelMissing as error:
