@@ -17,6 +17,8 @@ serve: $(STAMP)  ## run the service on SQLite, with its worker
 	$(BIN)/evenodds serve --with-worker
 
 # One thread in each matrix product: test processes side by side are faster than threads that wait for each other.
+# Compiled tests are kept: rewriting all assertions anew takes each test process ten seconds.
+test test-all test-kernels: export PYTHONDONTWRITEBYTECODE =
 test test-all: export OPENBLAS_NUM_THREADS = 1
 test test-all: export OMP_NUM_THREADS = 1
 

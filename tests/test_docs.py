@@ -50,6 +50,7 @@ OPEN_PAGES = {"/", "/docs", "/openapi.json"}
 """Served, and no part of the described interface."""
 
 WITH_A_WORKER = "learning.md"
+STARTS_MANY_PROCESSES = {"operations.md", "import.md"}
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
@@ -58,7 +59,15 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != WITH_A_WORKER], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.name in STARTS_MANY_PROCESSES else page
+        for page in PAGES
+        if page.name != WITH_A_WORKER
+    ],
+    ids=name_of,
+)
 def test_the_blocks_of_a_page_run_from_top_to_bottom(
     page: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

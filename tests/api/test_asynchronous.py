@@ -334,3 +334,43 @@ def test_groups_reported_in_halves_count_as_one_visit(caller: Caller) -> None:
 
     assert client.predict(halves, world.ids).predictions == client.predict(whole, world.ids).predictions
     assert [client.prompt(run, "p0").visits for run in (whole, halves)] == [2, 2]
+
+
+def test_a_restart_between_choice_and_outcome_changes_nothing_that_is_outstanding(
+    start_service: Callable[[str], Service], database_url: str
+) -> None:
+    def chosen(service: Service, step: int, n: int) -> tuple[str, list[str], int]:
+        reply = service.client.select_batch("math", step, n)
+        return reply.selection_id, [prompt.prompt_id for prompt in reply.prompts], reply.outstanding
+
+    before = start_service(database_url)
+    before.client.put_run("math", embedder="none", lease_steps=8)
+    before.client.add_prompts("math", [{"prompt_id": name} for name in NAMES])
+    selection, batch, _ = chosen(before, 0, 6)
+    before.stop()
+
+    after = start_service(database_url)
+    _, others, outstanding = chosen(after, 1, 6)
+    after.client.observe("math", 0, outcomes(*batch[:4]), selection_id=selection)
+    after.stop()
+    last = start_service(database_url)
+
+    assert (sorted({*batch, *others}), outstanding) == (sorted(NAMES), 0)
+    assert chosen(last, 2, 12)[2] == 12 - 4
+
+
+@one_backend
+def test_what_came_too_late_for_a_step_teaches_the_beliefs_and_does_not_count_as_its_yield(pool: Caller) -> None:
+    """A trainer that drops a stale group reports it without its selection: what it shows is true all the same."""
+    pool.create(control_share=0.5)
+    batch = pool.select(0, 8)
+    ids = [prompt["prompt_id"] for prompt in batch["prompts"]]
+    pool.observe(0, *outcomes(*ids[:4]), selection_id=batch["selection_id"])
+    before, believed = pool.client.report(pool.run), pool.predict(ids[-1])
+
+    pool.observe(3, *({**one, "rewards": [1, 1, 1, 1]} for one in outcomes(*ids[4:])))
+
+    first, later = pool.client.report(pool.run).windows
+    assert pool.predict(ids[-1])[0]["success_rate"] > believed[0]["success_rate"]
+    assert (first, later.observations) == (before.windows[0], 4)
+    assert later.policy_informative_share is later.control_informative_share is None

@@ -220,12 +220,6 @@ def test_a_dead_verifier_raises_an_alarm_whose_remedy_makes_the_run_forget_it(ca
     assert caller.client.report(caller.run).verdict == "learning"
 
 
-def test_lists_of_runs_do_not_look_for_alarms(caller: Caller) -> None:
-    listed = {run["run"]: run for run in caller.ok("GET", "/runs?limit=1000")["runs"]}
-
-    assert listed[caller.run]["alarms"] is None
-
-
 def misled(caller: Caller, *, steps: range, flip: int) -> None:
     """Rates known beforehand that are right until step `flip`, and then the contrary. No prompt comes twice."""
     for step in steps:

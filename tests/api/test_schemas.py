@@ -63,7 +63,8 @@ def test_the_report_of_the_wire_has_the_figures_of_the_domain() -> None:
         for name, made in vars(module).items()
         if is_dataclass(made) and made.__module__ == module.__name__ and name not in {"Kind", "StepsReport"}
     }
-    assert issubclass(report.WindowReport, report.StepsReport) and issubclass(report.RecentReport, report.StepsReport)
+    assert issubclass(report.WindowReport, report.StepsReport)
+    assert issubclass(report.RecentReport, report.StepsReport)
 
     for name, figures in of_the_domain.items():
         more = {"category"} if name == "GroupReport" else set()

@@ -93,6 +93,7 @@ def test_an_adapter_sends_the_answers_that_its_framework_has(
         "run": run,
         "run_settings": {"embedder": "none"},
         "deadline_seconds": PATIENCE_SECONDS,
+        "outbox": str(tmp_path / "outbox"),
     }
 
     connection, answers = of_framework(settings, tmp_path)
