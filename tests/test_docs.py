@@ -7,6 +7,7 @@ are `text`.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -227,6 +228,28 @@ def test_every_error_that_a_caller_can_meet_is_documented_with_its_status_and_no
 
     assert set(documented) == {code for code, _ in sent}
     assert [(code, status) for code, status in sorted(sent) if status not in documented[code][0].split(", ")] == []
+
+
+def test_every_message_that_the_questions_explain_is_one_that_the_code_has() -> None:
+    """`...` stands for what is filled in; the rest stands in a string of the sources."""
+    table = re.findall(r"^\| `(.+?)` \|", (DOCS / "faq.md").read_text(), flags=re.MULTILINE)
+    said = [text for folder in ("client", "service") for text in texts_of(ROOT / folder)]
+
+    assert len(table) > 30
+    for message in table:
+        pieces = [piece.strip() for piece in message.split("...")]
+        pattern = re.compile(".*".join(map(re.escape, pieces)), flags=re.DOTALL)
+        assert any(pattern.search(text) for text in said), message
+
+
+def texts_of(folder: Path) -> Iterator[str]:
+    """Every string of the modules below; what an f-string fills in is a blank."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else " " for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
 
 
 def test_the_tree_of_errors_is_the_one_that_its_module_prints() -> None:

@@ -25,6 +25,12 @@ def test_a_turn_to_avoid_is_named_with_what_to_write(words: Any) -> None:
     assert list(words.faults_of("It waits.\nIt waits For ever.\n")) == [(2, "'for ever': never ... again, or always")]
 
 
+def test_a_turn_is_found_in_messages_and_comments_of_sources(words: Any) -> None:
+    source = ["x = 1  # come what may", 'raise ValueError("lower the one or raise the other")', "done = True"]
+
+    assert [line for line, _ in words.turns_in(source)] == [1, 2]
+
+
 def test_code_tables_and_pictures_are_not_read(words: Any) -> None:
     page = (
         "| for ever | "

@@ -55,12 +55,14 @@ from evenodds.schemas import (
     RunName,
     RunPage,
     RunReport,
+    RunSort,
     RunState,
     RunUpdate,
     SelectReply,
     SelectRequest,
     Step,
     Tier,
+    Verdict,
     VerdictRequest,
     Voided,
 )
@@ -118,7 +120,7 @@ class Calls(Protocol):
     ) -> Exchange[RunState]:
         """Create a run, or change settings of an existing one. What is left out keeps its value.
 
-        As many arguments, and as long a text, as a run has settings.
+        This method is long because a run has so many settings.
 
         Args:
             run: Name of the run: letters, digits, `.`, `_`, `-`; at most 128 characters.
@@ -134,9 +136,9 @@ class Calls(Protocol):
                 unlike are chosen.
             cooldown_steps: Steps that a chosen prompt rests; by default 25, at most .4 of an epoch, while there are
                 enough others.
-            lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome
-                comes; 8 by default, 0 waits for none.
-            max_visits: A prompt is chosen at most so often while there are enough others; 0 sets no limit.
+            lease_steps: Number of steps for which a chosen prompt is not chosen again while its outcome has not come; 8
+                by default, 0 for none.
+            max_visits: Most times that a prompt is chosen while there are enough others; 0 sets no limit.
             keep_text: Whether the pool keeps the texts; without them only hashes and vectors are stored.
             model_size: Of the networks of `gps-paper`: `small` or `published`.
             refit: When a worker fits the shared model anew: `every_observations`, `every_seconds`, or both.
@@ -176,9 +178,35 @@ class Calls(Protocol):
         """
         return (yield from self.call("GET", _run_path("run", run), RunState))
 
-    def runs_page(self, *, cursor: str | None = None) -> Exchange[RunPage]:
-        """One page of runs by name: the first, or the one that `next_cursor` of the page before names."""
-        return (yield from self.call("GET", "/runs", RunPage, query=_cursor(cursor)))
+    def runs_page(
+        self,
+        *,
+        state: Sequence[Verdict] = (),
+        alarm: str | None = None,
+        sort: RunSort = "name",
+        search: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> Exchange[RunPage]:
+        """One page of runs: the first, or the one that `next_cursor` of the page before names.
+
+        Args:
+            state: Only runs with one of these verdicts; all runs by default.
+            alarm: Only runs with this alarm on, by its code, or with `any` alarm.
+            sort: `name`; `alarms`, broken runs and those with most alarms first; `activity` and `created`, the newest
+                first; `lift` and `informative`, the largest first.
+            search: Only runs with this part in their name, of at most 128 characters.
+            limit: Most runs of a page, from 1 to 1,000; the service takes 100 by default.
+            cursor: `next_cursor` of the page before, with the same other arguments.
+
+        Raises:
+            Invalid: An argument is out of its range, or the cursor belongs to another listing.
+        """
+        given = {"alarm": alarm, "sort": None if sort == "name" else sort, "search": search, "limit": limit}
+        query: dict[str, str | list[str]] = {name: str(value) for name, value in given.items() if value is not None}
+        query |= {"state": list(state)} if state else {}
+        query |= _cursor(cursor)
+        return (yield from self.call("GET", "/runs", RunPage, query=query))
 
     def delete_run(self, run: str) -> Exchange[None]:
         """Delete a run with all it holds. After a lost reply, a repeat that finds no run counts as done.
@@ -271,7 +299,7 @@ class Calls(Protocol):
         prompt_ids: Sequence[str] | None = None,
         request_id: str | None = None,
     ) -> Exchange[Voided]:
-        """Drop observations, because a verifier was down, say. At least one condition; several narrow it together.
+        """Drop observations, for example because a verifier was down. Give at least one condition; all must hold.
 
         Afterwards the run stands as if they had never been reported. Selections stay. Repeating it is safe.
 
@@ -294,13 +322,13 @@ class Calls(Protocol):
     ) -> Exchange[PromptsAdded]:
         """Add prompts to the pool, in as many requests as needed. Repeating it is safe.
 
-        All prompts are checked and encoded in memory before the first request: one fault, and none is sent.
-        Each request is all or nothing. If a later one fails, the prompts of the earlier ones are in the pool.
+        All prompts are checked and encoded in memory before the first request. If one has a fault, none is sent.
+        Each request is all or nothing. If a later request fails, the prompts of earlier requests are in the pool.
 
         Args:
             prompts: Any number, at least 1: `PromptIn`, or mappings with its fields.
-            keep_existing: A prompt that the pool has with another content keeps that, and is named in `conflicts`
-                with what differs; the others are added.
+            keep_existing: A prompt that the pool has with other content stays as it is, and is named in `conflicts`
+                with what differs. The other prompts are added.
 
         Returns:
             `added`, `existing` and `conflicts` summed over the requests; `pool_size` and `log_position` after the last.
@@ -338,7 +366,7 @@ class Calls(Protocol):
         Raises:
             NotFound: There is no such run.
             Conflict: A prompt id is in the pool with another text. The detail names the line.
-            Invalid: A line is no prompt. The detail names it.
+            Invalid: A line is not a prompt. The detail names it.
         """
         return (
             yield from self.call(
@@ -382,9 +410,11 @@ class Calls(Protocol):
             NotFound: There is no such run or prompt.
         """
         path = _run_path("delete_prompt", run)
-        if not prompt_id:
-            raise ValueError("delete_prompt: prompt_id is empty: name the prompt")
-        return (yield from self.delete(f"{path}/prompts/{_segment(prompt_id)}"))
+        with kept_to("delete_prompt", "prompt_id"):
+            _PROMPT_ID.validate_python(prompt_id)
+        if _PLAIN_ID.fullmatch(prompt_id):
+            return (yield from self.delete(f"{path}/prompts/{prompt_id}"))
+        return (yield from self.delete(f"{path}/prompt", query={"prompt_id": prompt_id}))
 
     def observe(
         self,
@@ -405,8 +435,8 @@ class Calls(Protocol):
                 fresh one by default, which makes the retries of this call safe, but not a second call.
             selection_id: The selection whose outcomes these are. They may come late, out of order, in several
                 calls, and with outcomes of other prompts.
-            confirm_step: The step is meant, also where it lies far beyond the run's newest (100,000 steps, unless the
-                service is told otherwise).
+            confirm_step: Confirms a step that lies far beyond the run's newest: more than 100,000 steps, unless the
+                service has another limit.
 
         Raises:
             NotFound: There is no such run, or no such prompt and no text to add it.
@@ -449,9 +479,8 @@ class Calls(Protocol):
         Args:
             prompts: 1 to 10,000 prompts. A string is a prompt id; `PromptRef`, or a mapping with its fields,
                 may hold a new text instead.
-            step: The policy version to predict for; the run's newest by default. A prompt's own outcomes count the less
-                the further it lies ahead of them. For a version before them they count in full: what came later is not
-                taken out again.
+            step: The policy version to predict for; the run's newest by default. The further it
+                lies ahead of a prompt's own outcomes, the less these count. For an earlier version they count in full.
             group_size: Attempts per prompt that `informative_probability` is about; the run's by default.
 
         Raises:
@@ -489,7 +518,7 @@ class Calls(Protocol):
     ) -> Exchange[SelectReply]:
         """Choose the prompts of a step. The same arguments again return the same batch. Steps may come in any order.
 
-        As many arguments as a choice may differ in from the run's settings.
+        This method is long because a choice may differ from the run in so many settings.
 
         Args:
             step: The policy version that will attempt the batch.
@@ -540,8 +569,8 @@ class Calls(Protocol):
             budget: Attempts for all prompts together, or the unit of the costs; above 0.
             objective: `solve`, one success is enough; `signal`, the chance that a training group is informative.
             method: `greedy`, the greatest gain per cost first; `bins`, by bins of predicted difficulty.
-            min_attempts: Of each prompt; 1 by default, 2 under `signal`, where it is the least.
-            max_attempts: Of each prompt, at most 1,024; the most that may be looked through by default.
+            min_attempts: Of each prompt; 1 by default. Under `signal` 2 is the default and the minimum.
+            max_attempts: Of each prompt, at most 1,024; as many as a call may consider by default.
 
         Raises:
             NotFound: There is no such run, or no prompt of that id in its pool.
@@ -561,14 +590,14 @@ class Calls(Protocol):
     ) -> Exchange[BudgetReply]:
         """How many attempts, and how much effort, one request deserves. Nothing is stored.
 
-        A hot path wants a deadline and no error: see `evenodds.gateway.GatewayBudget`.
+        A gateway needs a deadline and no errors: see `evenodds.gateway.GatewayBudget`.
 
         Args:
             prompt: A string is a prompt id; `PromptRef`, or a mapping with its fields, may hold a new text instead.
             policy: Name of the run's budget policy.
             failures: Attempts of this request that failed and are not reported by `observe`.
             step: Version of the served model, under which a verdict by `decision_id` counts; the newest by default.
-            deadline_ms: A reply after so long is of no use, in (0, 60,000].
+            deadline_ms: Time after which the service gives up, in (0, 60,000].
 
         Raises:
             NotFound: There is no such run or policy, or no prompt of that id in the pool.

@@ -12,7 +12,7 @@ import inspect
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import closing
 from random import Random
 from types import TracebackType
@@ -24,7 +24,7 @@ from evenodds.calls import Calls
 from evenodds.deadlines import bound_reads
 from evenodds.errors import ConfigurationError, TimedOut, TransportError, Unreachable
 from evenodds.protocol import MAX_REPLY_BYTES, Exchange, Failed, Received, Send, Wait
-from evenodds.schemas import PromptInfo, RunState
+from evenodds.schemas import PromptInfo, RunSort, RunState, Verdict
 from evenodds.version import __version__
 
 API_KEY_VARIABLE = "EVENODDS_API_KEY"
@@ -139,11 +139,23 @@ class Client:
     healthz = _blocking(Calls.healthz)
     readyz = _blocking(Calls.readyz)
 
-    def runs(self) -> Iterator[RunState]:
-        """All runs, fetched page by page."""
+    def runs(
+        self,
+        *,
+        state: Sequence[Verdict] = (),
+        alarm: str | None = None,
+        sort: RunSort = "name",
+        search: str | None = None,
+    ) -> Iterator[RunState]:
+        """Runs, fetched page by page: all by default.
+
+        Args:
+            state, alarm, sort, search: As of `runs_page`. Sorted by anything but `name`, a run that changes while the
+                pages are fetched may come twice, or not at all.
+        """
         cursor: str | None = None
         while True:
-            page = self.runs_page(cursor=cursor)
+            page = self.runs_page(state=state, alarm=alarm, sort=sort, search=search, cursor=cursor)
             yield from page.runs
             cursor = page.next_cursor
             if cursor is None:
@@ -265,11 +277,23 @@ class AsyncClient:
     healthz = _awaited(Calls.healthz)
     readyz = _awaited(Calls.readyz)
 
-    async def runs(self) -> AsyncIterator[RunState]:
-        """All runs, fetched page by page."""
+    async def runs(
+        self,
+        *,
+        state: Sequence[Verdict] = (),
+        alarm: str | None = None,
+        sort: RunSort = "name",
+        search: str | None = None,
+    ) -> AsyncIterator[RunState]:
+        """Runs, fetched page by page: all by default.
+
+        Args:
+            state, alarm, sort, search: As of `runs_page`. Sorted by anything but `name`, a run that changes while the
+                pages are fetched may come twice, or not at all.
+        """
         cursor: str | None = None
         while True:
-            page = await self.runs_page(cursor=cursor)
+            page = await self.runs_page(state=state, alarm=alarm, sort=sort, search=search, cursor=cursor)
             for run in page.runs:
                 yield run
             cursor = page.next_cursor

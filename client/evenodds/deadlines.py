@@ -1,6 +1,6 @@
 """A deadline for a whole exchange over httpx, where httpx itself knows the silence between two bytes only.
 
-A server that sends a byte now and then, in the head of its reply or in the body, would keep a thread for ever: each
+A server that sends a byte now and then, in the head of its reply or in the body, would never let a thread go: each
 read is in time. So the connections of a client ask, before each read and write, how much time the exchange has left.
 """
 
@@ -49,7 +49,7 @@ def bound_reads(http: httpx.Client) -> Deadline:
     """Let every connection that this client will open keep to a deadline, which is returned.
 
     httpx has no way to say this, so it is put into the connection pools that it has made, proxies' too. Other
-    transports (of tests, say) stay as they are.
+    transports (for example of tests) stay as they are.
     """
     deadline = Deadline()
     for transport in (http._transport, *http._mounts.values()):

@@ -100,7 +100,7 @@ class ProblemError(EvenOddsError):
         method: HTTP method.
         path: Path of the request, percent-encoded.
         status: HTTP status, 400 or above.
-        code: Stable code of the error; `http_<status>` where the reply held none (a proxy's, say).
+        code: Stable code of the error; `http_<status>` if the reply has none, for example a proxy's.
         detail: The fault in words.
         request_id: Id that the reply carries, else the one that was sent.
         errors: One line per fault, where there are several.

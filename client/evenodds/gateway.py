@@ -57,7 +57,7 @@ class GatewayCounts:
         reported: Outcomes that the service accepted.
         dropped: Outcomes that were given up: the buffer was full, or the service refuses them for good.
         without_text: Requests that were not asked about, since no turn of the user has a text.
-        left_out: Answers that are no outcomes, by reason; see `evenodds.answers`. Counted by who reports.
+        left_out: Answers that are not outcomes, by reason; see `evenodds.answers`. Whoever reports counts them.
     """
 
     answered: int = 0
@@ -73,13 +73,11 @@ class GatewayCounts:
 class GatewayBudget:
     """Budgets of one run for a gateway on asyncio. Tasks of one event loop share one.
 
-    More than eight arguments, since a gateway has no other place to say them; each but the run has a default.
-
     Args:
         base_url: Where the service is.
         run: The run that stands for the served model.
         policy: Name of the run's budget policy.
-        deadline_ms: A request waits no longer than this, whatever happens, above 0.
+        deadline_ms: Longest wait of a request, whatever happens. Above 0.
         open_seconds: After five faults in a row, requests get no budget at once for this long; then one of them tries
             again. Above 0.
         buffer: Outcomes that may wait for delivery, at least 1; the oldest are dropped first.
@@ -233,7 +231,8 @@ class GatewayBudget:
         self._faults += 1
         if self._faults == FAULTS_TO_OPEN:
             logger.warning(
-                "%d requests in a row got no budget (%s): requests pass without one, one tries every %g s",
+                "%d requests in a row got no budget (%s): requests pass without a budget, and one request tries "
+                "again every %g s",
                 self._faults,
                 reason,
                 self._open_seconds,
@@ -248,7 +247,7 @@ class GatewayBudget:
 
     def _give_up(self, batch: Sequence[Observation], error: Exception) -> None:
         self.counts.dropped += len(batch)
-        logger.warning("%d outcomes are refused and given up: %s", len(batch), error)
+        logger.warning("the service refused %d outcomes, and they are dropped: %s", len(batch), error)
 
     async def _deliver(self) -> None:
         """Send what waits, oldest first, until nothing does. A batch keeps its id, so that it is counted once."""

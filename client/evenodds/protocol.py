@@ -60,6 +60,7 @@ class Send:
 
     Attributes:
         path: Percent-encoded.
+        query: Not encoded yet; a list gives its name several times.
         content: JSON, unless `media_type` says otherwise.
         silence_seconds: How much longer than usual the reply may take, at least 0.
     """
@@ -67,7 +68,7 @@ class Send:
     method: str
     path: str
     request_id: str
-    query: Mapping[str, str]
+    query: Mapping[str, str | list[str]]
     content: bytes | None
     silence_seconds: float = 0.0
     media_type: str = "application/json"
@@ -122,7 +123,7 @@ class Protocol:
         path: str,
         reply: type[ReplyT],
         *,
-        query: Mapping[str, str] | None = None,
+        query: Mapping[str, str | list[str]] | None = None,
         content: bytes | None = None,
         replying: Collection[int] = (),
         silence_seconds: float = 0.0,
@@ -148,12 +149,12 @@ class Protocol:
         try:
             return reply.model_validate_json(received.content)
         except ValidationError as error:
-            if received.status in replying:  # a reply of a proxy's, say, and not of the service's
+            if received.status in replying:  # for example a proxy's reply, and not the service's
                 raise problem(send, received) from error
             reason = "; ".join(fault_lines(error.errors(include_url=False, include_context=False))[:3])
             raise _not_understood(send, received, f"no {reply.__name__}: {reason}") from error
 
-    def delete(self, path: str) -> Exchange[None]:
+    def delete(self, path: str, *, query: Mapping[str, str | list[str]] | None = None) -> Exchange[None]:
         """Delete what stands at `path`. After a lost reply, a repeat that finds nothing there counts as done.
 
         Raises:
@@ -161,7 +162,7 @@ class Protocol:
             ProblemError: The service replied with an error, 404 if there was nothing to delete.
             ReplyInvalid: The reply was not understood.
         """
-        send = Send("DELETE", path, uuid4().hex, {}, None)
+        send = Send("DELETE", path, uuid4().hex, query or {}, None)
         received, reply_was_lost = yield from self._attempts(send, ())
         if received.status >= 400 and not (received.status == 404 and reply_was_lost):
             raise problem(send, received)
@@ -217,7 +218,11 @@ def _problem(send: Send, received: Received) -> ProblemError:
         body = Problem.model_validate_json(received.content)
     except ValidationError:
         text = " ".join(received.content[:400].decode("utf-8", "replace").split())
-        detail = f"no problem+json, but {text[:200]!r}" if text else "no problem+json, but an empty body"
+        detail = (
+            f"the reply is not problem+json, but {text[:200]!r}"
+            if text
+            else "the reply is not problem+json, but an empty body"
+        )
         return kind(send.method, send.path, status, f"http_{status}", detail, _id_of(send, received))
     request_id = body.request_id or _id_of(send, received)
     return kind(send.method, send.path, status, body.code, body.detail, request_id, body.errors)

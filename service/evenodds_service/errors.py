@@ -2,7 +2,7 @@
 
     ServiceError                 service_error
     ├── AccessRefused            access_refused        the call is not allowed
-    │   ├── KeyMissing           key_missing           the service asks for an API key, and none was sent
+    │   ├── KeyMissing           key_missing           the service requires an API key, and none was sent
     │   ├── KeyInvalid           key_invalid           the key is unknown here, or was revoked
     │   ├── ScopeMissing         scope_missing         the key may not make calls of this kind
     │   ├── RunForbidden         run_forbidden         the key is bound to other runs
@@ -87,7 +87,7 @@ class AccessRefused(ServiceError):
 
 
 class KeyMissing(AccessRefused):
-    """The service asks for an API key, and none was sent."""
+    """The service requires an API key, and none was sent."""
 
     code = "key_missing"
 
@@ -158,7 +158,9 @@ class UnknownPrompts(ServiceError):
 
     def __init__(self, run: str, prompt_ids: Sequence[str], *, path: str, hint: str) -> None:
         shown = ", ".join(repr(i) for i in prompt_ids[:5]) + (", ..." if len(prompt_ids) > 5 else "")
-        super().__init__(f"{path}: {len(prompt_ids)} not in the pool of run {run!r}: {shown}; {hint}")
+        n = len(prompt_ids)
+        who = "1 prompt is" if n == 1 else f"{n} prompts are"
+        super().__init__(f"{path}: {who} not in the pool of run {run!r}: {shown}; {hint}")
 
 
 class NotEnoughPrompts(ServiceError):

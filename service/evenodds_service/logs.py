@@ -51,12 +51,12 @@ def _log_what_ends_threads() -> None:
     root = logging.getLogger()
 
     def of_process(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        root.critical("ended by an error that nobody foresaw", exc_info=(kind, error, trace))
+        root.critical("ended by an unexpected error", exc_info=(kind, error, trace))
 
     def of_thread(ended: threading.ExceptHookArgs) -> None:
         name = ended.thread.name if ended.thread is not None else "?"
         if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
-            root.error("thread %s ended by an error that nobody foresaw", name, exc_info=ended.exc_value)
+            root.error("thread %s ended by an unexpected error", name, exc_info=ended.exc_value)
 
     sys.excepthook, threading.excepthook = of_process, of_thread
 

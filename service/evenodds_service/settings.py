@@ -28,7 +28,7 @@ class Settings(BaseModel):
     )
     pool_size: int = Field(default=10, ge=1, le=1_000, description="database connections of one process")
     access: Literal["auto", "keys", "open"] = Field(
-        default="auto", description="who may call: auto asks for API keys unless it listens on loopback only"
+        default="auto", description="who may call: auto requires API keys unless the service listens on loopback only"
     )
     allowed_hosts: str | None = Field(
         default=None,
@@ -63,7 +63,7 @@ class Settings(BaseModel):
         le=2**53,
         description="most steps that a run may advance at once without confirm_step=true",
     )
-    live_runs: int = Field(default=32, ge=1, le=10_000, description="runs whose state one process keeps in memory")
+    live_runs: int = Field(default=32, ge=1, le=10_000, description="most runs whose state one process keeps in memory")
     predict_staleness_ms: float = Field(
         default=0.0, ge=0, le=60_000, description="how far behind the log /predict may answer; 0 is exact"
     )
@@ -71,10 +71,10 @@ class Settings(BaseModel):
         default=200.0, ge=0, le=60_000, description="how far behind the log /budget may answer; 0 is exact"
     )
     budget_deadline_ms: float = Field(
-        default=500.0, gt=0, le=60_000, description="after so long a request for a budget is given up"
+        default=500.0, gt=0, le=60_000, description="time after which a request for a budget is given up"
     )
     budget_queue: int = Field(
-        default=256, ge=1, le=100_000, description="requests for a budget that may wait at a time"
+        default=256, ge=1, le=100_000, description="most requests for a budget that may wait at a time"
     )
     decisions: int = Field(
         default=500_000,
@@ -93,11 +93,14 @@ class Settings(BaseModel):
         "on the hub of sentence-transformers models, which are downloaded when first used, or folders",
     )
     worker_lease_seconds: float = Field(
-        default=60.0, gt=0, le=3_600, description="how long a refit waits for a worker that gives no sign of life"
+        default=60.0,
+        gt=0,
+        le=3_600,
+        description="time after which another worker takes over the refit of a worker that gives no sign of life",
     )
     worker_poll_seconds: float = Field(default=1.0, gt=0, le=3_600, description="how often a worker looks for work")
     log_format: Literal["json", "text"] | None = Field(
-        default=None, description="of log lines: text at a terminal, else json"
+        default=None, description="format of log lines: text at a terminal, else json"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level of a log line; a request is info"
@@ -152,7 +155,7 @@ def unknown_variables(environment: Mapping[str, str]) -> tuple[str, ...]:
             continue
         likely = get_close_matches(name, known, n=1, cutoff=0.8)
         hint = f"did you mean {likely[0]}?" if likely else "it has no effect"
-        said.append(f"{name} is no setting of the service: {hint}")
+        said.append(f"{name} is not a setting of the service: {hint}")
     return tuple(said)
 
 

@@ -182,7 +182,7 @@ class Worker:
             report={**model.report, **seconds, **fitted.figures(run)},
         )
         snapshot = self._store.publish_refit(refit, published, now=self._clock())
-        logger.info("%s: run %r has snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
+        logger.info("%s: run %r has the new snapshot %d after %s", self._name, run.name, snapshot.version, seconds)
         run = self._store.run_with_id(refit.run_id)
         kept.live.catch_up(self._store, run)
         kept.live.save(self._store, run, now=self._clock())
@@ -209,7 +209,12 @@ class Worker:
         try:
             self._store.extend_lease(refit.id, worker=self._name, lease=self._lease, now=self._clock())
         except StoreError as error:
-            logger.warning("%s: lease of refit %d not extended: %s", self._name, refit.id, error)
+            logger.warning(
+                "%s: the lease of refit %d could not be extended, so another worker may take it over: %s",
+                self._name,
+                refit.id,
+                error,
+            )
 
 
 def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:

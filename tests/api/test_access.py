@@ -260,7 +260,10 @@ def test_a_key_may_only_call_so_often(guard: Callable[..., Guarded]) -> None:
     after = [guarded.call(secret, "GET", "/runs").status_code for _ in range(2)]
 
     assert [reply.status_code for reply in replies] == [200, 200, 200, 429]
-    assert refusal(replies[3])[1:] == ("rate_limited", "key 'limited' may make 3 requests a minute: wait 20 s")
+    assert refusal(replies[3])[1:] == (
+        "rate_limited",
+        "key 'limited' may make 3 requests a minute, and has made them: wait 20 s",
+    )
     assert replies[3].headers["retry-after"] == "20"
     assert elsewhere.status_code == 200
     assert after == [200, 429]
@@ -329,7 +332,7 @@ def test_the_client_sends_its_key_and_tells_refusals_apart(tmp_path: Path, start
         assert client.runs_page().runs == ()
         with pytest.raises(Forbidden, match="needs the scope 'write'"):
             client.put_run("math")
-    with Client(running.base_url) as client, pytest.raises(Unauthorized, match="asks for an API key"):
+    with Client(running.base_url) as client, pytest.raises(Unauthorized, match="requires an API key"):
         client.runs_page()
 
 

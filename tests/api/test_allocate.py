@@ -97,7 +97,7 @@ def test_limits_of_the_call_and_of_a_prompt_are_kept(mopps: Caller) -> None:
     assert attempts(reply) == [10, 3, 10]
     assert reply["spent"] == 23
     assert not reply["worthwhile"]
-    assert reply["reason"] == "the budget gives every prompt its maximum: there is nothing to choose"
+    assert reply["reason"] == "the budget gives every prompt its maximum, so there is nothing to choose"
 
 
 def test_a_hopeless_prompt_may_get_nothing_where_that_is_allowed(mopps: Caller) -> None:
@@ -121,7 +121,7 @@ def test_allocation_is_not_worth_it_before_anything_was_observed(caller: Caller)
     reply = allocated(caller, 8, "a", "b")
 
     assert not reply["worthwhile"]
-    assert "no outcome was observed yet" in reply["reason"]
+    assert "no outcome has been observed yet" in reply["reason"]
 
 
 def test_allocation_is_worth_it_where_prompts_differ(mopps: Caller) -> None:
@@ -138,7 +138,7 @@ def test_allocation_is_worth_it_where_prompts_differ(mopps: Caller) -> None:
     [
         (
             {"budget": 2},
-            "budget 2 does not pay for the least attempts of 3 prompts, which cost 3: raise it, or lower min_attempts",
+            "budget 2 is less than the minimum attempts of 3 prompts cost, 3: raise it, or lower min_attempts",
         ),
         ({"budget": 0}, "budget: Input should be greater than 0, got 0"),
         (
@@ -149,7 +149,7 @@ def test_allocation_is_worth_it_where_prompts_differ(mopps: Caller) -> None:
         ({"min_attempts": 5, "max_attempts": 4}, "prompts[0]: min_attempts 5 exceeds max_attempts 4"),
         (
             {"prompts": [{"text": str(i)} for i in range(2_000)], "budget": 1e6, "max_attempts": 1024},
-            "max_attempts 1024 for 2000 prompts: at most 1000 attempts each can be looked through; lower it, or send "
+            "max_attempts 1024 for 2000 prompts: at most 1000 attempts each are possible: lower it, or send "
             "fewer prompts",
         ),
         (
@@ -171,14 +171,16 @@ def test_unknown_prompts_are_named(mopps: Caller) -> None:
     problem = mopps.refused("POST", "/allocate", json={"run": mopps.run, "prompts": [{"prompt_id": "x"}], "budget": 2})
 
     assert (problem.status, problem.code) == (404, "prompt_unknown")
-    assert problem.detail.startswith(f"prompts: 1 not in the pool of run {mopps.run!r}: 'x'")
+    assert problem.detail.startswith(f"prompts: 1 prompt is not in the pool of run {mopps.run!r}: 'x'")
 
 
 def test_the_client_speaks_it_and_refuses_before_it_sends(mopps: Caller) -> None:
     reply = mopps.client.allocate(mopps.run, ["easy", {"text": "Other?", "cost": 2}], 9, max_attempts=4)
 
     assert [a.attempts for a in reply.allocations] == [3, 3]
-    with pytest.raises(InvalidRequest, match=r"allocate was not sent: budget 1 does not pay .* which cost 2"):
+    with pytest.raises(
+        InvalidRequest, match=r"allocate was not sent: budget 1 is less than the minimum attempts of 2 prompts cost, 2"
+    ):
         mopps.client.allocate(mopps.run, ["easy", "new"], 1)
 
 

@@ -165,7 +165,7 @@ def test_many_at_once_are_answered_each_by_its_own_fault_or_answer(mopps: Caller
     assert [reply.json().get("attempts") for reply in replies] == [expected[name] for name in names]
     refused = replies[1].json()
     assert (refused["status"], refused["code"]) == (404, "prompt_unknown")
-    assert refused["detail"].startswith(f"prompt: 1 not in the pool of run {mopps.run!r}: 'nobody'")
+    assert refused["detail"].startswith(f"prompt: 1 prompt is not in the pool of run {mopps.run!r}: 'nobody'")
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -259,7 +259,7 @@ def test_a_run_holds_so_many_policies_and_says_so(caller: Caller) -> None:
 
     assert (problem.status, problem.code) == (409, "policy_limit")
     assert problem.detail == (
-        f"run {caller.run!r} holds 64 budget policies, the most that it may: change one of them "
+        f"run {caller.run!r} holds 64 budget policies, which is the limit: change one of them "
         "(p00, p01, p02, p03, p04, ...) instead of adding 'more'"
     )
 
@@ -283,7 +283,8 @@ def test_a_deadline_that_cannot_be_kept_is_answered_in_time(
     assert reply.status_code == 503
     assert reply.json()["code"] == "deadline_passed"
     assert reply.json()["detail"] == (
-        "no budget within 0.01 ms: go on without one, or allow more (deadline_ms, EVENODDS_BUDGET_DEADLINE_MS)"
+        "no budget within 0.01 ms: continue without a budget, or allow more time (deadline_ms, "
+        "EVENODDS_BUDGET_DEADLINE_MS)"
     )
     assert service.http.post("/budget", json={"run": "r", "prompt": {"text": "a"}}).status_code == 200
 

@@ -135,8 +135,8 @@ def test_the_embedder_is_fixed_once_prompts_exist(own: Caller) -> None:
 
     assert (problem.status, problem.code) == (409, "embedder_fixed")
     assert problem.detail == (
-        f"run {own.run!r}: its 1 prompts have vectors of embedder 'caller' (prompt None), "
-        "asked for was 'builtin' (prompt None): create another run for it"
+        f"run {own.run!r}: its pool has vectors of embedder 'caller' (prompt None), "
+        "and the call asks for 'builtin' (prompt None): create another run for that embedder"
     )
 
 

@@ -118,8 +118,8 @@ def test_whether_filling_pays_is_said_where_the_cost_of_an_update_is_known(pool:
     ("settings", "why"),
     [
         ({"cooldown_steps": 0}, "cooldown_steps is 0"),
-        ({"acquisition": "paper"}, "none rests by default under 'paper'"),
-        ({"acquisition": "thompson"}, "none rests by default under 'thompson'"),
+        ({"acquisition": "paper"}, "prompts do not rest by default under 'paper'"),
+        ({"acquisition": "thompson"}, "prompts do not rest by default under 'thompson'"),
     ],
 )
 def test_without_a_rest_no_batch_is_filled(pool: Caller, settings: dict[str, Any], why: str) -> None:
@@ -129,7 +129,8 @@ def test_without_a_rest_no_batch_is_filled(pool: Caller, settings: dict[str, Any
 
     assert (problem.status, problem.code) == (409, "fill_needs_rest")
     assert problem.detail == (
-        f"informative_groups needs prompts to rest after they were chosen, and {why}: filled batches would be the same "
+        f"informative_groups needs prompts to rest after they were chosen, and {why}: filled batches would have the "
+        "same "
         "prompts again and again. Set cooldown_steps to 10 or more, or ask for a batch_size"
     )
     assert fill(pool, 0, 8, **{**settings, "cooldown_steps": 10})["fill"]["informative_groups"] == 8

@@ -98,7 +98,7 @@ def test_long_lines_are_stored_in_smaller_blocks(caller: Caller) -> None:
             b'{"prompt_id": "\xff"}\n',
             422,
             "malformed",
-            ": it is no UTF-8 (byte 0xff at position 15): encode it as UTF-8",
+            ": it is not UTF-8 (byte 0xff at position 15): encode it as UTF-8",
         ),
         (b'{"prompt_id": "x", "prior_rate": NaN}\n', 422, "malformed", ".prior_rate: Input should be a finite number"),
         (

@@ -236,7 +236,7 @@ def test_an_unknown_prompt_without_a_text_is_refused_with_all_others(mopps: Call
 
     assert (problem.status, problem.code) == (404, "prompt_unknown")
     assert problem.detail == (
-        f"observations: 1 not in the pool of run {mopps.run!r}: 'x'; "
+        f"observations: 1 prompt is not in the pool of run {mopps.run!r}: 'x'; "
         "send its text along, or load it with POST /runs/{run}/prompts"
     )
 

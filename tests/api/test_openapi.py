@@ -90,6 +90,7 @@ def test_the_interface_is_the_contract(operations: dict[str, dict[str, Any]]) ->
         "GET /runs/{run}",
         "DELETE /runs/{run}",
         "DELETE /runs/{run}/prompts/{prompt_id}",
+        "DELETE /runs/{run}/prompt",
         "GET /runs/{run}/prompts",
         "GET /runs/{run}/prompts/{prompt_id}",
         "GET /runs/{run}/prompt",

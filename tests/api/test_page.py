@@ -341,3 +341,29 @@ def test_runs_are_found_sorted_and_compared(
     page.until_shown("Rank correlation of forecasts")
     assert page.address() == "#/compare?" + "&".join(f"run=run-{i:02d}" for i in range(5))
     assert tab.faults == []
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_one_click_takes_back_what_was_learned_from_a_dead_verifier(caller: Caller, page: Page) -> None:
+    caller.load([{"prompt_id": f"p{i}"} for i in range(400)])
+    for step in range(8):
+        batch = caller.select(step, 32)["prompts"]
+        caller.observe(
+            step,
+            *({"prompt_id": p["prompt_id"], "successes": 4 if step < 6 else 0, "attempts": 8} for p in batch),
+        )
+    page.open(f"#/runs/{caller.run}")
+    page.until_shown("Take back what was learned of steps 6 to 7")
+    button = "[...document.querySelectorAll('.alarms button')].at(-1)"
+
+    page.tab.run(f"window.confirm = (asked) => {{ window.asked = asked; return false; }}; {button}.click()")
+    refused = caller.client.run(caller.run).observations
+    page.tab.run(f"window.confirm = () => true; {button}.click()")
+
+    page.tab.until("!document.querySelector('.alarms')")
+    assert "cannot be undone" in page.tab.run("window.asked")
+    assert refused == 8 * 32
+    assert caller.client.run(caller.run).observations == 6 * 32
+    assert page.tab.faults == []

@@ -162,7 +162,7 @@ def test_an_unknown_prompt_without_a_text_is_named(mopps: Caller) -> None:
 
     assert (problem.status, problem.code) == (404, "prompt_unknown")
     assert problem.detail == (
-        f"prompts: 1 not in the pool of run {mopps.run!r}: 'x'; "
+        f"prompts: 1 prompt is not in the pool of run {mopps.run!r}: 'x'; "
         "send its text instead, or load it with POST /runs/{run}/prompts"
     )
 
@@ -172,7 +172,7 @@ def test_a_long_list_of_unknown_prompts_is_cut(mopps: Caller) -> None:
 
     problem = mopps.refused("POST", "/predict", json=body)
 
-    assert "9 not in the pool" in problem.detail
+    assert "9 prompts are not in the pool" in problem.detail
     assert ": 'x0', 'x1', 'x2', 'x3', 'x4', ...;" in problem.detail
 
 

@@ -268,7 +268,9 @@ def test_the_client_loads_pools_larger_than_one_call(caller: Caller) -> None:
     assert (reply.added, reply.pool_size, reply.log_position) == (10_005, 10_005, 2)
 
 
-NO_CURSOR = "cursor: this is no next_cursor of this listing for this caller: leave it out to begin anew"
+NO_CURSOR = (
+    "cursor: it was not given as next_cursor by this listing to this caller: leave it out to start from the first page"
+)
 
 
 def test_pages_follow_each_other_without_gap_or_repetition(caller: Caller) -> None:
@@ -392,7 +394,7 @@ def test_a_run_knows_the_rates_of_so_many_others_and_says_so(caller: Caller) -> 
     problem = caller.refused("POST", prompts_path(caller), json=more)
 
     assert (problem.status, problem.code) == (409, "rate_names_limit")
-    assert "prior_rates of 65 others, the most is 64 (the first too many is 'm64')" in problem.detail
+    assert "prior_rates of 65 others, and the limit is 64 (the first above it is 'm64')" in problem.detail
     assert caller.load([{"prompt_id": "c", "prior_rates": {"m5": 0.5}}])["added"] == 1
 
 

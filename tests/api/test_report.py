@@ -53,7 +53,7 @@ def test_the_report_of_an_empty_run_says_that_nothing_happened(caller: Caller) -
 
     assert (report["run"], report["observations"], report["selections"]) == (caller.run, 0, 0)
     assert (report["windows"], report["lift"], report["fallback"]) == ([], None, None)
-    assert report["lift_missing"] == "nothing was selected yet: choose batches with POST /select_batch"
+    assert report["lift_missing"] == "no batch has been chosen yet: choose batches with POST /select_batch"
 
 
 def test_the_report_tells_what_training_brought(trained: Caller) -> None:

@@ -111,7 +111,10 @@ def test_another_encoding_is_415_and_names_gzip(caller: Caller, encoding: str) -
     problem = caller.refused("POST", "/observe", **request)
 
     assert (problem.status, problem.code) == (415, "media_type")
-    assert problem.detail == f"body: Content-Encoding '{encoding}' is unknown here: send it plain, or with gzip"
+    assert (
+        problem.detail
+        == f"body: Content-Encoding '{encoding}' is not supported: send the body uncompressed, or with gzip"
+    )
     assert caller.http.post("/observe", **request).headers["accept-encoding"] == "gzip"
 
 

@@ -34,8 +34,14 @@ WITH_BODY = [("POST", "/observe"), ("POST", "/predict"), ("POST", "/select_batch
         (b"", "body: Field required"),
         (b"{bad", "body: invalid JSON at character 1: Expecting property name enclosed in double quotes"),
         (b'{"run": ', "body: invalid JSON at character 8: Expecting value"),
-        (b"[" * 100_000, "body: this JSON is nested too deeply, or holds too long a number"),
-        (b'{"step": ' + b"9" * 5_000 + b"}", "body: this JSON is nested too deeply, or holds too long a number"),
+        (
+            b"[" * 100_000,
+            "body: this JSON is nested too deeply, or has a number with too many digits: send simpler JSON",
+        ),
+        (
+            b'{"step": ' + b"9" * 5_000 + b"}",
+            "body: this JSON is nested too deeply, or has a number with too many digits: send simpler JSON",
+        ),
         (b"[]", "body: Input should be a valid dictionary or object to extract fields from"),
         (b'"run"', "body: Input should be a valid dictionary or object to extract fields from, got 'run'"),
         (b"null", "body: Input should be a valid dictionary or object to extract fields from"),
@@ -92,7 +98,7 @@ def test_an_unknown_route_is_404(caller: Caller, path: str) -> None:
     problem = caller.refused("GET", path)
 
     assert (problem.status, problem.code) == (404, "route_unknown")
-    assert problem.detail == f"no route GET {path}; see /docs for those that exist"
+    assert problem.detail == f"there is no operation GET {path}: /docs lists all operations"
 
 
 @without_the_database
@@ -111,7 +117,7 @@ def test_a_wrong_method_is_405_and_names_the_right_one(
     problem = caller.refused(method, path)
 
     assert (problem.status, problem.code) == (405, "method_not_allowed")
-    assert problem.detail == f"{method} is not allowed on {path}; see /docs"
+    assert problem.detail == f"{method} is not allowed on {path}: /docs lists all operations"
     assert set(caller.http.request(method, path).headers["allow"].split(", ")) == allowed
 
 
@@ -199,7 +205,7 @@ def test_a_fault_of_the_service_tells_the_caller_its_id_and_no_more(
         "type": "about:blank",
         "title": "Internal Server Error",
         "status": 500,
-        "detail": "the service failed to answer; the server's log has the cause under this request id",
+        "detail": "the service failed to answer: its log names the cause under this request id",
         "code": "internal_error",
         "request_id": "fault-1",
         "errors": [],
@@ -290,7 +296,7 @@ def test_what_no_database_can_store_is_refused_as_in_bodies(caller: Caller, quer
 def test_what_is_no_utf_8_is_called_so(caller: Caller, path: str, place: str) -> None:
     problem = caller.refused("POST", path.format(run=caller.run), content=b'{"run": "\xff"}', headers=JSON)
 
-    assert problem.detail == f"{place}: it is no UTF-8 (byte 0xff at position 9): encode it as UTF-8"
+    assert problem.detail == f"{place}: it is not UTF-8 (byte 0xff at position 9): encode it as UTF-8"
 
 
 @without_the_database
@@ -300,4 +306,4 @@ def test_a_line_that_is_no_utf_8_is_called_so(caller: Caller) -> None:
 
     problem = caller.refused("POST", f"/runs/{caller.run}/prompts", content=lines, headers=headers)
 
-    assert problem.detail.startswith("line 2: it is no UTF-8 (byte 0xc3 at position 15): encode it as UTF-8")
+    assert problem.detail.startswith("line 2: it is not UTF-8 (byte 0xc3 at position 15): encode it as UTF-8")

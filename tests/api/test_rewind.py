@@ -199,7 +199,7 @@ def test_unknown_runs_and_prompts_are_named(caller: Caller) -> None:
     prompt = caller.refused("POST", f"/runs/{caller.run}/retract", json={"prompt_ids": ["a", "x"]})
 
     assert (prompt.status, prompt.code) == (404, "prompt_unknown")
-    assert prompt.detail == f"prompt_ids: 1 not in the pool of run {caller.run!r}: 'x'; leave it out"
+    assert prompt.detail == f"prompt_ids: 1 prompt is not in the pool of run {caller.run!r}: 'x'; leave it out"
     for name, body in (("rewind", {"step": 1}), ("retract", {"to_step": 1})):
         run = caller.refused("POST", f"/runs/nowhere/{name}", json=body)
         assert (run.status, run.code) == (404, "run_unknown")

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event, insert
 from tests.waiting import until
 
-from evenodds_service.api.run_metrics import RunMetrics
+from evenodds_service.api.run_metrics import GAUGES, RunMetrics
 from evenodds_service.commands.alert_rules import alert_of, rules_file
 from evenodds_service.domain.report.alarms import KINDS
 from evenodds_service.domain.report.summary import VERDICTS, Summary
@@ -144,6 +144,15 @@ def test_dashboard_and_alerts_ask_for_what_is_measured(
 
     assert used
     assert used <= known_names(service)
+
+
+def test_the_dashboard_shows_every_metric_of_a_run_in_panels_that_do_not_overlap() -> None:
+    panels = json.loads((DEPLOY / "grafana/dashboard.json").read_text())["panels"]
+    places = [panel["gridPos"] for panel in panels]
+
+    assert set(GAUGES) <= used_names(dashboard_expressions())
+    assert len({panel["id"] for panel in panels}) == len({(place["x"], place["y"]) for place in places}) == len(panels)
+    assert all((place["x"] % 8, place["y"] % 8, place["w"], place["h"]) == (0, 0, 8, 8) for place in places)
 
 
 @pytest.mark.parametrize("file", ["prometheus/alerts.yml", "helm/evenodds/alerts.yml"])

@@ -165,8 +165,8 @@ def test_the_embedder_is_fixed_once_prompts_exist(caller: Caller, change: dict[s
 
     assert (problem.status, problem.code) == (409, "embedder_fixed")
     assert problem.detail == (
-        f"run {caller.run!r}: its 1 prompts have vectors of embedder 'none' (prompt None), "
-        f"asked for was {asked}: create another run for it"
+        f"run {caller.run!r}: its pool has vectors of embedder 'none' (prompt None), "
+        f"and the call asks for {asked}: create another run for that embedder"
     )
 
 
@@ -177,8 +177,8 @@ def test_shares_that_conflict_with_what_stands_are_refused(caller: Caller) -> No
 
     assert (problem.status, problem.code) == (409, "shares_conflict")
     assert problem.detail == (
-        "category 'math' is to get at least 0.5 of a batch (categories) and at most 0.25 (categories_at_most): lower "
-        "the one or raise the other"
+        "category 'math' has a least share of 0.5 (categories) above its largest share of 0.25 (categories_at_most): "
+        "lower the first or raise the second"
     )
 
 
@@ -205,7 +205,7 @@ def test_the_floor_follows_the_acquisition_until_it_is_set(caller: Caller, acqui
         ({"categories": {}}, "categories: Dictionary should have at least 1 item after validation, not 0"),
         (
             {"categories": {"a": 0.5}, "categories_at_most": {"a": 0.25}},
-            "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the one or raise the other",
+            "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the first or raise the second",
         ),
         ({"fallback": "no"}, "fallback: Input should be a truth value, got 'no'"),
         ({"keep_text": 0}, "keep_text: Input should be a truth value, got 0"),
@@ -329,6 +329,11 @@ def test_runs_are_listed_by_how_they_stand(database_url: str, start_service: Cal
     assert listed(sort="alarms") == ["b", "a", "c", "d"]
     assert listed(sort="lift")[:2] == ["d", "a"]
     assert listed(state=["broken", "learning"], sort="created") == ["c", "b"]
+    assert [run.run for run in service.client.runs(state=["broken", "learning"], sort="created")] == ["c", "b"]
+    assert [run.run for run in service.client.runs(alarm="any", search="B")] == ["b"]
+    page = service.client.runs_page(sort="lift", limit=1)
+    assert [run.run for run in page.runs] == ["d"]
+    assert service.client.runs_page(sort="lift", limit=1, cursor=page.next_cursor).runs[0].run == "a"
     assert listed(alarm="forecast_off") == listed(alarm="any", search="B") == ["b"]
     first, second = service.http.get("/runs?limit=2").json()["runs"]
     assert (first["verdict"], first["lift"]) == ("helping", {"value": 0.3, "low": 0.1, "high": None})
@@ -351,7 +356,8 @@ def test_runs_are_listed_by_how_they_stand(database_url: str, start_service: Cal
         ("cursor=%00", r"cursor: a NUL character (\u0000) cannot be stored: remove it"),
         (
             "cursor=run-1",
-            "cursor: this is no next_cursor of this listing for this caller: leave it out to begin anew",
+            "cursor: it was not given as next_cursor by this listing to this caller: leave it out to start from the "
+            "first page",
         ),
     ],
 )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 without_the_database = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 """Refused before the database is asked: one backend will do."""
 
-LIMITS = "ask for fewer, load more prompts, or loosen what rules them out"
+LIMITS = "ask for fewer, load more prompts, or loosen the settings that leave prompts out"
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_a_least_share_above_the_runs_largest_is_a_conflict(caller: Caller, pool
 
     assert (problem.status, problem.code) == (409, "shares_conflict")
     assert problem.detail == (
-        "category 'hard' is to get at least 0.5 of a batch (categories) and at most 0.25 (categories_at_most): lower "
-        "the one or raise the other"
+        "category 'hard' has a least share of 0.5 (categories) above its largest share of 0.25 (categories_at_most): "
+        "lower the first or raise the second"
     )
 
 
@@ -315,10 +315,10 @@ def test_nothing_can_be_chosen_from_an_empty_pool(caller: Caller) -> None:
     [
         (
             {"candidates": ["easy-1", "x", "y"]},
-            "candidates: 2 not in the pool of run {run!r}: 'x', 'y'; "
+            "candidates: 2 prompts are not in the pool of run {run!r}: 'x', 'y'; "
             "load it with POST /runs/{{run}}/prompts, or leave it out",
         ),
-        ({"exclude": ["x"]}, "exclude: 1 not in the pool of run {run!r}: 'x'; leave it out"),
+        ({"exclude": ["x"]}, "exclude: 1 prompt is not in the pool of run {run!r}: 'x'; leave it out"),
     ],
 )
 def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: dict[str, Any], detail: str) -> None:
@@ -351,7 +351,7 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
         ({"categories_at_most": {"a": -1}}, "categories_at_most.a: Input should be greater than or equal to 0, got -1"),
         (
             {"categories": {"a": 0.5}, "categories_at_most": {"a": 0.25}},
-            "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the one or raise the other",
+            "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the first or raise the second",
         ),
         ({"temperature": 1}, "temperature: Extra inputs are not permitted, got 1"),
     ],

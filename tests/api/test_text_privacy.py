@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import MetaData, select, update
 from tests.waiting import until
 
+from evenodds import NotFound
 from evenodds_service.domain.prompts import text_key
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
@@ -144,6 +145,16 @@ def test_an_erased_prompt_stands_in_no_table_and_in_no_page(caller: Caller, serv
     assert len(caller.chosen(1, 2)) == 2
     problem = caller.refused("POST", f"/runs/{caller.run}/rewind", json={"step": -1})
     assert (problem.status, problem.code) == (409, "below_base")
+
+
+def test_a_prompt_of_an_id_that_no_path_can_hold_is_erased(caller: Caller) -> None:
+    caller.load([{"prompt_id": "..", "text": "1 + 1 = ?"}, {"prompt_id": "a", "text": "2 + 2 = ?"}])
+
+    caller.client.delete_prompt(caller.run, "..")
+
+    assert [prompt.prompt_id for prompt in caller.client.prompts(caller.run)] == ["a"]
+    with pytest.raises(NotFound, match="prompt_unknown"):
+        caller.client.delete_prompt(caller.run, "..")
 
 
 def test_a_run_that_answers_budgets_keeps_so_many_prompts_unless_it_chooses_batches(caller: Caller) -> None:

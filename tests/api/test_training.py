@@ -67,7 +67,7 @@ def test_a_select_for_a_chosen_step_by_other_arguments_is_refused(caller: Caller
     assert (problem.status, problem.code) == (409, "selection_conflict")
     assert problem.detail == (
         f"run {caller.run!r}: the batch for step 3 was chosen before with other arguments "
-        f"(selection {selection_id!r}): repeat those, or choose for a later step"
+        f"(selection {selection_id!r}): repeat the same arguments, or choose for a later step"
     )
 
 

@@ -236,5 +236,5 @@ def test_requests_behind_a_migration_are_sent_away_and_served_when_it_was_given_
 
 
 def given_up(engine: Engine) -> None:
-    with pytest.raises(MigrationFailed, match=r"\(canceling statement due to user request\): put right what"):
+    with pytest.raises(MigrationFailed, match=r"\(canceling statement due to user request\): correct what"):
         downgrade(engine, "base")

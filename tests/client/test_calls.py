@@ -378,6 +378,30 @@ def test_any_prompt_id_reaches_the_service_as_it_is(talk: Conversation, server: 
     assert (target.path, parse_qs(target.query)) == ("/prefix/runs/r/prompt", {"prompt_id": [prompt_id]})
 
 
+@pytest.mark.parametrize(
+    ("prompt_id", "target"),
+    [("a.b", "/runs/r/prompts/a.b"), ("..", "/runs/r/prompt?prompt_id=.."), ("a/b", "/runs/r/prompt?prompt_id=a%2Fb")],
+)
+def test_a_prompt_is_erased_by_an_address_that_no_proxy_changes(
+    talk: Conversation, prompt_id: str, target: str
+) -> None:
+    talk.replies.append(httpx.Response(204))
+
+    assert talk.call("delete_prompt", "r", prompt_id) is None
+    assert (talk.requests[0].method, str(talk.requests[0].url.raw_path, "ascii")) == ("DELETE", target)
+
+
+def test_runs_are_asked_for_with_the_same_filters_on_every_page(talk: Conversation) -> None:
+    talk.replies_with({"runs": [talk.run], "next_cursor": "17"})
+    talk.replies_with({"runs": [talk.run], "next_cursor": None})
+
+    found = talk.call("runs", state=["broken", "learning"], alarm="any", sort="lift", search="math-")
+
+    assert len(found) == 2
+    asked = "/runs?alarm=any&sort=lift&search=math-&state=broken&state=learning"
+    assert [str(request.url.raw_path, "ascii") for request in talk.requests] == [asked, f"{asked}&cursor=17"]
+
+
 def test_observe_sends_a_request_id_of_its_own(talk: Conversation) -> None:
     for _ in range(2):
         talk.replies_with(OBSERVED)
@@ -466,7 +490,7 @@ def test_an_unavailable_service_is_an_answer_to_the_question_of_its_health(talk:
 def test_a_503_of_another_hand_is_no_answer_of_readyz(talk: Conversation) -> None:
     talk.replies.append(httpx.Response(503, text="<h1>no upstream</h1>"))
 
-    with pytest.raises(Unavailable, match=r"503 http_503: no problem\+json, but '<h1>no upstream</h1>'"):
+    with pytest.raises(Unavailable, match=r"503 http_503: the reply is not problem\+json, but '<h1>no upstream</h1>'"):
         talk.call("readyz")
 
 
@@ -634,8 +658,8 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         "allocate",
         ("r", ["a", "b"], 3),
         {"min_attempts": 2},
-        "allocate was not sent: budget 3 does not pay for the least attempts of 2 prompts, which cost 4: raise it, or "
-        "lower min_attempts",
+        "allocate was not sent: budget 3 is less than the minimum attempts of 2 prompts cost, 4: raise it, or lower "
+        "min_attempts",
     ),
     "name of a policy": (
         "put_budget_policy",

@@ -86,7 +86,7 @@ def test_a_proxy_s_page_is_quoted(talk: Conversation) -> None:
 
     assert type(caught.value) is ServerError
     assert caught.value.code == "http_502"
-    assert caught.value.detail == f"no problem+json, but {'<html> Bad Gateway' + '!' * 182!r}"
+    assert caught.value.detail == f"the reply is not problem+json, but {'<html> Bad Gateway' + '!' * 182!r}"
 
 
 def test_an_error_without_a_body_still_says_what_it_is(talk: Conversation) -> None:

@@ -234,7 +234,7 @@ def test_outcomes_that_are_refused_are_given_up_and_said(script: Script, caplog:
         assert gateway.counts.dropped == 1
 
     asyncio.run(report())
-    assert "1 outcomes are refused and given up: POST /observe: 404 run_unknown: no run" in caplog.text
+    assert "the service refused 1 outcomes, and they are dropped: POST /observe: 404 run_unknown: no run" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,11 @@ def test_serve_says_that_the_database_does_not_answer(
         ("EVENODDS_PORT", "65536", "EVENODDS_PORT: Input should be less than or equal to 65535, got '65536'"),
         ("EVENODDS_POOL_SIZE", "0", "EVENODDS_POOL_SIZE: Input should be greater than or equal to 1, got '0'"),
         ("EVENODDS_DATABASE_URL", "mysql://x/y", "the database URL starts with 'mysql': use sqlite:///FILE or "),
-        ("EVENODDS_DATABASE_URL", "sqlite://", "a SQLite database in memory forgets everything: name a file"),
+        (
+            "EVENODDS_DATABASE_URL",
+            "sqlite://",
+            "a SQLite database in memory loses everything when the process ends: name a file",
+        ),
     ],
 )
 def test_a_bad_setting_is_named(

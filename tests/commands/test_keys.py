@@ -42,7 +42,7 @@ def test_a_key_is_shown_once_and_opens_the_service_until_it_is_revoked(
     assert shown.err == "key 'trainer' for runs 'math-*', scopes read; it is not shown again:\n"
     assert "trainer" in listed.out
     assert shown.out.strip() not in listed.out
-    assert capsys.readouterr().out.startswith("key 'trainer' is revoked since 20")
+    assert capsys.readouterr().out.startswith("key 'trainer' was revoked at 20")
 
 
 def test_beyond_loopback_serve_wants_a_key_to_exist(tmp_path: Path) -> None:
@@ -50,8 +50,9 @@ def test_beyond_loopback_serve_wants_a_key_to_exist(tmp_path: Path) -> None:
 
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1] == (
-        "evenodds: EVENODDS_HOST 0.0.0.0 with EVENODDS_ACCESS=auto asks for API keys, and there is none: "
-        "create one with `evenodds keys create NAME`, or set EVENODDS_ACCESS=open where the network keeps strangers out"
+        "evenodds: EVENODDS_HOST 0.0.0.0 with EVENODDS_ACCESS=auto requires API keys, and none exists: "
+        "create one with `evenodds keys create NAME`, or set EVENODDS_ACCESS=open if only trusted callers can reach "
+        "this address"
     )
 
 
@@ -60,16 +61,16 @@ def test_on_loopback_nobody_is_asked_and_serve_says_so(serve: Callable[..., Serv
 
     assert httpx.get(f"{server.base_url}/runs", timeout=PATIENCE_SECONDS).status_code == 200
     assert (
-        "evenodds: no API key is asked for: anyone on this machine may read and change every run "
-        "(EVENODDS_ACCESS=keys asks for keys)\n"
+        "evenodds: no API key is required: anyone on this machine may read and change every run "
+        "(EVENODDS_ACCESS=keys requires keys)\n"
     ) in server.said
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("revoke", "nobody"), "evenodds: there is no key 'nobody': `evenodds keys list` shows those that exist\n"),
-        (("create", "twice"), "evenodds: key 'twice' exists since "),
+        (("revoke", "nobody"), "evenodds: no key has the name 'nobody': `evenodds keys list` shows all keys\n"),
+        (("create", "twice"), "evenodds: key 'twice' was created on "),
     ],
 )
 def test_what_cannot_be_done_with_a_key_is_explained(
@@ -122,7 +123,7 @@ def test_a_pattern_that_means_something_else_is_refused(
     with pytest.raises(SystemExit):
         main_with("keys", "create", "bound", "--runs", pattern)
 
-    assert "is no pattern of run names: use letters, digits" in capsys.readouterr().err
+    assert "is not a pattern of run names: use letters, digits" in capsys.readouterr().err
 
 
 def test_the_list_shows_limits_and_ends(main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,4 +151,4 @@ def test_a_key_that_was_revoked_gets_no_secret(
 
     assert main_with("keys", "rotate", "gone") == 1
 
-    assert capsys.readouterr().err.startswith("evenodds: there is no key 'gone' that works")
+    assert capsys.readouterr().err.startswith("evenodds: no valid key has the name 'gone'")

@@ -29,15 +29,15 @@ def test_a_missing_folder_is_named(
 ) -> None:
     line = said(main_with, capsys, EVENODDS_DATABASE_URL=f"sqlite:///{tmp_path}/nowhere/evenodds.db")
 
-    assert f"the SQLite file {tmp_path}/nowhere/evenodds.db: its folder does not exist: make it" in line
+    assert f"the SQLite file {tmp_path}/nowhere/evenodds.db: its folder does not exist: create it" in line
 
 
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda content: content[: len(content) // 2], "its end is lost; restore it from a backup"),
-        (lambda content: content[:50], "its end is lost; restore it from a backup"),
-        (lambda content: b"junk" + content[4:], "is no SQLite database: restore it from a backup"),
+        (lambda content: content[: len(content) // 2], "its end is missing: restore it from a backup"),
+        (lambda content: content[:50], "its end is missing: restore it from a backup"),
+        (lambda content: b"junk" + content[4:], "is not a SQLite database: restore it from a backup"),
     ],
 )
 def test_a_damaged_file_is_named(
@@ -65,7 +65,7 @@ def test_a_file_that_may_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     """As on a file system that is read-only, where the tests' own user may be one that no rights bind."""
     monkeypatch.setattr(os, "access", lambda place, mode: False)
 
-    with pytest.raises(DatabaseUrlUnusable, match=f"{tmp_path} cannot be written"):
+    with pytest.raises(DatabaseUrlUnusable, match=f"{tmp_path} is not writable"):
         check_file(f"sqlite:///{tmp_path}/evenodds.db")
 
 
@@ -76,7 +76,7 @@ def test_a_busy_port_is_named_before_anything_has_started(
         port = busy.getsockname()[1]
         line = said(main_with, capsys, EVENODDS_PORT=str(port))
 
-    assert f"EVENODDS_PORT {port}: cannot listen there (Address already in use)" in line
+    assert f"EVENODDS_PORT {port} (Address already in use): stop" in line
     assert "startup complete" not in line
 
 
@@ -85,7 +85,7 @@ def test_a_variable_that_is_no_setting_is_told(
 ) -> None:
     line = said(main_with, capsys, EVENODDS_DATABASE_ULR="x", EVENODDS_PORT="99999")
 
-    assert "EVENODDS_DATABASE_ULR is no setting of the service: did you mean EVENODDS_DATABASE_URL?" in line
+    assert "EVENODDS_DATABASE_ULR is not a setting of the service: did you mean EVENODDS_DATABASE_URL?" in line
 
 
 def test_variables_of_the_client_and_of_compose_are_known() -> None:
@@ -93,7 +93,7 @@ def test_variables_of_the_client_and_of_compose_are_known() -> None:
 
     assert unknown_variables(known) == ()
     assert unknown_variables({"EVENODDS_COLOUR": "red"}) == (
-        "EVENODDS_COLOUR is no setting of the service: it has no effect",
+        "EVENODDS_COLOUR is not a setting of the service: it has no effect",
     )
 
 

@@ -479,7 +479,7 @@ def test_trinity_selects_rows_and_takes_means_as_feedback(
         selector._connection.selector.close()
         with pytest.raises(ConfigurationError, match=r"row 0 of the taskset has no column 'uid' \(id_key\)"):
             registry.modules["evenodds"](rows, SimpleNamespace(seed=7, kwargs={**kwargs, "id_key": "uid"}))
-        with pytest.raises(ConfigurationError, match="group_size 0; say how many attempts a mean is of"):
+        with pytest.raises(ConfigurationError, match="group_size 0; set it to the number of attempts"):
             registry.modules["evenodds"](rows, SimpleNamespace(seed=7, kwargs=settings))
 
     def names(indices: list[int]) -> list[str]:
@@ -535,7 +535,7 @@ def test_nemo_rl_draws_rows_of_all_loaders_and_reports_what_it_is_handed(
     ("change", "message"),
     [
         ({"run": ...}, "settings: run missing"),
-        ({"base_url": ...}, "settings: base_url missing; base_url says where the service is"),
+        ({"base_url": ...}, "settings: base_url missing: set them; base_url is the address of the service"),
         ({"reward_range": [1, 1]}, r"settings: reward_range \[1, 1\] must rise from failure to success"),
         ({"reward_range": 1}, r"settings: reward_range 1 must be two numbers, as \[-1, 1\]"),
         ({"deadline": 1}, "settings: .*unexpected keyword argument 'deadline'"),
@@ -563,7 +563,7 @@ def test_a_wrong_setting_is_named_with_its_place(change: dict[str, Any], message
     [
         ([0, 1], -1, r"settings: the reward -1 of prompt 'a' is outside of reward_range \[0, 1\]: set reward_range"),
         ([-1, 1], 1.4, r"the reward 1.4 of prompt 'a' is outside of reward_range \[-1, 1\]"),
-        ([0, 1], "yes", "settings: the reward 'yes' is no number, of prompt 'a'"),
+        ([0, 1], "yes", "settings: the reward 'yes' is not a number, of prompt 'a'"),
     ],
 )
 def test_a_reward_outside_of_its_range_is_an_error_at_once(

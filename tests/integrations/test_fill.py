@@ -97,7 +97,7 @@ def test_slime_begins_a_rollout_with_a_filled_choice_and_refills_it_plainly(
     with frameworks.installed(frameworks.SLIME, "evenodds.integrations.slime"):
         slime = adapter("slime")
         with pytest.raises(
-            ConfigurationError, match="fill cannot be had here: slime trains on the first groups that are"
+            ConfigurationError, match="fill is not possible here: slime trains on the first groups that are"
         ):
             slime.EvenOddsDataSource(slime_args(settings, tmp_path, **options))
         args = slime_args(
@@ -194,5 +194,5 @@ def of_openrlhf(settings: dict[str, Any]) -> None:
 def test_where_a_framework_decides_how_many_prompts_fill_is_refused_with_the_reason(
     made: Callable[[dict[str, Any]], None],
 ) -> None:
-    with pytest.raises(ConfigurationError, match=r"(settings|data|kwargs).*: fill cannot be had here: \w.{40}"):
+    with pytest.raises(ConfigurationError, match=r"(settings|data|kwargs).*: fill is not possible here: \w.{40}"):
         made({"base_url": None, "run": "filled", "fill": {"update_cost": 2.0}})

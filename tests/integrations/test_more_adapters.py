@@ -116,7 +116,7 @@ def test_tinker_reads_the_verifiers_own_metric(trainers_service: TrainersService
         batch = dataset.get_batch(0)
         tinker_groups(batch, trajectory(-0.1, correct=0.0), trajectory(0.9, correct=1.0))
         assert dataset.connection.selector.flush()
-        with pytest.raises(ConfigurationError, match=r"reward_key 'correct' is no metric of an attempt \(format\)"):
+        with pytest.raises(ConfigurationError, match=r"reward_key 'correct' is not a metric of an attempt \(format\)"):
             tinker_groups(batch, trajectory(1.0, format=1.0), trajectory(1.0, format=1.0))
         dataset.connection.selector.close()
         with pytest.raises(ConfigurationError, match="builders: 4 do not fill a batch of 5"):

@@ -160,7 +160,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
             PromptSampler(selector, 2, shard=(2, 2))
         with pytest.raises(ConfigurationError, match="rows: 1, but the selector has 2 prompts"):
             PromptDataset(selector, [{}], 1)
-        with pytest.raises(ConfigurationError, match="state: not what state_dict returned"):
+        with pytest.raises(ConfigurationError, match="state: it is not what state_dict returned"):
             PromptSampler(selector, 2).load_state_dict({})
         with pytest.raises(TypeError, match="no length without n_steps"):
             len(PromptSampler(selector, 2))

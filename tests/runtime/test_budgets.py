@@ -218,7 +218,7 @@ def test_more_than_may_wait_are_turned_away_at_once(office: Office) -> None:
 
     assert [type(reply) for reply in replies] == [Budget] * 5 + [Overloaded] * 3
     assert str(replies[-1]) == (
-        "5 requests wait for a budget, the most that one process holds: go on without one, or raise "
+        "5 requests wait for a budget, the limit of one process: continue without a budget, or raise "
         "EVENODDS_BUDGET_QUEUE"
     )
 

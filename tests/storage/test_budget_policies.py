@@ -60,7 +60,7 @@ def test_a_run_holds_so_many(store: Store, now: datetime) -> None:
     for i in range(MAX_POLICIES):
         store.put_budget_policy("math", BudgetPolicy(name=f"p{i}"))
 
-    with pytest.raises(PolicyLimit, match="run 'math' holds 64 budget policies, the most that it may"):
+    with pytest.raises(PolicyLimit, match="run 'math' holds 64 budget policies, which is the limit"):
         store.put_budget_policy("math", SEQUENTIAL)
     assert store.put_budget_policy("math", BudgetPolicy(name="p0", target_attempts=2)).version == 2
 

@@ -99,8 +99,11 @@ def test_sqlite_is_set_up_to_keep_what_it_acknowledges(
     [
         ("mysql://someone:secret@host/name", "the database URL starts with 'mysql': use sqlite:///FILE or postgresql"),
         ("evenodds.db", "the database URL cannot be read: use sqlite:///FILE or postgresql"),
-        ("sqlite://", "a SQLite database in memory forgets everything: name a file, sqlite:///FILE"),
-        ("sqlite:///:memory:", "a SQLite database in memory forgets everything"),
+        (
+            "sqlite://",
+            "a SQLite database in memory loses everything when the process ends: name a file, sqlite:///FILE",
+        ),
+        ("sqlite:///:memory:", "a SQLite database in memory loses everything"),
     ],
 )
 def test_url_that_names_no_usable_database_is_refused(url: str, message: str) -> None:

@@ -181,7 +181,7 @@ def test_a_fork_of_an_unknown_run_leaves_none_behind(store: Store, now: datetime
 
 
 def test_a_fork_keeps_the_embedder_of_its_pool(store: Store, source: Run, now: datetime) -> None:
-    with pytest.raises(EmbedderFixed, match=r"^run 'source': its 12 prompts have vectors of embedder 'caller'"):
+    with pytest.raises(EmbedderFixed, match=r"^run 'source': its pool has vectors of embedder 'caller'"):
         store.fork_run("fork", RunSettings(embedder="builtin"), fork_of="source", at_step=2, now=now)
 
     fork, _ = store.fork_run("fork", RunSettings(predictor="mopps"), fork_of="source", at_step=2, now=now)

@@ -38,10 +38,12 @@ def test_a_revoked_key_stays_revoked_and_keeps_its_name(store: Store, now: datet
     again = store.revoke_key("trainer", now=later + timedelta(days=1))
 
     assert revoked.revoked_at == again.revoked_at == later
-    with pytest.raises(KeyConflict, match="key 'trainer' exists since 2026-01-02: choose another name"):
+    with pytest.raises(
+        KeyConflict, match="key 'trainer' was created on 2026-01-02, and a name can be used only once: choose another"
+    ):
         create(store, "trainer", later, secret_hash="f" * 64)
 
 
 def test_an_unknown_key_cannot_be_revoked(store: Store, now: datetime) -> None:
-    with pytest.raises(KeyUnknown, match="there is no key 'nobody'"):
+    with pytest.raises(KeyUnknown, match="no key has the name 'nobody'"):
         store.revoke_key("nobody", now=now)

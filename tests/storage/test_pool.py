@@ -132,9 +132,11 @@ def test_first_prompt_decides_embedder_and_width(store: Store, run: Run, now: da
     decided = store.run("math")
     assert (decided.settings.embedder, decided.embedding_width) == ("builtin", 4)
 
-    with pytest.raises(EmbedderFixed, match="run 'math' has embedder 'builtin', this call brings vectors of 'caller'"):
+    with pytest.raises(
+        EmbedderFixed, match="run 'math' has embedder 'builtin', and this call sends vectors of 'caller'"
+    ):
         store.add_prompts(run.id, [NewPrompt("b")], embedder="caller", now=now)
-    with pytest.raises(EmbeddingWidthConflict, match="embeddings of 4 values, this call brings 5: send 4 values"):
+    with pytest.raises(EmbeddingWidthConflict, match="embeddings of 4 values, this call sends 5: send 4 values"):
         store.add_prompts(run.id, [NewPrompt("b")], embedding_width=5, now=now)
 
     assert store.run("math") == decided

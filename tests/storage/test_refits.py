@@ -119,7 +119,7 @@ def test_stale_refit_is_taken_over_and_its_result_refused(store: Store, pool: Ru
     assert not store.extend_lease(refit.id, worker="dead", lease=LEASE, now=now)
     assert not store.fail_refit(replace(taken, worker="dead", attempts=1), error="late", now=now)
     with pytest.raises(
-        RefitLost, match=rf"^refit {refit.id}: attempt 1 of worker 'dead' does not hold it any more, its result is"
+        RefitLost, match=rf"^refit {refit.id}: attempt 1 of worker 'dead' no longer holds its lease, and its result"
     ):
         publish(store, refit, "dead", now)
     assert store.run("math").log_position == 1

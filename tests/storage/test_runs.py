@@ -84,7 +84,7 @@ def test_embedder_and_its_prompt_are_fixed_once_the_pool_has_prompts(
 ) -> None:
     store.add_prompts(run.id, [NewPrompt("a")], embedder="builtin", now=now)
 
-    with pytest.raises(EmbedderFixed, match="run 'math': its 1 prompts have vectors of embedder 'builtin'"):
+    with pytest.raises(EmbedderFixed, match="run 'math': its pool has vectors of embedder 'builtin'"):
         store.put_run("math", asked, now=now)
 
     assert store.run("math").settings == RunSettings(embedder="builtin")

@@ -64,7 +64,7 @@ def test_other_arguments_for_the_same_step_are_a_conflict_and_write_nothing(
     with pytest.raises(
         SelectionConflict,
         match=r"^run 'math': the batch for step 4 was chosen before with other arguments \(selection 's1'\): "
-        "repeat those, or choose for a later step$",
+        "repeat the same arguments, or choose for a later step$",
     ):
         store.record_selection(
             run.id,

@@ -116,14 +116,14 @@ def test_a_migration_that_waits_too_long_for_another_says_so_and_does_nothing(
     impatient: Engine, empty_engine: Engine
 ) -> None:
     go_on = threading.Event()
-    whoever = "writes to the database" if impatient.dialect.name == "sqlite" else "migrates this database too"
+    whoever = "writes to the database" if impatient.dialect.name == "sqlite" else "also migrates this database"
 
     with paused(empty_engine, go_on) as is_there, in_background(lambda: upgrade(empty_engine)):
         assert is_there.wait(timeout=PATIENCE_SECONDS)
         with pytest.raises(
             MigrationFailed,
-            match=f"^another process {whoever}, and has not ended within 0.1 seconds: wait until it has, or end it, "
-            "then run `evenodds migrate` again; no change is half done$",
+            match=f"^another process {whoever}, and has not finished within 0.1 seconds: wait until it has, or stop "
+            "it, then run `evenodds migrate` again; the schema is unchanged$",
         ):
             upgrade(impatient, turn_seconds=0.1)
         between = current_revision(impatient)
@@ -154,8 +154,8 @@ def test_a_migration_is_given_up_where_a_table_stays_in_use(
         reader.execute(text("SELECT * FROM runs"))
         with pytest.raises(
             MigrationFailed,
-            match=r"^the migration was given up \(canceling statement due to lock timeout\): end whatever uses the "
-            "tables, be it the service and its workers, then run `evenodds migrate` again; no change is half done$",
+            match=r"^the migration failed \(canceling statement due to lock timeout\): stop the service, its "
+            "workers and whatever else uses the tables, then run `evenodds migrate` again; the schema is unchanged$",
         ):
             downgrade(impatient, "base")
 
@@ -171,8 +171,8 @@ def test_a_migration_that_fails_at_its_last_table_leaves_no_table(impatient: Eng
 
     with pytest.raises(
         MigrationFailed,
-        match=r"^the migration was given up \(.*snapshots.* already exists\b.*\): put right what the database names, "
-        "then run `evenodds migrate` again; no change is half done$",
+        match=r"^the migration failed \(.*snapshots.* already exists\b.*\): correct what the database reports, "
+        "then run `evenodds migrate` again; the schema is unchanged$",
     ):
         upgrade(impatient)
 

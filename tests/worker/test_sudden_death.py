@@ -135,7 +135,7 @@ def test_a_worker_that_was_paused_beyond_its_lease_publishes_nothing(
     assert following.worker == paused.worker  # it lives, and goes on with what is next
     assert following.model_version == (taken_over.model_version or 0) + 1
     said = (tmp_path / "work.log").read_text()
-    assert f"attempt {paused.attempts} of worker {paused.worker!r} does not hold it any more" in said
+    assert f"attempt {paused.attempts} of worker {paused.worker!r} no longer holds its lease" in said
     assert snapshots(database_url) == list(range(1, (following.model_version or 0) + 1))
 
 

@@ -50,11 +50,13 @@ class Connection:
         options = _plain(settings or {})
         missing = [name for name in ("base_url", "run") if name not in options]
         if missing:
-            raise ConfigurationError(f"{where}: {' and '.join(missing)} missing; base_url says where the service is")
+            raise ConfigurationError(
+                f"{where}: {' and '.join(missing)} missing: set them; base_url is the address of the service"
+            )
         self._range = RewardRange.of(options.pop("reward_range", (0.0, 1.0)), where=where)
         self.fill = Fill.of(options.pop("fill", None), where=where)
         if self.fill is not None and no_fill is not None:
-            raise ConfigurationError(f"{where}: fill cannot be had here: {no_fill}")
+            raise ConfigurationError(f"{where}: fill is not possible here: {no_fill}")
         if group_size is not None:
             options["run_settings"] = _with_group_size(options.get("run_settings") or {}, group_size, where)
         try:
@@ -83,8 +85,9 @@ class Connection:
         if not self._has_warned and self._is_silent():
             self._has_warned = True
             logger.warning(
-                "%s: %d prompts were chosen for run %r since outcomes were last reported: nothing is learned from "
-                "them. See the example's README for what reports them",
+                "%s: %d prompts were chosen for run %r since outcomes were last reported, and the service learns "
+                "nothing "
+                "from them. The example's README names the call that reports outcomes",
                 self._where,
                 self._n_unreported,
                 self.selector.run,
@@ -207,7 +210,7 @@ def _with_group_size(run_settings: Mapping[str, Any], group_size: int, where: st
     given = run_settings.get("group_size", group_size)
     if given != group_size:
         logger.warning(
-            "%s: group_size is %d, as many attempts as the trainer makes, and not %r as run_settings say",
+            "%s: group_size is set to %d, the attempts that the trainer makes, instead of the %r of run_settings",
             where,
             group_size,
             given,
@@ -234,7 +237,7 @@ def go_back(selector: PromptSelector, state: Mapping[str, Any]) -> int:
     try:
         next_step, selector_state = int(state["next_step"]), state["selector"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
+        raise ConfigurationError(f"state: it is not what state_dict returned: {error!r}") from error
     selector.load_state_dict(selector_state)
     return next_step
 

@@ -42,7 +42,7 @@ class EvenOddsSampler(TaskSampler):  # type: ignore[misc]  # prime-rl is not ins
 
     def __init__(self, tasks: Sequence[Any] | Iterator[Any], settings: Mapping[str, Any], *, batch_size: int) -> None:
         if not isinstance(tasks, Sequence):
-            raise ConfigurationError("tasks: a taskset without end has no pool to choose from")
+            raise ConfigurationError("tasks: a taskset without end has no pool to choose from: give a finite one")
         self._by_key: dict[str, Any] = {}
         for task in tasks:
             if task.key in self._by_key:

@@ -130,7 +130,7 @@ class _Service:
         except EvenOddsError as error:
             process.kill()
             said = process.communicate()[1].decode(errors="replace")
-            raise ConfigurationError(f"{error}; it said: {said[-2_000:]}") from error
+            raise ConfigurationError(f"{error}; the process wrote: {said[-2_000:]}") from error
         assert process.stderr is not None
         threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True).start()
         return process

@@ -44,7 +44,7 @@ def following(trainer: type[Any], settings: Mapping[str, Any]) -> type[Any]:
     """
     if any(base.__name__ == "FullyAsyncRayPPOTrainer" for base in trainer.__mro__):
         raise ConfigurationError(
-            f"{trainer.__name__}: SkyRL's fully asynchronous trainer resets and skips its data loader by itself, so "
+            f"{trainer.__name__}: SkyRL's fully asynchronous trainer resets and skips its data loader on its own, so "
             "that its prompts cannot be chosen: use RayPPOTrainer"
         )
     return type(trainer.__name__, (SelectsPrompts, trainer), {"_evenodds_settings": dict(settings)})

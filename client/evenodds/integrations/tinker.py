@@ -116,5 +116,7 @@ class ReportingBuilder(EnvGroupBuilder):  # type: ignore[misc]
         there = {**last, **metrics}
         if self._reward_key not in there:
             names = ", ".join(sorted(there)) or "none"
-            raise ConfigurationError(f"settings: reward_key {self._reward_key!r} is no metric of an attempt ({names})")
+            raise ConfigurationError(
+                f"settings: reward_key {self._reward_key!r} is not a metric of an attempt ({names})"
+            )
         return float(there[self._reward_key])

@@ -45,7 +45,9 @@ class EvenOddsSelector(BaseSelector):  # type: ignore[misc]  # Trinity-RFT is no
         kwargs = dict(config.kwargs)
         self._group_size = kwargs.pop("group_size", 0)
         if not isinstance(self._group_size, int) or self._group_size < 1:
-            raise ConfigurationError(f"{WHERE}: group_size {self._group_size!r}; say how many attempts a mean is of")
+            raise ConfigurationError(
+                f"{WHERE}: group_size {self._group_size!r}; set it to the number of attempts that a mean is of"
+            )
         prompt_key, id_key = kwargs.pop("prompt_key", "question"), kwargs.pop("id_key", None)
         answer_key = kwargs.pop("answer_key", "answer")
         pool: list[dict[str, object]] = []

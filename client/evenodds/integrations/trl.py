@@ -78,7 +78,9 @@ class GRPOSelection:
             if getattr(config, name) != wanted:
                 raise ConfigurationError(f"GRPOConfig: {name} is {getattr(config, name)!r}, set it to {wanted!r}")
         if config.max_steps <= 0:
-            raise ConfigurationError(f"GRPOConfig: max_steps is {config.max_steps}, say after how many steps to end")
+            raise ConfigurationError(
+                f"GRPOConfig: max_steps is {config.max_steps}, set it to the steps after which the training ends"
+            )
         if not selector.has_broadcast and (of_this_process := ranks()):
             selector.use_ranks(of_this_process["rank"], of_this_process["broadcast"])
         self._selector = selector

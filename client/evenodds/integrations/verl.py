@@ -5,7 +5,7 @@ data.sampler.class_name=EvenOddsSampler
 data.dataloader_num_workers=0
 +data.evenodds.base_url=http://127.0.0.1:8000
 +data.evenodds.run=math-7b
-+data.evenodds.reward_key=acc             # where the score holds more than success (an overlong penalty, say)
++data.evenodds.reward_key=acc             # where the score holds more than success (such as an overlong penalty)
 
 verl's data loader makes batches of one size of what a sampler yields, so that none can be filled; `fill` is refused.
 """

@@ -3,7 +3,7 @@
     export VERL_USE_EXTERNAL_MODULES=evenodds.integrations.verl_v1
     +data.evenodds.base_url=http://127.0.0.1:8000
     +data.evenodds.run=math-7b
-    +data.evenodds.reward_key=acc    # where the score holds more than success (an overlong penalty, say)
+    +data.evenodds.reward_key=acc    # where the score holds more than success (such as an overlong penalty)
 
 `trainer.v1.trainer_mode` stays as it is (`sync`, `colocate_async`, `separate_async`): verl compares that name in many
 places, so the registered trainers are replaced by subclasses under their own names. Without `data.evenodds` they do

@@ -24,7 +24,7 @@ class AllocatePrompt(PromptRef):
     """A prompt to spend attempts on."""
 
     cost: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
-        default=1.0, description="of one attempt, in the unit of the budget (expected tokens, say)"
+        default=1.0, description="of one attempt, in the unit of the budget (for example expected tokens)"
     )
     min_attempts: Attempts | None = Field(default=None, description="of this prompt, instead of the call's")
     max_attempts: Attempts | None = Field(default=None, description="of this prompt, instead of the call's")
@@ -81,14 +81,13 @@ class AllocateRequest(Request):
         needed = sum(least * prompt.cost for least, prompt in zip(minimum, self.prompts, strict=True))
         if needed > self.budget * (1 + 1e-9):
             raise ValueError(
-                f"budget {self.budget:g} does not pay for the least attempts of {len(self.prompts)} prompts, which "
-                f"cost {needed:g}: raise it, or lower min_attempts"
+                f"budget {self.budget:g} is less than the minimum attempts of {len(self.prompts)} prompts cost, "
+                f"{needed:g}: raise it, or lower min_attempts"
             )
         if len(self.prompts) * max(maximum) > MAX_ALLOCATION:
             raise ValueError(
                 f"max_attempts {max(maximum)} for {len(self.prompts)} prompts: at most "
-                f"{MAX_ALLOCATION // len(self.prompts)} attempts each can be looked through; lower it, or send fewer "
-                "prompts"
+                f"{MAX_ALLOCATION // len(self.prompts)} attempts each are possible: lower it, or send fewer prompts"
             )
         return self
 

@@ -133,14 +133,14 @@ class BudgetRequest(Request):
     prompt: PromptRef
     policy: PolicyName = "default"
     failures: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        default=0, description="attempts of this request that failed, as long as they are not reported by /observe"
+        default=0, description="failed attempts of this request that are not reported by /observe"
     )
     step: Step | None = Field(
         default=None,
         description="version of the served model, for a verdict by decision_id; the newest by default",
     )
     deadline_ms: Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)] | None = Field(
-        default=None, description="a reply after so long is of no use: 503 instead; the service's own limit by default"
+        default=None, description="time after which the answer is 503 instead; the service's own limit by default"
     )
 
 
@@ -174,7 +174,7 @@ class BudgetReply(Reply):
     policy_version: int
     mode: BudgetMode
     attempts: int = Field(
-        description="how many more to make; one after another, at most so many until the first success"
+        description="attempts still to make: all at once, or when sequential, at most this many until a success"
     )
     go_on: bool = Field(description="whether to make one more attempt; false when attempts is 0")
     effort: str = Field(description="label of the tier")

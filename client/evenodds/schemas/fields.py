@@ -19,7 +19,7 @@ MAX_ID = 256
 MAX_VECTOR = 8_192
 MAX_FEATURES = 64
 MAX_RATE_NAMES = 64
-"""Most others whose rates a prompt brings along, and most that a run knows."""
+"""Most others whose rates a prompt may have, and most that a run knows."""
 MAX_GROUP_SIZE = 1_024
 MAX_STEP = 2**53
 """Any larger whole number is not exact in JSON as most programs read it."""
@@ -115,5 +115,5 @@ def check_shares(least: dict[str, float] | None, most: dict[str, float] | None) 
         if least[name] > most[name]:
             raise ValueError(
                 f"categories.{name}: {least[name]:g} is more than categories_at_most allows, {most[name]:g}: lower "
-                "the one or raise the other"
+                "the first or raise the second"
             )

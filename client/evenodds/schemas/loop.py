@@ -111,8 +111,8 @@ class SelectRequest(HasOlderNames, Request):
     )
     informative_groups: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = Field(
         default=None,
-        description="instead of batch_size: choose as many prompts as it takes to find so many informative groups in "
-        "one wave, in expectation",
+        description="instead of batch_size: choose as many prompts as are expected to give this many informative "
+        "groups in one wave",
     )
     fill_factor: Annotated[float, Field(ge=0.1, le=4, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -153,7 +153,7 @@ class SelectRequest(HasOlderNames, Request):
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     allow_outstanding: bool = Field(
-        default=False, description="choose prompts again whose outcomes from earlier selections have not come yet"
+        default=False, description="allow prompts whose outcomes from earlier selections have not come yet"
     )
 
     @model_validator(mode="after")
@@ -276,7 +276,7 @@ class SelectReply(Reply):
     log_position: int = Field(description="the state that the choice was made in")
     replayed: bool = Field(description="this (run, step) was chosen before; the same batch is returned")
     outstanding: int = Field(
-        default=0, description="how many of the prompts are still waited for from earlier selections"
+        default=0, description="number of these prompts whose outcomes of earlier selections have not come yet"
     )
     forecast: Forecast
     fill: FillForecast | None = Field(default=None, description="of a batch for informative_groups")

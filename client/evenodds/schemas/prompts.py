@@ -60,7 +60,9 @@ class Described(HasOlderNames, Request):
     group: OlderGroup = None
     embedding: Vector | None = Field(default=None, description="the caller's own vector (embedder 'caller')")
     features: Features | None = Field(default=None, description="numeric features by name")
-    prior_rate: Rate | None = Field(default=None, description="a success rate known beforehand, say of a profile")
+    prior_rate: Rate | None = Field(
+        default=None, description="a success rate that is known beforehand, for example from a profile"
+    )
     prior_rates: Annotated[dict[Key, KnownRate], Field(max_length=MAX_RATE_NAMES)] | None = Field(
         default=None,
         description="what other models or runs showed on the prompt, by name: a success rate, or successes of "
@@ -106,7 +108,7 @@ class PromptsAdded(Reply):
 
     run: RunName
     added: int
-    existing: int = Field(description="prompts of this call that the pool had already")
+    existing: int = Field(description="number of prompts of this call that the pool had already")
     pool_size: int
     log_position: int
     conflicts: dict[str, str] = Field(

@@ -49,10 +49,11 @@ class Retention(Request):
     """What a run's pool keeps. Prompts whose last outcome is the longest ago go first; what they taught stays."""
 
     prompts: Annotated[int, Field(ge=0, le=100_000_000)] = Field(
-        default=0, description="so many; the pool is cut when it has a twentieth more. 0 sets no limit"
+        default=0,
+        description="most prompts that are kept; the pool is cut when it has a twentieth more. 0 sets no limit",
     )
     days: Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)] | None = Field(
-        default=None, description="for so long after the last outcome; null: for ever"
+        default=None, description="a prompt is kept for this long after its last outcome; null sets no limit"
     )
 
 
@@ -92,18 +93,18 @@ class RunUpdate(HasOlderNames, Request):
     )
     cooldown_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
-        description="a prompt rests for this many steps after it was chosen, come what may. By default it rests for "
+        description="a prompt always rests for this many steps after it was chosen. By default it rests for "
         "25 steps, at most 0.4 of an epoch (pool / batch_size steps), under yield, while there are enough others; "
         "0: never",
     )
     lease_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
-        description="for so many steps a chosen prompt is waited for and not chosen again before its outcome comes; "
+        description="steps for which a chosen prompt is not chosen again while its outcome has not come; "
         "8 by default, 0 waits for none",
     )
     max_visits: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None,
-        description="a prompt is chosen at most so often while there are enough others; 0, the default, sets no limit",
+        description="most times that a prompt is chosen while there are enough others; 0, the default, sets no limit",
     )
     keep_text: bool | None = Field(
         default=None,
@@ -111,7 +112,7 @@ class RunUpdate(HasOlderNames, Request):
     )
     model_size: ModelSize | None = Field(
         default=None,
-        description="of the networks of gps-paper: small (0.15 million parameters, the default) or published "
+        description="size of the networks of gps-paper: small (0.15 million parameters, the default) or published "
         "(20 million, for a GPU worker); applies from the next refit on",
     )
     refit: RefitPolicy | None = Field(default=None, description="when the shared model is fitted anew")
@@ -195,8 +196,8 @@ class RefitState(Reply):
 
     refit_id: int
     status: RefitStatus
-    worker: str | None = Field(description="who works or worked on it")
-    attempts: int = Field(description="how often a worker has claimed it")
+    worker: str | None = Field(description="the worker that works or worked on it")
+    attempts: int = Field(description="number of times that a worker has claimed it")
     requested_at: datetime
     finished_at: datetime | None
     model_version: int | None = Field(description="the snapshot that it published")
@@ -208,7 +209,7 @@ class RefitRequest(Request):
     model_config = example(wait_seconds=30)
 
     wait_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = Field(
-        default=0.0, description="wait so long for the refit to end"
+        default=0.0, description="longest wait for the refit to end"
     )
 
 

@@ -59,7 +59,7 @@ class BatchRequests:
             if asked is not None and not (asked.done() and asked.exception() is not None):
                 return asked
             if self._n_under_way >= MAX_UNDER_WAY:
-                raise NotAnswered(f"{MAX_UNDER_WAY} requests for a batch hang already")
+                raise NotAnswered(f"{MAX_UNDER_WAY} requests for a batch are waiting for an answer already")
             asked = self._asked[key] = in_thread("evenodds-ask", lambda: self._ask(request))
             self._n_under_way += 1
             while len(self._asked) > _KEPT:

@@ -98,7 +98,7 @@ def checked_prompts(
     ids: list[str] = []
     whole: list[PromptIn] = []
     if isinstance(prompts, (str, Mapping)):
-        raise ConfigurationError("prompts: a list of prompts is needed, got one")
+        raise ConfigurationError("prompts: a list of prompts is needed, got a single prompt")
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             ids.append(prompt)
@@ -122,13 +122,19 @@ def checked_prompts(
 def checked_state(state: Mapping[str, Any], run: str, expected: int) -> tuple[int | None, list[Delivery]]:
     try:
         if state["format"] != expected:
-            raise ConfigurationError(f"state: format {state['format']!r}, this release reads {expected}")
+            raise ConfigurationError(
+                f"state: format {state['format']!r}, this release reads format {expected}: use the release that "
+                "wrote the state"
+            )
         if state["run"] != run:
-            raise ConfigurationError(f"state: is of run {state['run']!r}, this selector's is {run!r}")
+            raise ConfigurationError(
+                f"state: it belongs to run {state['run']!r}, and this selector's run is {run!r}: load the state of "
+                "this run"
+            )
         step = None if state["step"] is None else checked_step("load_state_dict", state["step"])
         return step, [_DELIVERY.validate_python(delivery) for delivery in state["undelivered"]]
     except (KeyError, TypeError, InvalidRequest, ValidationError) as error:
-        raise ConfigurationError(f"state: not what state_dict returned: {error!r}") from error
+        raise ConfigurationError(f"state: it is not what state_dict returned: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ def as_reward(reward: object) -> float | None:
     try:
         number = float(cast("SupportsFloat", reward))
     except (TypeError, ValueError):
-        raise ValueError(f"the reward {reward!r} is no number") from None
+        raise ValueError(f"the reward {reward!r} is not a number") from None
     return None if math.isnan(number) else number
 
 
@@ -209,7 +215,7 @@ def _reward(reward: object, where: str, outcome: Mapping[str, object]) -> float 
             "observe",
             [
                 f"{where}.rewards: the reward {number:g} of prompt {prompt_id!r} is outside [0, 1]: map rewards to "
-                "[0, 1] before (adapters do it by their setting reward_range, and TRL's by success= as well)"
+                "[0, 1] before you report them (in an adapter set reward_range, for TRL also success=)"
             ],
         )
     return rate

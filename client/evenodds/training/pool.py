@@ -69,7 +69,7 @@ def load_pool(client: Client, setup: Setup, prompt_ids: Sequence[str], status: S
         status.say_once(
             "conflicts",
             f"{len(added.conflicts)} of {len(setup.prompts)} prompts have changed since the pool was loaded; it keeps "
-            f"what it had of them and the others are loaded: {named}. Give a changed prompt another prompt_id",
+            f"their old content, and the other prompts are loaded: {named}. Give a changed prompt another prompt_id",
         )
     return _compared(client, setup, run, prompt_ids, added.pool_size, status, is_loaded=True)
 

@@ -52,18 +52,18 @@ class PromptSelector:
     """Chooses the prompts of each step by what the service has learned, and tells it what came of them.
 
     No fault of the service, the network or the disk raises into the training loop or holds it up for longer than the
-    deadline. Where the service fails, a batch is uniform, a function of (seed, step), and the log has one warning;
-    when the service answers again, one more. Observations are on disk before they are sent, in the background, and
-    each counts once, also if this process or the service dies in between: the next selector of the run with the same
-    outbox delivers what is left.
+    deadline. While the service fails, a batch is drawn uniformly, as a function of (seed, step). The log has one
+    warning when that begins, and one line when the service answers again. Observations are on disk before they are
+    sent, in the background, and each counts once, even if this process or the service dies in between. The next
+    selector of the run with the same outbox delivers what is left.
 
     What raises is a mistake in the program: `ConfigurationError` from the constructor, `load_state_dict`, or a call
     after `close`; `InvalidRequest` from `select`, `prefetch` and `observe`, as their texts say.
 
     Several processes: give each its `rank`, and a `broadcast` in which all take part. Then rank 0 asks, and all get
-    its batch. Without `broadcast` each asks for itself: the service answers all alike, but where it fails some of
-    them, batches differ, and a resumed training may lose outcomes. Each process observes its own outcomes. Processes
-    of one machine may share the outbox.
+    its batch. Without `broadcast` each process asks on its own. The service gives all of them the same batch. If it
+    fails for some of them, their batches differ, and a resumed training may lose outcomes. Each process observes its
+    own outcomes. Processes of one machine may share the outbox.
 
     Threads may share a selector. A process that was forked or unpickled from this one starts threads and connections
     of its own at its first call; an unpickled selector has no `broadcast`.
@@ -75,7 +75,7 @@ class PromptSelector:
         prompts: The pool, as far as this trainer can attempt it: prompt ids; or mappings with a `prompt_id` and the
             other fields of `PromptIn`, and then the run is created and its pool loaded, in the background.
         run_settings: Arguments of `Client.put_run` for the run; what is left out keeps its value.
-        seed: Of all chance, in [0, 2**63).
+        seed: Seed of uniform batches, in [0, 2**63).
         deadline_seconds: How long a call may take, above 0. `wait_until_ready`, `flush` and `close` have their own.
         outbox: Folder for what is not delivered yet; `.evenodds` in the working folder by default.
         prefetch: Ask for the batch of step s + 1 as soon as the observations of step s are delivered, with the
@@ -88,7 +88,7 @@ class PromptSelector:
             forgets what came from that step on, and says what it forgot. `resume` goes on with all that the run has:
             steps that have a batch get it again, and their outcomes count once more.
 
-    As many arguments as a training script decides on: they are the interface.
+    The constructor has more than eight arguments because they are all that a training script sets.
 
     Raises:
         ConfigurationError: An argument is out of its range, or there are no prompts.
@@ -211,16 +211,16 @@ class PromptSelector:
     def informative(self, batch: Batch, outcomes: Outcomes, *, size: int | None = None) -> tuple[str, ...]:
         """Report all outcomes of a batch, and return the prompts of it to train on, in the batch's order.
 
-        Those are the informative groups: attempts that were not all rewarded alike. The others teach a policy nothing,
-        but the service what is hard and easy.
+        These are the informative groups, whose attempts were not all rewarded alike. The others teach the policy
+        nothing, but they teach the service what is hard and easy.
 
         Args:
             batch: Of `select_informative` or `select`. Several processes: what counts is of the prompts whose outcomes
                 this one reports.
             outcomes: As in `observe`.
-            size: Return exactly so many, where there are so many: of each category its part of the batch, as far as it
-                has informative groups; where all categories together have too few, silent groups of those that lack the
-                most come with them. Without it all informative groups.
+            size: Return exactly this many prompts, if there are enough: of each category its part of the batch, as far
+                as it has informative groups. If all categories together have too few, silent groups are added from the
+                categories that lack the most. By default all informative groups are returned.
 
         Raises:
             InvalidRequest: The size is below 1; or as in `observe`.
@@ -248,12 +248,12 @@ class PromptSelector:
         update_cost: float | None = None,
         groups: Mapping[str, float] | None = None,
     ) -> None:
-        """Start to choose the prompts of a step, for `select` with the same arguments to find. Returns at once.
+        """Start to choose the prompts of a step, so that `select` with the same arguments finds them. Returns at once.
 
-        With `informative_groups` in place of `batch_size` it is `select_informative` that finds them. The arguments are
-        those of both.
+        With `informative_groups` in place of `batch_size`, `select_informative` finds them. The arguments are those of
+        both methods. The choice does not use outcomes that are observed after this call.
 
-        The choice knows nothing of what is observed after this call. Raises what `select` raises.
+        Raises what `select` raises.
         """
         request = self._request("prefetch", locals())
         requests = self._here().requests
@@ -261,7 +261,7 @@ class PromptSelector:
             try:
                 requests.ask(request)
             except (NotAnswered, RuntimeError):
-                return  # no thread to be had: `select` will say so, if that lasts
+                return  # no thread is available: `select` will say so, if that lasts
 
     def observe(
         self,
@@ -272,18 +272,18 @@ class PromptSelector:
     ) -> None:
         """Report outcomes of attempts. They are delivered in the background, each exactly once.
 
-        When it returns they are on disk, unless the disk takes longer than the deadline; then they follow. What is no
-        observation (a prompt outside the pool without its text) is left out and counted, and warned of once.
+        When it returns they are on disk. If the disk takes longer than the deadline, they follow later. An outcome
+        that is not valid (of a prompt outside the pool without its text) is left out and counted, with one warning.
 
         Args:
             step: The policy version that made the attempts.
             outcomes: Rewards in [0, 1] by prompt id, or observations as `Client.observe` takes them. A reward of None
-                or NaN is no attempt: so may stand those that failed for other reasons than the policy.
+                or NaN is not an attempt: use it for attempts that failed for other reasons than the policy.
             selection_id: The selection whose outcomes these are; by default that of this step's batch, if this
                 selector got one from the service.
 
         Raises:
-            InvalidRequest: The step is not an integer in [0, 2**53], or a reward is no number or outside [0, 1]; then
+            InvalidRequest: The step is not an integer in [0, 2**53], or a reward is not a number in [0, 1]. Then
                 nothing of the call is kept.
             ConfigurationError: The selector is closed.
         """
@@ -292,7 +292,7 @@ class PromptSelector:
     def state_dict(self, *, step: SupportsIndex | None = None) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint: plain JSON, small while the service is up.
 
-        It holds what was not delivered by then, so that it is whole even where the outbox's disk is lost.
+        It holds the outcomes that are not delivered yet, so that nothing is lost even if the outbox's disk is lost.
 
         Args:
             step: The policy version that the checkpoint holds; the newest observed one by default.
@@ -316,7 +316,7 @@ class PromptSelector:
         next `select` is kept, also where it arrives before the service was told.
 
         Raises:
-            ConfigurationError: The state is none of this run's, or the selector is closed.
+            ConfigurationError: The state is not of this run, or the selector is closed.
         """
         step, undelivered = checked_state(state, self._setup.run, STATE_FORMAT)
         self._here()
@@ -327,7 +327,7 @@ class PromptSelector:
     def rewind_to(self, step: SupportsIndex) -> None:
         """Go back to a checkpoint that holds no state: what was observed after this step is forgotten.
 
-        As `load_state_dict` otherwise. -1 forgets every step.
+        Otherwise like `load_state_dict`. Step -1 forgets every step.
 
         Raises:
             InvalidRequest: The step is not an integer in [-1, 2**53].
@@ -344,7 +344,8 @@ class PromptSelector:
         if self._rank > 0 and self._broadcast is None:
             here.status.say_once(
                 "no broadcast",
-                f"rank {self._rank} has no broadcast, so that what it reports before rank 0 has gone back is lost, and "
+                f"rank {self._rank} has no broadcast. So outcomes that it reports before rank 0 has gone back are "
+                "lost, and "
                 "batches may differ between ranks: give all ranks evenodds.integrations.torch.ranks()",
             )
         here.forget()
@@ -431,7 +432,7 @@ class PromptSelector:
     def close(self, timeout_seconds: float = 5.0) -> None:
         """Deliver what is left and end the threads, for at most so long. The rest stays on disk. Repeating is safe.
 
-        At the end of the program this happens by itself.
+        The selector does this at the end of the program too.
         """
         if not self._is_closed and self._running is not None and self._running.pid == os.getpid():
             atexit.unregister(self.close)
@@ -491,7 +492,7 @@ class PromptSelector:
         return batch
 
     def _asked(self, request: SelectRequest, here: Running) -> Batch | None:
-        """The service's choice; None, and the log says why, if it cannot be had in time."""
+        """The service's choice; None, and the log says why, if it does not come in time."""
         if here.requests is None:
             return None
         here.last_request = request
@@ -537,9 +538,9 @@ class PromptSelector:
                     self._begins_anew = True
                     raise ConfigurationError(
                         f"run {self._setup.run!r} has gone through steps up to {head} already, and this training "
-                        f"begins at step {first}. To go on from a checkpoint, load the selector's state. Else choose: "
-                        f"existing='auto' forgets what came from step {first} on, existing='resume' goes on with all "
-                        "that the run has, another run name begins from nothing"
+                        f"begins at step {first}. To go on from a checkpoint, load the selector's state. Otherwise "
+                        f"set existing: 'auto' forgets everything from step {first} on, 'resume' continues with all "
+                        "that the run has. Another run name begins with nothing"
                     )
                 here.status.say_once(
                     "existing",
@@ -570,8 +571,8 @@ class PromptSelector:
         if faults:
             here.status.say_once(
                 "left out",
-                f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are no observations and "
-                f"were left out, as perhaps later ones: {faults[0]}",
+                f"{len(faults)} of {len(sound) + len(faults)} outcomes of step {at} are not valid and were left "
+                f"out, and later ones may be too (this is said once): {faults[0]}",
             )
         if not sound:
             return sound
@@ -585,7 +586,7 @@ class PromptSelector:
             chosen = here.selections.get(at) if selection_id is None else checked_selection_id(selection_id)
             if selection_id is not None and chosen is None:
                 here.status.say_once(
-                    "selection", f"selection_id {selection_id!r:.80} is none: outcomes are reported without it"
+                    "selection", f"selection_id {selection_id!r:.80} is not an id: outcomes are reported without it"
                 )
             here.sender.put([Delivery("observe", at, self._request_id(), chosen, body) for body in bodies(sound)])
         return sound
@@ -598,9 +599,9 @@ class PromptSelector:
         for name, ids in (("candidates", request.candidates), ("exclude", request.exclude)):
             unknown = [prompt_id for prompt_id in ids or () if prompt_id not in self._known]
             if unknown:
-                raise InvalidRequest(
-                    call, [f"{name}: {len(unknown)} are not among this selector's prompts: {unknown[0]!r} ..."]
-                )
+                more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+                message = f"{name}: not among this selector's prompts: {unknown[0]!r}{more}; leave them out"
+                raise InvalidRequest(call, [message])
         n_eligible, least = len(self._eligible(request)), request.least_prompts
         if n_eligible < least:
             what = "informative_groups" if request.batch_size is None else "batch_size"

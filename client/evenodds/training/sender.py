@@ -198,7 +198,8 @@ class OutboxSender:
     def _disk_failed(self, error: Exception) -> None:
         self._status.say_once(
             "disk",
-            f"outbox in {self._setup.folder}: {error}; what cannot be kept there is kept in memory until delivered",
+            f"outbox in {self._setup.folder}: {error}; outcomes that cannot be kept there are kept in memory until "
+            "they are delivered",
         )
         disk = self._disk
         if disk is not None and disk.path is not None and (isinstance(error, OutboxBroken) or not disk.path.exists()):
@@ -270,7 +271,9 @@ class OutboxSender:
         except ProblemError as error:
             if not is_for_good(error):
                 raise
-            self._status.say_once("pool", f"the service keeps the run or its pool as they are: {error}")
+            self._status.say_once(
+                "pool", f"the service refused to change the run or its pool, and keeps them as they are: {error}"
+            )
             self._look_at_pool()
             if self.pool is not None and self._setup.prompts is not None:
                 self.pool = replace(self.pool, n_missing=len(self._prompt_ids))  # it cannot be told how many
@@ -285,7 +288,9 @@ class OutboxSender:
             if not is_for_good(error):
                 self._is_changed = True
                 raise
-            self._status.say_once("settings", f"the service keeps the run's settings as they are: {error}")
+            self._status.say_once(
+                "settings", f"the service refused to change the run's settings, and keeps them as they are: {error}"
+            )
             return
         except Exception:
             self._is_changed = True
@@ -332,8 +337,10 @@ class OutboxSender:
         """What can never be delivered, all or a part of it, must not hold up what follows."""
         code = error.code if isinstance(error, ProblemError) else ""
         reason = str(error) or type(error).__name__
-        who = "the service refused" if code else "nobody can be sent"
-        refused = f"{who} the {delivery.kind} call of step {delivery.step}, as perhaps others: {reason}"
+        who = "the service refused" if code else "no service can be sent"
+        refused = (
+            f"{who} the {delivery.kind} call of step {delivery.step}, and perhaps others (this is said once): {reason}"
+        )
         try:
             n = len(_observations(delivery) if part is None else part)
         except (ValueError, RecursionError):

@@ -20,7 +20,7 @@ class Counts:
         delivered: Observations that the service has confirmed to this process. Where processes share an outbox one of
             them delivers for all: its count is above what it observed, those of the others below. `flush` tells
             whether all were delivered.
-        left_out: Outcomes that are no observations: of a prompt that nobody knows, say.
+        left_out: Outcomes that are not valid, for example of an unknown prompt.
         without_reward: Attempts that were left out because their reward was None or NaN.
         refused: Observations that the service refuses for what they hold.
     """
@@ -60,8 +60,9 @@ class Status:
                 self._uniform_before = self.counts.uniform_batches
         if is_first:
             logger.warning(
-                "Even Odds at %s fails for run %r: %s. The training goes on: batches are uniform and observations are "
-                "kept until it answers again, which will be said",
+                "Even Odds at %s fails for run %r: %s. The training goes on: batches are drawn uniformly, and "
+                "outcomes are "
+                "kept until the service answers again. Another line will say so",
                 self._base_url,
                 self._run,
                 str(error) or type(error).__name__,

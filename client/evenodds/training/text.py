@@ -16,8 +16,8 @@ _ANSWER: TypeAdapter[Any] = TypeAdapter(Answer)
 def text_of(prompt: object) -> str | None:
     """The text of a prompt: of a string, or of chat messages; None where it has none.
 
-    Of messages all contents count, in their order, with an empty line between them; of a content in parts (text and
-    images, say) those that are text.
+    Of messages all contents count, in their order, with an empty line between them; of a content in parts (such as text
+    and images) those that are text.
 
     Args:
         prompt: A string, or a sequence of mappings with `content`: a string, or a sequence of mappings with `text`.

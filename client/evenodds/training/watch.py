@@ -29,7 +29,8 @@ class Watch:
             self._status.say_once(
                 "not chosen",
                 f"{len(others)} of {len(sound)} outcomes of step {step} are of prompts that were not chosen for it "
-                f"({others[0]!r} ...) and count as that step's, as perhaps later ones: leave evaluation sets out",
+                f"({others[0]!r} ...) and count as outcomes of that step, and later ones may too (this is said "
+                "once): do not report evaluation sets",
             )
 
     def attempts(self, step: int, sound: Sequence[Mapping[str, object]], group_size: int | None) -> None:
@@ -39,8 +40,8 @@ class Watch:
             if group_size is not None and len(done) == STEPS and len(set(done)) == 1 and done[0] != group_size:
                 self._status.say_once(
                     "group size",
-                    f"prompts get {done[0]} attempts each, but group_size of the run is {group_size}, on which choice "
-                    f"and forecasts rest: set run_settings={{'group_size': {done[0]}}}",
+                    f"prompts get {done[0]} attempts each, but the run's group_size is {group_size}, and choices and "
+                    f"forecasts depend on it: set run_settings={{'group_size': {done[0]}}}",
                 )
             self._attempts.clear()
             while len(self._most_attempts) > STEPS:

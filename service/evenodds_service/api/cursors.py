@@ -34,7 +34,9 @@ def place_of(cursor: str | None, *, listing: str, caller: ApiKey | None) -> str 
         whole = b""
     signature, content = whole[:_SIGNATURE_BYTES], whole[_SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _signature(content, listing, caller)):
-        message = "this is no next_cursor of this listing for this caller: leave it out to begin anew"
+        message = (
+            "it was not given as next_cursor by this listing to this caller: leave it out to start from the first page"
+        )
         raise RequestValidationError([{"type": "value_error", "loc": ("cursor",), "msg": message}])
     return content.decode()
 

@@ -80,14 +80,19 @@ def described(status: int, description: str, code: str, detail: str) -> dict[int
 
 
 UNEXPECTED = described(
-    500, "The service failed: its log has the cause under the request id", "internal_error", "the service failed"
+    500, "The service failed: its log names the cause under the request id", "internal_error", "the service failed"
 )
 REFUSED = {
-    **described(401, "No API key, or none that is valid", "key_missing", "this service asks for an API key"),
+    **described(401, "The API key is missing or not valid", "key_missing", "this service requires an API key"),
     **described(403, "The key may not do this", "scope_missing", "key 'reader' has the scope read"),
-    **described(429, "The key's limit: repeat after Retry-After", "rate_limited", "key 'reader': wait 3 s"),
+    **described(
+        429,
+        "The key's limit of requests is reached: repeat after Retry-After",
+        "rate_limited",
+        "key 'reader': wait 3 s",
+    ),
     **UNEXPECTED,
-    **described(503, "Cannot answer now: repeat after Retry-After", "overloaded", "repeat the call later"),
+    **described(503, "The service cannot answer now: repeat after Retry-After", "overloaded", "repeat the call later"),
 }
 """What every operation may answer that asks for a key."""
 
@@ -98,7 +103,7 @@ PROBLEMS = {
     **described(413, "Larger than a request may be", "too_large", "body: the limit is 64,000,000 bytes"),
     **described(
         415,
-        "A body that does not say that it is JSON, or is packed by another way than gzip",
+        "A body without a JSON media type, or with another compression than gzip",
         "media_type",
         "body: send it with Content-Type: application/json, got none",
     ),

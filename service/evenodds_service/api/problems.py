@@ -174,11 +174,16 @@ async def _http(request: Request, error: Exception) -> Response:
         cause = error.__cause__
         if isinstance(cause, UnicodeDecodeError):
             where = f"byte 0x{cause.object[cause.start]:02x} at position {cause.start}"
-            return problem(request, 422, "malformed", f"body: it is no UTF-8 ({where}): encode it as UTF-8")
-        return problem(request, 422, "malformed", "body: this JSON is nested too deeply, or holds too long a number")
+            return problem(request, 422, "malformed", f"body: it is not UTF-8 ({where}): encode it as UTF-8")
+        return problem(
+            request,
+            422,
+            "malformed",
+            "body: this JSON is nested too deeply, or has a number with too many digits: send simpler JSON",
+        )
     details = {
-        404: f"no route {request.method} {request.url.path}; see /docs for those that exist",
-        405: f"{request.method} is not allowed on {request.url.path}; see /docs",
+        404: f"there is no operation {request.method} {request.url.path}: /docs lists all operations",
+        405: f"{request.method} is not allowed on {request.url.path}: /docs lists all operations",
     }
     detail = error.detail if error.detail != HTTPStatus(error.status_code).phrase else ""
     response = problem(
@@ -214,7 +219,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
         request,
         500,
         HTTP_CODES[500],
-        "the service failed to answer; the server's log has the cause under this request id",
+        "the service failed to answer: its log names the cause under this request id",
         # Made outside of what gives every other reply its id and these headers.
         X_Request_ID=request.scope["request_id"],
         Cache_Control="no-store",

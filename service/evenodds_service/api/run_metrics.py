@@ -33,9 +33,9 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         f"1 for the verdict that stands: {', '.join(sorted(VERDICTS))}; 0 for the others.",
         ("run", "state"),
     ),
-    "evenodds_run_alarm": ("1 for an alarm that is on, by its code.", ("run", "code")),
+    "evenodds_run_alarm": ("1 for each alarm that is on, by its code.", ("run", "code")),
     "evenodds_run_state_lag": ("Entries of the log that came since the run's state was saved.", _RUN),
-    "evenodds_run_idle_seconds": ("Since the newest batch was chosen or outcomes were reported.", _RUN),
+    "evenodds_run_idle_seconds": ("Time since the newest batch was chosen or outcomes were reported.", _RUN),
     "evenodds_run_log_position": ("Entries in the run's log.", _RUN),
     "evenodds_run_head_lag": (
         "Entries of the log that this process has not folded yet; the next call folds them. Of runs in memory.",
@@ -46,8 +46,8 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evenodds_run_pool_prompts": ("Prompts that may be selected.", _RUN),
     "evenodds_run_model_version": ("The snapshot in use; 0 without one.", _RUN),
     "evenodds_run_refit_open": ("1 while a refit waits for a worker or is worked on.", _RUN),
-    "evenodds_run_refit_age_seconds": ("Since the newest refit was published.", _RUN),
-    "evenodds_run_refit_seconds": ("Loading and fitting of the newest refit.", _RUN),
+    "evenodds_run_refit_age_seconds": ("Time since the newest refit was published.", _RUN),
+    "evenodds_run_refit_seconds": ("Time that the newest refit took to load and fit.", _RUN),
     "evenodds_run_refit_failed": ("1 where the newest refit failed.", _RUN),
     "evenodds_run_informative_share": (
         "Share of informative groups in the newest window of steps, by arm.",
@@ -93,7 +93,7 @@ class RunMetrics(Collector):
         try:
             watched_runs = self._watched_runs()
         except StoreError as error:
-            logger.warning("metrics of runs are left out: %s", error)
+            logger.warning("/metrics leaves out all runs, because the database did not answer: %s", error)
             watched_runs = ()
         folded = {live.run_id: live.state.position for live in self._live_runs.in_memory()}
         for watched in watched_runs:

@@ -9,10 +9,10 @@ from evenodds_service.commands.opening import explained, fault
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `migrate` and `migration`."""
-    parser = commands.add_parser("migrate", help="bring the database to this release's schema")
+    parser = commands.add_parser("migrate", help="bring the database's schema to this release")
     parser.set_defaults(command=migrate)
     parser = commands.add_parser("migration", help="write a migration from the tables (for developers)")
-    parser.add_argument("name", help="what it does, in a few words joined by _")
+    parser.add_argument("name", help="what the migration does, in a few words joined by _")
     parser.set_defaults(command=new_migration)
 
 

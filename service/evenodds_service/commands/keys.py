@@ -17,38 +17,44 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     keys = commands.add_parser("keys", help="create, list and revoke API keys")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
     create = actions.add_parser("create", help="create a key and show its secret, once")
-    create.add_argument("name", help="name of the key, used in logs; it can never be used again")
+    create.add_argument("name", help="name of the key, shown in logs; a name can be used only once")
     create.add_argument(
         "--scope",
         action="append",
         choices=("read", "write", "admin"),
-        help="read: predict and look; write: observe, select, load, refit; admin: delete. May be repeated (default: "
-        "read and write)",
+        help="what the key may do. read: predict and look; write: observe, select, load, refit; admin: delete. May be "
+        "given several times (default: read and write)",
     )
     create.add_argument(
         "--runs",
         default="*",
         type=pattern,
         metavar="PATTERN",
-        help="run names it may touch, with * and ? (default: all)",
+        help="pattern of the runs that it may use, with * and ? (default: all)",
     )
     create.add_argument(
         "--expires-days", type=positive, metavar="N", help="days until the key expires (default: never)"
     )
     create.add_argument(
-        "--requests-per-minute", type=positive, metavar="N", help="limit in each service process (default: none)"
+        "--requests-per-minute",
+        type=positive,
+        metavar="N",
+        help="most requests a minute, counted in each service process (default: no limit)",
     )
     create.add_argument(
-        "--max-body-mb", type=positive, metavar="N", help="largest body of one request (default: the service's limit)"
+        "--max-body-mb",
+        type=positive,
+        metavar="N",
+        help="largest body of one request in MB (default: the service's limit)",
     )
     create.set_defaults(command=create_key)
-    rotate = actions.add_parser("rotate", help="give a key a new secret; the present one works beside it")
+    rotate = actions.add_parser("rotate", help="give a key a new secret; the present one goes on working")
     rotate.add_argument("name")
-    rotate.add_argument("--finish", action="store_true", help="end the older secret: the newest alone works")
+    rotate.add_argument("--finish", action="store_true", help="end the older secret, so that only the newest works")
     rotate.set_defaults(command=rotate_key)
-    listing = actions.add_parser("list", help="show the keys, not their secrets")
+    listing = actions.add_parser("list", help="show all keys, without their secrets")
     listing.set_defaults(command=list_keys)
-    revoke = actions.add_parser("revoke", help="revoke a key for good; it works for 2 seconds more at most")
+    revoke = actions.add_parser("revoke", help="revoke a key for good, within 2 seconds")
     revoke.add_argument("name")
     revoke.set_defaults(command=revoke_key)
 
@@ -141,10 +147,10 @@ def rotate_key(options: argparse.Namespace) -> int:
         return fault(str(error))
     store.close()
     if options.finish:
-        print(f"key {options.name!r}: its newest secret alone works now")
+        print(f"key {options.name!r}: only its newest secret works now")
         return 0
     print(
-        f"key {options.name!r}: this secret is not shown again; the one before works until "
+        f"key {options.name!r}: this secret is not shown again; the previous one works until "
         f"`evenodds keys rotate {options.name} --finish`",
         file=sys.stderr,
     )
@@ -163,7 +169,7 @@ def revoke_key(options: argparse.Namespace) -> int:
     except (Refused, StoreError) as error:
         return fault(str(error))
     store.close()
-    print(f"key {key.name!r} is revoked since {key.revoked_at:%Y-%m-%d %H:%M} UTC")
+    print(f"key {key.name!r} was revoked at {key.revoked_at:%Y-%m-%d %H:%M} UTC")
     return 0
 
 
@@ -172,7 +178,7 @@ def pattern(text: str) -> str:
     import re
 
     if not re.fullmatch(r"[A-Za-z0-9._*?-]{1,128}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no pattern of run names: use letters, digits, . _ - and * ?")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pattern of run names: use letters, digits, . _ - and * ?")
     return text
 
 

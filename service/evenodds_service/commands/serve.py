@@ -104,28 +104,28 @@ def _check_port(settings: Settings) -> None:
                 probe.listen(1)  # another listener may share a bound address, and no listening one
     except OSError as error:
         raise Refused(
-            f"EVENODDS_HOST {settings.host}, EVENODDS_PORT {settings.port}: cannot listen there ({error.strerror}): "
-            "end what does, or set another port"
+            f"cannot listen on EVENODDS_HOST {settings.host}, EVENODDS_PORT {settings.port} ({error.strerror}): "
+            "stop the process that uses the port, or set another port"
         ) from error
 
 
 def _asks_for_keys(settings: Settings, store: Store) -> bool:
-    """Whether callers need an API key. Raises Refused where nobody could call, or everybody could unasked."""
+    """Whether callers need an API key. Raises Refused if nobody could call, or everybody could without a key."""
     from evenodds_service.api.middleware.browsers import is_loopback
 
     is_local = is_loopback(settings.host)
     if settings.access == "open" or (settings.access == "auto" and is_local):
         whoever = "on this machine" if is_local else f"who can reach {settings.host}"
         print(
-            f"evenodds: no API key is asked for: anyone {whoever} may read and change every run "
-            "(EVENODDS_ACCESS=keys asks for keys)",
+            f"evenodds: no API key is required: anyone {whoever} may read and change every run "
+            "(EVENODDS_ACCESS=keys requires keys)",
             file=sys.stderr,
         )
         return False
     if all(key.revoked_at is not None for key in store.api_keys()):
         raise Refused(
-            f"EVENODDS_HOST {settings.host} with EVENODDS_ACCESS={settings.access} asks for API keys, and there is "
-            "none: create one with `evenodds keys create NAME`, or set EVENODDS_ACCESS=open where the network keeps "
-            "strangers out"
+            f"EVENODDS_HOST {settings.host} with EVENODDS_ACCESS={settings.access} requires API keys, and none exists: "
+            "create one with `evenodds keys create NAME`, or set EVENODDS_ACCESS=open if only trusted callers can "
+            "reach this address"
         )
     return True

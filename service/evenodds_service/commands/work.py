@@ -11,9 +11,11 @@ from evenodds_service.commands.opening import Refused, fault, opened, set_up_log
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `work`."""
-    parser = commands.add_parser("work", help="refit shared models in the background, on a GPU where there is one")
+    parser = commands.add_parser(
+        "work", help="run a worker, which refits shared models in the background, on a GPU if there is one"
+    )
     parser.add_argument("--exit-with", type=int, metavar="PID", help="end when the process with this PID ends")
-    parser.add_argument("--once", action="store_true", help="work until no refit is due, then end")
+    parser.add_argument("--once", action="store_true", help="end as soon as no refit is due")
     parser.set_defaults(command=work)
 
 

@@ -80,7 +80,7 @@ class RunSettings:
         optimism: Weight of the standard deviation in the yield score.
         diversity: How much of the yield score may be given up for unlike prompts, in [0, 1]; under `paper` the
             spread of the diversity terms in units of the scores' spread.
-        cooldown_steps: Steps that a chosen prompt rests, come what may; None lets it rest for 25, at most .4 of an
+        cooldown_steps: Steps that a chosen prompt always rests; None lets it rest for 25, at most .4 of an
             epoch, under `yield` while there are enough others, and not at all under the published acquisitions.
         lease_steps: For so many steps a chosen prompt is waited for and not chosen again before its outcome comes;
             0 waits for none.
@@ -95,7 +95,7 @@ class RunSettings:
         groups, groups_at_most: Least and largest share of a batch by group.
         retain_prompts: The pool keeps so many prompts, and lets those go whose last outcome is the longest ago; 0 keeps
             all, None as well until the run answers a budget.
-        retain_days: It keeps a prompt for so long after its last outcome, in days above 0; None: for ever.
+        retain_days: It keeps a prompt for so long after its last outcome, in days above 0; None sets no limit.
         fallback: Choose uniformly while the mixture's skill against MoPPS stays negative.
         budget_policies: By name, one of each.
         learn_from: Names of runs, and patterns of names (`*`, `?`), whose outcomes are used.
@@ -141,6 +141,6 @@ def check_shares(least: Mapping[str, float], most: Mapping[str, float]) -> None:
     for group in sorted(least.keys() & most.keys()):  # every process names the same one
         if least[group] > most[group]:
             raise SharesConflict(
-                f"category {group!r} is to get at least {least[group]:g} of a batch (categories) and at most "
-                f"{most[group]:g} (categories_at_most): lower the one or raise the other"
+                f"category {group!r} has a least share of {least[group]:g} (categories) above its largest "
+                f"share of {most[group]:g} (categories_at_most): lower the first or raise the second"
             )

@@ -141,7 +141,7 @@ class Budgets:
             return await self._coalescer.ask(run, question, seconds=seconds)
         except asyncio.TimeoutError:
             raise DeadlinePassed(
-                f"no budget within {1_000 * seconds:g} ms: go on without one, or allow more (deadline_ms, "
+                f"no budget within {1_000 * seconds:g} ms: continue without a budget, or allow more time (deadline_ms, "
                 "EVENODDS_BUDGET_DEADLINE_MS)"
             ) from None
         finally:
@@ -151,8 +151,8 @@ class Budgets:
         if n_in_all < self._capacity:
             return None
         return (
-            f"{n_in_all} requests wait for a budget, the most that one process holds: go on without one, "
-            "or raise EVENODDS_BUDGET_QUEUE"
+            f"{n_in_all} requests wait for a budget, the limit of one process: continue without a "
+            "budget, or raise EVENODDS_BUDGET_QUEUE"
         )
 
     async def _answers(self, name: str, questions: Sequence[_Question]) -> Sequence[Budget | Exception]:
@@ -185,7 +185,7 @@ class Budgets:
                 await self._in_thread(lambda: settle(run.id, SERVED_PROMPTS))
                 self._live_runs.forget(run.name)
             except StoreError as error:
-                logger.warning("run %r: its retention is not settled: %s", run.name, error)
+                logger.warning("run %r: its retention could not be set, and is tried again: %s", run.name, error)
             finally:
                 self._settling.discard(run.id)
                 self._tasks.discard(task)

@@ -94,7 +94,9 @@ class Decisions:
         try:
             self._flush()
         except StoreError as error:
-            logger.warning("%d decisions are lost: %s", len(self._waiting), error)
+            logger.warning(
+                "%d decisions on budgets are lost, and verdicts on them will be refused: %s", len(self._waiting), error
+            )
 
     def _write(self) -> None:
         while True:
@@ -102,7 +104,7 @@ class Decisions:
             try:
                 self._flush()
             except StoreError as error:
-                logger.warning("%d decisions wait to be written: %s", len(self._waiting), error)
+                logger.warning("%d decisions on budgets wait to be written: %s", len(self._waiting), error)
             with self._lock:
                 if not self._waiting:
                     self._thread = None

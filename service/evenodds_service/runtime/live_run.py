@@ -262,7 +262,7 @@ class LiveRun:
             if self.state.position - self._saved_position >= CHECKPOINT_EVERY:
                 self.save(store, run, now=now)
         except StoreError as error:
-            logger.warning("run %r: no checkpoint saved: %s", run.name, error)
+            logger.warning("run %r: a checkpoint could not be saved, and is tried again later: %s", run.name, error)
         finally:
             self._is_saving.release()
 
@@ -444,8 +444,8 @@ def _base_of(store: Store, run: Run) -> State:
         return _state_at(run.base_position, content)
     except CheckpointUnusable as error:
         raise CheckpointUnusable(
-            f"run {run.name!r}: {error}, and its log begins behind it: use the release that wrote it, restore a "
-            "backup, or begin a new run"
+            f"run {run.name!r}: {error}, and the log before it was compacted: use the release that wrote it, "
+            "restore a backup, or begin a new run"
         ) from error
 
 

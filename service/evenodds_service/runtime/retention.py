@@ -90,7 +90,9 @@ class Tidying:
                 if run.n_retired == retired:
                     break
         except StoreError as error:
-            logger.warning("run %r: not tidied: %s", run.name, error)
+            logger.warning(
+                "run %r: retired prompts could not be deleted, and are tried again later: %s", run.name, error
+            )
         finally:
             with self._lock:
                 self._busy.discard(run.id)
@@ -180,8 +182,8 @@ def erase(store: Store, live: LiveRun, run: Run, prompt_id: str, *, now: datetim
             store.forget_deleted()
             return
     raise StoreUnavailable(
-        f"prompt {prompt_id!r} is in no answer of run {run.name!r} any more, and its features still stand in the "
-        "database, because others changed the run meanwhile: repeat the call"
+        f"prompt {prompt_id!r} is no longer in any answer of run {run.name!r}, but its features are still in the "
+        "database, because other calls changed the run meanwhile: repeat the call"
     )
 
 

@@ -83,7 +83,11 @@ class RunStates:
                 self._store.save_run_states(states, now=self._now())
                 self.n_saved += 1
         except StoreError as error:
-            logger.warning("states of %d runs were not saved: %s", len(names), error)
+            logger.warning(
+                "the states of %d runs were not saved, and their alarms in lists and metrics are old: %s",
+                len(names),
+                error,
+            )
         except Exception:  # the thread goes on: without it, no alarm would be seen any more
             logger.exception("states of %d runs were not saved", len(names))
 

@@ -126,14 +126,14 @@ def check_file(database_url: str) -> None:
     file = Path(str(url.database))
     where, other = f"the SQLite file {file}", "or name another file in EVENODDS_DATABASE_URL"
     if not file.parent.is_dir():
-        raise DatabaseUrlUnusable(f"{where}: its folder does not exist: make it, {other}")
+        raise DatabaseUrlUnusable(f"{where}: its folder does not exist: create it, {other}")
     if file.is_dir():
         raise DatabaseUrlUnusable(f"{where}: it is a folder: name a file in it in EVENODDS_DATABASE_URL")
     for place in (file.parent, file) if file.exists() else (file.parent,):
         if not os.access(place, os.R_OK | os.W_OK):
             raise DatabaseUrlUnusable(
-                f"{where}: {place} cannot be written (its rights, or a file system that is read-only): let this user "
-                f"write there, {other}"
+                f"{where}: {place} is not writable (check its permissions, and whether the file system is read-only): "
+                f"give this user write permission, {other}"
             )
     wal = file.with_name(file.name + "-wal")
     if not file.exists() or file.stat().st_size == 0 or (wal.exists() and wal.stat().st_size > 0):
@@ -143,10 +143,11 @@ def check_file(database_url: str) -> None:
     size, page = file.stat().st_size, int.from_bytes(header[16:18], "big")
     stated = (65_536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
     if not header.startswith(b"SQLite format 3\0"):
-        raise DatabaseUrlUnusable(f"{where} is no SQLite database: restore it from a backup, {other}")
+        raise DatabaseUrlUnusable(f"{where} is not a SQLite database: restore it from a backup, {other}")
     if len(header) < 100 or (header[24:28] == header[92:96] and size < stated):
         raise DatabaseUrlUnusable(
-            f"{where} has {size:,} bytes and should have {stated:,}: its end is lost; restore it from a backup, {other}"
+            f"{where} has {size:,} bytes and should have {stated:,}: its end is missing: restore it from a backup, "
+            f"{other}"
         )
 
 
@@ -171,7 +172,9 @@ def translated_faults() -> Iterator[None]:
 
 def _open_sqlite(url: URL, usual: Patience, options: dict[str, Any]) -> Engine:
     if url.database in (None, "", ":memory:"):
-        raise DatabaseUrlUnusable("a SQLite database in memory forgets everything: name a file, sqlite:///FILE")
+        raise DatabaseUrlUnusable(
+            "a SQLite database in memory loses everything when the process ends: name a file, sqlite:///FILE"
+        )
     engine = create_engine(url, connect_args={"timeout": usual.lock}, **options)
 
     @event.listens_for(engine, "connect")

@@ -26,7 +26,7 @@ class KeyMethods(Transactions):
         now: datetime,
         expires_at: datetime | None = None,
     ) -> ApiKey:
-        """Store a key. A revoked key keeps its name, so that a log line means one key for ever.
+        """Store a key. A revoked key keeps its name, so that a name in the log always means one key.
 
         Args:
             secret_hash: Hexadecimal SHA-256 of the secret, which has 256 random bits.
@@ -48,7 +48,10 @@ class KeyMethods(Transactions):
         with self._writing() as connection:
             taken = connection.execute(select(api_keys.c.created_at).where(api_keys.c.name == name)).scalar()
             if taken is not None:
-                raise KeyConflict(f"key {name!r} exists since {taken:%Y-%m-%d}: choose another name")
+                raise KeyConflict(
+                    f"key {name!r} was created on {taken:%Y-%m-%d}, and a name can be used only once: choose another "
+                    "name"
+                )
             created = connection.execute(insert(api_keys).values(row).returning(api_keys)).mappings().one()
         return _key_of(created)
 
@@ -82,7 +85,7 @@ class KeyMethods(Transactions):
             statement = update(api_keys).where(*standing).values(values).returning(api_keys)
             row = connection.execute(statement).mappings().one_or_none()
         if row is None:
-            raise KeyUnknown(f"there is no key {name!r} that works: `evenodds keys list` shows those that exist")
+            raise KeyUnknown(f"no valid key has the name {name!r}: `evenodds keys list` shows all keys")
         return _key_of(row)
 
     def revoke_key(self, name: str, *, now: datetime) -> ApiKey:
@@ -92,7 +95,7 @@ class KeyMethods(Transactions):
             connection.execute(update(api_keys).where(is_meant, api_keys.c.revoked_at.is_(None)).values(revoked_at=now))
             row = connection.execute(select(api_keys).where(is_meant)).mappings().one_or_none()
         if row is None:
-            raise KeyUnknown(f"there is no key {name!r}: `evenodds keys list` shows those that exist")
+            raise KeyUnknown(f"no key has the name {name!r}: `evenodds keys list` shows all keys")
         return _key_of(row)
 
 

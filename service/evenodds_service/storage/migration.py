@@ -30,7 +30,7 @@ _ADVISORY_LOCK = 0x45_76_65_6E  # any number that no other program on the databa
 _MAX_NAME = 27  # of the 32 characters that Alembic keeps of a revision
 _TURN_SECONDS = 600.0
 _LOCK_NOT_AVAILABLE = "55P03"  # of PostgreSQL
-_AGAIN = "then run `evenodds migrate` again; no change is half done"
+_AGAIN = "then run `evenodds migrate` again; the schema is unchanged"
 
 
 def upgrade(engine: Engine, revision: str = "head", *, turn_seconds: float = _TURN_SECONDS) -> None:
@@ -124,10 +124,10 @@ def _begun(connection: Connection, turn_seconds: float) -> Iterator[None]:
     except OperationalError as error:
         if not _is_about_a_lock(error):
             raise
-        whoever = "writes to the database" if connection.dialect.name == "sqlite" else "migrates this database too"
+        whoever = "writes to the database" if connection.dialect.name == "sqlite" else "also migrates this database"
         raise MigrationFailed(
-            f"another process {whoever}, and has not ended within {turn_seconds:g} seconds: wait until it has, or end "
-            f"it, {_AGAIN}"
+            f"another process {whoever}, and has not finished within {turn_seconds:g} seconds: wait until it has, or "
+            f"stop it, {_AGAIN}"
         ) from error
     with transaction:
         yield
@@ -141,10 +141,10 @@ def _explained_faults() -> Iterator[None]:
     except DBAPIError as error:
         reason = " ".join(str(error.orig).split())
         if _is_about_a_lock(error):
-            step = "end whatever uses the tables, be it the service and its workers"
+            step = "stop the service, its workers and whatever else uses the tables"
         else:
-            step = "put right what the database names"
-        raise MigrationFailed(f"the migration was given up ({reason}): {step}, {_AGAIN}") from error
+            step = "correct what the database reports"
+        raise MigrationFailed(f"the migration failed ({reason}): {step}, {_AGAIN}") from error
 
 
 def _is_about_a_lock(error: DBAPIError) -> bool:

@@ -334,8 +334,10 @@ def _settle_rate_names(connection: Connection, run: Run, fresh: Sequence[NewProm
         return
     if len(names) > MAX_RATE_NAMES:
         raise RateNamesLimit(
-            f"run {run.name!r} would know prior_rates of {len(names)} others, the most is {MAX_RATE_NAMES} (the first "
-            f"too many is {list(names)[MAX_RATE_NAMES]!r}): leave some out, or join checkpoints of one model"
+            f"run {run.name!r} would have prior_rates of {len(names)} others, and the limit is {MAX_RATE_NAMES} (the "
+            "first "
+            f"above it is {list(names)[MAX_RATE_NAMES]!r}): leave some out, or send one name for all checkpoints of "
+            "a model"
         )
     connection.execute(update(runs).where(runs.c.id == run.id).values(rate_names=json.dumps(list(names))))
 
@@ -350,14 +352,13 @@ def _settle_embedder(connection: Connection, run: Run, new: NewPrompts) -> None:
     settled = run.settings.embedder or embedder
     if embedder not in (None, settled):
         raise EmbedderFixed(
-            f"run {run.name!r} has embedder {settled!r}, this call brings vectors of {embedder!r}: "
-            "repeat it with the run's embedder"
+            f"run {run.name!r} has embedder {settled!r}, and this call sends vectors of {embedder!r}: "
+            "send vectors of the run's embedder"
         )
     width = run.embedding_width or embedding_width
     if embedding_width not in (None, width):
         raise EmbeddingWidthConflict(
-            f"run {run.name!r} has embeddings of {width} values, this call brings {embedding_width}: "
-            f"send {width} values"
+            f"run {run.name!r} has embeddings of {width} values, this call sends {embedding_width}: send {width} values"
         )
     for number, vector in enumerate(vectors, start=1):
         if vector.embedder not in (CALLER, settled):

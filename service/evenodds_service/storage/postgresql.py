@@ -80,8 +80,8 @@ def _limits(patience: Patience) -> tuple[str, ...]:
 class _Impatient(psycopg.Connection[Any]):
     """Gives a server up that says nothing: one that hangs, or whose network swallows everything.
 
-    The driver itself would wait for ever. What counts is the time spent listening: a process that is itself stopped, or
-    starved by others, does not take its own absence for the server's silence.
+    The driver itself would never stop waiting. What counts is the time spent listening: a process that is itself
+    stopped, or starved by others, does not take its own absence for the server's silence.
     """
 
     _most_silent_waits: float = 10.0 / _WAKE_SECONDS

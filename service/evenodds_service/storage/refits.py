@@ -170,8 +170,8 @@ def _is_held(claimed: Refit) -> ColumnElement[bool]:
 
 def _lost(claimed: Refit) -> RefitLost:
     return RefitLost(
-        f"refit {claimed.id}: attempt {claimed.attempts} of worker {claimed.worker!r} does not hold it any more, "
-        "its result is dropped: claim the next refit"
+        f"refit {claimed.id}: attempt {claimed.attempts} of worker {claimed.worker!r} no longer holds its lease, "
+        "and its result is dropped: claim the next refit"
     )
 
 

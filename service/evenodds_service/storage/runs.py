@@ -70,7 +70,7 @@ class RunMethods(Transactions):
             before = stored.get(policy.name)
             if before is None and len(stored) == MAX_POLICIES:
                 raise PolicyLimit(
-                    f"run {name!r} holds {MAX_POLICIES} budget policies, the most that it may: change one of them "
+                    f"run {name!r} holds {MAX_POLICIES} budget policies, which is the limit: change one of them "
                     f"({', '.join(sorted(stored)[:5])}, ...) instead of adding {policy.name!r}"
                 )
             policy = replace(policy, version=before.version if before is not None else 1)
@@ -177,9 +177,9 @@ def settings_that_stand(run: Run, asked: RunSettings) -> RunSettings:
         return asked
     if asked.embedder not in (None, embedder) or asked.embedder_prompt != prompt:
         raise EmbedderFixed(
-            f"run {run.name!r}: its {run.n_prompts} prompts have vectors of embedder {embedder!r} "
-            f"(prompt {prompt!r}), asked for was {asked.embedder!r} (prompt {asked.embedder_prompt!r}): "
-            "create another run for it"
+            f"run {run.name!r}: its pool has vectors of embedder {embedder!r} "
+            f"(prompt {prompt!r}), and the call asks for {asked.embedder!r} (prompt {asked.embedder_prompt!r}): "
+            "create another run for that embedder"
         )
     return replace(asked, embedder=embedder)
 

@@ -116,6 +116,6 @@ def _find(connection: Connection, run_id: int, step: int, arguments_hash: str) -
     if row.arguments_hash != arguments_hash:
         raise SelectionConflict(
             f"run {run_name!r}: the batch for step {step} was chosen before with other arguments "
-            f"(selection {row.selection_id!r}): repeat those, or choose for a later step"
+            f"(selection {row.selection_id!r}): repeat the same arguments, or choose for a later step"
         )
     return Selection(*values)

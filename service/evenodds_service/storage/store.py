@@ -102,7 +102,7 @@ class Store(
     and is answered as the first time.
 
     What may be stale: A value that a method returned is true of its moment. A caller may act on an old one where that
-    cannot mislead: a prompt keeps its index for ever, a run its id, and a pool its embedder. Whatever else a decision
+    cannot mislead: a prompt never changes its index, a run its id, or a pool its embedder. Whatever else a decision
     rests on is looked at again under the lock (`chosen_at` of a batch, the claim of a refit), and refused if it is
     outdated.
 

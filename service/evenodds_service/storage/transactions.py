@@ -58,8 +58,9 @@ class Transactions:
             (is_busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
             raise StoreUnavailable(
-                "what was to be erased is erased from the database, and still stands in its write-ahead log, because "
-                "others read it: repeat the call"
+                "the data are erased from the database, but not yet from its write-ahead log, because other "
+                "transactions "
+                "read it: repeat the call"
             )
 
     def _reading(self) -> AbstractContextManager[Connection]:

@@ -151,7 +151,7 @@ def test_a_selector_works_on_without_a_usable_disk(tmp_path: Path, caplog: pytes
             assert [waiting["step"] for waiting in selector.state_dict()["undelivered"]] == [1, 2]
         (record,) = caplog.records
         assert fault in record.getMessage()
-        assert "is kept in memory until delivered" in record.getMessage()
+        assert "are kept in memory until they are delivered" in record.getMessage()
 
 
 def test_a_disk_that_was_away_at_the_start_is_used_once_it_is_back(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_full_disk_costs_nothing_that_fits_in_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("what cannot be kept there is kept in memory until delivered") == 1
+    assert done.stderr.count("outcomes that cannot be kept there are kept in memory until they are delivered") == 1
     assert len(Outbox(tmp_path, "r").waiting()) >= 1
 
 

@@ -192,7 +192,7 @@ def test_a_dead_service_costs_one_warning_and_its_recovery_one_note(
         selector.close()
     assert len(during) == 1
     assert proxy.base_url in during[0]
-    assert "batches are uniform and observations are kept" in during[0]
+    assert "batches are drawn uniformly, and outcomes are kept" in during[0]
     assert after.source == "service"
     assert len(history(service.client, selector)) == 16
     assert warnings(caplog)[1:] == [
@@ -270,7 +270,7 @@ def test_readiness_is_told_only_where_all_prompts_are_there(
     assert "the pool lacks 1 of this trainer's 3 prompts" in warnings(caplog)[0]
     assert "'elsewhere' ...; give the selector their texts" in warnings(caplog)[0]
     assert not make(run_settings={"embedder": "caller"}).wait_until_ready()
-    assert "the service keeps the run or its pool as they are" in warnings(caplog)[1]
+    assert "the service refused to change the run or its pool, and keeps them as they are" in warnings(caplog)[1]
     assert not make(NOBODY, prompts=["p0"], run_settings=None).wait_until_ready(0.5)
 
 
@@ -289,7 +289,7 @@ def test_a_second_training_under_a_name_is_refused_until_it_says_what_it_wants(
         ConfigurationError, match=r"has gone through steps up to 2 already, and this training begins at"
     ):
         refused.select(0, 4)
-    with pytest.raises(ConfigurationError, match="existing='auto' forgets what came from step 0 on, existing='resume'"):
+    with pytest.raises(ConfigurationError, match="existing: 'auto' forgets everything from step 0 on, 'resume'"):
         refused.select(0, 4)
     refused.close()
     resumed = make(existing="resume")
@@ -328,7 +328,7 @@ def test_what_is_no_observation_is_left_out_and_said_once(
     assert history(service.client, selector) == [("p0", 1, 1.0, 2)]
     assert (selector.counts().observed, selector.counts().left_out) == (1, 2)
     (warning,) = warnings(caplog)
-    assert "1 of 2 outcomes of step 1 are no observations" in warning
+    assert "1 of 2 outcomes of step 1 are not valid" in warning
     assert "outcomes[1].prompt_id: 'who' is not among this selector's prompts" in warning
 
 
@@ -347,9 +347,9 @@ def test_an_attempt_without_a_reward_is_left_out_and_no_other(service: Service, 
     ("reward", "message"),
     [
         (-1, r"outcomes\[1\].rewards: the reward -1 of prompt 'p1' is outside \[0, 1\]: map rewards"),
-        (1.4, "reward_range, and TRL's by success="),
+        (1.4, "reward_range, for TRL also success="),
         (float("inf"), r"the reward inf of prompt 'p1' is outside \[0, 1\]"),
-        ("one", r"outcomes\[1\].rewards: the reward 'one' is no number, of prompt 'p1'"),
+        ("one", r"outcomes\[1\].rewards: the reward 'one' is not a number, of prompt 'p1'"),
     ],
 )
 def test_a_reward_that_is_none_raises_and_nothing_of_the_step_is_kept(
@@ -638,7 +638,7 @@ def test_a_closed_selector_says_so(make: Make) -> None:
     [
         ({"run": "a b"}, "run: String should match pattern"),
         ({"prompts": []}, "prompts: at least 1 prompt is needed, got none"),
-        ({"prompts": "p0"}, "prompts: a list of prompts is needed, got one"),
+        ({"prompts": "p0"}, "prompts: a list of prompts is needed, got a single prompt"),
         ({"prompts": ["a", "b", "a"]}, "prompts: the prompt_id 'a' stands there 2 times: ids must differ"),
         ({"prompts": ["a", {"prompt_id": "b"}]}, "prompts: 1 are mappings and 1 ids: send one kind"),
         ({"prompts": [{"text": "x"}]}, r"prompts\[0\].prompt_id: missing; a trainer's prompts need ids"),
@@ -666,7 +666,7 @@ def test_a_mistake_in_the_program_raises_at_once(options: dict[str, Any], messag
         ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1, got 0"),
         ({"batch_size": 41}, "batch_size: 41 prompts asked for, 40 to choose from"),
         ({"exclude": IDS[:38]}, "batch_size: 4 prompts asked for, 2 to choose from"),
-        ({"candidates": ["who", *IDS]}, "candidates: 1 are not among this selector's prompts: 'who'"),
+        ({"candidates": ["who", *IDS]}, "candidates: not among this selector's prompts: 'who'; leave"),
     ],
 )
 def test_a_batch_that_can_never_be_had_raises(make: Make, arguments: dict[str, Any], message: str) -> None:

@@ -265,10 +265,10 @@ def test_a_checkpoint_before_anything_was_observed_forgets_nothing(service: Serv
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run": "other"}, "state: is of run 'other', this selector's is 'resumed-"),
-        ({"format": 9}, "state: format 9, this release reads 1"),
-        ({"step": "three"}, "state: not what state_dict returned"),
-        ({"undelivered": [{"kind": "observe"}]}, "state: not what state_dict returned"),
+        ({"run": "other"}, "state: it belongs to run 'other', and this selector's run is 'resumed-"),
+        ({"format": 9}, "state: format 9, this release reads format 1"),
+        ({"step": "three"}, "state: it is not what state_dict returned"),
+        ({"undelivered": [{"kind": "observe"}]}, "state: it is not what state_dict returned"),
     ],
 )
 def test_a_state_of_something_else_is_refused(make: Make, change: dict[str, Any], message: str) -> None:

@@ -50,7 +50,7 @@ def test_a_group_size_unlike_the_attempts_is_said_after_three_steps(
 
     assert before == []
     (warning,) = warnings(caplog)
-    assert "prompts get 8 attempts each, but group_size of the run is 4" in warning
+    assert "prompts get 8 attempts each, but the run's group_size is 4" in warning
     assert "set run_settings={'group_size': 8}" in warning
 
 
@@ -77,7 +77,7 @@ def test_outcomes_of_prompts_that_were_not_chosen_for_their_step_are_said(
     assert before == []
     (warning,) = warnings(caplog)
     assert "4 of 4 outcomes of step 0 are of prompts that were not chosen for it" in warning
-    assert "leave evaluation sets out" in warning
+    assert "do not report evaluation sets" in warning
 
 
 def test_a_group_size_that_is_learned_later_reaches_the_run(

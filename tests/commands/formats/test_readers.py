@@ -80,7 +80,7 @@ def test_verl_v1_groups_by_its_ids_and_says_that_filtered_groups_are_missing(tmp
 
     assert outcomes(groups) == [(1, Q1, (1, 1)), (2, Q1, (0, 1))]
     assert tally.is_filtered
-    assert counts(tally) == {"earlier outputs of a rollout with several": 1}
+    assert counts(tally) == {"earlier outputs of a rollout that has several outputs": 1}
     assert "groups that were filtered or evicted are not in this log" in tally.notes[0]
 
 
@@ -91,8 +91,8 @@ def test_a_reward_outside_of_the_range_stops_the_reading_and_names_what_else_the
         read(tmp_path)
 
     assert str(refused.value) == (
-        "1.jsonl line 2: reward -1 lies outside of [0, 1]: say which rewards are failure and success, for example "
-        "--reward-range -1 1, or take another reward by --reward (acc)"
+        "1.jsonl line 2: reward -1 lies outside of [0, 1]: name the rewards that mean failure and success, "
+        "for example with --reward-range -1 1, or choose another reward with --reward (acc)"
     )
     assert outcomes(read(tmp_path, low=-1.0)[0]) == [(1, Q1, (1, 0))]
     assert outcomes(read(tmp_path, reward="acc")[0]) == [(1, Q1, (1, 1))]
@@ -116,7 +116,7 @@ def test_lines_that_are_cut_off_are_counted_and_the_rest_is_read(tmp_path: Path)
     groups, tally = read(tmp_path)
 
     assert outcomes(groups) == [(1, Q1, (1, 0))]
-    assert tally.left_out == {"lines that are no JSON object": (1, "1.jsonl line 3")}
+    assert tally.left_out == {"lines that are not a JSON object": (1, "1.jsonl line 3")}
 
 
 def test_a_single_packed_file_is_read_too(tmp_path: Path) -> None:
@@ -151,9 +151,12 @@ def test_trl_files_are_groups_of_one_prompt_and_a_generation_that_is_written_twi
 def test_trl_with_several_rewards_asks_which_and_missing_steps_are_said(tmp_path: Path) -> None:
     written.trl(tmp_path, {10: {Q1: [1.0, 0.0]}, 20: {Q1: [1.0, 1.0]}}, format_reward=0.2)
 
-    with pytest.raises(LogRefused, match="name the reward of the verifier by --reward; there are: accuracy_reward, f"):
+    with pytest.raises(
+        LogRefused,
+        match="this log has several rewards; name the verifier's with --reward; its rewards are: accuracy_reward, f",
+    ):
         read(tmp_path)
-    with pytest.raises(LogRefused, match="no reward 'other'; there are: accuracy_reward, format_reward"):
+    with pytest.raises(LogRefused, match="it has no reward 'other'; its rewards are: accuracy_reward, format_reward"):
         read(tmp_path, reward="other")
     groups, tally = read(tmp_path, reward="accuracy_reward")
 
@@ -214,7 +217,10 @@ def test_prime_rl_takes_the_reward_that_has_a_weight_or_the_named_one(tmp_path: 
     several = written.prime_rl(tmp_path / "b", {1: [written.episode(Q1, rewards)]})
 
     assert outcomes(read(log)[0]) == [(0, Q1, (1,))]
-    with pytest.raises(LogRefused, match="name the reward of the verifier by --reward; there are: correct, length"):
+    with pytest.raises(
+        LogRefused,
+        match="this log has several rewards; name the verifier's with --reward; its rewards are: correct, length",
+    ):
         read(several)
     assert outcomes(read(several, reward="length")[0]) == [(0, Q1, (0.25,))]
 
@@ -275,14 +281,14 @@ def test_lm_eval_counts_each_document_once_whatever_the_filters(tmp_path: Path) 
 
     assert outcomes(groups) == [(7, question(0), (0,)), (7, question(1), (1,)), (7, question(2), (0,))]
     assert {(group.prompt_id, group.category) for group in groups[:1]} == {("d0c0000", "gsm8k")}
-    assert counts(tally) == {"rows of the filter 'flexible-extract': the same answers, judged otherwise": 3}
+    assert counts(tally) == {"rows of the filter 'flexible-extract': the same answers under another filter": 3}
     assert [group.rewards for group in others] == [(1,), (1,), (1,)]
 
 
 def test_lm_eval_with_several_metrics_asks_which_and_says_that_repeats_are_one_attempt(tmp_path: Path) -> None:
     file = written.lm_eval(tmp_path, [written.lm_eval_row(1, 1.0, metrics=("acc", "acc_norm"), n=4)])
 
-    with pytest.raises(LogRefused, match="by --reward; there are: acc, acc_norm"):
+    with pytest.raises(LogRefused, match="with --reward; its rewards are: acc, acc_norm"):
         read(file)
     groups, tally = read(file, reward="acc")
 
@@ -429,12 +435,24 @@ def test_rates_in_the_shapes_that_people_keep_them_in(
 @pytest.mark.parametrize(
     ("row", "wishes", "message"),
     [
-        ({"id": "a", "pass_rate": 12}, {}, "pass_rate 12 is no rate in [0, 1]: if the numbers are counts out of 16"),
-        ({"id": "a", "pass_rate": 12}, {"of": 8}, "pass_rate: 12 of 8 is no rate"),
-        ({"id": "a", "level": 3}, {}, "no column is named like a rate: name those by --rate; there are: id, level"),
-        ({"pass_rate": 0.5}, {}, "no column tells the prompts: name one by --id or --text; there are: pass_rate"),
-        ({"id": "a", "pass_rate": 0.5}, {"rate_columns": ("b",)}, "no column 'b'; there are: id, pass_rate"),
-        ({"id": "a", "pass_rate": 0.5}, {"id_column": "b"}, "no column 'b'; there are: id, pass_rate"),
+        ({"id": "a", "pass_rate": 12}, {}, "pass_rate 12 is not a rate in [0, 1]: if the numbers are counts out of 16"),
+        ({"id": "a", "pass_rate": 12}, {"of": 8}, "pass_rate: 12 of 8 is not a rate"),
+        (
+            {"id": "a", "level": 3},
+            {},
+            "no column has the name of a rate: name the columns with --rate; the columns are: id, level",
+        ),
+        (
+            {"pass_rate": 0.5},
+            {},
+            "no column identifies the prompts: name one with --id or --text; the columns are: pass_rate",
+        ),
+        (
+            {"id": "a", "pass_rate": 0.5},
+            {"rate_columns": ("b",)},
+            "there is no column 'b'; the columns are: id, pass_rate",
+        ),
+        ({"id": "a", "pass_rate": 0.5}, {"id_column": "b"}, "there is no column 'b'; the columns are: id, pass_rate"),
     ],
 )
 def test_a_table_that_cannot_be_understood_is_named_with_what_it_has(
@@ -454,7 +472,7 @@ def test_a_second_row_of_a_prompt_is_left_out(tmp_path: Path) -> None:
     rates, tally = read_table(written.write_lines(tmp_path / "table.jsonl", rows))
 
     assert [entry.rates for entry in rates] == [{"pass_rate": 0.5}]
-    assert tally.left_out == {"rows of a prompt that an earlier row has": (1, "table.jsonl line 2")}
+    assert tally.left_out == {"rows of a prompt that an earlier row has already": (1, "table.jsonl line 2")}
 
 
 # what a file is
@@ -469,12 +487,12 @@ def test_prompts_are_no_log(tmp_path: Path) -> None:
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / "0.pt").write_bytes(b"PK")
 
-    with pytest.raises(LogRefused, match="a pickle runs the code that it holds, and is never loaded"):
+    with pytest.raises(LogRefused, match="a pickle can run any code, so it is never loaded"):
         open_log(tmp_path / "0.pt")
 
 
 def test_a_folder_without_a_log_and_a_missing_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(LogRefused, match="no file in it is named like those of a known format"):
+    with pytest.raises(LogRefused, match="no file in it has the name of a log of a known format"):
         open_log(tmp_path)
     with pytest.raises(LogRefused, match="no such file or folder"):
         open_log(tmp_path / "nowhere")

@@ -196,7 +196,8 @@ def test_an_evaluation_may_be_known_beforehand_and_a_training_may_not(
     assert (prompt_id, text) == ("arithmetic/q3", Q3)
     assert list(rates.values()) == [{"successes": 1, "attempts": 2}]
     assert (
-        "a verl log is of a policy that moves and has no one rate for each prompt" in load(training, "--as", "prior")[2]
+        "a verl log is of a policy that changes, so a prompt has no single rate in it"
+        in load(training, "--as", "prior")[2]
     )
 
 

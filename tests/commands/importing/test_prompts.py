@@ -130,8 +130,8 @@ def test_a_prompt_that_the_pool_has_with_another_text_is_named(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "it holds no prompt: put one JSON object on each line"),
-        (b"\n \n", "it holds no prompt: put one JSON object on each line"),
+        (b"", "it has no prompt: put one JSON object on each line"),
+        (b"\n \n", "it has no prompt: put one JSON object on each line"),
         (gzip.compress("\n".join(lines(9)).encode())[:-20], "it cannot be read beyond line "),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_missing_file_and_an_unknown_run_are_named(load: Callable[..., tuple[i
 
     missing, unknown = load(tmp_path / "nowhere"), load(file, "unknown-run")
 
-    assert missing[2] == f"evenodds import: {tmp_path}/nowhere: no such file or folder"
+    assert missing[2] == f"evenodds import: {tmp_path}/nowhere: no such file or folder: check the path"
     assert "run 'unknown-run' does not exist: create it first" in unknown[2]
 
 

@@ -99,7 +99,7 @@ def test_without_repeats_no_prompt_is_visited_twice_and_the_replay_stops_with_th
     [
         (
             ["--predictors", "gps,oracle"],
-            "--predictors: 'oracle' is not a predictor; choose of gps, mopps, mopps-yield",
+            "--predictors: 'oracle' is not a predictor: choose from gps, mopps, mopps-yield",
         ),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--batch-size", "61", "--candidates", "0"], "--batch-size 61: recorded has 60 prompts"),
@@ -152,7 +152,8 @@ def test_without_any_folder_the_two_ways_to_name_one_are_told(
 
     assert main(["replay"]) == 1
     assert capsys.readouterr().err == (
-        "evenodds replay: name the folder of recorded success rates as FOLDER, or set EVENODDS_DATA to it\n"
+        "evenodds replay: name a trainer's log or a folder of recorded success rates as LOG, or set EVENODDS_DATA to "
+        "a folder\n"
     )
 
 

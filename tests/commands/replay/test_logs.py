@@ -117,13 +117,14 @@ def test_only_the_first_steps_are_replayed_where_so_many_are_asked_for(log: Path
     [
         (
             lambda folder: written.verl(folder, trained(), uid=True),
-            "groups are missing from it because of their outcomes, so that it does not show the silent ones",
+            "groups were left out of it because of their outcomes, so that silent groups are missing",
         ),
         (
             lambda folder: written.verl(
                 folder, {s: {t: [0.0, 1.0] for t in groups} for s, groups in trained().items()}
             ),
-            "none of its 576 groups is silent: those were filtered before it was written, as dynamic sampling does",
+            "none of its 576 groups is silent: silent groups were filtered before it was written, as dynamic "
+            "sampling does",
         ),
         (
             lambda folder: written.verl(folder, trained(15)),
@@ -131,11 +132,11 @@ def test_only_the_first_steps_are_replayed_where_so_many_are_asked_for(log: Path
         ),
         (
             lambda folder: written.lm_eval(folder, [written.lm_eval_row(i, 1.0) for i in range(9)]),
-            "lm-eval is an evaluation or a table: one model at one time, and no steps to choose at",
+            "lm-eval is an evaluation or a table: it has one model at one time, and no steps at which to choose",
         ),
         (
             lambda folder: written.write_lines(folder / "rates.jsonl", [{"id": "a", "pass_rate": 0.5}]),
-            "table is an evaluation or a table: one model at one time, and no steps to choose at",
+            "table is an evaluation or a table: it has one model at one time, and no steps at which to choose",
         ),
     ],
 )
@@ -164,7 +165,7 @@ def test_groups_that_show_nothing_are_counted_and_passed_over(tmp_path: Path) ->
 
     assert len(run.steps) == 16
     assert run.tally.left_out == {
-        "groups of one attempt, which cannot be told silent from not": (1, "1.jsonl line 97"),
+        "groups of one attempt, which are neither silent nor informative": (1, "1.jsonl line 97"),
         "steps of fewer than 8 groups": (1, "1.jsonl"),
     }
 
@@ -246,7 +247,7 @@ def test_logs_and_tables_are_sources_and_say_what_they_have_in_common(log: Path,
     assert [source.has_guessed_attempts for source in sources] == [False, True, False, True]
     assert [source.cannot_tell(run) for source in sources[:3]] == [None] * 3
     assert str(sources[3].cannot_tell(run)).startswith("numbered.jsonl has no prompt id in common with the log")
-    with pytest.raises(LogRefused, match="it holds prompts and no outcomes"):
+    with pytest.raises(LogRefused, match="it has prompts and no outcomes"):
         read_sources([written.write_lines(tmp_path / "prompts.jsonl", [{"text": "A?"}])], Wishes(), Tally())
 
 
@@ -340,10 +341,10 @@ def test_a_replay_that_learns_from_another_log_through_a_service_and_its_worker(
         (("--predictors", "uniform"), "--predictors uniform: a random choice needs no replay"),
         (("--predictors", "oracle"), "--predictors: 'oracle' is not a predictor"),
         (("--reward-range", "1", "1"), "--reward-range 1 1: the second must be above the first"),
-        (("--learn-from", "rollouts"), "--learn-from rollouts: the log would foresee itself; name another one"),
+        (("--learn-from", "rollouts"), "--learn-from rollouts: the log would predict itself: name another log"),
         (("--learn-from", "nothing"), "nothing: no such file or folder"),
-        (("--learn-from", "nothing", "--predictors", "mopps"), "--learn-from: gps alone learns from others"),
-        (("--reward", "acc"), "1.jsonl line 1: no reward 'acc'; there are: score"),
+        (("--learn-from", "nothing", "--predictors", "mopps"), "--learn-from: only gps learns from others"),
+        (("--reward", "acc"), "1.jsonl line 1: it has no reward 'acc'; its rewards are: score"),
         (("--url", ADDRESS), "is the service running there?"),
     ],
 )

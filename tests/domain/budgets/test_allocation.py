@@ -201,7 +201,7 @@ def test_a_budget_below_the_least_is_refused() -> None:
         spend(np.ones((3, 4)), costs_N=np.ones(3), minimum_N=np.full(3, 2), maximum_N=np.full(3, 4), budget=5.0)
 
     assert str(refused.value) == (
-        "budget 5 does not pay for the least attempts of 3 prompts, which cost 6: raise it, or lower min_attempts"
+        "budget 5 is less than the minimum attempts of 3 prompts cost, 6: raise it, or lower min_attempts"
     )
 
 
@@ -259,7 +259,7 @@ def test_bins_spend_in_proportion_to_their_weights() -> None:
     ("expected_total", "n_observations", "is_capped", "worth", "reason"),
     [
         (5.0, 10, True, False, "the budget gives every prompt its maximum"),
-        (9.0, 0, False, False, "no outcome was observed yet"),
+        (9.0, 0, False, False, "no outcome has been observed yet"),
         (5.05, 10, False, False, "changes by +1.0% against uniform spending, less than 2%"),
         (4.5, 10, False, False, "changes by -10.0%"),
         (5.5, 10, False, True, "the expected total rises by 10.0% against uniform spending"),

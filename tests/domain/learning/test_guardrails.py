@@ -61,8 +61,10 @@ class TestSkill:
         assert fallback is not None
         assert fallback.since_step == 7
         assert fallback.reason == (
-            "over the newest 512 observations the model's skill against flat MoPPS is -12.0 nats (limit -3.0), over "
-            "the newer half of these -20.0: the choice is uniform since step 7, until the newer half is positive"
+            "over the newest 512 observations the model's skill against flat MoPPS is -12.0 nats (limit -3.0), and "
+            "-20.0 over their newer half. Batches are drawn uniformly since step 7, until the skill of the newer "
+            "half is "
+            "positive"
         )
 
     def test_the_fallback_ends_with_the_newer_half_and_the_note_with_the_whole(self) -> None:

@@ -151,11 +151,11 @@ def test_a_control_arm_without_informative_groups_leaves_the_saving_open() -> No
 @pytest.mark.parametrize(
     ("control_share", "answered", "reason"),
     [
-        (None, False, "nothing was selected yet: choose batches with POST /select_batch"),
+        (None, False, "no batch has been chosen yet: choose batches with POST /select_batch"),
         (
             0.0,
             True,
-            "no outcome of a selection with a control arm was observed, of two attempts or more: set control_share "
+            "no outcome of two attempts or more has come from a batch with a control arm: set control_share "
             "with PUT /runs/{run}, and report outcomes with their selection_id",
         ),
         (

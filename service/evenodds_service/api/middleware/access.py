@@ -101,7 +101,7 @@ class KeyRing:
         """
         if not secret:
             raise KeyMissing(
-                "this service asks for an API key: send `Authorization: Bearer eo_...` "
+                "this service requires an API key: send `Authorization: Bearer eo_...` "
                 "(`evenodds keys create` makes one)"
             )
         if self._clock() - self._read_at > KEYS_SECONDS:
@@ -160,7 +160,8 @@ class KeyRing:
                 self._buckets[key.name] = (left, now)
                 wait = math.ceil((1.0 - left) * 60.0 / limit)
                 raise RateLimited(
-                    f"key {key.name!r} may make {limit} requests a minute: wait {wait} s", retry_after_seconds=wait
+                    f"key {key.name!r} may make {limit} requests a minute, and has made them: wait {wait} s",
+                    retry_after_seconds=wait,
                 )
             self._buckets[key.name] = (left - 1.0, now)
 
@@ -209,7 +210,9 @@ async def run_is_allowed(request: Request) -> None:
     if key is None or key.runs == "*":
         return
     if request.url.path == "/metrics":
-        raise RunForbidden(f"key {key.name!r} is bound to runs {key.runs!r}: metrics show all")
+        raise RunForbidden(
+            f"key {key.name!r} is bound to runs {key.runs!r}, and /metrics shows all runs: use a key without --runs"
+        )
     named = [request.path_params.get("run")]
     if request.method == "PUT" or (request.method == "POST" and named == [None]):
         try:

@@ -94,11 +94,13 @@ class Browsers:
             name = re.sub(r":\d*$", "", host.strip()).lower()
             if not _LOOPBACK.fullmatch(name) and name not in self._hosts:
                 raise HostRefused(
-                    f"Host: {host!r} is no name of this service, which listens on loopback: call it as "
+                    f"Host: {host!r} is not a name of this service, which listens on loopback: call it as "
                     f"127.0.0.1 or localhost, or list the name in EVENODDS_ALLOWED_HOSTS of the service"
                 )
         if len(given) != 1:
-            raise HostRefused(f"Host: {len(given)} were sent, one is needed: send the name of this service")
+            raise HostRefused(
+                f"Host: {len(given)} Host headers were sent, and exactly one is needed: send the name of this service"
+            )
 
     def _check_origin(self, headers: Headers) -> None:
         """Raises OriginRefused. Programs send neither header, and no script in a browser can leave them out."""
@@ -111,8 +113,9 @@ class Browsers:
             is_own = origin is None or _host_of(origin) == headers.get("host", "").lower()
         if not is_own:
             raise OriginRefused(
-                f"Origin: a web page of {origin or 'another site'} may change nothing here: call from the service's "
-                "own page or from a program, or list the page's origin in EVENODDS_ALLOWED_ORIGINS of the service"
+                f"Origin: a web page of {origin or 'another site'} may not change anything here: call from the "
+                "service's own page or from a program, or list the page's origin in EVENODDS_ALLOWED_ORIGINS of the "
+                "service"
             )
 
 

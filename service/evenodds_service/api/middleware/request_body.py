@@ -115,7 +115,9 @@ class _Body:
         if self._is_whole and self._unpacking is None:  # what comes now is the caller's leaving, however late
             return await self._receive()
         if self._encoding not in ("", "identity", *_GZIP):
-            detail = f"body: Content-Encoding {self._encoding!r} is unknown here: send it plain, or with gzip"
+            detail = (
+                f"body: Content-Encoding {self._encoding!r} is not supported: send the body uncompressed, or with gzip"
+            )
             raise HTTPException(415, detail, headers={"Accept-Encoding": "gzip"})
         if self.max_bytes is not None and self._stated_bytes > self.max_bytes:
             raise self._too_large(f"{self._stated_bytes:,} bytes", self.max_bytes)
@@ -144,7 +146,7 @@ class _Body:
         if self._budget.n_bytes + n_bytes > self._budget.max_bytes:
             raise HTTPException(
                 503,
-                f"body: requests hold {self._budget.n_bytes:,} bytes at present, the limit for all together is "
+                f"body: the bodies of all requests hold {self._budget.n_bytes:,} bytes at present, and their limit is "
                 f"{self._budget.max_bytes:,} (EVENODDS_MAX_BODIES_MB of the service): repeat the call later",
                 headers={"Retry-After": "1"},
             )
@@ -160,7 +162,7 @@ class _Body:
             with move_on_after(self._wait_seconds):
                 message = await self._receive()
             if message is None:
-                raise HTTPException(408, "body: too few bytes have come for too long: send it again, without pauses")
+                raise HTTPException(408, "body: it arrived too slowly: send it again, without pauses")
             if message["type"] != "http.request":
                 return message
             piece = message.get("body", b"")

@@ -38,6 +38,12 @@ export function wide(made) {
   return made;
 }
 
+/** On a phone, each row of the panel's table is a card. */
+export function asCards(made) {
+  made.classList.add("cards");
+  return made;
+}
+
 /** Columns are `[title, class]`; rows hold texts or elements. On a phone the titles stand before the cells. */
 export function table(caption, columns, rows) {
   const head = element("tr", {}, columns.map(([title, kind]) => element("th", { scope: "col", class: kind }, title)));

@@ -98,7 +98,7 @@ function askForKey(current) {
   const input = element("input", { name: "key", type: "password", required: true, autocomplete: "off" });
   current.leave.abort();
   replace(
-    element("h1", {}, "This service asks for an API key"),
+    element("h1", {}, "This service requires an API key"),
     element("form", {
       onsubmit: (event) => {
         event.preventDefault();
@@ -150,7 +150,7 @@ function theme() {
   const chosen = localStorage.getItem("evenodds-theme");
   const dark = chosen ? chosen === "dark" : systemDark.matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  themeButton.setAttribute("aria-pressed", String(dark));
+  themeButton.textContent = dark ? "Light" : "Dark"; // what a click changes to
   recolour();
 }
 themeButton.addEventListener("click", () => {

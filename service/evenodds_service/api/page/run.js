@@ -2,7 +2,7 @@
 
 import { ask, here, link, promptLink, replace, send, setQuery } from "./page.js";
 import { chart } from "./charts.js";
-import { between, count, element, figures, moment, number, panel, percent, points, quiet, shorten, steps, table, tile, verdictLine, wide, wordsOf } from "./elements.js";
+import { asCards, between, count, element, figures, moment, number, panel, percent, points, quiet, shorten, steps, table, tile, verdictLine, wide, wordsOf } from "./elements.js";
 
 const rate = (value) => number(value, 3);
 const empty = (title, text = "No outcomes yet.") => panel(title, quiet(text));
@@ -35,9 +35,9 @@ export async function showRun(run, current) {
     windows.length ? rangeForm(windows, range) : null,
     element("div", { class: "grid" },
       informativeOverSteps(over), successOverSteps(over), beliefsOverSteps(over),
-      reliability(report), beliefHistogram(beliefs), coveragePanel(report.coverage), refitsPanel(refits.refits)),
+      reliability(report), beliefHistogram(beliefs), coveragePanel(report.coverage)),
     report.others ? othersPanel(report.others) : null,
-    element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories)),
+    element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories), refitsPanel(refits.refits)),
     element("div", { class: "grid pair" }, promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
     searchPanel(run, current.query.get("search"), found),
   );
@@ -66,7 +66,7 @@ function tiles(state, report) {
   const { lift, newest } = report;
   const recent = newest?.lift ?? null;
   return element("dl", { class: "tiles" },
-    tile("predictor", state.predictor, `groups of ${state.group_size}`),
+    tile("predictor", state.predictor, `groups of ${state.group_size}; ${state.model_version ? `snapshot ${count(state.model_version)}` : "no snapshot yet"}`),
     tile("step", count(state.head_step)),
     tile("observations", count(state.observations)),
     tile("informative, newest steps", percent(newest?.informative_share), newest ? `${steps(newest)}; whole run ${percent(policy?.value)}` : null),
@@ -74,7 +74,6 @@ function tiles(state, report) {
     tile("rollouts saved, whole run", lift ? percent(lift.rollouts_saved_share) : "–", (lift?.rollouts_saved_share ?? null) === null ? "not measured" : between(...lift.rollouts_saved_share_interval, percent)),
     tile("pool tried", percent(report.coverage.tried_share), `of ${count(report.coverage.pool_size)} prompts`),
     tile("rank correlation, newest steps", number(newest?.rank_correlation), `whole run ${number(report.rank_correlation)}`),
-    tile("model", count(state.model_version)),
   );
 }
 
@@ -178,6 +177,7 @@ function reliability(report) {
 
 function beliefHistogram({ success_rate_counts: counts }) {
   const title = "Beliefs about the pool now";
+  if (!counts.some(Boolean)) return empty(title, "The pool is empty.");
   const bin = (i) => `${number(i / counts.length, 2)} to ${number((i + 1) / counts.length, 2)}`;
   return panel(title, chart(title, {
     x: counts.map((_, i) => (i + 0.5) / counts.length), xTitle: "believed success rate", yTitle: "prompts", bars: true, shown: count, at: bin,
@@ -186,6 +186,7 @@ function beliefHistogram({ success_rate_counts: counts }) {
 }
 
 function coveragePanel(coverage) {
+  if (!coverage.pool_size) return empty("Coverage", "The pool is empty.");
   const names = coverage.visits.map((bin) => (bin.to_visits === null ? `${bin.from_visits}+` : bin.to_visits > bin.from_visits + 1 ? `${bin.from_visits}–${bin.to_visits - 1}` : String(bin.from_visits)));
   return panel("Coverage", names.length ? chart("Coverage", {
     x: names.map((_, i) => i), xTitle: "visits of a prompt", yTitle: "prompts", bars: true, shown: count, at: (i) => names[i], ticks: names.map((name, i) => [i, name]),
@@ -194,9 +195,9 @@ function coveragePanel(coverage) {
 }
 
 function refitsPanel(refits) {
-  if (!refits.length) return panel("Refits", quiet("None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed."));
-  return panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fit s", "number"], ["error", "text"]],
-    refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])));
+  if (!refits.length) return wide(panel("Refits", quiet("None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed.")));
+  return wide(asCards(panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fitted in seconds", "number"], ["error", "text"]],
+    refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])))));
 }
 
 function othersPanel(others) {
@@ -215,23 +216,21 @@ function trouble({ observed, attempts, success_rate: seen, success_rate_forecast
 function categoriesPanel(categories, others) {
   const all = [...categories].sort((a, b) => trouble(b) - trouble(a));
   if (others) all.push({ ...others, category: "(all later categories)" });
-  return wide(panel("Categories", all.length
+  return wide(asCards(panel("Categories", all.length
     ? element("div", { class: "tall" }, table("Categories, the one farthest from its forecast first",
         [["category", "id"], ["prompts", "number"], ["tried", "number"], ["success rate", "number"], ["forecast", "number"], ["off by, in standard errors", "number"], ["informative", "number"], ["informative forecast", "number"]],
         all.map((c) => [c.category ?? "(none)", count(c.prompts), count(c.tried), rate(c.success_rate), rate(c.success_rate_forecast), number(trouble(c), 1), rate(c.informative_share?.value), rate(c.informative_forecast)])))
-    : quiet("The pool is empty.")));
+    : quiet("The pool is empty."))));
 }
 
 const excerpt = (text) => element("span", { class: "clamp" }, shorten(text));
 const idLink = (run, id) => element("a", { href: promptLink(run, id) }, id);
 
 function promptsPanel(run, title, prompts) {
-  const made = panel(title, prompts.length
+  return asCards(panel(title, prompts.length
     ? table(title, [["prompt", "id"], ["success rate", "number"], ["attempts", "number"], ["text", "text"]],
         prompts.map((p) => [idLink(run, p.prompt_id), rate(p.success_rate), count(p.attempts_seen), excerpt(p.text)]))
-    : quiet("The pool is empty."));
-  made.classList.add("cards");
-  return made;
+    : quiet("The pool is empty.")));
 }
 
 function searchPanel(run, searched, found) {

@@ -23,7 +23,7 @@ export async function showRuns(current) {
     page.runs.length || isFiltered ? filterForm(asked) : null,
     page.runs.length ? runList(page, asked)
       : isFiltered ? panel("No such run", element("p", {}, "No run fits. ", element("a", { href: "#/" }, "Show all runs")))
-      : panel("No runs yet", element("p", {}, "Create one: ", element("code", {}, "PUT /runs/NAME"), " — see the ", element("a", { href: "docs" }, "API"), ".")),
+      : panel("No runs yet", element("p", {}, "A run appears here as soon as a trainer connects, or you call ", element("code", {}, "PUT /runs/NAME"), ": see the ", element("a", { href: "docs" }, "API"), ".")),
   );
 }
 
@@ -62,7 +62,7 @@ function runList(page, asked) {
     sparkline(run.informative_shares), ago(run.active_at), count(run.head_step), count(run.observations), count(run.pool_size),
   ]);
   const made = panel("All runs",
-    quiet(compare, ` Choose two to ${MOST_COMPARED} runs to compare.`),
+    quiet(compare, ` Choose 2 to ${MOST_COMPARED} runs to compare.`),
     table("Runs", [["compare"], ["run", "id"], ["state"], ["alarms", "text"], ["lift", "number"], ["informative, newest", "number"], ["active", "time"], ["step", "number"], ["observations", "number"], ["pool", "number"]], rows),
     element("nav", { class: "pages", "aria-label": "Pages" },
       asked.get("cursor") ? element("button", { type: "button", onclick: () => setQuery({ cursor: null }) }, "First page") : null,

@@ -55,11 +55,13 @@ async def chat_completions(body: ChatRequest, services: Dependencies) -> ChatRep
 
 def _text(body: ChatRequest, rule: TextRule) -> str:
     if body.stream:
-        raise ChatRefused("stream: the answer is one short label and comes whole; send stream false, or leave it out")
+        raise ChatRefused(
+            "stream: the answer is one short label and is not streamed: send stream false, or leave it out"
+        )
     text = rule.of(body.model_dump(include={"messages"}))
     if text:
         return text
-    raise ChatRefused("messages: no user message with a text in it; send the request that is to be judged as one")
+    raise ChatRefused("messages: no user message has a text: send the request that is to be judged as a user message")
 
 
 def _answer(response_format: Mapping[str, Any] | None, label: str) -> str:

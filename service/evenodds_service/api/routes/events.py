@@ -57,7 +57,10 @@ async def all_events(
 ) -> EventStream:
     """Server-sent events, one whenever any run has changed. A key that is bound to certain runs may listen to those."""
     if caller is not None and caller.runs != "*":
-        raise RunForbidden(f"key {caller.name!r} is bound to runs {caller.runs!r}: listen to /runs/{{run}}/events")
+        raise RunForbidden(
+            f"key {caller.name!r} is bound to runs {caller.runs!r}, and this stream tells of all runs: listen to "
+            f"/runs/{{run}}/events"
+        )
     return await _listening(request, services.changes, None, last_event_id, wait_seconds)
 
 

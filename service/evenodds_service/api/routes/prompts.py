@@ -87,7 +87,8 @@ async def add_prompts(
         int, Query(ge=1, le=2**53, description="of NDJSON: by which number errors call the first line")
     ] = 1,
     keep_existing: Annotated[
-        bool, Query(description="prompts that the pool has with another content keep it, and are named in `conflicts`")
+        bool,
+        Query(description="prompts that the pool has with other content are left as they are and named in `conflicts`"),
     ] = False,
 ) -> PromptsAdded:
     """Add prompts. Repeatable: those that the pool has already, with the same content, count as existing.
@@ -275,6 +276,15 @@ def delete_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services
     return Response(status_code=204)
 
 
+@router.delete("/runs/{run}/prompt", summary="Erase a prompt by an id in the query", status_code=204)
+def delete_found_prompt(run: RunPath, prompt_id: Annotated[PromptId, Query()], services: Dependencies) -> Response:
+    """As `DELETE /runs/{run}/prompts/{prompt_id}`, for any id.
+
+    No path can hold the ids `.` and `..`, and proxies change paths with `/` and some other characters.
+    """
+    return delete_prompt(run, prompt_id, services)
+
+
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     return {
         "prompt_id": prompt.prompt_id,
@@ -309,7 +319,7 @@ def _parsed(validate: Callable[[bytes], T], content: bytes, location: tuple[str,
             content.decode("utf-8")
         except UnicodeDecodeError as cause:
             where = f"byte 0x{content[cause.start]:02x} at position {cause.start}"
-            message = ("" if location else "body: ") + f"it is no UTF-8 ({where}): encode it as UTF-8"
+            message = ("" if location else "body: ") + f"it is not UTF-8 ({where}): encode it as UTF-8"
             raise RequestValidationError([_fault(location, message)]) from error
         faults = [{**fault, "loc": (*location, *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults) from error

@@ -128,8 +128,8 @@ def list_runs(
     sort: Annotated[
         RunSort,
         Query(
-            description="by name; or what comes first: broken runs and those with most alarms, the newest activity, "
-            "the largest lift or informative share, the newest created"
+            description="order of the list: `name`; `alarms`, broken runs and those with most alarms first; "
+            "`activity`, the newest first; `lift` or `informative`, the largest first; `created`, the newest first"
         ),
     ] = "name",
     search: Annotated[str | None, Query(min_length=1, max_length=128, description="a part of the name")] = None,

@@ -80,7 +80,7 @@ _SMALL_PROMPTS = 256
 
 
 ConfirmStep = Annotated[
-    bool, Query(description="the step is meant, however far it lies beyond the run's newest (else 409 step_jump)")
+    bool, Query(description="confirms a step that lies far beyond the run's newest (409 step_jump without it)")
 ]
 ObserveBody = Annotated[
     Annotated[ObserveRequest, Tag("by-run")] | Annotated[VerdictRequest, Tag("by-decision")],
@@ -147,8 +147,8 @@ def _check_step(body: ObserveRequest | SelectRequest, services: Services, run: R
     if run.head_step is not None and body.step - run.head_step > services.max_step_jump:
         raise StepJump(
             f"step {body.step} lies {body.step - run.head_step:,} steps beyond the newest of run {run.name!r}, "
-            f"{run.head_step}, and the limit is {services.max_step_jump:,} (EVENODDS_MAX_STEP_JUMP): all that the run "
-            "knows would count as that old from then on; send the right step, or repeat the call with "
+            f"{run.head_step}, and the limit is {services.max_step_jump:,} (EVENODDS_MAX_STEP_JUMP). A wrong step "
+            "would age all that the run has learned, for good: send the right step, or repeat the call with "
             "?confirm_step=true"
         )
 

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 MAX_LINE_BYTES = 64 * 2**20
 _PARQUET_ROWS = 1_024
-_UNREADABLE = "lines that are no JSON object"
+_UNREADABLE = "lines that are not a JSON object"
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class LogFile:
         """Rows by the number of their line; the first line has the names of the columns.
 
         Raises:
-            LogRefused: the file cannot be read, or is no CSV in UTF-8.
+            LogRefused: the file cannot be read, or is not CSV in UTF-8.
         """
         line = 1
         try:
@@ -139,7 +139,7 @@ def _parquet(file: LogFile) -> Any:
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as error:
         raise LogRefused(
-            f"{file.name}: reading parquet needs pyarrow: pip install 'evenodds[parquet]', or in a checkout "
+            f"{file.name}: reading parquet needs pyarrow: run pip install 'evenodds[parquet]', or in a checkout "
             "pip install '.[parquet]'"
         ) from error
     try:

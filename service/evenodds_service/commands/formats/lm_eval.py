@@ -53,7 +53,7 @@ class Reader:
             filter_ = str(row.get("filter", "none"))
             kept = filter_ if kept is None else kept
             if filter_ != kept:
-                self._tally.leave_out(f"rows of the filter {filter_!r}: the same answers, judged otherwise", place)
+                self._tally.leave_out(f"rows of the filter {filter_!r}: the same answers under another filter", place)
                 continue
             names = [str(name) for name in row.get("metrics") or ()]
             numeric = [name for name in names if number_of(row.get(name)) is not None]

@@ -47,7 +47,8 @@ class Reader:
         named = _STEP.match(file.path.name)
         if named is None:
             raise LogRefused(
-                f"{file.name}: the step is in the name of the file, train_data_step7.jsonl say: name it so"
+                f"{file.name}: the name does not tell the step: name the file as NeMo-RL does, "
+                "train_data_step7.jsonl for example"
             )
         step, n_groups, before = int(named[1]), 0, None
         grouping = Grouping(self._tally)
@@ -75,11 +76,11 @@ class Reader:
         if "filtered_rewards" in row:
             self._tally.is_filtered = True
             self._tally.note(
-                "dynamic sampling was on: groups of equal rewards were dropped before this log was written, so that "
-                "it shows none"
+                "dynamic sampling was on: groups of equal rewards were dropped before this log was written, and "
+                "it shows none of them"
             )
         if name not in row:
-            raise LogRefused(f"{place}: no reward {name!r}; rewards is what NeMo-RL writes")
+            raise LogRefused(f"{place}: it has no reward {name!r}; NeMo-RL writes the field rewards")
         number = number_of(_only(row[name]))
         return None if number is None else scaled(number, self._wishes, place)
 

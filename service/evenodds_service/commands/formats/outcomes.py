@@ -143,10 +143,10 @@ def scaled(number: float, wishes: Wishes, place: str, *, others: Sequence[str] =
     value = (number - wishes.low) / (wishes.high - wishes.low)
     if -1e-9 <= value <= 1 + 1e-9:
         return min(1.0, max(0.0, value))
-    also = f", or take another reward by --reward ({', '.join(others)})" if others else ""
+    also = f", or choose another reward with --reward ({', '.join(others)})" if others else ""
     raise LogRefused(
-        f"{place}: reward {number:g} lies outside of [{wishes.low:g}, {wishes.high:g}]: say which rewards are failure "
-        f"and success, for example --reward-range -1 1{also}"
+        f"{place}: reward {number:g} lies outside of [{wishes.low:g}, {wishes.high:g}]: name the rewards that "
+        f"mean failure and success, for example with --reward-range -1 1{also}"
     )
 
 
@@ -159,8 +159,9 @@ def chosen_reward(names: Sequence[str], wishes: Wishes, place: str) -> str:
     listed = ", ".join(names) or "none"
     if wishes.reward is not None:
         if wishes.reward not in names:
-            raise LogRefused(f"{place}: no reward {wishes.reward!r}; there are: {listed}")
+            raise LogRefused(f"{place}: it has no reward {wishes.reward!r}; its rewards are: {listed}")
         return wishes.reward
     if len(names) != 1:
-        raise LogRefused(f"{place}: name the reward of the verifier by --reward; there are: {listed}")
+        what = "this log has several rewards" if names else "this log has no reward"
+        raise LogRefused(f"{place}: {what}; name the verifier's with --reward; its rewards are: {listed}")
     return names[0]

@@ -71,14 +71,13 @@ def open_log(path: Path, format_: str | None = None) -> Log:
         LogRefused: there is no such file, it is a pickle, or nothing of a known format is there.
     """
     if not path.exists():
-        raise LogRefused(f"{path}: no such file or folder")
+        raise LogRefused(f"{path}: no such file or folder: check the path")
     if path.is_dir():
         return _of_folder(path, format_)
     file = LogFile(path, path.name)
     if path.suffix in {".pt", ".pth", ".pkl", ".pickle"}:
         raise LogRefused(
-            f"{path}: a pickle runs the code that it holds, and is never loaded: where you trust it, convert it to "
-            "JSON lines"
+            f"{path}: a pickle can run any code, so it is never loaded: if you trust it, convert it to JSON lines"
         )
     return Log(format_ or _format_of(file), (file,))
 
@@ -89,7 +88,7 @@ def _of_folder(folder: Path, format_: str | None) -> Log:
             files = tuple(LogFile(path, path.relative_to(folder).as_posix()) for path in found)
             return Log(module.NAME, files)
     raise LogRefused(
-        f"{folder}: no file in it is named like those of {format_ or 'a known format'}: name the file itself"
+        f"{folder}: no file in it has the name of a log of {format_ or 'a known format'}: name the file itself"
     )
 
 

@@ -9,7 +9,7 @@
 | category | `category`, `data_source`, `source`, `domain` |
 
 Rates are the columns that are named like one (`llama8b_solve_rate`, `pass_rate`, `accuracy`) or hold `3/8`; where there
-are none, a pair of counts (`n_success` and `n_samples`, say). A rate is a number in [0, 1], `3/8`, `37%`,
+are none, a pair of counts (such as `n_success` and `n_samples`). A rate is a number in [0, 1], `3/8`, `37%`,
 `{"successes": 3, "attempts": 8}`, or a list of outcomes of 0 and 1. A column of `{"model-a": .., "model-b": ..}` gives
 a rate for each. Other numbers need to be told: `--of 16` says that they are counts out of 16, `--failures` that
 they are of failures. A dot leads into nested columns (`extra_info.pass_rate`).
@@ -79,7 +79,7 @@ class Reader:
             elif not rates:
                 self._tally.leave_out("rows without a rate", place)
             elif (key := prompt_id or text or "") in self._seen:
-                self._tally.leave_out("rows of a prompt that an earlier row has", place)
+                self._tally.leave_out("rows of a prompt that an earlier row has already", place)
             else:
                 self._seen.add(key)
                 category = next(
@@ -93,12 +93,16 @@ class Reader:
         """Raises LogRefused: nothing tells the prompts or their rates, or a named column is not there."""
         listed = ", ".join(row) or "none"
         if named == (None, None):
-            raise LogRefused(f"{place}: no column tells the prompts: name one by --id or --text; there are: {listed}")
+            raise LogRefused(
+                f"{place}: no column identifies the prompts: name one with --id or --text; the columns are: {listed}"
+            )
         if not columns:
-            raise LogRefused(f"{place}: no column is named like a rate: name those by --rate; there are: {listed}")
+            raise LogRefused(
+                f"{place}: no column has the name of a rate: name the columns with --rate; the columns are: {listed}"
+            )
         for column in columns:
             if column != COUNTS and column.partition(".")[0] not in row:
-                raise LogRefused(f"{place}: no column {column!r}; there are: {listed}")
+                raise LogRefused(f"{place}: there is no column {column!r}; the columns are: {listed}")
 
     def _rates(self, row: Row, column: str, place: str) -> dict[str, Rate]:
         """The rates of one column, by name; none where it is empty."""
@@ -133,14 +137,16 @@ class Reader:
             return self._of_counts(number, float(wishes.of), column, place)
         if not 0 <= number <= 1:
             raise LogRefused(
-                f"{place}: {column} {number:g} is no rate in [0, 1]: if the numbers are counts out of 16, say, or "
-                "percent, add --of 16 or --of 100 (and --failures where they count failures)"
+                f"{place}: {column} {number:g} is not a rate in [0, 1]: if the numbers are counts out of 16 or "
+                "percentages, add --of 16 or --of 100 (and --failures if they count failures)"
             )
         return 1.0 - number if wishes.counts_failures else number
 
     def _of_counts(self, successes: float, attempts: float, column: str, place: str) -> Rate:
         if not 0 <= successes <= attempts or attempts < 1:
-            raise LogRefused(f"{place}: {column}: {successes:g} of {attempts:g} is no rate")
+            raise LogRefused(
+                f"{place}: {column}: {successes:g} of {attempts:g} is not a rate: successes must lie in [0, attempts]"
+            )
         successes = attempts - successes if self._wishes.counts_failures else successes
         return {"successes": successes, "attempts": attempts}
 
@@ -172,7 +178,7 @@ def _column(row: Row, wished: str | None, usual: tuple[str, ...], place: str) ->
     if wished is None:
         return next((name for name in usual if name in row), None)
     if wished.partition(".")[0] not in row:
-        raise LogRefused(f"{place}: no column {wished!r}; there are: {', '.join(row)}")
+        raise LogRefused(f"{place}: there is no column {wished!r}; the columns are: {', '.join(row)}")
     return wished
 
 

@@ -60,12 +60,12 @@ class Reader:
                 self._tally.is_filtered = True
                 self._tally.note(
                     "verl's V1 trainers write what they trained on: groups that were filtered or evicted are not in "
-                    "this log, so that it shows fewer silent groups than there were"
+                    "this log, which therefore shows fewer silent groups than there were"
                 )
                 rollout = f"{uid[1]}_{uid[2]}"
                 outputs[rollout] = outputs.get(rollout, -1) + 1
                 if outputs[rollout]:
-                    self._tally.leave_out("earlier outputs of a rollout with several", place)
+                    self._tally.leave_out("earlier outputs of a rollout that has several outputs", place)
             key = (step, uid[1] if uid is not None else text)
             about = Group(
                 step,
@@ -83,7 +83,7 @@ class Reader:
         name = self._wishes.reward or "score"
         others = sorted(key for key, value in row.items() if key not in _NO_REWARDS and number_of(value) is not None)
         if name not in row:
-            raise LogRefused(f"{place}: no reward {name!r}; there are: {', '.join(['score', *others])}")
+            raise LogRefused(f"{place}: it has no reward {name!r}; its rewards are: {', '.join(['score', *others])}")
         number = number_of(row[name])
         return None if number is None else scaled(number, self._wishes, place, others=others)
 

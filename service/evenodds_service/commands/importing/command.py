@@ -71,8 +71,8 @@ def _is_prior(as_: str | None, log: Log) -> bool:
     """Raises LogRefused: a training's log has no one rate for each prompt."""
     if as_ == "prior" and log.format in OF_TRAININGS:
         raise LogRefused(
-            f"--as prior: a {log.format} log is of a policy that moves and has no one rate for each prompt: import it "
-            "as outcomes into a run of its own"
+            f"--as prior: a {log.format} log is of a policy that changes, so a prompt has no single rate in it: import "
+            "it as outcomes into a run of its own"
         )
     return as_ == "prior" or (as_ is None and log.format == "table")
 

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
                     send(client, options.run, block, progress)
                     bar(progress)
             if not progress.lines_stored:
-                raise ImportRefused("it holds no prompt: put one JSON object on each line")
+                raise ImportRefused("it has no prompt: put one JSON object on each line")
             pool = client.run(options.run).pool_size
     except ImportRefused as error:
         return fault(f"{_name(options.file)}: {error}")

@@ -49,7 +49,7 @@ class Replayed:
 def facts(logged: LoggedRun) -> list[str]:
     """What the log says by itself, in lines."""
     if not logged.steps:
-        return [f"{logged.name} ({logged.format}): no step of it can be looked at."]
+        return [f"{logged.name} ({logged.format}): it has no step that can be replayed."]
     n_prompts = len({i for step in logged.steps for i in step.prompts})
     return [
         f"{logged.name} ({logged.format}): {logged.n_attempts:,} rollouts in {logged.n_groups:,} groups of "
@@ -96,7 +96,7 @@ def text(logged: LoggedRun, replayed: Replayed, *, share: float) -> list[str]:
     return [
         silent(logged),
         "",
-        f"Had {share:.0%} of each step's groups been chosen beforehand, and the others not been rolled out:",
+        f"If {share:.0%} of each step's groups had been chosen in advance, and the others had not been rolled out:",
         *_aligned(rows),
         "",
         *(_sentence(logged, name, saving) for name, saving in savings.items()),

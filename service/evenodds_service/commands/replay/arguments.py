@@ -15,15 +15,16 @@ OF_LOGS = ("gps", "mopps-yield")
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `replay`."""
     parser = commands.add_parser(
-        "replay", help="what choosing would have saved in your own log; predictors compared on recorded success rates"
+        "replay",
+        help="say what choosing would have saved in your own log, or compare predictors on recorded success rates",
     )
     parser.set_defaults(command=_run)
     parser.description = (
-        "Of a trainer's log (the formats of `evenodds import`): drive a running service through it and say what "
-        "choosing would have saved, as far as the log can tell. Of a folder of recorded success rates: drive the "
-        "service through them, once for each predictor with the same outcomes, and compare. Two parts. Rank: every "
-        "predictor observes the same random prompts and predicts the next step. Select: every predictor chooses its "
-        "batches and observes their outcomes."
+        "Drive a running service through recorded outcomes. LOG is one of two things. (1) A trainer's log, in the "
+        "formats of `evenodds import`: the command says how many rollouts choosing would have saved, or why the log "
+        "cannot tell. (2) A folder of recorded success rates: the command compares predictors on the same outcomes, in "
+        "two parts. Rank: every predictor observes the same random prompts and predicts the next step. Select: every "
+        "predictor chooses its batches and observes their outcomes."
     )
     add = parser.add_argument
     add(
@@ -31,38 +32,56 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         nargs="?",
         metavar="LOG",
-        help="a trainer's log, or a folder that holds prompts.jsonl.gz and rates.csv.gz (default: EVENODDS_DATA)",
+        help="a trainer's log, or a folder with prompts.jsonl.gz and rates.csv.gz (default: EVENODDS_DATA)",
     )
-    add("--url", default="http://127.0.0.1:8000", help="the running service (default: %(default)s)")
+    add("--url", default="http://127.0.0.1:8000", help="address of the running service (default: %(default)s)")
     add(
         "--predictors",
-        help=f"of {', '.join(PREDICTORS)} (default: all; of a log {', '.join(OF_LOGS)}); mopps chooses as published "
-        "(Thompson, nearest to one half), mopps-yield by yield",
+        help=f"predictors to compare, separated by commas: {', '.join(PREDICTORS)} (default: all; for a log "
+        f"{', '.join(OF_LOGS)}). mopps chooses as published (Thompson, nearest to one half), mopps-yield by yield",
     )
-    add("--seeds", type=int, default=3, help="repetitions with other chance (default: %(default)s)")
-    add("--steps", type=int, help="policy versions (default: all recorded visits, else 44; of a log all)")
+    add(
+        "--seeds",
+        type=int,
+        default=3,
+        help="number of repetitions, each with another random seed (default: %(default)s)",
+    )
+    add(
+        "--steps",
+        type=int,
+        help="number of policy versions (default: all recorded visits, or 44 where there are none; for a log, all)",
+    )
     add(
         "--observe-per-step",
         type=int,
         default=32,
-        help="rank: random prompts observed at each step (default: %(default)s)",
+        help="rank: number of random prompts observed at each step (default: %(default)s)",
     )
-    add("--batch-size", type=int, default=128, help="select: prompts chosen a step (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="select: number of prompts chosen at each step (default: %(default)s)",
+    )
     add(
         "--candidates",
         type=int,
         default=512,
-        help="select: random prompts to choose from at each step, the same for all predictors; 0: the whole pool "
-        "(default: %(default)s)",
+        help="select: number of random prompts to choose from at each step, the same for all predictors; 0 means the "
+        "whole pool (default: %(default)s)",
     )
-    add("--group-size", type=int, default=8, help="attempts per prompt and visit (default: %(default)s)")
-    add("--no-repeats", action="store_true", help="no prompt is observed or chosen twice; stops with the pool")
-    add("--models", default="", help="of a table of models, use those whose name contains this text")
-    add("--json", type=Path, metavar="FILE", help="write the figures of every seed here too")
-    add("--keep", action="store_true", help="do not delete the runs afterwards")
-    of_logs = parser.add_argument_group("of a log")
+    add("--group-size", type=int, default=8, help="attempts at a prompt in one visit (default: %(default)s)")
+    add(
+        "--no-repeats",
+        action="store_true",
+        help="never observe or choose a prompt twice, and end when the pool is used up",
+    )
+    add("--models", default="", help="of a table of models, use only those whose name contains this text")
+    add("--json", type=Path, metavar="FILE", help="also write the figures of every seed into this file, as JSON")
+    add("--keep", action="store_true", help="keep the runs in the service afterwards")
+    of_logs = parser.add_argument_group("options for a trainer's log")
     of_logs.add_argument(
-        "--share", type=float, default=0.5, help="how much of each step's groups is chosen (default: %(default)s)"
+        "--share", type=float, default=0.5, help="share of each step's groups that is chosen (default: %(default)s)"
     )
     of_logs.add_argument(
         "--learn-from",
@@ -70,10 +89,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar="LOG",
-        help="another log, evaluation or table of pass rates: replay gps once more, learning from it; may be given "
-        "several times",
+        help="another log, an evaluation or a table of pass rates: gps is replayed once more and learns from it; "
+        "may be given several times",
     )
-    of_logs.add_argument("--picture", type=Path, metavar="FILE", help="draw the answer into this SVG")
+    of_logs.add_argument("--picture", type=Path, metavar="FILE", help="draw the answer into this file, as SVG")
     add_reading(of_logs)
 
 

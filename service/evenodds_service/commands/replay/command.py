@@ -108,7 +108,9 @@ def _default_folder() -> Path:
     except ValidationError as error:
         raise ReplayRefused(explained(error)) from error
     if not folder:
-        raise ReplayRefused("name the folder of recorded success rates as FOLDER, or set EVENODDS_DATA to it")
+        raise ReplayRefused(
+            "name a trainer's log or a folder of recorded success rates as LOG, or set EVENODDS_DATA to a folder"
+        )
     return Path(folder)
 
 

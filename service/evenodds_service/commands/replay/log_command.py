@@ -43,16 +43,16 @@ def replay_log(options: argparse.Namespace) -> int:
     low, high = options.reward_range
     contenders = [one for one in contenders_of(options.predictors or ",".join(OF_LOGS)) if one.name != "uniform"]
     if not contenders:
-        raise ReplayRefused("--predictors uniform: a random choice needs no replay; name another one beside it")
+        raise ReplayRefused("--predictors uniform: a random choice needs no replay: name another predictor as well")
     if not 0.0 < options.share < 1.0:
         raise ReplayRefused(f"--share {options.share:g}: must lie between 0 and 1")
     if options.seeds < 1:
         raise ReplayRefused(f"--seeds {options.seeds}: must be at least 1")
     if options.learn_from and all(one.name != "gps" for one in contenders):
-        raise ReplayRefused("--learn-from: gps alone learns from others; name it among --predictors")
+        raise ReplayRefused("--learn-from: only gps learns from others: name gps among --predictors")
     for path in options.learn_from:
         if path.resolve() == options.folder.resolve():
-            raise ReplayRefused(f"--learn-from {path}: the log would foresee itself; name another one")
+            raise ReplayRefused(f"--learn-from {path}: the log would predict itself: name another log")
     wishes = Wishes(reward=options.reward, low=low, high=high)
     format_ = None if options.format == "auto" else options.format
     logged = read_logged(options.folder, wishes, format_=format_, n_steps=options.steps)
@@ -123,5 +123,7 @@ def _replayed(
                 runs[contender.name].append(run)
     if used and len(runs[LEARNING]) < options.seeds:
         del runs[LEARNING]
-        cannot_tell.append("no worker was running, and a worker is what reads other runs: evenodds serve --with-worker")
+        cannot_tell.append(
+            "no worker was running, and only a worker reads other runs: start evenodds serve --with-worker"
+        )
     return Replayed(runs, sources, used, cannot_tell)

@@ -89,18 +89,19 @@ class LoggedRun:
         return self.n_groups / max(len({i for step in self.steps for i in step.prompts}), 1)
 
     def cannot_tell(self) -> list[str]:
-        """Why no figure of what choosing would have saved can be had from this log; empty where it can."""
+        """Why this log cannot tell what choosing would have saved; empty where it can."""
         if self.format not in OF_TRAININGS:
-            return [f"{self.format} is an evaluation or a table: one model at one time, and no steps to choose at"]
+            return [
+                f"{self.format} is an evaluation or a table: it has one model at one time, and no steps at which to "
+                "choose"
+            ]
         reasons = []
         if self.tally.is_filtered:
-            reasons.append(
-                "groups are missing from it because of their outcomes, so that it does not show the silent ones"
-            )
+            reasons.append("groups were left out of it because of their outcomes, so that silent groups are missing")
         elif self.n_groups >= _MANY_GROUPS and not self.n_silent_groups:
             reasons.append(
-                f"none of its {self.n_groups:,} groups is silent: those were filtered before it was written, as "
-                "dynamic sampling does"
+                f"none of its {self.n_groups:,} groups is silent: silent groups were filtered before it was "
+                "written, as dynamic sampling does"
             )
         if len(self.steps) < LEAST_STEPS:
             reasons.append(
@@ -108,7 +109,7 @@ class LoggedRun:
                 f"least {LEAST_STEPS} are needed"
             )
         if self.visits == 1.0 and all(prompt.text is None for prompt in self.prompts):
-            reasons.append("no prompt was tried twice and none has a text: there is nothing to foresee an outcome from")
+            reasons.append("no prompt was tried twice and none has a text: nothing can predict an outcome")
         return reasons
 
 
@@ -129,7 +130,7 @@ def read_logged(path: Path, wishes: Wishes, *, format_: str | None = None, n_ste
             if not isinstance(entry, Group):
                 continue
             if len(entry.rewards) < LEAST_ATTEMPTS:
-                tally.leave_out("groups of one attempt, which cannot be told silent from not", entry.place)
+                tally.leave_out("groups of one attempt, which are neither silent nor informative", entry.place)
                 continue
             index = _index(prompts, entry)
             groups = found.setdefault(entry.step, {})

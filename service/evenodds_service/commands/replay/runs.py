@@ -22,7 +22,7 @@ def contenders_of(names: str) -> list[Contender]:
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in CONTENDERS:
-            raise ReplayRefused(f"--predictors: {name!r} is not a predictor; choose of {', '.join(CONTENDERS)}")
+            raise ReplayRefused(f"--predictors: {name!r} is not a predictor: choose from {', '.join(CONTENDERS)}")
     return [CONTENDERS[name] for name in dict.fromkeys(wanted)]
 
 
@@ -65,7 +65,7 @@ def write(option: str, path: Path, content: str) -> None:
     try:
         path.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ReplayRefused(f"{option} {path}: {error.strerror}; name a file that can be written") from error
+        raise ReplayRefused(f"{option} {path}: {error.strerror}; name a file that is writable") from error
 
 
 def delete(client: Client, name: str) -> None:

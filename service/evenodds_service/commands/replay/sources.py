@@ -100,7 +100,7 @@ def loaded(
 def _read(path: Path, wishes: Wishes, tally: Tally) -> Iterator[ReadSource]:
     log = open_log(path)
     if log.format == PROMPTS:
-        raise LogRefused(f"--learn-from {path}: it holds prompts and no outcomes: name a log or a table of pass rates")
+        raise LogRefused(f"--learn-from {path}: it has prompts and no outcomes: name a log or a table of pass rates")
     prompts: dict[str, dict[str, PromptIn]] = {}
     outcomes: dict[str, dict[int, list[tuple[str, float, int]]]] = {}
     guessed: set[str] = set()
@@ -117,7 +117,7 @@ def _read(path: Path, wishes: Wishes, tally: Tally) -> Iterator[ReadSource]:
             if isinstance(entry, KnownRates):
                 guessed |= {column for column, rate in entry.rates.items() if not isinstance(rate, Mapping)}
     if not outcomes:
-        raise LogRefused(f"--learn-from {path}: no outcome is in it")
+        raise LogRefused(f"--learn-from {path}: it has no outcome: name a log, an evaluation or a table of pass rates")
     name = path.resolve().name
     for column, found in prompts.items():
         shown = f"{name} ({column})" if column and len(prompts) > 1 else name

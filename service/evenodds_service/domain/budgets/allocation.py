@@ -107,7 +107,7 @@ def spend(
     spare = budget - least
     if spare < -_SLACK * max(budget, 1.0):
         raise BudgetTooSmall(
-            f"budget {budget:g} does not pay for the least attempts of {len(costs_N)} prompts, which cost {least:g}: "
+            f"budget {budget:g} is less than the minimum attempts of {len(costs_N)} prompts cost, {least:g}: "
             "raise it, or lower min_attempts"
         )
     spare = max(spare, 0.0) * (1.0 + _SLACK) + _SLACK
@@ -162,14 +162,17 @@ def verdict(expected_total: float, uniform_total: float, *, n_observations: int,
         is_capped: Whether the budget gives every prompt its maximum.
     """
     if is_capped:
-        return False, "the budget gives every prompt its maximum: there is nothing to choose"
+        return False, "the budget gives every prompt its maximum, so there is nothing to choose"
     if n_observations == 0:
-        return False, "no outcome was observed yet: the beliefs are guesses; spend uniformly and report outcomes"
+        return (
+            False,
+            "no outcome has been observed yet, so the beliefs are guesses: spend uniformly and report outcomes",
+        )
     lift = (expected_total - uniform_total) / max(uniform_total, 1e-12)
     if lift < WORTHWHILE_LIFT:
         return False, (
             f"the expected total changes by {100 * lift:+.1f}% against uniform spending, less than "
-            f"{100 * WORTHWHILE_LIFT:.0f}%, which the errors of the beliefs outweigh: spend uniformly"
+            f"{100 * WORTHWHILE_LIFT:.0f}%, which is within the errors of the beliefs: spend uniformly"
         )
     return True, f"the expected total rises by {100 * lift:.1f}% against uniform spending"
 

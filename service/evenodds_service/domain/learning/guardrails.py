@@ -202,8 +202,8 @@ class Guardrails:
         recent = float(self.skill_nats[-RECENT_BLOCKS:].sum())
         reason = (
             f"over the newest {n:,} observations the model's skill against flat MoPPS is {nats:.1f} nats (limit "
-            f"{-FALLBACK_NATS:.1f}), over the newer half of these {recent:.1f}: the choice is uniform since "
-            f"step {self.fallback_since}, until the newer half is positive"
+            f"{-FALLBACK_NATS:.1f}), and {recent:.1f} over their newer half. Batches are drawn "
+            f"uniformly since step {self.fallback_since}, until the skill of the newer half is positive"
         )
         return Fallback(reason, self.fallback_since)
 

@@ -34,7 +34,7 @@ class State:
             others showed, in nats, and over how many prompts.
         misled_since: Step since which the others' weights have vanished; -1 where they have not.
         n_prompts, n_retired: Prompts of the pool, N, and those that were in it.
-        serials_N: The index that each prompt has in the log for ever, rising; axis N is the pool as it is now.
+        serials_N: The index of each prompt in the log, which never changes, rising; axis N is the pool as it is now.
         touched_N: When its last outcome came, or itself, in seconds since 1970.
         group_names, tellers: Of the pool in their order at the last retirement: what a pool of those who are left would
             not know.

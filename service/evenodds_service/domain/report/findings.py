@@ -1,6 +1,6 @@
 """Which alarms and notes a run has now, read from what the fold keeps, and put in words.
 
-An alarm says in whole sentences what was seen, against what, since which step, and what to do. It ends by itself, with
+An alarm says in whole sentences what was seen, against what, since which step, and what to do. It ends with
 what was seen. `sequential` says when outcomes are too far from their forecasts.
 """
 
@@ -224,7 +224,8 @@ def _group_size_mismatch(tallies: Tallies, group_size: int) -> list[Alarm]:
         _alarm(
             "group_size_mismatch",
             f"Since step {since}, prompts of this run's batches have been reported with {usual:g} attempts each, "
-            f"{int(n_prompts.sum()):,} of them. The run's group_size is {group_size}, which batches are chosen for.",
+            f"{int(n_prompts.sum()):,} of them. The run's group_size is {group_size}, and batches are chosen for "
+            "that number.",
             f'Set the run to what the trainer does: PUT /runs/{{run}} with {{"group_size": {usual:g}}}. If attempts '
             "get lost on the way, report all of them.",
             since_step=since,
@@ -243,7 +244,7 @@ def _run_restarted(repeats: Repeats) -> list[Alarm]:
             f"Steps {repeats.first} to {repeats.last} have been reported a second time, with the same prompts. The "
             "trainer seems to have restarted from a checkpoint, and the outcomes of both times count.",
             f"Make the run forget everything from step {repeats.first} on: POST /runs/{{run}}/rewind with "
-            f'{{"step": {repeats.first - 1}}}. PromptSelector does this by itself where the trainer calls '
+            f'{{"step": {repeats.first - 1}}}. PromptSelector does this when the trainer calls '
             "load_state_dict.",
             since_step=repeats.first,
             value=float(repeats.steps),
@@ -332,7 +333,7 @@ def _lift_not_positive(tallies: Tallies) -> list[Alarm]:
             f"were informative, and {found.control_share.value:.0%} of {found.control_share.observations:,} groups "
             f"of the uniform control arm: choosing gains less than {LEAST_LIFT:.0%}.",
             "Look at rank_correlation in the report. If it is near 0, give prompts categories or prior_rates, or let "
-            'the run learn from others; if nothing is known of the prompts, {"predictor": "uniform"} saves the work.',
+            'the run learn from others. If nothing is known of the prompts, set {"predictor": "uniform"}.',
             since_step=since,
             value=found.difference,
             limit=LEAST_LIFT,
@@ -365,7 +366,7 @@ def _sources_mislead(found: Misled | None) -> list[Alarm]:
         _alarm(
             "sources_mislead",
             "What other runs and prior_rates showed does not predict outcomes here: after hundreds of outcomes it "
-            f"is used with a weight of {found.weight:.2f}, where 1 is as it stands and less than 0 is the contrary.",
+            f"is used with a weight of {found.weight:.2f}. A weight of 1 means unchanged, and below 0 reversed.",
             "It costs little. Check whether learn_from and prior_rates name runs and models of these prompts, graded "
             "by the same verifier.",
             since_step=found.since_step,

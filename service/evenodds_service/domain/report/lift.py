@@ -59,11 +59,11 @@ class LiftReport:
 def lift_of(tallies: Tallies, windows: Sequence[int]) -> tuple[LiftReport | None, str | None]:
     """The lift over these windows, or why there is none."""
     if tallies.n_selections == 0:
-        return None, "nothing was selected yet: choose batches with POST /select_batch"
+        return None, "no batch has been chosen yet: choose batches with POST /select_batch"
     values = _sums(tallies, windows)
     if values["policy"] <= 0.0 and values["control"] <= 0.0:
         return None, (
-            "no outcome of a selection with a control arm was observed, of two attempts or more: set control_share "
+            "no outcome of two attempts or more has come from a batch with a control arm: set control_share "
             "with PUT /runs/{run}, and report outcomes with their selection_id"
         )
     for arm in ("control", "policy"):

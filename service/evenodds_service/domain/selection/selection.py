@@ -226,9 +226,14 @@ def _check_rest(settings: RunSettings) -> None:
     if acquisition == "uniform" or (settings.cooldown_steps or 0) > 0:
         return
     if settings.cooldown_steps == 0 or acquisition != "yield":
-        why = "cooldown_steps is 0" if settings.cooldown_steps == 0 else f"none rests by default under {acquisition!r}"
+        why = (
+            "cooldown_steps is 0"
+            if settings.cooldown_steps == 0
+            else f"prompts do not rest by default under {acquisition!r}"
+        )
         raise FillNeedsRest(
-            f"informative_groups needs prompts to rest after they were chosen, and {why}: filled batches would be the "
+            f"informative_groups needs prompts to rest after they were chosen, and {why}: filled batches would have "
+            "the "
             "same prompts again and again. Set cooldown_steps to 10 or more, or ask for a batch_size"
         )
 
@@ -338,5 +343,5 @@ def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> 
         group=error.group,
         what=error.what,
         advice=f" (pool {n_prompts}, cooldown_steps {settings.cooldown_steps or 0}{most}): ask for fewer, load more "
-        "prompts, or loosen what rules them out",
+        "prompts, or loosen the settings that leave prompts out",
     )
