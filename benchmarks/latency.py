@@ -180,14 +180,17 @@ def service_process(database_url: str) -> Iterator[tuple[str, int]]:
         "EVENODDS_PORT": str(port),
         "EVENODDS_DATABASE_URL": database_url,
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have compiled files, from the second start on
     command = [sys.executable, "-m", "evenodds_service"]
     if not database_url.startswith("sqlite"):
         subprocess.run([*command, "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([*command, "serve"], env=environment, stdout=log, stderr=log)
         try:
-            with Client(f"http://127.0.0.1:{port}", retries=STARTUP_RETRIES) as client:
-                client.readyz()
+            while not is_ready(f"http://127.0.0.1:{port}"):
+                if process.poll() is not None:
+                    raise SystemExit("the service ended before it was ready")
+                time.sleep(0.01)
             yield f"http://127.0.0.1:{port}", process.pid
         except BaseException:
             log.seek(0)
@@ -196,6 +199,13 @@ def service_process(database_url: str) -> Iterator[tuple[str, int]]:
         finally:
             process.terminate()
             process.wait(120)  # a busy machine takes its time
+
+
+def is_ready(base_url: str) -> bool:
+    try:
+        return httpx.get(f"{base_url}/readyz", timeout=10.0).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,11 +46,13 @@ from evenodds_service.storage.store import Store
 RUN = "scale"
 BATCH, GROUP_SIZE = 256, 8
 BATCHES = (16, 64, 256, 1_024)
+N_CATEGORIES, N_FEATURES = 8, 84
 CONNECTIONS, SECONDS = 32, 10.0
 LONG_HISTORY, PER_CALL = 1_000_000, 10_000
 WARM_UP_STEPS = 20
-AIMS_MS = {29_115: 15.0, 100_000: 40.0, 1_000_000: 300.0}
-PARTS = ("select", "numpy", "predict", "cold")
+AIMS_MS = {29_115: 15.0, 100_000: 30.0, 1_000_000: 120.0}
+PARTS = ("start", "select", "numpy", "predict", "cold")
+STARTS = 5
 
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
@@ -66,9 +68,47 @@ def main() -> None:
     arguments = parser.parse_args()
     load, _, _ = os.getloadavg()
     print(f"{os.cpu_count()} cores, load {load:.1f} before the start, {arguments.database}", flush=True)
+    if "start" in arguments.parts.split(","):
+        time_starts()
+    growth = Growth()
     for size in arguments.pools.split(","):
+        growth.size = int(size)
         with tempfile.TemporaryDirectory(prefix="evenodds-scale-") as name, database(arguments, Path(name)) as url:
-            measure(url, int(size), Path(name), arguments)
+            measure(url, Path(name), arguments, growth)
+    print(growth.table())
+
+
+class Growth:
+    """Figures by the size of the pool, and how fast they grow with it."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._figures: dict[str, dict[int, float]] = {}
+
+    def note(self, name: str, value: float) -> None:
+        """Of the pool that is measured."""
+        self._figures.setdefault(name, {})[self.size] = value
+
+    def table(self) -> str:
+        """A row for each figure; e of size^e by least squares in logarithms, where there are two sizes or more."""
+        sizes = sorted({size for values in self._figures.values() for size in values})
+        lines = [
+            "",
+            "| | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent |",
+            "|---" * (len(sizes) + 2) + "|",
+        ]
+        for name, values in self._figures.items():
+            known = [(size, value) for size, value in sorted(values.items()) if value > 0.0]
+            exponent = f"{slope(known):.2f}" if len(known) > 1 else ""
+            cells = [f"{values[size]:,.2f}" if size in values else "" for size in sizes]
+            lines.append(f"| {name} | {' | '.join(cells)} | {exponent} |")
+        return "\n".join(lines)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of a straight line through these points in logarithms, by least squares."""
+    x, y = np.log(np.array(points)).T
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
 @contextmanager
@@ -81,26 +121,60 @@ def database(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
         yield url
 
 
-def measure(url: str, n_prompts: int, folder: Path, arguments: argparse.Namespace) -> None:
+def measure(url: str, folder: Path, arguments: argparse.Namespace, growth: Growth) -> None:
     parts = arguments.parts.split(",")
-    print(f"\n== {n_prompts:,} prompts", flush=True)
+    print(f"\n== {growth.size:,} prompts", flush=True)
     with service_process(url) as (base_url, pid):
-        bench = Bench(base_url, n_prompts)
+        bench = Bench(base_url, growth.size)
         fill(bench, folder, pid)
         bench.steps(WARM_UP_STEPS)
         if "select" in parts:
-            time_steps(bench, arguments.repetitions)
+            time_steps(bench, arguments.repetitions, growth)
             time_batches(bench, arguments.repetitions)
             print(f"memory of the service: {memory(pid)}")
+            growth.note("memory, GB", gigabytes(pid)[0])
+            growth.note("memory at most, GB", gigabytes(pid)[1])
+            time_floor(bench, growth)
         if "numpy" in parts:
             compare_with_numpy(bench, url, arguments.repetitions)
         if "predict" in parts:
-            time_predictions(bench)
+            time_predictions(bench, growth)
         if "cold" in parts:
             lengthen(bench, arguments.observations)
             print(f"memory of the service: {memory(pid)}")
     if "cold" in parts:
-        time_cold_start(url, n_prompts)
+        time_cold_start(url, growth)
+
+
+def time_starts() -> None:
+    """What it costs to import the client, and to start the service over a database that is there: medians."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    for code in ("pass", "import evenodds", "from evenodds import Client"):
+        taken = []
+        for _ in range(STARTS + 1):  # the first one compiles
+            command = [sys.executable, "-c", f"import time\n{code}\nprint(time.process_time())"]
+            started = time.perf_counter()
+            said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            taken.append((time.perf_counter() - started, float(said)))
+        seconds, processor = 1_000 * np.median(taken[1:], axis=0)
+        print(f"python -c {code!r}: {seconds:.0f} ms, {processor:.0f} ms of a processor", flush=True)
+    with tempfile.TemporaryDirectory(prefix="evenodds-scale-") as folder:
+        taken = []
+        for _ in range(STARTS + 1):  # the first one makes the database
+            started = time.perf_counter()
+            with service_process(f"sqlite:///{folder}/evenodds.db") as (_, pid):
+                taken.append((time.perf_counter() - started, processor_seconds(pid)))
+    seconds, processor = np.median(taken[1:], axis=0)
+    print(f"serve, from its start until it is ready: {seconds:.2f} s, {processor:.2f} s of a processor", flush=True)
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used so far; Linux only, else nothing."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return float("nan")
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Bench:
@@ -131,13 +205,16 @@ class Bench:
         return timed, [prompt["prompt_id"] for prompt in prompts]
 
     def observe(self, ids: Sequence[str]) -> dict[str, float]:
-        outcomes = [
-            {"prompt_id": i, "successes": self.chance.randint(0, GROUP_SIZE), "attempts": GROUP_SIZE} for i in ids
-        ]
+        outcomes = [{"prompt_id": i, "successes": self.successes(i), "attempts": GROUP_SIZE} for i in ids]
         return self.call("/observe", {"run": RUN, "step": self.step, "observations": outcomes})[0]
 
     def predict(self) -> dict[str, float]:
         return self.call("/predict", {"run": RUN, "prompts": [{"prompt_id": self.any_id()}]})[0]
+
+    def successes(self, prompt_id: str) -> int:
+        """More in later categories: features tell something, so that a choice computes what it does of real runs."""
+        rate = 0.1 + 0.1 * (int(prompt_id[1:]) % N_CATEGORIES)
+        return sum(self.chance.random() < rate for _ in range(GROUP_SIZE))
 
     def any_id(self) -> str:
         return prompt_id(self.chance.randrange(self.n_prompts))
@@ -165,7 +242,9 @@ def fill(bench: Bench, folder: Path, pid: int) -> None:
     with file.open("w") as lines:
         for index in range(bench.n_prompts):
             text = f"{generated_text(chance)} ({index})"
-            lines.write(json.dumps({"prompt_id": prompt_id(index), "text": text, "category": f"g{index % 8}"}) + "\n")
+            lines.write(
+                json.dumps({"prompt_id": prompt_id(index), "text": text, "category": f"g{index % N_CATEGORIES}"}) + "\n"
+            )
     with Client(bench.base_url) as client:
         client.put_run(RUN, group_size=GROUP_SIZE)
     command = [sys.executable, "-m", "evenodds_service", "import", RUN, str(file), "--url", bench.base_url]
@@ -181,7 +260,7 @@ def fill(bench: Bench, folder: Path, pid: int) -> None:
     print(f"first selection, which loads the pool: {first['total'] / 1_000:.1f} s", flush=True)
 
 
-def time_steps(bench: Bench, repetitions: int) -> None:
+def time_steps(bench: Bench, repetitions: int, growth: Growth) -> None:
     """A trainer's step with a gateway's call after it: medians in milliseconds, by phase."""
     timed: dict[str, list[dict[str, float]]] = {"select": [], "observe": [], "predict, first": [], "predict": []}
     for _ in range(repetitions):
@@ -195,7 +274,27 @@ def time_steps(bench: Bench, repetitions: int) -> None:
         medians = {name: median(times_of, name) for name in ("total", "whole", *names)}
         aim = f"  aim {AIMS_MS[bench.n_prompts]:g}" if call == "select" and bench.n_prompts in AIMS_MS else ""
         where = ", ".join(f"{name} {medians[name]:.1f}" for name in names)
+        growth.note(f"{call}, ms", medians["total"])
+        for name in names if call == "select" else ():
+            growth.note(f"select: {name}", medians[name])
         print(f"{call:16} server {medians['total']:7.1f} ms{aim}; client {medians['whole']:7.1f}; {where}", flush=True)
+
+
+def time_floor(bench: Bench, growth: Growth) -> None:
+    """What no selection gets below: a round trip over HTTP, and one pass over as many features, on one core."""
+    with httpx.Client(base_url=bench.base_url) as http:
+        trips = [timed_ms(lambda: http.get("/healthz")) for _ in range(50)]
+    features = np.ones((bench.n_prompts, N_FEATURES), dtype=np.float32)
+    passes = [timed_ms(features.max) for _ in range(10)]
+    print(f"floor: HTTP {np.median(trips):.1f} ms, one pass over the features {np.median(passes):.1f} ms", flush=True)
+    growth.note("floor: HTTP, ms", float(np.median(trips)))
+    growth.note("floor: one pass over the features, ms", float(np.median(passes)))
+
+
+def timed_ms(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return 1_000 * (time.perf_counter() - started)
 
 
 def time_batches(bench: Bench, repetitions: int) -> None:
@@ -215,13 +314,15 @@ def median(timed: Sequence[Mapping[str, float]], name: str) -> float:
     return float(np.median([times.get(name, 0.0) for times in timed]))
 
 
-def time_predictions(bench: Bench) -> None:
+def time_predictions(bench: Bench, growth: Growth) -> None:
     """One known id a request: alone, and at 32 connections."""
     alone = [bench.predict() for _ in range(300)]
     print(f"predict known id, alone: server {median(alone, 'total'):.2f} ms, client {median(alone, 'whole'):.2f} ms")
+    growth.note("predict known id, ms", median(alone, "total"))
     bodies = [json.dumps({"run": RUN, "prompts": [{"prompt_id": bench.any_id()}]}).encode() for _ in range(2_000)]
     host, port = bench.base_url.removeprefix("http://").split(":")
     seconds = asyncio.run(hammer(host, int(port), bodies))
+    growth.note(f"predictions/s at {CONNECTIONS} connections", len(seconds) / SECONDS)
     print(
         f"predict known id, {CONNECTIONS} connections: {len(seconds) / SECONDS:,.0f} requests/s, median "
         f"{1_000 * np.median(seconds):.1f} ms, p99 {1_000 * np.percentile(seconds, 99):.1f} ms",
@@ -266,7 +367,7 @@ def lengthen(bench: Bench, n_observations: int) -> None:
     print(f"{n_observations:,} observations in {seconds:.1f} s, {n_observations / seconds:,.0f}/s", flush=True)
 
 
-def time_cold_start(url: str, n_prompts: int) -> None:
+def time_cold_start(url: str, growth: Growth) -> None:
     """From the start of a process to its first answer: from the log alone, then from a checkpoint."""
     store = Store(open_engine(url))
     for what in ("the log alone", "a checkpoint"):
@@ -280,8 +381,9 @@ def time_cold_start(url: str, n_prompts: int) -> None:
         started = time.perf_counter()
         with service_process(url) as (base_url, pid):
             up = time.perf_counter() - started
-            timed = Bench(base_url, n_prompts).predict()
+            timed = Bench(base_url, growth.size).predict()
             seconds = time.perf_counter() - started
+            growth.note(f"first answer from {what}, s", seconds)
             print(
                 f"cold start from {what}: {seconds:.1f} s to the first answer (process up {up:.1f} s, loading "
                 f"{timed['catch-up'] / 1_000 if 'catch-up' in timed else timed['total'] / 1_000:.1f} s); "
@@ -292,13 +394,17 @@ def time_cold_start(url: str, n_prompts: int) -> None:
 
 
 def memory(pid: int) -> str:
-    """Resident memory of a process and its peak, in words; Linux only."""
+    now, peak = gigabytes(pid)
+    return f"{now:.2f} GB, at most {peak:.2f} GB"
+
+
+def gigabytes(pid: int) -> tuple[float, float]:
+    """Resident memory of a process and its peak; Linux only, else nothing."""
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
-        return "unknown on this system"
+        return float("nan"), float("nan")
     kilobytes = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
-    now, peak = (int(kilobytes[name].split()[0]) / 1e6 for name in ("VmRSS", "VmHWM"))
-    return f"{now:.2f} GB, at most {peak:.2f} GB"
+    return int(kilobytes["VmRSS"].split()[0]) / 1e6, int(kilobytes["VmHWM"].split()[0]) / 1e6
 
 
 def compare_with_numpy(bench: Bench, url: str, repetitions: int) -> None:

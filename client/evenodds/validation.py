@@ -53,6 +53,10 @@ def kept_to(call: str, prefix: str = "") -> Iterator[None]:
         raise InvalidRequest(call, fault_lines(error.errors(include_url=False), prefix=prefix)) from error
 
 
+_IN_WORDS = {"extra_forbidden": "there is no field of this name"}
+"""Instead of pydantic's words, by type."""
+
+
 def fault_lines(faults: Sequence[Fault], *, prefix: str = "") -> tuple[str, ...]:
     """One line per fault: where it is, what it is, and the value if that is short.
 
@@ -66,7 +70,7 @@ def fault_lines(faults: Sequence[Fault], *, prefix: str = "") -> tuple[str, ...]
         if fault["type"] == "too_short" and any(_is_inside(other["loc"], place) for other in faults):
             continue  # only sound items are counted: the list seems short because an item is faulty
         where = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-        what = fault["msg"].removeprefix("Value error, ")
+        what = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
         value = fault.get("input")
         got = f", got {value!r:.80}" if isinstance(value, (bool, int, float, str)) else ""
         lines.append(f"{where.removeprefix('.')}: {what}{got}" if where else f"{what}{got}")

@@ -390,7 +390,7 @@ class _KeptRun:
     """What a worker keeps of a run between refits: its live run, the history, the texts' n-grams, and its sources."""
 
     def __init__(self, run_id: int) -> None:
-        self.live = LiveRun(run_id)
+        self.live = LiveRun(run_id, keeps_raw=True)
         self._log = _KeptLog()
         self._ngrams = sparse.csr_matrix((0, 0))
         self._serials_N = np.zeros(0, dtype=np.int64)  # whose n-grams these are

@@ -169,7 +169,7 @@ def test_observations_name_the_selection_that_they_answer(mopps: Caller) -> None
         ),
         ({}, ": send successes and attempts, or rewards"),
         ({"attempts": 2}, ": send successes and attempts, or rewards"),
-        ({"rewards": [1], "reward": 1}, ".reward: Extra inputs are not permitted, got 1"),
+        ({"rewards": [1], "reward": 1}, ".reward: there is no field of this name, got 1"),
         ({"rewards": [1], "prompt_id": None}, ": an observation needs a prompt_id, a text, or both"),
         ({"rewards": [1], "prompt_id": ""}, ".prompt_id: String should have at least 1 character, got ''"),
         ({"rewards": [1], "prompt_id": 7}, ".prompt_id: Input should be a valid string, got 7"),
@@ -203,7 +203,7 @@ def test_a_faulty_observation_is_named_and_none_is_counted(
         ({"step": None}, "step: Input should be a valid integer"),
         ({"request_id": ""}, "request_id: String should have at least 1 character, got ''"),
         ({"request_id": "a\x00"}, r"request_id: a NUL character (\u0000) cannot be stored: remove it, got 'a\x00'"),
-        ({"observation": []}, "observation: Extra inputs are not permitted"),
+        ({"observation": []}, "observation: there is no field of this name"),
     ],
 )
 def test_a_malformed_report_is_refused(mopps: Caller, change: dict[str, Any], detail: str) -> None:

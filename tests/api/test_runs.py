@@ -211,7 +211,7 @@ def test_the_floor_follows_the_acquisition_until_it_is_set(caller: Caller, acqui
         ({"keep_text": 0}, "keep_text: Input should be a truth value, got 0"),
         ({"categories": {"a": "0.5"}}, "categories: a should be a number, got '0.5'"),
         ({"embedder": ""}, "embedder: String should have at least 1 character, got ''"),
-        ({"embeder": "none"}, "embeder: Extra inputs are not permitted, got 'none'"),
+        ({"embeder": "none"}, "embeder: there is no field of this name, got 'none'"),
         ([], "body: Input should be a valid dictionary or object to extract fields from"),
     ],
 )

@@ -353,7 +353,7 @@ def test_unknown_prompts_are_named(caller: Caller, pool: list[str], arguments: d
             {"categories": {"a": 0.5}, "categories_at_most": {"a": 0.25}},
             "categories.a: 0.5 is more than categories_at_most allows, 0.25: lower the first or raise the second",
         ),
-        ({"temperature": 1}, "temperature: Extra inputs are not permitted, got 1"),
+        ({"temperature": 1}, "temperature: there is no field of this name, got 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(caller: Caller, arguments: dict[str, Any], detail: str) -> None:

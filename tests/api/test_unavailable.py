@@ -21,7 +21,8 @@ from tests.waiting import PATIENCE_SECONDS, in_background, until, until_awaited
 from evenodds import Client, Problem
 from evenodds_service.errors import MigrationFailed
 from evenodds_service.storage.engine import WRITES, open_engine
-from evenodds_service.storage.migration import check_schema, downgrade
+from evenodds_service.storage.migration import downgrade
+from evenodds_service.storage.revisions import check_schema
 
 if TYPE_CHECKING:
     from tests.conftest import Service

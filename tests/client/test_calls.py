@@ -586,7 +586,7 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         "put_run",
         ("r",),
         {"refit": {"every_second": 5}},
-        "put_run was not sent: refit.every_second: Extra inputs are not permitted, got 5",
+        "put_run was not sent: refit.every_second: there is no field of this name, got 5",
     ),
     "NaN": (
         "observe",
@@ -622,7 +622,7 @@ REFUSED: dict[str, tuple[str, tuple[object, ...], Mapping[str, object], str]] = 
         "predict",
         ("r", [{"prompt_id": "a", "txt": "b"}]),
         {},
-        "predict was not sent: prompts[0].txt: Extra inputs are not permitted, got 'b'",
+        "predict was not sent: prompts[0].txt: there is no field of this name, got 'b'",
     ),
     "one id instead of a list": (
         "predict",

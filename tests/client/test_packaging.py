@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import email.message
 import email.parser
+import importlib
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import pytest
 
+import evenodds
+
 ROOT = Path(__file__).parents[2]
 CLIENT = ROOT / "client"
 HEAVY = {"torch", "sqlalchemy", "numpy", "fastapi"}
-LIST_MODULES = "import evenodds, json, sys; print(json.dumps(sorted(sys.modules)))"
+LIST_MODULES = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -137,13 +140,32 @@ def test_the_client_installs_from_the_wheel_and_imports_without_the_rest(wheel: 
     )
 
 
-def test_importing_the_client_loads_nothing_heavy() -> None:
+def test_importing_the_package_loads_neither_pydantic_nor_httpx() -> None:
+    modules = json.loads(
+        run(sys.executable, "-c", f"import evenodds; {LIST_MODULES}", cwd=ROOT, PYTHONPATH=str(CLIENT))
+    )
+
+    assert "evenodds.errors" in modules
+    assert not {"pydantic", "httpx", "asyncio", "evenodds.client", "evenodds.schemas"} & set(modules)
+
+
+def test_importing_all_of_the_client_loads_nothing_heavy() -> None:
     """Holds where the service is installed too."""
-    modules = json.loads(run(sys.executable, "-c", LIST_MODULES, cwd=ROOT, PYTHONPATH=str(CLIENT)))
+    every_name = f"from evenodds import *; {LIST_MODULES}"
+
+    modules = json.loads(run(sys.executable, "-c", every_name, cwd=ROOT, PYTHONPATH=str(CLIENT)))
 
     assert "evenodds.client" in modules
     assert not HEAVY & set(modules)
     assert not [name for name in modules if name.startswith("evenodds_service")]
+
+
+def test_a_name_is_imported_when_it_is_used_and_a_wrong_one_is_refused() -> None:
+    assert evenodds.Client is importlib.import_module("evenodds.client").Client
+    assert evenodds.schemas is importlib.import_module("evenodds.schemas")
+    assert {"Client", "Observation", "agreement", "__version__"} <= set(dir(evenodds))
+    with pytest.raises(AttributeError, match=r"^module 'evenodds' has no attribute 'Cleint'$"):
+        getattr(evenodds, "Cleint")  # noqa: B009  # mypy would say so of the plain form
 
 
 @pytest.mark.parametrize("path", sorted(CLIENT.rglob("*.py")), ids=lambda path: path.name)

@@ -24,10 +24,17 @@ from tests.waiting import PATIENCE_SECONDS
 from evenodds import Client, Invalid
 from evenodds_service.__main__ import main
 from evenodds_service.storage.engine import open_engine
-from evenodds_service.storage.migration import current_revision, downgrade, head_revision, upgrade
+from evenodds_service.storage.migration import downgrade, upgrade
+from evenodds_service.storage.revisions import current_revision, head_revision
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "evenodds_service")
+NOT_FOR_A_START = {
+    *("alembic", "evenodds_service.storage.migration"),  # of a database that is at the head
+    *("httpx", "evenodds.client"),
+    *("torch", "sentence_transformers", "tokenizers", "scipy.sparse", "scipy.optimize", "matplotlib"),
+}
+"""What `serve` imports when it is first used, if ever: each takes a tenth of a second or more."""
 LISTENING = re.compile(r"running on (http://127\.0\.0\.1:\d+)")
 
 
@@ -122,6 +129,11 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         yield lambda **settings: stack.enter_context(serving(tmp_path, settings))
 
 
+def imported(server: Server) -> set[str]:
+    """Modules that it had imported when it began to listen, if it was started with PYTHONPROFILEIMPORTTIME."""
+    return {line.rpartition("|")[2].strip() for line in server.said if line.startswith("import time:")}
+
+
 def revision(database_url: str) -> str | None:
     engine = open_engine(database_url)
     try:
@@ -133,8 +145,9 @@ def revision(database_url: str) -> str | None:
 def test_serve_makes_its_sqlite_database_answers_and_stops_at_sigterm(
     tmp_path: Path, serve: Callable[..., Server]
 ) -> None:
-    server = serve()
+    server = serve(PYTHONPROFILEIMPORTTIME="1")
 
+    assert "psycopg" not in imported(server)
     with Client(server.base_url) as client:
         client.put_run("math")
         client.add_prompts("math", [{"prompt_id": "a", "text": "What is a?"}])
@@ -183,8 +196,10 @@ def test_migrate_works_and_may_be_repeated(
 
 
 def test_serve_answers_over_a_migrated_postgresql_database(postgresql_url: str, serve: Callable[..., Server]) -> None:
-    server = serve(EVENODDS_DATABASE_URL=postgresql_url)
+    server = serve(EVENODDS_DATABASE_URL=postgresql_url, PYTHONPROFILEIMPORTTIME="1")
 
+    assert {"fastapi", "psycopg"} <= imported(server)
+    assert not NOT_FOR_A_START & imported(server)
     assert httpx.get(f"{server.base_url}/readyz", timeout=PATIENCE_SECONDS).json() == {"status": "ok", "reasons": []}
 
 

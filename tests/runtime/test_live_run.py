@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from tests.waiting import PATIENCE_SECONDS
 
-from evenodds_service.domain.learning.checkpoint import to_bytes
+from evenodds_service.domain.learning import features, raw_rows
+from evenodds_service.domain.learning.checkpoint import block_to_bytes, to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt, NewPrompts
 from evenodds_service.domain.selection.selection import SelectionRequest
 from evenodds_service.domain.settings import RunSettings
+from evenodds_service.runtime import live_run
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.migration import upgrade
@@ -124,3 +126,47 @@ def test_what_a_process_folds_of_its_own_writing_is_what_others_read(store: Stor
     assert to_bytes(live.state) == to_bytes(other.state)
     assert live.pool.n == other.pool.n == 201
     assert live.known(["new", "p7", "nobody"]) == ({"new": 200, "p7": 7}, live.state.position)
+
+
+def test_who_let_go_of_raw_features_saves_and_goes_back_as_one_that_keeps_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raw_rows, "PIECE", 64)
+    monkeypatch.setattr(features, "_CHUNK", 64)
+    monkeypatch.setattr(features, "ENOUGH_PROMPTS", 100)
+    monkeypatch.setattr(live_run, "PACKED", 50)
+    run, _ = store.put_run("lengths", RunSettings(embedder="none"), now=NOW)
+    prompts = [NewPrompt(f"p{i}", features={"length": float(i % 37)}) for i in range(200)]
+    store.add_prompts(run.id, prompts, embedder="none", now=NOW)
+    letting_go, keeping = LiveRun(run.id), LiveRun(run.id, keeps_raw=True)
+
+    def both_after(step: int) -> None:
+        outcomes = [NewObservation.of_counts(i, (i * 7) % 9, 8) for i in range(100)]
+        store.append_observations(run.id, Outcomes(step=step, observations=outcomes), now=NOW)
+        both_at_head()
+
+    def both_at_head() -> None:
+        for live in (letting_go, keeping):
+            live.catch_up(store, store.run("lengths"))
+        chosen, expected = (live.choose(SETTINGS, lambda: REQUEST) for live in (letting_go, keeping))
+        assert chosen.prompt_ids == expected.prompt_ids
+        assert to_bytes(letting_go.state) == to_bytes(keeping.state)
+
+    both_after(0)
+    assert (letting_go.pool.n_let_go, keeping.pool.n_let_go) == (192, 0)
+    for first in range(0, 200, 50):
+        ours, theirs = (live.raw(store, run, first, first + 50) for live in (letting_go, keeping))
+        assert ours is not None
+        assert theirs is not None
+        assert block_to_bytes(ours) == block_to_bytes(theirs)
+    both_after(3)
+    store.rewind(run.id, step=0, now=NOW)
+    both_at_head()  # from the log's beginning, where the pool has no basis yet
+
+    letting_go.save(store, store.run("lengths"), now=NOW)
+    pool = letting_go.pool
+    both_after(4)
+    store.rewind(run.id, step=0, now=NOW)
+    both_at_head()  # from the checkpoint, whose basis the pool has
+    assert letting_go.pool is pool
+    assert letting_go.pool.n_let_go == 192

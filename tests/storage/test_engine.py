@@ -11,7 +11,8 @@ from tests.waiting import until
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import DatabaseUrlUnusable, StoreUnavailable
 from evenodds_service.storage.engine import open_engine
-from evenodds_service.storage.migration import check_schema, upgrade
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.revisions import check_schema
 from evenodds_service.storage.store import Run, Store
 
 

@@ -6,23 +6,19 @@ import sys
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, text
 
 from evenodds_service.errors import SchemaMismatch
-from evenodds_service.storage.migration import (
-    check_schema,
-    current_revision,
-    downgrade,
-    head_revision,
-    new_revision,
-    upgrade,
-)
+from evenodds_service.storage.migration import downgrade, new_revision, upgrade
+from evenodds_service.storage.revisions import check_schema, current_revision, head_revision, migrations_folder
 from evenodds_service.storage.tables import metadata
 
 UPGRADE = """
 import sys
 from evenodds_service.storage.engine import open_engine
-from evenodds_service.storage.migration import check_schema, upgrade
+from evenodds_service.storage.migration import upgrade
+from evenodds_service.storage.revisions import check_schema
 engine = open_engine(sys.argv[1])
 sys.stdin.readline()
 upgrade(engine)
@@ -43,6 +39,15 @@ def test_upgrade_check_downgrade_upgrade(empty_engine: Engine) -> None:
     upgrade(empty_engine)
     check_schema(empty_engine)
     assert current_revision(empty_engine) == head_revision()
+
+
+def test_files_of_migrations_are_named_and_ordered_as_alembic_runs_them() -> None:
+    script = ScriptDirectory(str(migrations_folder()))
+
+    revisions = [step.revision for step in script.walk_revisions()]
+
+    assert [head_revision()] == script.get_heads()
+    assert revisions == sorted((file.stem for file in (migrations_folder() / "versions").glob("*.py")), reverse=True)
 
 
 def test_migrated_schema_is_what_the_tables_say(empty_engine: Engine) -> None:

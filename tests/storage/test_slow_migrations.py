@@ -19,7 +19,8 @@ from tests.waiting import PATIENCE_SECONDS, in_background
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import MigrationFailed
 from evenodds_service.storage.engine import WRITES
-from evenodds_service.storage.migration import check_schema, current_revision, downgrade, head_revision, upgrade
+from evenodds_service.storage.migration import downgrade, upgrade
+from evenodds_service.storage.revisions import check_schema, current_revision, head_revision
 from evenodds_service.storage.store import Store
 
 MIDDLE = "CREATE TABLE log"

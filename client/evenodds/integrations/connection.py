@@ -86,8 +86,7 @@ class Connection:
             self._has_warned = True
             logger.warning(
                 "%s: %d prompts were chosen for run %r since outcomes were last reported, and the service learns "
-                "nothing "
-                "from them. The example's README names the call that reports outcomes",
+                "nothing from them. The example's README names the call that reports outcomes",
                 self._where,
                 self._n_unreported,
                 self.selector.run,

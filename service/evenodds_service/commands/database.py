@@ -21,16 +21,17 @@ def migrate(_: argparse.Namespace) -> int:
 
     from evenodds_service.errors import StoreError
     from evenodds_service.settings import settings_from_environment
-    from evenodds_service.storage import migration
     from evenodds_service.storage.engine import check_file, open_engine
+    from evenodds_service.storage.migration import upgrade
+    from evenodds_service.storage.revisions import current_revision
 
     try:
         settings = settings_from_environment()
         check_file(settings.database_url)
         engine = open_engine(settings.database_url, timeout_seconds=settings.database_timeout_seconds)
-        before = migration.current_revision(engine)
-        migration.upgrade(engine)
-        after = migration.current_revision(engine)
+        before = current_revision(engine)
+        upgrade(engine)
+        after = current_revision(engine)
     except (StoreError, ValidationError) as error:
         return fault(explained(error))
     engine.dispose()

@@ -37,8 +37,8 @@ def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
 
     from evenodds_service.errors import StoreError
     from evenodds_service.settings import settings_from_environment, unknown_variables
-    from evenodds_service.storage import migration
     from evenodds_service.storage.engine import check_file, open_engine
+    from evenodds_service.storage.revisions import check_schema, current_revision, head_revision
     from evenodds_service.storage.store import Store
 
     for sentence in unknown_variables(os.environ):
@@ -52,10 +52,12 @@ def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
             timeout_seconds=settings.database_timeout_seconds,
             patience=patience,
         )
-        if engine.dialect.name == "sqlite":
-            migration.upgrade(engine)
-        else:
-            migration.check_schema(engine)
+        if engine.dialect.name != "sqlite":
+            check_schema(engine)
+        elif current_revision(engine) != head_revision():
+            from evenodds_service.storage.migration import upgrade
+
+            upgrade(engine)
     except (StoreError, ValidationError) as error:
         raise Refused(explained(error)) from error
     return settings, Store(engine)

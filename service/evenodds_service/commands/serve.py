@@ -31,7 +31,15 @@ def serve(options: argparse.Namespace) -> int:
     # side anyway. Has to be said before numpy is imported.
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Nearly all that a start makes stays. Searching it for garbage, again and again, would take a fifth of the start.
+    gc.disable()
+    try:
+        return _served(options, threads)
+    finally:
+        gc.enable()
 
+
+def _served(options: argparse.Namespace, threads: str | None) -> int:
     import uvicorn
 
     from evenodds_service.api.app import create_app
@@ -57,8 +65,8 @@ def serve(options: argparse.Namespace) -> int:
         app = create_app(store, settings, asks_for_keys=asks_for_keys)
         # What is there by now stays. Without this, each full search for garbage looks through all of it, and every
         # request waits a tenth of a second meanwhile.
-        gc.collect()
         gc.freeze()
+        gc.enable()
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

@@ -16,15 +16,18 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments, informative_moments
 from evenodds_service.domain.ranks import spearman
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 NGRAMS = "ngrams/1"
 """The name of these columns. A change of what a column means is a new name, and old weights do not fit it."""
@@ -92,7 +95,7 @@ def ngram_matrix(texts: Sequence[str]) -> sparse.csr_matrix:
     """
     columns, counts = _columns_of_all(texts)
     ends = np.concatenate([[0], np.cumsum(counts)])
-    matrix = sparse.csr_matrix((np.ones(len(columns), np.uint8), columns, ends), shape=(len(texts), 2 * _SIDE))
+    matrix = _csr(np.ones(len(columns), np.uint8), columns, ends, 2 * _SIDE)
     matrix.has_sorted_indices = True
     return matrix
 
@@ -136,7 +139,7 @@ def fit(
     document_counts = np.bincount(matrix.indices, minlength=2 * _SIDE)
     rarity_F = (np.log((1 + n_prompts) / (1 + document_counts)) + 1.0).astype(np.float16)
     data, _ = _scaled(matrix.indices, np.diff(matrix.indptr), rarity_F)
-    scaled = sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
+    scaled = _csr(data, matrix.indices, matrix.indptr, matrix.shape[1])
     dense = np.asarray(dense_N_d, dtype=np.float32) * np.float32(_DENSE_SCALE)
 
     fold_n = _folds(matrix[labelled], seed)
@@ -209,10 +212,10 @@ def predict(
     Raises:
         ValueError: the dense inputs do not have the width of the fit.
     """
-    if isinstance(texts, sparse.csr_matrix):
-        columns, counts = texts.indices, np.diff(texts.indptr)
-    else:
+    if isinstance(texts, Sequence):
         columns, counts = _columns_of_all(texts)
+    else:
+        columns, counts = texts.indices, np.diff(texts.indptr)
     width = len(weights["dense_d_H"])
     if dense_n_d.shape[1] != width:
         raise ValueError(f"dense inputs have {dense_n_d.shape[1]} columns, the fitted n-gram prior takes {width}")
@@ -224,6 +227,15 @@ def predict(
     bent = _bend(heads_n_H, weights["centre_H"], weights["spread_H"])
     predicted = _rates(exact.product(bent, weights["stack_K_2"]))
     return predicted[:, 0].astype(np.float32), predicted[:, 1].astype(np.float32)
+
+
+def _csr(
+    data: NDArray[Any], columns: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]], width: int
+) -> sparse.csr_matrix:
+    """The sparse matrix of these. A service that makes none does without the fifth of a second that scipy takes."""
+    from scipy import sparse
+
+    return sparse.csr_matrix((data, columns, ends), shape=(len(ends) - 1, width))
 
 
 # The columns of a text.
@@ -375,9 +387,7 @@ def _ridge(
     position[order] = np.arange(len(order), dtype=np.int32)
     kept = position[scaled.indices] >= 0
     ends = np.concatenate([[0], np.cumsum(kept)])[scaled.indptr]
-    x = sparse.csr_matrix(
-        (scaled.data[kept], position[scaled.indices][kept], ends), shape=(scaled.shape[0], len(order))
-    )
+    x = _csr(scaled.data[kept], position[scaled.indices][kept], ends, len(order))
     xt = x.T.tocsr()
 
     d, penalty = dense_n_d.shape[1], np.float32(_PENALTY)

@@ -10,12 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
-from scipy import sparse
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.features import Basis
@@ -24,6 +23,9 @@ from evenodds_service.domain.matched_prior import MOST_SECTIONS, matched_concent
 from evenodds_service.domain.prompts import FittedPrior, RawBlock, SourceColumns
 from evenodds_service.errors import SnapshotUnusable, TorchMissing
 from evenodds_service.model import latent, ngrams, sources
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 FORMAT = 1
 PAPER_CONCENTRATION = 4.0
@@ -209,7 +211,7 @@ class SharedModel:
         x_n_d = self.basis.project(block) if x_n_d is None else x_n_d
         told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
-            words = texts if isinstance(texts, sparse.csr_matrix) else [text or "" for text in texts]
+            words = [text or "" for text in texts] if isinstance(texts, Sequence) else texts
             told["ngrams"] = ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:])
         if "latent" in self.weights:
             told["latent"] = self._latent.predict(x_n_d)
@@ -230,7 +232,7 @@ class SharedModel:
         """
         if self.sources is None:
             return None
-        words = texts if isinstance(texts, sparse.csr_matrix) else self.read(texts)
+        words = self.read(texts) if isinstance(texts, Sequence) else texts
         return sources.predict(self.weights[SOURCES], words)
 
     @cached_property

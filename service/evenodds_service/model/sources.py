@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
 
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
@@ -20,6 +20,9 @@ from evenodds_service.domain.learning.known_rates import FIRST_COMPARISON, MOST_
 from evenodds_service.domain.prompts import MEAN, SourceColumns
 from evenodds_service.model import ngrams
 from evenodds_service.model.history import History
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 LEAST_PROMPTS = 16
 """A column needs so many prompts."""

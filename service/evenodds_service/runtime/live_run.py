@@ -80,15 +80,17 @@ class LiveRun:
 
     Args:
         each_block: Spreads the computation of a choice over threads, as an executor's map does.
+        keeps_raw: Whether the pool's raw features stay in memory, for whoever fits on them.
     """
 
-    def __init__(self, run_id: int, *, each_block: EachBlock = map) -> None:
+    def __init__(self, run_id: int, *, each_block: EachBlock = map, keeps_raw: bool = False) -> None:
         self.run_id = run_id
         self.lock = threading.RLock()
         self.selecting = threading.Lock()
         self._each_block = each_block
+        self._lets_go = not keeps_raw
         self.state = State()
-        self.pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=0)
+        self.pool = self._new_pool()
         self.model: SharedModel | None = None
         self.void_position = 0
         self._is_started = False
@@ -163,7 +165,8 @@ class LiveRun:
         if run.base_position and not self._saved_position:
             self.state = _base_of(store, run)
             self._saved_position = run.base_position
-        if self.pool.n_retired != self.state.n_retired or self.pool.n < self.state.n_prompts:
+        is_there = self.pool.n_retired == self.state.n_retired and self.pool.n >= self.state.n_prompts
+        if not (is_there and self.pool.serves(self.state.basis)):
             self._load_pool(store, embedder, room=run.pool_size)
         if self.state.model_version:
             self._attach(store, self.state.model_version, embedder)
@@ -172,20 +175,25 @@ class LiveRun:
 
     def _load_pool(self, store: Store, embedder: str | None, *, room: int = 0) -> None:
         """The pool as it was at the state's position."""
-        state = self.state
-        if state.n_retired or self.pool.n_retired or self.pool.n > state.n_prompts:
-            self.pool = Pool(
-                surface_width=len(SURFACE_NAMES),
-                embedding_width=0,
-                group_names=state.group_names,
-                tellers=state.tellers,
-            )
+        state, pool = self.state, self.pool
+        if state.n_retired or pool.n_retired or pool.n > state.n_prompts or not pool.serves(state.basis):
+            self.pool = self._new_pool()
         self.pool.reserve(room)
         self._extend_pool(
             store, state.n_prompts + state.n_retired, embedder, as_of=state.position, serials_N=state.serials_N
         )
         self.pool.n_retired = state.n_retired
         self._give_priors(state.model_version)
+
+    def _new_pool(self) -> Pool:
+        """Without prompts yet; it knows what those that are retired have left in the state."""
+        return Pool(
+            surface_width=len(SURFACE_NAMES),
+            embedding_width=0,
+            group_names=self.state.group_names,
+            tellers=self.state.tellers,
+            lets_go=self._lets_go,
+        )
 
     def save(self, store: Store, run: Run, *, now: datetime) -> State | None:
         """Save what a process may start from: the state, and before it what is not yet saved of the pool's features.
@@ -205,22 +213,33 @@ class LiveRun:
             if first in there:
                 continue
             last = first + PACKED
-            with self.lock:
-                block = self._block(first, last)
+            block = self.raw(store, run, first, last)
             if block is not None:
                 store.save_packed_block(self.run_id, block_to_bytes(block), first=first, last=last, features=features)
         is_saved = store.save_checkpoint(self.run_id, position=position, state=to_bytes(state), now=now)
         self._saved_position = position
         return state if is_saved else None
 
-    def _block(self, first: int, last: int) -> RawBlock | None:
-        """Those of the prompts first <= index < last of the log that are in the pool; None where there is none."""
-        serials_N = self.state.serials_N
-        start, stop = np.searchsorted(serials_N, (first, last)).tolist()
-        if start == stop:
+    def raw(self, store: Store, run: Run, first: int, last: int) -> RawBlock | None:
+        """Raw features of those of the prompts first <= index < last of the log that are in the pool.
+
+        None where none is, or where some were deleted while they were read.
+        """
+        with self.lock:
+            serials_N, position = self.state.serials_N, self.state.position
+            start, stop = np.searchsorted(serials_N, (first, last)).tolist()
+            if start == stop:
+                return None
+            own = serials_N[start:stop].copy() if stop - start < last - first else None
+            if start >= self.pool.n_let_go:
+                return replace(self.pool.raw(start, stop), first=first, serials_N=own)
+        where = {"first": first, "last": last, "as_of": position}
+        block = store.pool_block(self.run_id, **where, surface=SURFACE, embedder=vector_name(run.settings))
+        if len(block.prompt_ids) != stop - start:
             return None
-        own = serials_N[start:stop].copy() if stop - start < last - first else None
-        return replace(self.pool.raw(start, stop), first=first, serials_N=own)
+        pool = self._new_pool()  # which gives every block the same form
+        pool.append(replace(block, first=0))
+        return replace(pool.raw(0, pool.n), first=first, serials_N=own)
 
     def save_behind(self, store: Store, run: Run, *, now: datetime) -> None:
         """Save in a thread of its own where much was folded since the newest checkpoint. Returns at once.

@@ -191,10 +191,10 @@ def _forget_in_snapshot(store: Store, live: LiveRun, run: Run, index: int, *, no
     """Put a snapshot into use that has nothing of the prompt's features in it, if the present one has."""
     with live.lock:
         model, version = live.model, live.state.model_version
-        row = rows_of_serials(live.state, np.array([index]))
-        if model is None or row[0] < 0:
-            return
-        forgetful = model.forgetting(live.pool.raw(int(row[0]), int(row[0]) + 1))
+    if model is None:
+        return
+    block = live.raw(store, run, index, index + 1)
+    forgetful = None if block is None else model.forgetting(block)
     if forgetful is None:
         return
     fitted_position = store.snapshot(run.id, version).fitted_position

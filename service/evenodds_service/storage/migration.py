@@ -14,47 +14,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from alembic.script.revision import ResolutionError
-from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from evenodds_service.errors import MigrationFailed, SchemaMismatch
+from evenodds_service.errors import MigrationFailed
 from evenodds_service.storage.engine import PATIENCE, WRITES, open_engine, patience_of, translated_faults
+from evenodds_service.storage.revisions import check_known, current_revision, head_revision, migrations_folder
 from evenodds_service.storage.tables import metadata
 
 _ADVISORY_LOCK = 0x45_76_65_6E  # any number that no other program on the database uses
 _MAX_NAME = 27  # of the 32 characters that Alembic keeps of a revision
 _TURN_SECONDS = 600.0
+_LOCK_NOT_AVAILABLE = "55P03"  # of PostgreSQL
 _AGAIN = "then run `evenodds migrate` again; the schema is unchanged"
-
-
-def head_revision() -> str:
-    """The revision that this release needs."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None, "the migrations folder is empty"
-    return head
-
-
-def current_revision(engine: Engine) -> str | None:
-    """The revision that the database is at; None where it was never migrated. Raises StoreUnavailable."""
-    with translated_faults(), engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision()
-
-
-def check_schema(engine: Engine) -> None:
-    """Raises SchemaMismatch unless the database is at this release's revision; says what to do."""
-    current, head = current_revision(engine), head_revision()
-    if current is None:
-        raise SchemaMismatch(f"database is empty, this release needs revision {head}: run `evenodds migrate`")
-    if current != head:
-        _check_known(current)
-        raise SchemaMismatch(f"database is at revision {current}, this release needs {head}: run `evenodds migrate`")
 
 
 def upgrade(engine: Engine, revision: str = "head", *, turn_seconds: float = _TURN_SECONDS) -> None:
@@ -111,7 +87,7 @@ def new_revision(name: str) -> Path:
         with _migrating(engine) as config:
             command.revision(config, message=name.replace("_", " "), autogenerate=True, rev_id=revision)
         engine.dispose()
-    return _folder() / "versions" / f"{revision}.py"
+    return migrations_folder() / "versions" / f"{revision}.py"
 
 
 @contextmanager
@@ -131,7 +107,7 @@ def _migrating(engine: Engine, turn_seconds: float = _TURN_SECONDS) -> Iterator[
                 connection.execute(text(f"SET LOCAL lock_timeout = '{usual.lock:.3f}s'"))
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None:
-                _check_known(current)
+                check_known(current)
             yield _config(connection)
             if is_sqlite:
                 dangling = connection.execute(text("PRAGMA foreign_key_check")).all()
@@ -172,31 +148,14 @@ def _explained_faults() -> Iterator[None]:
 
 
 def _is_about_a_lock(error: DBAPIError) -> bool:
-    return isinstance(error.orig, psycopg.errors.LockNotAvailable) or "database is locked" in str(error.orig)
-
-
-def _check_known(revision: str) -> None:
-    try:
-        ScriptDirectory.from_config(_config()).get_revision(revision)
-    except (CommandError, ResolutionError) as error:
-        raise SchemaMismatch(
-            f"database is at revision {revision}, which this release does not know "
-            f"(it needs {head_revision()}): install the release that migrated the database, or a newer one"
-        ) from error
+    return getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE or "database is locked" in str(error.orig)
 
 
 def _config(connection: Connection | None = None) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(_folder()).replace("%", "%%"))
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.set_main_option("file_template", "%%(rev)s")
     config.attributes["connection"] = connection
     config.attributes["metadata"] = metadata
     return config
-
-
-def _folder() -> Path:
-    """Inside the installed package, else at the top of the repository."""
-    package = Path(__file__).resolve().parents[1]
-    places = (package / "migrations", package.parents[1] / "migrations")
-    return next(place for place in places if (place / "env.py").is_file())

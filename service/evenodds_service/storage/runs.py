@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, or_, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, or_, select, update
 
 from evenodds_service.domain.settings import CALLER, BudgetPolicy, EffortTier, RunSettings
 from evenodds_service.errors import EmbedderFixed, PolicyLimit, RunUnknown
@@ -18,6 +19,8 @@ from evenodds_service.storage.values import Run
 
 MAX_POLICIES = 64
 """Most budget policies of one run."""
+
+_BY_NAME = select(runs).where(runs.c.name == bindparam("wanted"))  # made once: every question about a run asks it
 
 
 class RunMethods(Transactions):
@@ -110,7 +113,7 @@ class RunMethods(Transactions):
 
 def find_run(connection: Connection, name: str) -> Run:
     """Raises RunUnknown."""
-    row = connection.execute(select(runs).where(runs.c.name == name)).mappings().one_or_none()
+    row = connection.execute(_BY_NAME, {"wanted": name}).mappings().one_or_none()
     if row is None:
         raise _unknown(repr(name))
     return run_of(row)
@@ -153,6 +156,7 @@ def settings_to_json(settings: RunSettings) -> str:
     return json.dumps(asdict(settings), allow_nan=False)
 
 
+@lru_cache(maxsize=1_024)
 def settings_from_json(content: str) -> RunSettings:
     fields = json.loads(content)
     policies = tuple(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import Connection, Engine, Executable, Insert, Table, text
-from sqlalchemy.dialects import postgresql, sqlite
 
 from evenodds_service.errors import StoreUnavailable
 from evenodds_service.storage.engine import PATIENCE, WRITES, patience_of, translated_faults
 from evenodds_service.timing import phase
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
 
 KeyT = TypeVar("KeyT")
 
@@ -79,9 +81,7 @@ class Transactions:
 
 def insert_or_ignore(connection: Connection, table: Table) -> Insert:
     """An insert that leaves out the rows whose key exists."""
-    if connection.dialect.name == "sqlite":
-        return sqlite.insert(table).on_conflict_do_nothing()
-    return postgresql.insert(table).on_conflict_do_nothing()
+    return _insert(connection, table).on_conflict_do_nothing()
 
 
 def insert_or_update(connection: Connection, table: Table, *, keys: Sequence[str], newer_by: str) -> Executable:
@@ -90,14 +90,24 @@ def insert_or_update(connection: Connection, table: Table, *, keys: Sequence[str
     Args:
         newer_by: The column that says which row is newer. Rows that are equally new are replaced.
     """
-    build = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = build(table)
+    statement = _insert(connection, table)
     fresh = statement.excluded
     return statement.on_conflict_do_update(
         index_elements=list(keys),
         set_={column.name: fresh[column.name] for column in table.c if column.name not in keys},
         where=table.c[newer_by] <= fresh[newer_by],
     )
+
+
+def _insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """An insert that knows conflicts. Each dialect is imported where it is used: both take their time."""
+    if connection.dialect.name == "sqlite":
+        from sqlalchemy.dialects import sqlite
+
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql
+
+    return postgresql.insert(table)
 
 
 def chunks(keys: Sequence[KeyT]) -> Iterator[Sequence[KeyT]]:

@@ -642,7 +642,7 @@ def test_a_closed_selector_says_so(make: Make) -> None:
         ({"prompts": ["a", "b", "a"]}, "prompts: the prompt_id 'a' stands there 2 times: ids must differ"),
         ({"prompts": ["a", {"prompt_id": "b"}]}, "prompts: 1 are mappings and 1 ids: send one kind"),
         ({"prompts": [{"text": "x"}]}, r"prompts\[0\].prompt_id: missing; a trainer's prompts need ids"),
-        ({"prompts": [{"prompt_id": "a", "txt": "x"}]}, r"prompts\[0\].txt: Extra inputs are not permitted"),
+        ({"prompts": [{"prompt_id": "a", "txt": "x"}]}, r"prompts\[0\].txt: there is no field of this name"),
         ({"seed": -1}, r"seed -1 must be in \[0, 2\*\*63\)"),
         ({"rank": -1}, "rank -1 must be at least 0"),
         ({"existing": "rewind"}, "existing 'rewind' must be one of refuse, auto, resume"),

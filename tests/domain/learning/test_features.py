@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenodds_service.domain.arrays import FloatArray
+from evenodds_service.domain.learning import features, raw_rows
 from evenodds_service.domain.learning.checkpoint import block_to_bytes
 from evenodds_service.domain.learning.features import (
     COMPONENTS,
@@ -434,3 +435,52 @@ def test_answers_may_begin_late_and_be_missing_again(whole: RawBlock) -> None:
     np.testing.assert_array_equal(kept[400:900], whole.answers_N_A[400:900].astype(np.float16))
     assert np.isnan(kept[:400]).all()
     assert np.isnan(kept[900:]).all()
+
+
+def test_what_was_let_go_leaves_the_same_features(whole: RawBlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where prompts come later, and where some are retired."""
+    monkeypatch.setattr(raw_rows, "PIECE", 64)
+    monkeypatch.setattr(features, "ENOUGH_PROMPTS", 600)
+    basis, chance = Basis.of(part(whole, 0, 600)), np.random.default_rng(0)
+    keeping, letting_go = (Pool(surface_width=SURFACE, embedding_width=0, lets_go=lets_go) for lets_go in (False, True))
+    for first, last in ((0, 600), (600, 610), (610, 1_200), (1_200, N)):
+        kept_N = chance.random(keeping.n + last - first) < 0.9
+        for pool in (keeping, letting_go):
+            pool.append(replace(part(whole, first, last), first=pool.n))
+            pool.matrix(basis, pool.n)
+            if last > 610:
+                pool.retire(kept_N)
+        expected = keeping.matrix(basis, keeping.n)
+
+        assert np.array_equal(letting_go.matrix(basis, letting_go.n), expected)
+        assert keeping.n - 600 < letting_go.n_let_go <= letting_go.n
+        assert letting_go.prompt_ids == keeping.prompt_ids
+
+    n = letting_go.n
+    rest, same = (pool.raw(letting_go.n_let_go, n) for pool in (letting_go, keeping))
+    for name in ("surface_N_S", "embedding_N_D", "answers_N_A"):
+        np.testing.assert_array_equal(getattr(rest, name), getattr(same, name))
+    assert rest.numeric == same.numeric
+    assert keeping.n_let_go == 0
+    with pytest.raises(ValueError, match=r"^raw features of prompt 0 were let go, as of all before \d+$"):
+        letting_go.raw(0, n)
+
+
+def test_who_let_go_serves_an_equal_basis_and_no_other(whole: RawBlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_rows, "PIECE", 64)
+    monkeypatch.setattr(features, "ENOUGH_PROMPTS", 600)
+    pool = Pool(surface_width=SURFACE, embedding_width=EMBEDDING, lets_go=True)
+    pool.append(whole)
+    early, final, other = Basis.of(part(whole, 0, 50)), Basis.of(part(whole, 0, 600)), Basis.of(whole)
+    pool.matrix(early, N)
+    assert pool.n_let_go == 0  # another basis may follow
+    assert pool.serves(None)
+    expected = pool.matrix(final, N).copy()
+    stored = Basis.from_arrays(*final.to_arrays())
+
+    assert np.array_equal(pool.rows(stored, slice(0, N)), expected)
+    assert pool.serves(stored)
+    assert not pool.serves(other)
+    assert not pool.serves(None)
+    with pytest.raises(ValueError, match=r"^raw features of 1024 prompts were let go, and another basis needs them$"):
+        pool.matrix(other, N)

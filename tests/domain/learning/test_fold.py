@@ -15,8 +15,8 @@ from scipy import special, stats
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.checkpoint import to_bytes
-from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import BASIS_ENOUGH, fold, unseen_share
+from evenodds_service.domain.learning.features import ENOUGH_PROMPTS, Pool
+from evenodds_service.domain.learning.fold import fold, unseen_share
 from evenodds_service.domain.learning.mixture import AGEING, MEMORIES, PRIORS, Mixture
 from evenodds_service.domain.learning.prediction import (
     BLOCK,
@@ -611,13 +611,13 @@ def test_the_basis_is_derived_anew_whenever_the_pool_has_grown_fourfold(make_blo
 
 def test_a_basis_of_enough_prompts_is_kept(make_block: MakeBlock) -> None:
     rng = np.random.default_rng(0)
-    n = 5 * BASIS_ENOUGH
-    log = Log(make_block(n, surface=rng.normal(size=(n, 2))), n_prompts=BASIS_ENOUGH)
+    n = 5 * ENOUGH_PROMPTS
+    log = Log(make_block(n, surface=rng.normal(size=(n, 2))), n_prompts=ENOUGH_PROMPTS)
 
     log.grow(n)
 
     assert log.state.basis is not None
-    assert log.state.basis.n_prompts == BASIS_ENOUGH
+    assert log.state.basis.n_prompts == ENOUGH_PROMPTS
 
 
 @pytest.mark.parametrize("seed", SEEDS)

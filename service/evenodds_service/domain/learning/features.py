@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.known_rates import RateColumns
+from evenodds_service.domain.learning.raw_rows import RawRows
 from evenodds_service.domain.learning.regression import FEATURE_STEP
 from evenodds_service.domain.learning.tallies import MAX_GROUPS as SUMMED_GROUPS
 from evenodds_service.domain.prompts import (
@@ -32,6 +33,8 @@ from evenodds_service.domain.prompts import (
 )
 
 COMPONENTS = 32
+ENOUGH_PROMPTS = 4_096
+"""A basis that is derived from so many is final."""
 MAX_GROUPS, MAX_NUMERIC = 64, 64
 GROUP_SCALE = 2.0
 COMPONENT_SCALE = 1.0
@@ -48,9 +51,11 @@ _OVERSAMPLING, _ITERATIONS = 16, 16
 
 
 class Pool:
-    """Raw features of prompts 0 .. n-1, appended in blocks.
+    """Features of prompts 0 .. n-1, appended in blocks: raw ones, and these projected under a basis.
 
-    Kept in half precision: the features are O(1) and standardised later, and a million prompts must fit.
+    Args:
+        lets_go: Whether raw features are let go, some 600 bytes a prompt, once they are projected under a basis that is
+            final. Whoever needs them again reads them anew: see `serves`.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Pool:
         embedding_width: int,
         group_names: Sequence[str | None] = (),
         tellers: Sequence[str] = (),
+        lets_go: bool = False,
     ) -> None:
         """Without prompts. `group_names` and `tellers` are those that prompts before these brought, in their order."""
         self.n = 0
@@ -70,10 +76,11 @@ class Pool:
         self._group_codes: dict[str | None, int] = {name: code for code, name in enumerate(group_names)}
         self._codes = np.empty(0, dtype=np.int32)
         self._numeric: list[Mapping[str, float] | None] = []
-        self._surface = np.empty((0, surface_width), dtype=np.float16)
-        self._embedding = np.empty((0, embedding_width), dtype=np.float16)
+        self._lets_go = lets_go
+        self._surface = RawRows(surface_width)
+        self._embedding = RawRows(embedding_width)
         self._prior_rates = np.empty(0, dtype=np.float32)
-        self._answers: FloatArray = NO_ANSWERS  # without columns until a prompt has one
+        self._answers = RawRows(0)  # without columns until a prompt has one
         self._told = _with_rates(NO_RATES, 0, 0, tuple(tellers))
         self._first_told = _told_before(tellers)  # by who told it: the first prompt
         self._known: tuple[RateColumns, FloatArray] | None = None
@@ -83,11 +90,8 @@ class Pool:
 
     def reserve(self, n: int) -> None:
         """Make room for n prompts in all, so that appending so many copies none of those before."""
-        self._surface = _with_rows(self._surface, self.n, n)
-        self._embedding = _with_rows(self._embedding, self.n, n)
         self._prior_rates = _with_rows(self._prior_rates, self.n, n)
         self._codes = _with_rows(self._codes, self.n, n)
-        self._answers = _with_rows(self._answers, self.n, n)
         self._told = _with_rates(self._told, self.n, n, ())
 
     def append(self, block: RawBlock) -> None:
@@ -99,13 +103,12 @@ class Pool:
         if block.first != self.n:
             raise ValueError(f"block starts at prompt {block.first}, the pool ends at {self.n}")
         n = len(block.prompt_ids)
-        if self._embedding.shape[1] == 0 and block.embedding_N_D.shape[1] > 0:
-            self._embedding = np.empty((len(self._embedding), block.embedding_N_D.shape[1]), dtype=np.float16)
-            self._embedding[: self.n] = np.nan
-        surface = _of_width(block.surface_N_S, self._surface.shape[1], what="surface features")
-        embedding = _of_width(block.embedding_N_D, self._embedding.shape[1], what="embeddings")
-        self._surface = _append(self._surface, self.n, surface)
-        self._embedding = _append(self._embedding, self.n, embedding)
+        if self._embedding.width == 0 and block.embedding_N_D.shape[1] > 0:
+            self._embedding = self._missing(block.embedding_N_D.shape[1])
+        surface = _of_width(block.surface_N_S, self._surface.width, what="surface features")
+        embedding = _of_width(block.embedding_N_D, self._embedding.width, what="embeddings")
+        self._surface.append(surface)
+        self._embedding.append(embedding)
         self._prior_rates = _append(self._prior_rates, self.n, block.prior_rates_N)
         self._append_answers(block.answers_N_A, n)
         self._append_told(block.told, n)
@@ -119,18 +122,38 @@ class Pool:
         self.n += n
 
     def raw(self, first: int, last: int) -> RawBlock:
-        """The prompts first <= index < last as one block (views, not copies)."""
+        """The prompts first <= index < last as one block, mostly views.
+
+        Raises:
+            ValueError: raw features of some were let go.
+        """
+        last = min(last, self.n)
         return RawBlock(
             first=first,
             prompt_ids=tuple(self.prompt_ids[first:last]),
             groups=tuple(self.groups[first:last]),
             numeric=tuple(self._numeric[first:last]),
             prior_rates_N=self._prior_rates[first:last],
-            surface_N_S=self._surface[first:last],
-            embedding_N_D=self._embedding[first:last],
+            surface_N_S=self._surface.rows(first, last),
+            embedding_N_D=self._embedding.rows(first, last),
             named_rates=self._named(first, last),
-            answers_N_A=self._answers[first:last] if self._answers.shape[1] else NO_ANSWERS,
+            answers_N_A=self._answers.rows(first, last) if self._answers.width else NO_ANSWERS,
         )
+
+    @property
+    def n_let_go(self) -> int:
+        """The raw features of so many prompts, the first ones, were let go."""
+        return self._surface.first
+
+    def serves(self, basis: Basis | None) -> bool:
+        """Whether all prompts have features under this basis, or can be given them; None: under whichever comes."""
+        if not self.n_let_go:
+            return True
+        return basis is not None and self._matrix is not None and self._matrix[0].equals(basis)
+
+    def _missing(self, width: int) -> RawRows:
+        """Rows of NaN for the prompts so far."""
+        return RawRows(width, n_missing=self.n - self.n_let_go, first=self.n_let_go)
 
     def _named(self, first: int, last: int) -> NamedRates:
         names = tuple(name for name in self._told.names if name != UNNAMED)
@@ -142,10 +165,10 @@ class Pool:
 
     def _append_answers(self, answers_n_A: FloatArray, n: int) -> None:
         """Write the features of the answers of the next n prompts. Costs nothing while no prompt has an answer."""
-        if self._answers.shape[1] == 0 and answers_n_A.shape[1]:
-            self._answers = np.full((self.n, answers_n_A.shape[1]), np.nan, dtype=np.float16)
-        missing = np.full((n, self._answers.shape[1]), np.nan, dtype=np.float16)
-        self._answers = _append(self._answers, self.n, answers_n_A if answers_n_A.shape[1] else missing)
+        if self._answers.width == 0 and answers_n_A.shape[1]:
+            self._answers = self._missing(answers_n_A.shape[1])
+        missing = np.full((n, self._answers.width), np.nan, dtype=np.float16)
+        self._answers.append(answers_n_A if answers_n_A.shape[1] else missing)
 
     def _append_told(self, new: NamedRates, n: int) -> None:
         """Write what others showed on the next n prompts. Costs nothing while nobody has shown anything."""
@@ -188,9 +211,9 @@ class Pool:
         self.index = {prompt_id: row for row, prompt_id in enumerate(self.prompt_ids)}
         self.groups = list(compress(self.groups[:n], kept_N))
         self._numeric = list(compress(self._numeric[:n], kept_N))
-        self._surface, self._embedding = self._surface[:n][kept_N], self._embedding[:n][kept_N]
+        self._surface, self._embedding = self._surface.kept(kept_N), self._embedding.kept(kept_N)
         self._prior_rates = self._prior_rates[:n][kept_N]
-        self._answers = self._answers[:n][kept_N]
+        self._answers = self._answers.kept(kept_N)
         self._first_told = _told_before(self.all_tellers)
         if self._told.names:
             told = self._told
@@ -324,21 +347,34 @@ class Pool:
     def _projected(self, basis: Basis, chunks: IntArray) -> FloatArray:
         """Projected features of the pool, float32 [N, d], of which these chunks are there."""
         kept = self._matrix
-        if kept is None or kept[0] is not basis:
+        if kept is None or not (kept[0] is basis or kept[0].equals(basis)):
+            if self.n_let_go:
+                raise ValueError(f"raw features of {self.n_let_go} prompts were let go, and another basis needs them")
             kept = (basis, np.empty((0, basis.width), dtype=np.float32), np.zeros(0, dtype=np.int64))
         _, x_N_d, done_K = kept
         if len(x_N_d) < self.n:
-            x_N_d = _with_rows(x_N_d, len(x_N_d), len(self._surface))
+            x_N_d = _with_rows(x_N_d, len(x_N_d), max(self.n, 2 * len(x_N_d)))
             done_K = np.append(done_K, np.zeros(-(-len(x_N_d) // _CHUNK) - len(done_K), dtype=np.int64))
         # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
         missing = chunks[done_K[chunks] < np.minimum(_CHUNK, self.n - _CHUNK * chunks)]
         gaps = (np.diff(missing) > 1) | (np.diff(missing // _TOGETHER) > 0)
         for together in np.split(missing, np.flatnonzero(gaps) + 1) if len(missing) else ():
-            first, last = int(together[0]) * _CHUNK, min((int(together[-1]) + 1) * _CHUNK, self.n)
+            # Those that were let go are done. (Where others were retired, their chunk may not be.)
+            first, last = max(int(together[0]) * _CHUNK, self.n_let_go), min((int(together[-1]) + 1) * _CHUNK, self.n)
             x_N_d[first:last] = basis.project(self.raw(first, last))
-        done_K[missing] = np.minimum(_CHUNK, self.n - _CHUNK * missing)
+            done_K[together] = np.minimum(_CHUNK, self.n - _CHUNK * together)
+            if self._lets_go and basis.is_final:
+                not_done = np.flatnonzero(done_K < _CHUNK)
+                self._let_go(int(not_done[0]) * _CHUNK if len(not_done) else self.n)
         self._matrix = (basis, x_N_d, done_K)
         return x_N_d[: self.n]
+
+    def _let_go(self, last: int) -> None:
+        """Let go of the raw features of the prompts before this one, as far as they fill whole pieces."""
+        before = self.n_let_go
+        for rows in (self._surface, self._embedding, self._answers):
+            rows.let_go(last)
+        self._numeric[before : self.n_let_go] = [None] * (self.n_let_go - before)
 
 
 def _told_before(tellers: Sequence[str]) -> dict[str, int]:
@@ -442,6 +478,11 @@ class Basis:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_components", exact.Columns.of(self.components_D_P, x_bits=_EMBEDDING_BITS))
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is derived from enough prompts: no other one follows it, however the pool grows."""
+        return self.n_prompts >= ENOUGH_PROMPTS
 
     @property
     def n_surface(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
-from evenodds_service.domain.learning.features import Basis, Pool
+from evenodds_service.domain.learning.features import ENOUGH_PROMPTS, Basis, Pool
 from evenodds_service.domain.learning.guardrails import Misled
 from evenodds_service.domain.learning.known_rates import (
     FIRST_COMPARISON,
@@ -42,7 +42,7 @@ from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, 
 REGRESSION_KEEP = 0.98
 CALIBRATION_KEEP = 0.95
 RECENT_BATCHES = 2
-BASIS_GROWTH, BASIS_ENOUGH = 4, 4_096
+BASIS_GROWTH = 4
 RUNS_SHARE = 0.7
 """Of the stack's weights at its start, where others have shown something."""
 
@@ -270,13 +270,13 @@ def _ensure_basis(state: State, pool: Pool) -> None:
     What the regressions have learned is carried over to the new features.
     """
     basis = state.basis
-    if basis is not None and (basis.n_prompts >= BASIS_ENOUGH or state.n_prompts < BASIS_GROWTH * basis.n_prompts):
+    if basis is not None and (basis.is_final or state.n_prompts < BASIS_GROWTH * basis.n_prompts):
         return
     fresh = Basis.of(pool.raw(0, state.n_prompts))
     surface = OnlineLogistic.new(fresh.n_surface)
     embedding = OnlineLogistic.new(fresh.width) if fresh.width > fresh.n_surface else None
     if basis is not None and state.surface is not None:
-        block = pool.raw(0, min(state.n_prompts, BASIS_ENOUGH))
+        block = pool.raw(0, min(state.n_prompts, ENOUGH_PROMPTS))
         old_x, new_x = basis.project(block), fresh.project(block)
         surface.adopt(state.surface, old_x[:, : basis.n_surface], new_x[:, : fresh.n_surface])
         if embedding is not None and state.embedding is not None:
@@ -340,7 +340,7 @@ def _read(state: State, pool: Pool, columns: RateColumns) -> None:
     assert before is not None  # there are columns from the first known rate on, and their regression
     assert runs is not None
     known = pool.known_to(before, state.n_prompts) & pool.known_to(columns, state.n_prompts)
-    some = np.flatnonzero(known)[:BASIS_ENOUGH]
+    some = np.flatnonzero(known)[:ENOUGH_PROMPTS]
     state.columns, state.runs = columns, columns.regression()
     has_learned = state.n_observations > 0 or not columns.sources
     if has_learned and len(some):

@@ -31,6 +31,7 @@ RUNS = "runs"
 """What others showed on the same prompts, weighed and shifted to this policy by what was observed."""
 SHAPED = (*FITTED, STACKED)
 """Priors whose strengths have a scale for each prompt."""
+_IS_SHAPED_C = np.array([prior in SHAPED for prior in PRIORS])
 MATCHED = 2.0
 """The strength at which a shaped prior has its matched concentration."""
 WEIGHT_KEEP = 0.97
@@ -232,14 +233,12 @@ def experts(
     """The beliefs that `predict` averages, with its arguments, in the order of the weights."""
     means_C_n = np.clip(means_C_n, *_PRIOR_RANGE).astype(np.float64)
     own, lost = successes_L_n.astype(np.float64), failures_L_n.astype(np.float64)
-    kept = np.argwhere(weights > 0.0)
-    a_K_n, b_K_n = np.empty((len(kept), own.shape[1])), np.empty((len(kept), own.shape[1]))
-    for k, (c, s, memory) in enumerate(kept):
-        strength: FloatArray | float = STRENGTHS[s]
-        if scales_C_n is not None and PRIORS[c] in SHAPED:
-            strength = strength * scales_C_n[c].astype(np.float64)
-        a_K_n[k] = means_C_n[c] * strength + own[memory]
-        b_K_n[k] = (1.0 - means_C_n[c]) * strength + lost[memory]
+    c_K, s_K, memory_K = np.nonzero(weights)
+    strengths_K_n: FloatArray = np.asarray(STRENGTHS)[s_K, None]
+    if scales_C_n is not None:
+        strengths_K_n = strengths_K_n * np.where(_IS_SHAPED_C[:, None], scales_C_n, 1.0)[c_K]
+    a_K_n = means_C_n[c_K] * strengths_K_n + own[memory_K]
+    b_K_n = (1.0 - means_C_n[c_K]) * strengths_K_n + lost[memory_K]
     return Experts(weights[weights > 0.0], a_K_n, b_K_n)
 
 

@@ -25,6 +25,7 @@ BLOCK = 16_384
 _AGEING_L = np.asarray(AGEING)
 _LOG_AGEING_L = exact.log(_AGEING_L).astype(np.float32)
 _AGED = np.flatnonzero(_AGEING_L < 1.0)
+_FEW = 1_024
 
 
 def shared_priors(
@@ -242,8 +243,15 @@ def rows_of(prior: FittedPrior, rows: IntArray | slice) -> FittedPrior:
 
 def _own(state: State, rows: IntArray | slice, step: int | IntArray) -> tuple[FloatArray, FloatArray]:
     """Own evidence as it counts at this step, or at these [n], float32 [L, n] each."""
+    last_n = state.last_step_N[rows]
+    seen = np.flatnonzero(last_n >= 0) if len(last_n) > _FEW else np.arange(len(last_n))
+    if 2 * len(seen) < len(last_n):  # most of a large pool is as it came: no evidence that could age
+        own, lost = (np.zeros((len(MEMORIES), len(last_n)), dtype=np.float32) for _ in range(2))
+        places = seen + rows.start if isinstance(rows, slice) else rows[seen]
+        own[:, seen], lost[:, seen] = _own(state, places, step if isinstance(step, int) else step[seen])
+        return own, lost
     own, lost = state.successes_L_N[:, rows].copy(), state.failures_L_N[:, rows].copy()
-    keep = _aged(state, np.maximum(step - state.last_step_N[rows], 0))[_AGED]
+    keep = _aged(state, np.maximum(step - last_n, 0))[_AGED]
     own[_AGED] *= keep
     lost[_AGED] *= keep
     return own, lost

@@ -160,16 +160,15 @@ class OnlineLogistic:
         if products is None:
             factors = np.concatenate((exact.inverse_factor(self.precision).T, self.weights[:, None]), axis=1)
             products = self._products = exact.Columns.of(factors, x_bits=FEATURE_BITS)
-        rates = np.empty(len(x_N_d), dtype=np.float32)
+        log_odds = np.empty(len(x_N_d), dtype=np.float32)
         units = products.unit_m * FEATURE_STEP
         for rows in _blocks(len(x_N_d)):
             product = products.times(_in_steps(x_N_d[rows]))
             product *= units
             logit, product = product[:, -1].copy(), product[:, :-1]
             product *= product
-            logit /= np.sqrt(1.0 + np.pi / 8.0 * product.sum(axis=1))
-            rates[rows] = exact.sigmoid(logit.astype(np.float32))
-        return rates
+            log_odds[rows] = logit / np.sqrt(1.0 + np.pi / 8.0 * product.sum(axis=1))
+        return exact.sigmoid(log_odds)
 
 
 def _blocks(n: int) -> list[slice]:

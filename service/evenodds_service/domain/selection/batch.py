@@ -146,16 +146,16 @@ class _Draft:
         """Raises NotEnoughPrompts where the eligible prompts that fit the groups' limits do not fill a batch."""
         least = {group: (count_of(share, batch_size), members) for group, (share, members) in shares.least.items()}
         most = {g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in shares.most.items()}
-        fitting = int(eligible_N.sum())
+        fitting = int(np.count_nonzero(eligible_N))
         for cap, members_N in most.values():
-            fitting -= max(0, int((eligible_N & members_N).sum()) - cap)
+            fitting -= max(0, int(np.count_nonzero(eligible_N & members_N)) - cap)
         if fitting < batch_size:
             raise NotEnoughPrompts(asked=batch_size, eligible=fitting)
         ties_N = generator.random(len(eligible_N))  # not before: an attempt that fails here draws nothing
         return _Draft(batch_size, eligible_N, ties_N, least, most, np.zeros(len(eligible_N), dtype=bool))
 
     def room(self) -> int:
-        return self.batch_size - int(self.taken_N.sum())
+        return self.batch_size - int(np.count_nonzero(self.taken_N))
 
     def take(self, picker: Picker, order_N: FloatArray, among_N: BoolArray, n: int) -> None:
         """Add the picker's n of these, the highest by `order` first."""
@@ -168,7 +168,7 @@ class _Draft:
         """Who of these may still be taken: of a group with little room left, only its highest by `order`."""
         open_N = self.eligible_N & among_N & ~self.taken_N
         for cap, members_N in self.most.values():
-            room = max(0, cap - int((self.taken_N & members_N).sum()))
+            room = max(0, cap - int(np.count_nonzero(self.taken_N & members_N)))
             members = np.flatnonzero(open_N & members_N)
             if len(members) > room:
                 kept = best(order_N, self.ties_N, open_N & members_N, room)
@@ -201,9 +201,9 @@ def _control_arm(draft: _Draft, among_N: BoolArray, share: float, generator: np.
 def _group_minima(draft: _Draft, scores_N: FloatArray, picker: Picker, *, is_strict: bool) -> None:
     """Phase 2. For each group what it lacks for its least share, by the picker."""
     for group, (wanted, members_N) in draft.least.items():
-        missing = max(0, wanted - int((draft.taken_N & members_N).sum()))
+        missing = max(0, wanted - int(np.count_nonzero(draft.taken_N & members_N)))
         open_N = draft.eligible_N & members_N & ~draft.taken_N
-        available = int(open_N.sum())
+        available = int(np.count_nonzero(open_N))
         if available < missing and is_strict:
             raise NotEnoughPrompts(asked=wanted, eligible=wanted - missing + available, group=group)
         draft.take(picker, scores_N, open_N, min(missing, available))
@@ -219,7 +219,7 @@ def _least_recently_seen(draft: _Draft, last_seen_N: IntArray, share: float, gen
     quota = min(draft.room(), math.floor(share * draft.batch_size + generator.random()))
     left_after = draft.room() - quota
     of_seen = math.floor(REPROBE_SEEN * quota + generator.random())
-    longest_N = -last_seen_N.astype(np.float64)
+    longest_N = np.negative(last_seen_N, dtype=np.float64)
     draft.take(best, longest_N, draft.open_to(last_seen_N >= 0, longest_N), min(of_seen, quota))
     draft.take(best, longest_N, draft.open_to(draft.eligible_N, longest_N), draft.room() - left_after)
 
@@ -232,15 +232,15 @@ def _pad_to(
     reached = float(informative_N[prompts].sum())
     if reached >= wanted - 1e-9:
         return len(prompts)
-    values = np.where(eligible_N, scores_N, -np.inf)
-    values[prompts] = -np.inf
+    open_N = eligible_N.copy()
+    open_N[prompts] = False
     size = max(4 * len(prompts), 256)
     while True:
-        others = at_least_best(values, size)
-        others = others[np.argsort(-values[others], kind="stable")]
+        others = at_least_best(scores_N, open_N, size)
+        others = others[np.argsort(-scores_N[others], kind="stable")]
         total = reached + np.cumsum(informative_N[others])
         if len(others) and total[-1] >= wanted - 1e-9:
             return len(prompts) + int(np.searchsorted(total, wanted - 1e-9)) + 1
-        if len(others) < size or reached + float(informative_N[values > -np.inf].sum()) < wanted - 1e-9:
+        if len(others) < size or reached + float(informative_N[open_N].sum()) < wanted - 1e-9:
             return None
         size *= 8

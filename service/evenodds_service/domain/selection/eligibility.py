@@ -25,7 +25,9 @@ def resting(last_seen_N: IntArray, *, step: int, rest: int) -> BoolArray:
 
     Steps may come out of order: a prompt rests on both sides of the step that it was chosen for.
     """
-    return np.asarray((rest > 0) & (last_seen_N >= 0) & (np.abs(step - last_seen_N) <= rest))
+    if rest <= 0:
+        return np.zeros(len(last_seen_N), dtype=bool)
+    return np.asarray((last_seen_N >= max(0, step - rest)) & (last_seen_N <= step + rest))
 
 
 def outstanding(outstanding_step_N: IntArray, *, step: int, lease_steps: int) -> tuple[BoolArray, BoolArray]:
@@ -37,9 +39,10 @@ def outstanding(outstanding_step_N: IntArray, *, step: int, lease_steps: int) ->
         lease_steps: A prompt chosen for step t is waited for while step < t + lease_steps. 0: none is waited for, and
             none is lost.
     """
-    chosen = (outstanding_step_N >= 0) & (lease_steps > 0)
-    waited_for = chosen & (step - outstanding_step_N < lease_steps)
-    return waited_for, chosen & ~waited_for
+    if lease_steps <= 0:
+        return np.zeros(len(outstanding_step_N), dtype=bool), np.zeros(len(outstanding_step_N), dtype=bool)
+    waited_for = outstanding_step_N >= max(0, step - lease_steps + 1)
+    return waited_for, (outstanding_step_N >= 0) & ~waited_for
 
 
 def rest_steps(n_prompts: int, batch_size: int) -> int:
@@ -74,7 +77,7 @@ def held_back(
     allowed_N = eligible_N & ~held_N
     wanted = [(count_of(share, batch_size), eligible_N & members_N) for share, members_N in groups.values()]
     for n, among_N in (*wanted, (batch_size, eligible_N)):
-        missing = n - int((allowed_N & among_N).sum())
+        missing = n - int(np.count_nonzero(allowed_N & among_N))
         if missing > 0:
             held = np.flatnonzero(among_N & ~allowed_N)
             back = held[np.lexsort((-scores_N[held], since_N[held]))[:missing]]

@@ -24,6 +24,7 @@ _ROUNDS = 64
 _FEW = 8
 _SAMPLE, _SAMPLE_MARGIN = 8_192, 32
 _DIRECTION_STEPS = 2.0**16
+_PERTURBATION = 1e-9
 
 
 class Picker(Protocol):
@@ -65,12 +66,12 @@ class Likeness:
 
 def best(scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:
     """The n best by score alone, or all if they are fewer, best first; a picker, also for n = 0."""
-    # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
-    perturbed = scores_N + 1e-9 * ties_N
-    perturbed[~among_N] = -np.inf
-    candidates = at_least_best(perturbed, n)
+    candidates = at_least_best(scores_N, among_N, n, slack=2.0 * _PERTURBATION)
     if len(candidates) > n:
-        candidates = candidates[_greatest_of_many(perturbed[candidates], n)]
+        # Ties at the threshold must be broken by chance, not by index: perturb below any difference that matters.
+        perturbed = scores_N[candidates] + _PERTURBATION * ties_N[candidates]
+        few = at_least_best(perturbed, np.ones(len(perturbed), dtype=bool), n)  # where many scores are equal
+        candidates = candidates[few[_greatest_of_many(perturbed[few], n)]]
     return candidates[np.lexsort((ties_N[candidates], -scores_N[candidates]))]
 
 
@@ -142,21 +143,23 @@ class MaxSum:
         return shortlist[greedy_diverse(worth_S, directions_S_D, n, anchor_D=anchor_D, weight=self.weight)]
 
 
-def at_least_best(values_N: FloatArray, n: int) -> IntArray:
-    """Indices of the n greatest values and of some more, in ascending order; never of -inf.
+def at_least_best(values_N: FloatArray, among_N: BoolArray, n: int, *, slack: float = 0.0) -> IntArray:
+    """Indices of the n greatest values among these, or of all if they are fewer, and of some more, in ascending order.
 
     Sorting a few is cheaper than partitioning all: what is clearly too small by a sample is left out first.
+
+    Args:
+        slack: All that are less than this below one of the n greatest are there too.
     """
     stride = len(values_N) // _SAMPLE
     if stride > 1:
-        sample = values_N[::stride]
+        sample = values_N[::stride][among_N[::stride]]
         rank = 2 * n // stride + _SAMPLE_MARGIN
         if rank < len(sample):
             threshold = np.partition(sample, len(sample) - rank)[len(sample) - rank]
-            candidates = np.flatnonzero(values_N >= threshold) if threshold > -np.inf else np.zeros(0, np.int64)
-            if len(candidates) >= n:
-                return candidates
-    return np.flatnonzero(values_N > -np.inf)
+            if np.count_nonzero(among_N & (values_N >= threshold)) >= n:
+                return np.flatnonzero(among_N & (values_N >= threshold - slack))
+    return np.flatnonzero(among_N)
 
 
 def greedy_diverse(

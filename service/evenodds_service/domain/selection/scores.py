@@ -41,4 +41,6 @@ def scores(
         return np.asarray(-((a_N / (a_N + b_N) - target) ** 2))
     if target_rate is not None:
         informative_N, informative_std_N = target_moments(a_N, b_N, target_rate)
-    return np.asarray(informative_N + optimism * informative_std_N)
+    scores_N = optimism * informative_std_N
+    scores_N += informative_N
+    return np.asarray(scores_N)

@@ -175,7 +175,7 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
             return among(everyone, batch_size=n)
 
     calibration = Calibration(state.found_informative, state.foreseen_informative)
-    n_eligible = int(allowed.eligible_N.sum())
+    n_eligible = int(np.count_nonzero(allowed.eligible_N))
     try:
         if fill is None:
             choice = of_size(n_wanted)
@@ -305,7 +305,7 @@ def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> 
         may &= among
     may[request.exclude] = False
     visits = np.maximum(selected, state.visits_N)
-    spent = (visits >= settings.max_visits) & (settings.max_visits > 0)
+    spent = visits >= settings.max_visits if settings.max_visits > 0 else np.zeros(len(visits), dtype=bool)
     return _Allowed(may, spent, visits, waited_for, last_seen)
 
 
