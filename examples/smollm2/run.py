@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> Demo:
     plan = Plan(steps=options.steps, batch_size=options.batch_size, group_size=options.group_size)
+    if plan.steps < 1 or plan.steps % plan.evaluate_every:
+        raise ValueError(
+            f"--steps {plan.steps} must be a positive multiple of {plan.evaluate_every}: so often is judged"
+        )
     scale = Scale(n_pool=options.pool, n_held_out=options.held_out)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     siblings = [name for name in options.arms if ARMS[name].has_sibling]

