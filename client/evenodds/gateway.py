@@ -73,6 +73,8 @@ class GatewayCounts:
 class GatewayBudget:
     """Budgets of one run for a gateway on asyncio. Tasks of one event loop share one.
 
+    It has more than eight arguments, because a gateway has no other place to set them. All but the run have a default.
+
     Args:
         base_url: Where the service is.
         run: The run that stands for the served model.

@@ -117,6 +117,12 @@ def create_app(
     app.mount(DOCS_FILES, docs_files, name="docs-files")
     app.state.routes = tuple(route for module in modules for route in module.router.routes)
     problems.install(app)
+    _add_middleware(app, settings, services, KeyRing(store, clock) if asks_for_keys else None)
+    _describe(app)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, services: Services, ring: KeyRing | None) -> None:
     # The last one that is added meets a request first.
     app.add_middleware(
         RequestBodyLimit,
@@ -125,15 +131,13 @@ def create_app(
     )
     app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_FROM_BYTES, compresslevel=1)
     app.add_middleware(LoadShedding)
-    if asks_for_keys:
-        app.add_middleware(Access, ring=KeyRing(store, clock))
+    if ring is not None:
+        app.add_middleware(Access, ring=ring)
     if settings.origins():
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
     app.add_middleware(RequestLog, registry=services.registry)
     app.add_middleware(Prefix, root_path=settings.root_path or "", proxies=settings.proxies())
-    _describe(app)
-    return app
 
 
 def _services(store: Store, settings: Settings) -> Services:

@@ -13,7 +13,7 @@ OF_LOGS = ("gps", "mopps-yield")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `replay`."""
+    """Add `replay`. Longer than other functions: it is a table of options."""
     parser = commands.add_parser(
         "replay",
         help="say what choosing would have saved in your own log, or compare predictors on recorded success rates",
@@ -79,6 +79,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--models", default="", help="of a table of models, use only those whose name contains this text")
     add("--json", type=Path, metavar="FILE", help="also write the figures of every seed into this file, as JSON")
     add("--keep", action="store_true", help="keep the runs in the service afterwards")
+    _add_options_for_logs(parser)
+
+
+def _add_options_for_logs(parser: argparse.ArgumentParser) -> None:
     of_logs = parser.add_argument_group("options for a trainer's log")
     of_logs.add_argument(
         "--share", type=float, default=0.5, help="share of each step's groups that is chosen (default: %(default)s)"

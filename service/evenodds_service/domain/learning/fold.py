@@ -178,15 +178,22 @@ def _observe(state: State, entry: ObserveEntry, pool: Pool) -> None:
         if known.any():
             # A prompt is chosen again for what its own outcomes showed: repeats must not stand for all prompts.
             state.stack.update(stack_inputs[known], k[known], counts[known], further_count(counts, before)[known])
+    _update_regressions(state, entry.step, pool, prompts, x, k, counts)
+    state.n_observations += len(entry.prompts)
+
+
+def _update_regressions(
+    state: State, step: int, pool: Pool, prompts: IntArray, x: FloatArray | None, k: FloatArray, counts: FloatArray
+) -> None:
+    """Teach what others showed, and the features, the outcomes of these prompts."""
     if state.columns is not None and state.runs is not None:
         _learn_from_others(state, state.columns, state.runs, pool, prompts, k, counts)
         misleads = state.others_counts >= OTHERS_JUDGED and others_weight(state) < OTHERS_LEAST_WEIGHT
-        state.misled_since = (entry.step if state.misled_since < 0 else state.misled_since) if misleads else -1
+        state.misled_since = (step if state.misled_since < 0 else state.misled_since) if misleads else -1
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
             state.embedding.update(x, k, counts)
-    state.n_observations += len(entry.prompts)
 
 
 def _sampled_rates(state: State, pool: Pool) -> FloatArray:
