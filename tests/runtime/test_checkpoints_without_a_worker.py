@@ -135,6 +135,6 @@ def test_a_checkpoint_that_cannot_be_saved_is_tried_again(
     until(lambda: not live.is_saving, "the end of the saving")
 
     assert failed[0] == 0
-    assert "run 'math': no checkpoint saved" in failed[1]
+    assert "run 'math': a checkpoint could not be saved" in failed[1]
     assert store.newest_checkpoint_position(run.id) == EVERY
     impatient.dispose()
