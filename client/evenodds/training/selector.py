@@ -68,6 +68,8 @@ class PromptSelector:
     Threads may share a selector. A process that was forked or unpickled from this one starts threads and connections
     of its own at its first call; an unpickled selector has no `broadcast`.
 
+    It has more than eight arguments, because a training script has no other place to set them.
+
     Args:
         base_url: Where the service is. None is offline: batches are uniform, and observations are kept only where
             `outbox` names a folder, for a later selector to deliver.
