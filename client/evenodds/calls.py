@@ -446,7 +446,9 @@ class Calls(Protocol):
         request_id = uuid4().hex if request_id is None else request_id
         request = _request("observe", ObserveRequest, locals())
         query = _confirmation(confirm_step)
-        return (yield from self.call("POST", "/observe", ObserveReply, query=query, content=_json(request)))
+        return (
+            yield from self.call("POST", "/observe", ObserveReply, query=query, content=_json(request), run=request.run)
+        )
 
     def observe_decision(
         self, decision_id: str, rewards: Sequence[float], *, request_id: str | None = None
@@ -487,7 +489,7 @@ class Calls(Protocol):
             NotFound: There is no such run, or no prompt of that id in its pool.
         """
         request = _request("predict", PredictRequest, {**locals(), "prompts": _references(prompts)})
-        return (yield from self.call("POST", "/predict", PredictReply, content=_json(request)))
+        return (yield from self.call("POST", "/predict", PredictReply, content=_json(request), run=request.run))
 
     def select_batch(
         self,
@@ -548,7 +550,11 @@ class Calls(Protocol):
         given = {**locals(), "allow_outstanding": allow_outstanding or None}
         request = _request("select_batch", SelectRequest, given)
         query = _confirmation(confirm_step)
-        return (yield from self.call("POST", "/select_batch", SelectReply, query=query, content=_json(request)))
+        return (
+            yield from self.call(
+                "POST", "/select_batch", SelectReply, query=query, content=_json(request), run=request.run
+            )
+        )
 
     def allocate(
         self,
@@ -576,7 +582,7 @@ class Calls(Protocol):
             NotFound: There is no such run, or no prompt of that id in its pool.
         """
         request = _request("allocate", AllocateRequest, {**locals(), "prompts": _references(prompts)})
-        return (yield from self.call("POST", "/allocate", AllocateReply, content=_json(request)))
+        return (yield from self.call("POST", "/allocate", AllocateReply, content=_json(request), run=request.run))
 
     def budget(
         self,
@@ -605,7 +611,7 @@ class Calls(Protocol):
         """
         asked = {"prompt_id": prompt} if isinstance(prompt, str) else prompt
         request = _request("budget", BudgetRequest, {**locals(), "prompt": asked})
-        return (yield from self.call("POST", "/budget", BudgetReply, content=_json(request)))
+        return (yield from self.call("POST", "/budget", BudgetReply, content=_json(request), run=request.run))
 
     def put_budget_policy(
         self,

@@ -30,6 +30,10 @@ from evenodds.version import __version__
 API_KEY_VARIABLE = "EVENODDS_API_KEY"
 """Where no key is given, the environment's: also for what builds a client of its own, as `PromptSelector` does."""
 
+RUN_HEADER = "X-EvenOdds-Run"
+"""Names the run of a call, which stands in its body, to proxies that send each run to one replica. The service does not
+read it."""
+
 COMPRESSED_FROM_BYTES = 100_000
 """Smaller bodies are sent sooner than they are compressed."""
 
@@ -427,6 +431,8 @@ def _request(http: httpx.Client | httpx.AsyncClient, send: Send) -> httpx.Reques
     if http.is_closed:
         raise ConfigurationError(f"{send.method} {send.path}: this client is closed; make a new one")
     headers = {"X-Request-ID": send.request_id}
+    if send.run is not None:
+        headers[RUN_HEADER] = send.run
     content = send.content
     if content is not None:
         headers["Content-Type"] = send.media_type

@@ -62,6 +62,7 @@ class Send:
         path: Percent-encoded.
         query: Not encoded yet; a list gives its name several times.
         content: JSON, unless `media_type` says otherwise.
+        run: Name of the run that the call is about, if it is about one: proxies may choose a replica by it.
         silence_seconds: How much longer than usual the reply may take, at least 0.
     """
 
@@ -70,6 +71,7 @@ class Send:
     request_id: str
     query: Mapping[str, str | list[str]]
     content: bytes | None
+    run: str | None = None
     silence_seconds: float = 0.0
     media_type: str = "application/json"
 
@@ -125,14 +127,18 @@ class Protocol:
         *,
         query: Mapping[str, str | list[str]] | None = None,
         content: bytes | None = None,
+        run: str | None = None,
         replying: Collection[int] = (),
         silence_seconds: float = 0.0,
         media_type: str = "application/json",
     ) -> Exchange[ReplyT]:
         """Make a call whose repetition is safe, and read its reply.
 
+        It has an argument for each part of a request and of its reply.
+
         Args:
             reply: What the reply holds.
+            run: Name of the run that the call is about, where `path` does not name it.
             replying: Statuses of 400 and above that hold `reply` too; they are not retried.
             silence_seconds: How much longer than usual the reply may take, at least 0.
             media_type: Of the content.
@@ -142,7 +148,8 @@ class Protocol:
             ProblemError: The service replied with an error.
             ReplyInvalid: The reply was not understood.
         """
-        send = Send(method, path, uuid4().hex, query or {}, content, silence_seconds, media_type)
+        run = run or _run_in(path)
+        send = Send(method, path, uuid4().hex, query or {}, content, run, silence_seconds, media_type)
         received, _ = yield from self._attempts(send, replying)
         if received.status >= 400 and received.status not in replying:
             raise problem(send, received)
@@ -162,7 +169,7 @@ class Protocol:
             ProblemError: The service replied with an error, 404 if there was nothing to delete.
             ReplyInvalid: The reply was not understood.
         """
-        send = Send("DELETE", path, uuid4().hex, query or {}, None)
+        send = Send("DELETE", path, uuid4().hex, query or {}, None, _run_in(path))
         received, reply_was_lost = yield from self._attempts(send, ())
         if received.status >= 400 and not (received.status == 404 and reply_was_lost):
             raise problem(send, received)
@@ -201,6 +208,12 @@ class Protocol:
             return min(retry_after, MAX_RETRY_AFTER_SECONDS)
         bound = min(MAX_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(attempt - 1, 10))
         return self._random.uniform(0.0, bound)
+
+
+def _run_in(path: str) -> str | None:
+    """The run that a path is about: /runs/{run} and what is below it."""
+    top, _, below = path.removeprefix("/").partition("/")
+    return (below.partition("/")[0] or None) if top == "runs" else None
 
 
 def problem(send: Send, received: Received) -> ProblemError:

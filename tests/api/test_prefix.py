@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +11,8 @@ import httpx
 import pytest
 from benchmarks.browser import CHROMIUM, browser
 from pydantic import ValidationError
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.nginx import behind_nginx, free_address, running_nginx
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, NotFound
 from evenodds_service.settings import Settings
@@ -22,8 +20,6 @@ from evenodds_service.settings import Settings
 if TYPE_CHECKING:
     from tests.conftest import Service
 
-NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-behind_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx on this machine")
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
@@ -89,44 +85,24 @@ def test_a_setting_that_is_no_path_or_network_is_refused(wrong: dict[str, str]) 
 @contextmanager
 def nginx(service: Service, folder: Path) -> Iterator[str]:
     """A real nginx with its usual buffers: it takes the prefix /cut off, and leaves /kept."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "nginx.conf").write_text(
-        f"""
-        daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;
+    address = free_address()
+    config = f"""
+        daemon off; master_process off; pid nginx.pid;
         events {{ worker_connections 64; }}
         http {{
             access_log off;
-            client_body_temp_path {folder}/1; proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3;
-            uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+            client_body_temp_path 1; proxy_temp_path 2; fastcgi_temp_path 3; uwsgi_temp_path 4; scgi_temp_path 5;
             gzip on; gzip_types *;
             server {{
-                listen 127.0.0.1:{port};
+                listen {address};
                 proxy_set_header Host $http_host;
                 location /cut/ {{ proxy_pass {service.base_url}/; proxy_set_header X-Forwarded-Prefix /cut; }}
                 location /kept {{ proxy_pass {service.base_url}; proxy_set_header X-Forwarded-Prefix /kept; }}
             }}
         }}
         """
-    )
-    assert NGINX is not None
-    process = subprocess.Popen([NGINX, "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")])
-    address = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert process.poll() is None, (folder / "error.log").read_text()
-        try:
-            return httpx.get(f"{address}/cut/healthz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        until(answers, "nginx")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_SECONDS)
+    with running_nginx(config, folder, address):
+        yield f"http://{address}"
 
 
 @pytest.mark.slow

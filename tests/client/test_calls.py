@@ -26,7 +26,7 @@ from evenodds import (
     Voided,
 )
 from evenodds.calls import MAX_CALL_BYTES, Calls
-from evenodds.client import COMPRESSED_FROM_BYTES
+from evenodds.client import COMPRESSED_FROM_BYTES, RUN_HEADER
 from evenodds.schemas import AllocateRequest, BudgetRequest, PolicyUpdate, RunUpdate, SelectRequest
 from evenodds.version import __version__
 
@@ -160,6 +160,42 @@ def test_every_request_names_the_release_and_carries_an_id(talk: Conversation) -
     assert [len(id_) for id_ in ids] == [32, 32]
     assert ids[0] != ids[1]
     assert talk.requests[0].headers["user-agent"] == f"evenodds/{__version__}"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("run", ()),
+        ("report", ()),
+        ("prompt", ("a",)),
+        ("delete_run", ()),
+        ("predict", (["a"],)),
+        ("observe", (0, [{"prompt_id": "a", "successes": 1, "attempts": 2}])),
+        ("select_batch", (0, 1)),
+        ("allocate", (["a"], 8)),
+        ("budget", ({"text": "1 + 1 = ?"},)),
+        ("put_budget_policy", ("p",)),
+    ],
+)
+def test_every_call_about_a_run_names_it_in_a_header(
+    talk: Conversation, name: str, arguments: tuple[object, ...]
+) -> None:
+    talk.refuses(404, "run_not_found", "run 'math-7b' does not exist")
+
+    with pytest.raises(NotFound):
+        talk.call(name, "math-7b", *arguments)
+
+    assert talk.requests[0].headers[RUN_HEADER] == "math-7b"
+
+
+def test_a_call_about_no_run_names_none(talk: Conversation) -> None:
+    talk.replies_with({"runs": [], "next_cursor": None, "total": 0})
+    talk.replies_with(OBSERVED)
+
+    talk.call("runs_page")
+    talk.call("observe_decision", "d", [1.0])
+
+    assert [RUN_HEADER in request.headers for request in talk.requests] == [False, False]
 
 
 def test_add_prompt_lines_sends_them_as_they_are(talk: Conversation) -> None:

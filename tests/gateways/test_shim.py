@@ -17,7 +17,8 @@ import pytest
 import uvicorn
 import yaml
 from tests.gateways.conftest import ROOT, ServedModel, serving_model, tokens_of
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.nginx import free_address, running_nginx
+from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -201,36 +202,18 @@ def test_the_shell_example_has_a_default_for_when_there_is_no_answer(service: Se
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[tuple[str, ServedModel, ServedModel]]:
     """The example's nginx between the shim and two models: its address, the usual model and the small one."""
-    program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    assert program is not None, "the example for nginx was not tried: install nginx"
-    with serving_model() as usual, serving_model() as small, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    address = free_address()
+    with serving_model() as usual, serving_model() as small:
         config = (EXAMPLE / "nginx.conf").read_text()
         for there, here in (
-            ("127.0.0.1:8801", f"127.0.0.1:{port}"),
+            ("127.0.0.1:8801", address),
             ("127.0.0.1:8001", usual.base_url.removeprefix("http://").removesuffix("/v1")),
             ("127.0.0.1:8002", small.base_url.removeprefix("http://").removesuffix("/v1")),
         ):
             assert config.count(there) == 1
             config = config.replace(there, here)
-        (tmp_path / "nginx.conf").write_text(config)
-        command = [program, "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"]
-        with (tmp_path / "nginx.log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-
-        def is_there() -> bool:
-            assert process.poll() is None, (tmp_path / "nginx.log").read_text()
-            with socket.socket() as client:
-                return client.connect_ex(("127.0.0.1", port)) == 0
-
-        try:
-            until(is_there, "nginx to listen")
-            yield f"http://127.0.0.1:{port}", usual, small
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_SECONDS)
+        with running_nginx(config, tmp_path, address):
+            yield f"http://{address}", usual, small
 
 
 @pytest.mark.slow
