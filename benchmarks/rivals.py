@@ -108,6 +108,63 @@ class MoPPS:
         return best(candidates, informative_moments(a, b, self._group_size)[0], batch_size, generator)
 
 
+class Bots:
+    """A Beta posterior for each prompt with evidence for all prompts at every step (BOTS, arXiv 2510.26374).
+
+    a <- (1 - l) a + l + (1 - r) k + r m p, b <- (1 - l) b + l + (1 - r) (n - k) + r m (1 - p), from Beta(1, 1), where
+    k = n = 0 for prompts that were not trained on. The implicit rate p = clip(weak + (strong - weak) mu, 0, 1) lies
+    between the rates of two reference models; mu is where the batch's mean outcome lies between their means on the
+    batch, smoothed over steps. The choice is nearest to .5 of one draw of each posterior.
+
+    Args:
+        weak_N, strong_N: Success rates of the two reference models, [N] in [0, 1].
+        forgetting, implicit: l and r, .1 as published.
+        weight: m, the attempts that the implicit evidence counts as; 16 as published.
+        momentum: Of mu, .9 as published.
+    """
+
+    def __init__(
+        self,
+        weak_N: FloatArray,
+        strong_N: FloatArray,
+        group_size: int,
+        *,
+        forgetting: float = 0.1,
+        implicit: float = 0.1,
+        weight: float = 16.0,
+        momentum: float = 0.9,
+    ) -> None:
+        self.a_N, self.b_N = np.ones(len(weak_N)), np.ones(len(weak_N))
+        self.place: float | None = None  # mu
+        self._weak_N, self._gap_N = weak_N, strong_N - weak_N
+        self._group_size = group_size
+        self._forgetting, self._implicit = forgetting, implicit
+        self._weight, self._momentum = weight, momentum
+
+    def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
+        gap = float(self._gap_N[prompts].mean())
+        if gap != 0.0:
+            place = float((successes / attempts).mean() - self._weak_N[prompts].mean()) / gap
+            before = place if self.place is None else self.place
+            self.place = self._momentum * before + (1.0 - self._momentum) * place
+        rate_N = np.clip(self._weak_N + self._gap_N * (self.place or 0.0), 0.0, 1.0)
+        for posterior, seen, believed_N in (
+            (self.a_N, successes, rate_N),
+            (self.b_N, attempts - successes, 1.0 - rate_N),
+        ):
+            posterior *= 1.0 - self._forgetting
+            posterior += self._forgetting + self._implicit * self._weight * believed_N
+            posterior[prompts] += (1.0 - self._implicit) * seen
+
+    def predict(self) -> Forecast:
+        informative_N, _ = informative_moments(self.a_N, self.b_N, self._group_size)
+        return Forecast(self.a_N / (self.a_N + self.b_N), informative_N)
+
+    def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
+        drawn = generator.beta(self.a_N[candidates], self.b_N[candidates])
+        return best(candidates, -np.abs(drawn - 0.5), batch_size, generator)
+
+
 class DPS:
     """A hidden Markov model of three states for each prompt (arXiv 2603.10887): unsolved, partly solved, solved.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
-from benchmarks.rivals import DPS, PARTLY, SOLVED, UNSOLVED, Arcus, Method, MoPPS, Uniform, arcsine, best
+from benchmarks.rivals import DPS, PARTLY, SOLVED, UNSOLVED, Arcus, Bots, Method, MoPPS, Uniform, arcsine, best
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ METHODS: Mapping[str, Callable[[int], Method]] = {
     "uniform": lambda n: Uniform(n),
     "mopps": lambda n: MoPPS(n, G),
     "mopps-yield": lambda n: MoPPS(n, G, score="yield"),
+    "bots": lambda n: Bots(np.linspace(0.0, 0.5, n), np.linspace(0.5, 1.0, n), G),
     "dps": lambda n: DPS(n),
     "arcus": lambda n: Arcus(n, G),
     "arcus-greedy": lambda n: Arcus(n, G, temperature=0.0),
@@ -106,6 +107,24 @@ def test_mopps_by_thompson_takes_the_prompt_near_one_half() -> None:
         tell(method, step, {0: 0, 1: 4, 2: 8})
 
     assert method.select(np.arange(3), 1, step=50, generator=generator()).tolist() == [1]
+
+
+def test_bots_adds_evidence_by_the_reference_models_to_every_prompt() -> None:
+    method = Bots(np.array([0.2, 0.0]), np.array([0.6, 1.0]), G, forgetting=0.25, implicit=0.5, weight=4.0)
+    tell(method, 0, {0: 4})
+
+    assert method.place == pytest.approx(0.75)  # .5 lies there between .2 and .6
+    # implicit: 2 attempts at .5 and at .75; explicit: half of 4 of 8; what was there stays, .75 + .25
+    np.testing.assert_allclose(method.a_N, [1.0 + 1.0 + 2.0, 1.0 + 1.5])
+    np.testing.assert_allclose(method.b_N, [1.0 + 1.0 + 2.0, 1.0 + 0.5])
+
+
+def test_bots_moves_its_place_between_the_models_by_a_tenth() -> None:
+    method = Bots(np.zeros(1), np.ones(1), G)
+    tell(method, 0, {0: 4})
+    tell(method, 1, {0: 8})
+
+    assert method.place == pytest.approx(0.9 * 0.5 + 0.1)
 
 
 def test_dps_starts_without_a_preference() -> None:
