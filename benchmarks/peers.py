@@ -7,8 +7,8 @@
 Batches of 256 with 8 attempts each; generated outcomes that depend on the category, no data. The other methods are
 those of `rivals` and `arms`, arrays in this process. Ours is timed in this process too (fold, beliefs and choice,
 without a database, a log that lasts, or HTTP), and as it is served: `evenodds serve` over SQLite on loopback, whole
-requests as the client sees them. The floor: no service is faster than a round trip of `GET /healthz`, and no choice that
-reads all features than one pass over their memory. Writes `results/peers.md` and `.json`.
+requests as the client sees them. The floor: no service is faster than a round trip of `GET /healthz`, and no choice
+that reads all features than one pass over their memory. Writes `results/peers.md` and `.json`.
 
 OSS Vizier is asked over gRPC for 256 trials at a time, by chance and by its default algorithm. Its one parameter is the
 prompt's place, an integer. What it costs is shown, not what it would find.
