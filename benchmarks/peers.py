@@ -50,6 +50,7 @@ WARM_UP = 3
 CANDIDATES = 16 * BATCH  # of which published MoPPS draws its batch, for mathematics
 STEP_SECONDS = 60.0
 TOGETHER = 50_000
+VIZIER_SECONDS = 240  # for all steps of one algorithm
 EMBEDDING_WIDTH = 256  # of the built-in embedder
 
 VIZIER = """
@@ -239,9 +240,13 @@ def served(n_prompts: int, steps: int) -> Iterator[Row]:
 
 
 def vizier(python: str, algorithm: str, n_prompts: int, steps: int) -> Iterator[Row]:
-    """Every step counts but the first, in which Vizier starts its server and compiles; nothing where it fails."""
+    """Every step counts but the first, in which Vizier starts its server and compiles; no row where it fails."""
     command = [python, "-c", VIZIER, str(n_prompts), str(BATCH), str(1 + steps), algorithm]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=VIZIER_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"OSS Vizier, {algorithm}: {1 + steps} steps take more than {VIZIER_SECONDS} s", flush=True)
+        return
     times = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     if done.returncode or len(times) < 2:
         print(f"OSS Vizier, {algorithm}: failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
