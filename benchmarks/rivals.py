@@ -315,7 +315,11 @@ def arcsine(successes: FloatArray, attempts: FloatArray) -> tuple[FloatArray, Fl
 
 def best(candidates: IntArray, scores: FloatArray, n: int, generator: np.random.Generator) -> IntArray:
     """The n candidates of the highest scores, best first; ties by chance."""
-    return candidates[np.lexsort((generator.random(len(candidates)), -scores))[:n]]
+    ties = generator.random(len(candidates))
+    rows = np.arange(len(candidates))
+    if 0 < n < len(rows):  # sorting the others would take most of the time of a large pool
+        rows = np.flatnonzero(scores >= np.partition(scores, len(rows) - n)[len(rows) - n])
+    return candidates[rows[np.lexsort((ties[rows], -scores[rows]))[:n]]]
 
 
 def _band(mean: FloatArray, variance: FloatArray, target: float) -> FloatArray:

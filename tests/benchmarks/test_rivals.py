@@ -213,3 +213,12 @@ def test_the_best_are_taken_in_order() -> None:
     chosen = best(np.array([10, 11, 12, 13]), np.array([0.1, 0.9, 0.5, 0.7]), 3, generator())
 
     assert chosen.tolist() == [11, 13, 12]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(0, 30))
+def test_the_best_are_those_of_a_whole_sort_also_where_scores_tie(scores: list[int], n: int) -> None:
+    values, candidates = np.array(scores, dtype=float), np.arange(len(scores)) + 7
+
+    order = np.lexsort((generator().random(len(scores)), -values))
+
+    assert best(candidates, values, n, generator()).tolist() == candidates[order[:n]].tolist()
