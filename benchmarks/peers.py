@@ -50,7 +50,7 @@ WARM_UP = 3
 CANDIDATES = 16 * BATCH  # of which published MoPPS draws its batch, for mathematics
 STEP_SECONDS = 60.0
 TOGETHER = 50_000
-VIZIER_SECONDS = 240  # for all steps of one algorithm
+VIZIER_SECONDS = 100  # for all steps of one algorithm
 EMBEDDING_WIDTH = 256  # of the built-in embedder
 
 VIZIER = """

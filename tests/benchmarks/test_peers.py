@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.peers import BATCH, Ours, Row, in_process, line_of, methods
+from benchmarks.peers import Ours, Row, in_process, line_of, methods
+from benchmarks.scale import BATCH
 
 N = 600
 
