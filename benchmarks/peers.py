@@ -32,7 +32,17 @@ from benchmarks.arms import Pools
 from benchmarks.latency import service_process
 from benchmarks.report import RESULTS
 from benchmarks.rivals import Bots, Forecast, Method, MoPPS
-from benchmarks.scale import BATCH, GROUP_SIZE, N_CATEGORIES, N_FEATURES, Bench, fill, gigabytes, timed_ms
+from benchmarks.scale import (
+    BATCH,
+    GROUP_SIZE,
+    N_CATEGORIES,
+    N_FEATURES,
+    Bench,
+    fill,
+    gigabytes,
+    processor_seconds,
+    timed_ms,
+)
 
 from evenodds_service.domain.arrays import FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
@@ -77,10 +87,12 @@ for _ in range(steps):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds of one step, medians.
+    """Milliseconds of one step.
 
     Attributes:
-        select_ms, update_ms: None where the floor has no such part.
+        select_ms, update_ms: As a trainer waits for them, medians; None where the floor has no such part.
+        processor_ms: Of both, mean of the processor's time, which other work on the machine changes little; of the
+            service's process where it is served. None where it was not measured.
     """
 
     method: str
@@ -88,6 +100,7 @@ class Row:
     select_ms: float | None
     update_ms: float | None
     steps: int
+    processor_ms: float | None = None
 
     @property
     def together_ms(self) -> float:
@@ -193,8 +206,9 @@ def in_process(name: str, method: Method, n_prompts: int, steps: int, *, n_candi
     everyone: IntArray = np.arange(n_prompts)
     rates_N = 0.1 + 0.1 * (everyone % N_CATEGORIES)
     times = []
+    used = 0.0
     for step in range(WARM_UP + steps):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         candidates = everyone
         if n_candidates is not None:
             candidates = np.unique(generator.integers(n_prompts, size=n_candidates))  # without touching the pool
@@ -205,12 +219,14 @@ def in_process(name: str, method: Method, n_prompts: int, steps: int, *, n_candi
         told = time.perf_counter()
         method.observe(step, prompts, successes, attempts)
         times.append((1_000 * (selected - started), 1_000 * (time.perf_counter() - told)))
-    return row_of(name, n_prompts, times[WARM_UP:])
+        used += time.process_time() - before if step >= WARM_UP else 0.0
+    return row_of(name, n_prompts, times[WARM_UP:], used)
 
 
-def row_of(name: str, n_prompts: int, times: Sequence[Sequence[float]]) -> Row:
+def row_of(name: str, n_prompts: int, times: Sequence[Sequence[float]], used_seconds: float | None = None) -> Row:
     select_ms, update_ms = np.median(np.asarray(times), axis=0)
-    return Row(name, n_prompts, float(select_ms), float(update_ms), len(times))
+    processor_ms = None if used_seconds is None else 1_000 * used_seconds / len(times)
+    return Row(name, n_prompts, float(select_ms), float(update_ms), len(times), processor_ms)
 
 
 def floor_of_memory(n_prompts: int) -> Row:
@@ -230,13 +246,15 @@ def served(n_prompts: int, steps: int) -> Iterator[Row]:
         fill(bench, Path(folder), pid)
         bench.steps(WARM_UP)
         times = []
+        before = processor_seconds(pid)
         for _ in range(steps):
             selected, chosen = bench.select()
             times.append((selected["whole"], bench.observe(chosen)["whole"]))
+        used = processor_seconds(pid) - before
         trips = [timed_ms(lambda: http.get("/healthz")) for _ in range(50)]
         print(f"memory of the service: {gigabytes(pid)[0]:.2f} GB", flush=True)
     yield Row("floor: HTTP round trip (/healthz)", n_prompts, float(np.median(trips)), float(np.median(trips)), 50)
-    yield row_of("ours, over HTTP", n_prompts, times)
+    yield row_of("ours, over HTTP", n_prompts, times, used)
 
 
 def vizier(python: str, algorithm: str, n_prompts: int, steps: int) -> Iterator[Row]:
@@ -255,15 +273,17 @@ def vizier(python: str, algorithm: str, n_prompts: int, steps: int) -> Iterator[
 
 
 def line_of(row: Row) -> str:
-    cells = ["" if value is None else f"{value:,.1f}" for value in (row.select_ms, row.update_ms)]
+    figures = (row.select_ms, row.update_ms, row.together_ms, row.processor_ms)
+    cells = ["" if value is None else f"{value:,.1f}" for value in figures]
     share = row.together_ms / 1_000 / STEP_SECONDS
-    return f"| {row.method} | {row.n_prompts:,} | {cells[0]} | {cells[1]} | {row.together_ms:,.1f} | {share:.3%} |"
+    return f"| {row.method} | {row.n_prompts:,} | {' | '.join(cells)} | {share:.3%} |"
 
 
 def write(head: str, rows: Sequence[Row]) -> None:
     """`results/peers.md` and `.json`."""
-    names = f"| method | prompts | select, ms | update, ms | together, ms | of a step of {STEP_SECONDS:g} s |"
-    table = "\n".join([names, "|---" * 6 + "|", *(line_of(row) for row in rows)])
+    share = f"of a step of {STEP_SECONDS:g} s"
+    names = f"| method | prompts | select, ms | update, ms | together, ms | of a processor, ms | {share} |"
+    table = "\n".join([names, "|---" * 7 + "|", *(line_of(row) for row in rows)])
     text = f"# peers: medians, batches of {BATCH}, {GROUP_SIZE} attempts each\n\n{head}\n\n{table}\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "peers.md").write_text(text, encoding="utf-8")

@@ -28,5 +28,5 @@ def test_ours_learns_from_what_it_is_told() -> None:
 
 
 def test_a_line_of_the_table_adds_both_parts_up_and_leaves_out_what_a_floor_lacks() -> None:
-    assert line_of(Row("m", 29_115, 40.0, 20.0, 5)) == "| m | 29,115 | 40.0 | 20.0 | 60.0 | 0.100% |"
-    assert line_of(Row("floor", 1_000, 0.5, None, 5)) == "| floor | 1,000 | 0.5 |  | 0.5 | 0.001% |"
+    assert line_of(Row("m", 29_115, 40.0, 20.0, 5, 45.0)) == "| m | 29,115 | 40.0 | 20.0 | 60.0 | 45.0 | 0.100% |"
+    assert line_of(Row("floor", 1_000, 0.5, None, 5)) == "| floor | 1,000 | 0.5 |  | 0.5 |  | 0.001% |"
