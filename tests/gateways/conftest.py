@@ -30,19 +30,29 @@ MASTER_KEY = "sk-not-secret-used-on-loopback-only-0123456789abcdef"
 
 @pytest.fixture(scope="session")
 def litellm_python(request: pytest.FixtureRequest) -> Path:
-    """A Python that has what `examples/litellm/requirements.txt` pins; installed once, kept in pytest's cache."""
+    """A Python that has what `examples/litellm/requirements.txt` pins."""
     if importlib.util.find_spec("litellm") and importlib.util.find_spec("openai"):
         return Path(sys.executable)
-    pins = (EXAMPLE / "requirements.txt").read_bytes()
-    key = hashlib.sha256(pins + sys.version.encode()).hexdigest()[:12]
-    folder = request.config.cache.mkdir(f"litellm-{key}")
-    python, done = folder / "bin" / "python", folder / "installed"
+    return _installed(EXAMPLE / "requirements.txt", request) / "python"
+
+
+@pytest.fixture(scope="session")
+def proxy_programs(request: pytest.FixtureRequest) -> Path:
+    """The folder of the programs that `examples/http_shim/proxies.txt` pins."""
+    return _installed(ROOT / "examples" / "http_shim" / "proxies.txt", request)
+
+
+def _installed(pinned: Path, request: pytest.FixtureRequest) -> Path:
+    """The programs of an environment that has what a file pins; installed once, kept in pytest's cache."""
+    key = hashlib.sha256(pinned.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    folder = request.config.cache.mkdir(f"{pinned.parent.name}-{key}")
+    programs, done = folder / "bin", folder / "installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-        subprocess.run([*install, str(EXAMPLE / "requirements.txt")], check=True, timeout=900)
+        install = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
+        subprocess.run([*install, str(pinned)], check=True, timeout=900)
         done.touch()
-    return python
+    return programs
 
 
 @dataclass
