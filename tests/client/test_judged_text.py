@@ -61,6 +61,25 @@ def test_what_a_harness_writes_around_the_prompt_does_not_count(content: Any) ->
     assert RULE.of([{"role": "user", "content": content}]) == QUESTION
 
 
+def routed(*quoted: str, message: str) -> list[dict[str, str]]:
+    """What LiteLLM's complexity router asks its classifier."""
+    turns = [f"[{i}] {text}" for i, text in enumerate(quoted, start=1)]
+    heading = ["\nRecent conversation (context only, do not classify these):", *turns] if turns else []
+    depth = ["\nConversation so far: ~20 tokens across the request"] if turns else []
+    parts = ["\nCaller system prompt, quoted as task context:", "Be short.", *heading, *depth]
+    text = "\n".join([*parts, f"\nClassify this message:\n{message}"])
+    return [{"role": "system", "content": "Classify by complexity."}, {"role": "user", "content": text}]
+
+
+def test_what_a_router_quotes_of_a_conversation_is_part_of_it() -> None:
+    assert RULE.of(routed(message="Easy?")) == "Easy?"
+    assert RULE.of(routed(QUESTION, message="yes, go on")) == f"user: {QUESTION}\n\nuser: yes, go on"
+    assert RULE.of(routed("user: Hi,\n[now]!", "assistant: Hello.", message=QUESTION)) == (
+        f"user: Hi,\n[now]!\n\nassistant: Hello.\n\nuser: {QUESTION}"
+    )
+    assert TextRule(context_characters=0).of(routed("Hi!", message=QUESTION)) == QUESTION
+
+
 def test_a_turn_of_harness_text_alone_is_no_turn() -> None:
     turns = [*conversation(QUESTION), {"role": "user", "content": "<system-reminder>Use the tools.</system-reminder>"}]
 
