@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,8 @@ def test_every_tier_is_reached_through_litellms_router_and_booked_under_the_mode
     traffic.service.client.observe("served", 0, observations)
 
     for successes, (answered, run) in expected.items():
-        booked(traffic, lambda text=texts[successes]: traffic.chat("routed", text), run, texts[successes])  # type: ignore[misc]
+        text = texts[successes]
+        booked(traffic, partial(traffic.chat, "routed", text), run, text)
         assert traffic.model.bodies[-1]["model"] == answered
     assert [body["model"] for body in traffic.model.bodies].count("broken") == 1
 
@@ -347,7 +349,7 @@ def test_mixed_traffic_spends_no_more_than_its_target_and_every_outcome_counts_f
         return {run: traffic.service.client.run(run).observations for run in RUNS}
 
     for model, run in (("first", "served-a"), ("second", "served-b"), ("picked", "served-p")):
-        booked(traffic, lambda model=model, run=run: traffic.chat(model, f"Before {run}?"), run, f"Before {run}?")  # type: ignore[misc]
+        booked(traffic, partial(traffic.chat, model, f"Before {run}?"), run, f"Before {run}?")
     traffic.model.bodies.clear()  # what was asked before has arrived: outcomes of a run go in order
     before = counted()
     for model, content, more in requests:
