@@ -1,12 +1,14 @@
 """How long a refit takes on 100,000 observations of a pool of 29,115 prompts, and what kill -9 does to one.
 
     python -m benchmarks.refit [FOLDER]          (or EVENODDS_DATA=FOLDER)
+    python -m benchmarks.refit --published --devices cuda
     python -m benchmarks.refit --kill 50
 
 FOLDER holds the data sets or is one. The pool is `deepscaler_qwen25math7b_k128`, outcomes of 8 attempts are drawn from
 its recorded rates; without it both are generated. The refit is a worker's, in a process of its own over a fresh SQLite
 database: first one that reads everything, then one after 2,048 further observations. On the CPU, then on CUDA where
-there is one. Building the database is not counted.
+there is one. Building the database is not counted. `gps` is fitted on the CPU alone, wherever it runs; `--published`
+fits the published networks instead (`gps-paper`, 20 million parameters).
 
 `--kill N` kills the worker in the middle of a fit N times, with another worker standing by and two services answering
 all the while. Any fault is printed, and the exit status is 1.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gzip
 import json
 import multiprocessing
@@ -26,7 +29,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -61,27 +64,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time of a refit, and what kill -9 does to one.")
     parser.add_argument("folder", nargs="?", type=Path, default=os.environ.get("EVENODDS_DATA"))
     parser.add_argument("--kill", type=int, default=0, metavar="N", help="kill the worker N times instead")
+    parser.add_argument("--published", action="store_true", help="fit gps-paper with networks of the published size")
+    parser.add_argument("--devices", nargs="+", metavar="DEVICE", help="cpu and cuda where there is one")
     arguments = parser.parse_args()
+    settings = RunSettings(group_size=GROUP_SIZE)
+    if arguments.published:
+        settings = dataclasses.replace(settings, predictor="gps-paper", model_size="published")
     with tempfile.TemporaryDirectory(prefix="evenodds-refit-") as folder:
         url = f"sqlite:///{folder}/evenodds.db"
         if arguments.kill:
             return show_kills(url, arguments.kill)
-        show_times(url, None if arguments.folder is None else Path(arguments.folder))
+        devices = arguments.devices or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        show_times(url, None if arguments.folder is None else Path(arguments.folder), settings, devices)
     return 0
 
 
 # The time of a refit.
 
 
-def show_times(url: str, folder: Path | None) -> None:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+def show_times(url: str, folder: Path | None, settings: RunSettings, devices: Sequence[str]) -> None:
     load, _, _ = os.getloadavg()
     print(f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; devices {devices}")
+    if torch.cuda.is_available():
+        print(f"CUDA device: {torch.cuda.get_device_name()}")
+    print(f"predictor {settings.predictor}, model size {settings.model_size}")
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch, load {load:.1f} before the start")
     started = time.perf_counter()
     origin, texts, rates = read_pool(folder)
     store = open_store(url)
-    build(store, texts, rates)
+    build(store, texts, rates, settings)
     print(f"pool: {len(texts):,} prompts, {origin}; {OBSERVATIONS:,} observations of {GROUP_SIZE} attempts")
     print(f"built in {time.perf_counter() - started:.0f} s, which is not counted")
     columns = f"{'loading':>10}{'fitting':>10}{'publishing':>12}{'in all':>10}{'aim':>8}{'peak GiB':>10}"
@@ -189,9 +200,8 @@ def open_store(url: str) -> Store:
     return Store(engine)
 
 
-def build(store: Store, texts: Mapping[str, str], rates: np.ndarray) -> None:
+def build(store: Store, texts: Mapping[str, str], rates: np.ndarray, settings: RunSettings) -> None:
     """The run with its pool and all observations."""
-    settings = RunSettings(group_size=GROUP_SIZE)
     run, _ = store.put_run(RUN, settings, now=datetime.now(timezone.utc))
     featurizer = Featurizer(store)
     items = [PromptIn(prompt_id=prompt_id, text=text) for prompt_id, text in texts.items()]

@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=plan.steps, help=f"of each run; {plan.steps} by default")
     parser.add_argument("--batch-size", type=int, default=plan.batch_size, help="groups of a step")
     parser.add_argument("--group-size", type=int, default=plan.group_size, help="attempts of a group")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=plan.checkpoint_every, metavar="STEPS", help="0 for no checkpoints"
+    )
     parser.add_argument("--pool", type=int, default=Scale().n_pool, help="problems to choose among")
     parser.add_argument("--held-out", type=int, default=Scale().n_held_out, help="problems to be judged by")
     parser.add_argument("--device", help="torch device; CUDA where there is one")
@@ -85,11 +88,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> Demo:
-    plan = Plan(steps=options.steps, batch_size=options.batch_size, group_size=options.group_size)
+    plan = Plan(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        group_size=options.group_size,
+        checkpoint_every=options.checkpoint_every,
+    )
     if plan.steps < 1 or plan.steps % plan.evaluate_every:
         raise ValueError(
             f"--steps {plan.steps} must be a positive multiple of {plan.evaluate_every}: so often is judged"
         )
+    if plan.checkpoint_every < 0:
+        raise ValueError(f"--checkpoint-every {plan.checkpoint_every} must be 0 or more: it is a number of steps")
     scale = Scale(n_pool=options.pool, n_held_out=options.held_out)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     siblings = [name for name in options.arms if ARMS[name].has_sibling]
@@ -132,7 +142,14 @@ class Demo:
         with running_service(folder) as url, Client(url, timeout_seconds=300) as client:
             for seed, arm in missing:
                 sibling = seeds[(seeds.index(seed) + 1) % len(seeds)]
-                self._train(seed, arm, every, client=client, sibling=sibling if arm.has_sibling else None)
+                self._train(
+                    seed,
+                    arm,
+                    every,
+                    client=client,
+                    sibling=sibling if arm.has_sibling else None,
+                    keeps_last=keeps_checkpoints,
+                )
                 if not keeps_checkpoints:
                     Files.of(self.out, arm, seed).checkpoint.unlink(missing_ok=True)
 
@@ -162,7 +179,9 @@ class Demo:
         record = Files.of(self.out, arm, seed).load()
         return record is not None and len(record.groups) >= self.plan.steps
 
-    def _train(self, seed: int, arm: Arm, every: Problems, *, client: Client, sibling: int | None) -> None:
+    def _train(
+        self, seed: int, arm: Arm, every: Problems, *, client: Client, sibling: int | None, keeps_last: bool
+    ) -> None:
         policy = self._policy(saved_model(self.out / "warmed-up"))
         with tqdm(total=self.plan.steps, desc=f"{arm.name} seed {seed}", unit="step", dynamic_ncols=True) as bar:
             train(
@@ -174,6 +193,7 @@ class Demo:
                 seed=seed,
                 files=Files.of(self.out, arm, seed),
                 learn_from=None if sibling is None else ARMS["uniform"].run_name(sibling),
+                keeps_last=keeps_last,
                 each=lambda record: _show(bar, record),
             )
 
@@ -195,7 +215,8 @@ class Demo:
 
     def _remember_plan(self) -> None:
         """Runs of different plans cannot be compared: one folder, one plan. More steps are the same plan."""
-        plan = {name: value for name, value in dataclasses.asdict(self.plan).items() if name != "steps"}
+        alike = {"steps", "checkpoint_every"}  # what may differ: a run shows the same
+        plan = {name: value for name, value in dataclasses.asdict(self.plan).items() if name not in alike}
         now = {**plan, **dataclasses.asdict(self.scale)}
         file = self.out / "plan.json"
         if not file.exists():

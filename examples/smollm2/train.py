@@ -77,7 +77,7 @@ class Plan:
         group_size: G attempts at each prompt.
         warm_steps: The learning rate rises over so many steps.
         refit_every: Steps between refits of the shared model. The run waits for them, so that it can be repeated.
-        checkpoint_every: Steps between checkpoints, each of three times the model's size.
+        checkpoint_every: Steps between checkpoints, each of three times the model's size; 0 for none.
         most_waves: Dynamic sampling rolls out at most so many batches a step.
     """
 
@@ -106,6 +106,7 @@ class Record:
         forecasts: Of the informative share, by the service.
         rewards: Mean reward.
         prompts: Ids of the prompts rolled out.
+        successes: Right attempts at each of them.
         seconds: Of the step, in all; `service_seconds`: of choosing and reporting, with refits.
     """
 
@@ -120,6 +121,7 @@ class Record:
     forecasts: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    successes: list[list[int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     service_seconds: list[float] = field(default_factory=list)
 
@@ -233,6 +235,7 @@ def train(
     seed: int,
     files: Files,
     learn_from: str | None = None,
+    keeps_last: bool = True,
     each: Callable[[Record], None] = lambda record: None,
 ) -> Record:
     """Train the policy in place, from the newest checkpoint if there is one.
@@ -240,6 +243,7 @@ def train(
     Args:
         policy: With the weights that a run starts with.
         seed: Of the attempts and the choices.
+        keeps_last: Make a checkpoint after the last step, so that a later call with more steps can go on from it.
         each: Called after each step.
 
     Raises:
@@ -268,12 +272,14 @@ def train(
         record.forecasts.append(reply.forecast.informative_share)
         record.rewards.append(float(rollouts.rewards.mean()))
         record.prompts.append([int(prompt.prompt_id) for prompt in reply.prompts[: len(rollouts.problems)]])
+        record.successes.append(rollouts.rewards.sum(1).int().tolist())
         record.service_seconds.append(service_seconds + time.perf_counter() - reporting)
         record.seconds.append(time.perf_counter() - started)
         if (step + 1) % plan.evaluate_every == 0:
             evaluate(policy, problems, record)
         files.save_record(record)
-        if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
+        is_last = step + 1 == plan.steps
+        if keeps_last if is_last else plan.checkpoint_every and (step + 1) % plan.checkpoint_every == 0:
             _save_checkpoint(policy, optimizer, record, files)
         each(record)
     return record

@@ -290,7 +290,7 @@ def test_a_demo_that_was_killed_goes_on_to_the_same_figures(tmp_path: Path, poli
 @pytest.mark.slow
 def test_all_arms_train_and_are_reported(tmp_path: Path, policy: Policy) -> None:
     out = folder_with_a_model(tmp_path / "out", policy)
-    options = ["--seeds", "0", "1", "--steps", "15"]  # with a refit each
+    options = ["--seeds", "0", "1", "--steps", "15", "--checkpoint-every", "0"]  # with a refit each
 
     said = ended(demo(out, *options), out)
     again = ended(demo(out, *options, "--report"), out)
@@ -348,6 +348,11 @@ def test_a_run_ends_with_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["--out", str(tmp_path), "--steps", "12"]) == 1
 
     assert capsys.readouterr().err == "demo-llm: --steps 12 must be a positive multiple of 5: so often is judged\n"
+
+
+def test_checkpoints_come_after_a_number_of_steps_or_never(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path), "--checkpoint-every", "-1"]) == 1
+    assert "--checkpoint-every -1 must be 0 or more" in capsys.readouterr().err
 
 
 def test_runs_of_another_plan_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -251,6 +251,19 @@ def test_logs_and_tables_are_sources_and_say_what_they_have_in_common(log: Path,
         read_sources([written.write_lines(tmp_path / "prompts.jsonl", [{"text": "A?"}])], Wishes(), Tally())
 
 
+def test_a_source_is_read_by_the_reward_that_is_named_where_it_has_it(tmp_path: Path) -> None:
+    groups = {0: {"1 + 1?": [0.5, 0.5]}}
+    both, one = written.verl(tmp_path / "both", groups, acc=1.0), written.verl(tmp_path / "one", groups)
+    several = written.trl(tmp_path / "several", groups, format_reward=1.0)
+
+    sources = read_sources([both, one], Wishes(reward="acc"), Tally())
+
+    assert [source.outcomes[0][0][1:] for source in sources] == [(2.0, 2), (1.0, 2)]
+    with pytest.raises(LogRefused, match="several rewards; name the verifier's with --reward"):
+        read_sources([several], Wishes(reward="acc"), Tally())
+    assert read_sources([several], Wishes(reward="format_reward"), Tally())[0].outcomes[0][0][1] == 2.0
+
+
 @pytest.mark.parametrize(
     ("n_informative", "said"),
     [

@@ -22,7 +22,15 @@ from pathlib import Path
 from evenodds_service.commands.formats.chat import plain_text
 from evenodds_service.commands.formats.files import LogFile, Row
 from evenodds_service.commands.formats.grouping import Grouping
-from evenodds_service.commands.formats.outcomes import Group, LogRefused, Tally, Wishes, number_of, scaled
+from evenodds_service.commands.formats.outcomes import (
+    Group,
+    LogRefused,
+    RewardMissing,
+    Tally,
+    Wishes,
+    number_of,
+    scaled,
+)
 
 NAME = "nemo-rl"
 KEYS = frozenset({"content", "rewards", "idx"})
@@ -80,7 +88,7 @@ class Reader:
                 "it shows none of them"
             )
         if name not in row:
-            raise LogRefused(f"{place}: it has no reward {name!r}; NeMo-RL writes the field rewards")
+            raise RewardMissing(f"{place}: it has no reward {name!r}; NeMo-RL writes the field rewards")
         number = number_of(_only(row[name]))
         return None if number is None else scaled(number, self._wishes, place)
 

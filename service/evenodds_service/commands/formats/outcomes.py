@@ -54,6 +54,10 @@ class KnownRates:
 Entry = Group | KnownRates
 
 
+class RewardMissing(LogRefused):
+    """A log, or an entry of it, has no reward by the name that was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What the caller says about a log; None where the format decides.
@@ -159,7 +163,7 @@ def chosen_reward(names: Sequence[str], wishes: Wishes, place: str) -> str:
     listed = ", ".join(names) or "none"
     if wishes.reward is not None:
         if wishes.reward not in names:
-            raise LogRefused(f"{place}: it has no reward {wishes.reward!r}; its rewards are: {listed}")
+            raise RewardMissing(f"{place}: it has no reward {wishes.reward!r}; its rewards are: {listed}")
         return wishes.reward
     if len(names) != 1:
         what = "this log has several rewards" if names else "this log has no reward"

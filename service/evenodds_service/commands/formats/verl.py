@@ -22,7 +22,7 @@ from pathlib import Path
 from evenodds_service.commands.formats.chat import plain_text
 from evenodds_service.commands.formats.files import LogFile, Row
 from evenodds_service.commands.formats.grouping import Grouping
-from evenodds_service.commands.formats.outcomes import Group, LogRefused, Tally, Wishes, number_of, scaled
+from evenodds_service.commands.formats.outcomes import Group, RewardMissing, Tally, Wishes, number_of, scaled
 
 NAME = "verl"
 KEYS = frozenset({"input", "output", "score", "step"})
@@ -83,7 +83,7 @@ class Reader:
         name = self._wishes.reward or "score"
         others = sorted(key for key, value in row.items() if key not in _NO_REWARDS and number_of(value) is not None)
         if name not in row:
-            raise LogRefused(f"{place}: it has no reward {name!r}; its rewards are: {', '.join(['score', *others])}")
+            raise RewardMissing(f"{place}: it has no reward {name!r}; its rewards are: {', '.join(['score', *others])}")
         number = number_of(row[name])
         return None if number is None else scaled(number, self._wishes, place, others=others)
 

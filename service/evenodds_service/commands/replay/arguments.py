@@ -94,7 +94,7 @@ def _add_options_for_logs(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="LOG",
         help="another log, an evaluation or a table of pass rates: gps is replayed once more and learns from it; "
-        "may be given several times",
+        "--reward counts where it has a reward of that name, else its only one; may be given several times",
     )
     of_logs.add_argument("--picture", type=Path, metavar="FILE", help="draw the answer into this file, as SVG")
     add_reading(of_logs)

@@ -56,7 +56,7 @@ def replay_log(options: argparse.Namespace) -> int:
     wishes = Wishes(reward=options.reward, low=low, high=high)
     format_ = None if options.format == "auto" else options.format
     logged = read_logged(options.folder, wishes, format_=format_, n_steps=options.steps)
-    sources = read_sources(options.learn_from, replace(wishes, reward=None), logged.tally)
+    sources = read_sources(options.learn_from, wishes, logged.tally)
     reasons = logged.cannot_tell()
     if reasons:
         replayed = Replayed({}, sources)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from evenodds import Client, Observation, PromptIn
 from evenodds.training.text import answer_of
-from evenodds_service.commands.formats.outcomes import Group, KnownRates, LogRefused, Rate, Tally, Wishes
+from evenodds_service.commands.formats.outcomes import Group, KnownRates, LogRefused, Rate, RewardMissing, Tally, Wishes
 from evenodds_service.commands.formats.reading import PROMPTS, open_log
 from evenodds_service.commands.replay.logged import LoggedRun
 from evenodds_service.commands.replay.runs import delete
@@ -64,6 +64,8 @@ class ReadSource:
 def read_sources(paths: Sequence[Path], wishes: Wishes, tally: Tally) -> list[ReadSource]:
     """Read them whole: counts of each prompt, and each text once.
 
+    The reward that is named for the log counts where a source has one of this name; else the source's only one does.
+
     Raises:
         LogRefused: one cannot be read, or holds prompts without outcomes.
     """
@@ -104,6 +106,7 @@ def _read(path: Path, wishes: Wishes, tally: Tally) -> Iterator[ReadSource]:
     prompts: dict[str, dict[str, PromptIn]] = {}
     outcomes: dict[str, dict[int, list[tuple[str, float, int]]]] = {}
     guessed: set[str] = set()
+    wishes = _wishes_for(path, wishes)
     for _, entries in log.entries(wishes, tally):
         for entry in entries:
             prompt = _prompt_of(entry)
@@ -122,6 +125,17 @@ def _read(path: Path, wishes: Wishes, tally: Tally) -> Iterator[ReadSource]:
     for column, found in prompts.items():
         shown = f"{name} ({column})" if column and len(prompts) > 1 else name
         yield ReadSource(shown, found, outcomes[column], column in guessed)
+
+
+def _wishes_for(path: Path, wishes: Wishes) -> Wishes:
+    """Those that the log is read with, without the name of its reward where this source has none of that name."""
+    try:
+        for _, entries in open_log(path).entries(wishes, Tally()):
+            next(entries, None)
+            break
+    except RewardMissing:
+        return replace(wishes, reward=None)
+    return wishes
 
 
 def _counts(entry: Group | KnownRates, wishes: Wishes) -> Iterator[tuple[str, int, float, int]]:
