@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import socket
 import subprocess
@@ -252,6 +253,15 @@ def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
             process.wait(PATIENCE_SECONDS)
 
 
+def requests_by_model(log: Path) -> dict[str, int]:
+    """What the command of the README shows of a log, over all hours."""
+    (command,) = re.findall(r"^  \$ (awk .*?\| sort)$", (EXAMPLE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shown = subprocess.run(command, shell=True, cwd=log.parent, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in shown.splitlines()]
+    assert all(int(size) > 0 for _, _, _, size in lines)
+    return {model: sum(int(n) for _, of, n, _ in lines if of == model) for _, model, _, _ in lines}
+
+
 @pytest.mark.slow
 def test_a_real_proxy_sends_easy_requests_to_a_small_model_and_the_usual_one_writes_less(
     proxy: Proxy, service: Service
@@ -282,6 +292,7 @@ def test_a_real_proxy_sends_easy_requests_to_a_small_model_and_the_usual_one_wri
     log = proxy.log.read_text()
     assert log.count("effort=low model=small status=200") == 4
     assert "effort=high model=usual status=200" in log
+    assert requests_by_model(proxy.log) == {"small": 4, "usual": 4}
 
 
 @pytest.mark.slow
