@@ -79,8 +79,7 @@ class TextRule(BaseModel):
                 no text.
         """
         spoken = [turn for role, text in _turns(conversation) for turn in self._spoken(role, text)]
-        turns = [(role, self._cleaned(text)) for role, text in spoken]
-        turns = [(role, text) for role, text in turns if text]
+        turns = [(role, text) for role, text in spoken if text]
         of_user = [number for number, (role, _) in enumerate(turns) if role == "user"]
         if not of_user:
             return ""
@@ -100,17 +99,17 @@ class TextRule(BaseModel):
 
     def _spoken(self, role: str, text: str) -> list[tuple[str, str]]:
         """What a router's message wraps: the turns that it quotes, and the message. Any other text is one turn."""
+        text = _STORED_NOWHERE.sub("", text)
+        for name in self.removed:
+            text = _parted(text, name)[0]
         quoted: list[tuple[str, str]] = []
         for marker in self.markers:
             before, is_there, message = text.rpartition(marker)
             if is_there and message:
                 text, quoted = message, _quoted(before)
-        return [*quoted, (role, text)]
+        return [(role, self._unwrapped(text)) for role, text in (*quoted, (role, text))]
 
-    def _cleaned(self, text: str) -> str:
-        text = _STORED_NOWHERE.sub("", text)
-        for name in self.removed:
-            text = _parted(text, name)[0]
+    def _unwrapped(self, text: str) -> str:
         for name in self.unwrapped:
             outside, inside = _parted(text, name)
             text = "\n".join(inside) if inside else outside

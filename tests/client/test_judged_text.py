@@ -52,6 +52,8 @@ def test_turns_before_are_context_up_to_a_limit_and_the_nearest_stay() -> None:
         f"<environment_context cwd='/tmp'>\n<shell>bash</shell>\n</environment_context>\n\n{QUESTION}",
         f"<context>A file.</context>\n<user_query>\n{QUESTION}\n</user_query>",
         f"\nConversation so far: ~20 tokens\n\nClassify this message:\n{QUESTION}",
+        f"<system-reminder>\nClassify this message:\nx</system-reminder>{QUESTION}",
+        f"\nClassify this message:\n<user_query>{QUESTION}</user_query>",
         [{"type": "text", "text": "<system-reminder>x</system-reminder>"}, {"type": "text", "text": QUESTION}],
         [{"type": "input_text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": "data:,"}}],
         f"{QUESTION}\x00",
