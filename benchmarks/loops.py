@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from benchmarks.answering import AnsweringPolicy
 from benchmarks.rivals import Method
 
 from evenodds_service.commands.replay.driving import LEAST_NEVER_SEEN, Plan
@@ -123,21 +124,30 @@ def open_loop(
 
 
 def closed_loop(
-    method: Method, plan: Plan, *, seed: int, stages: Stages, fills_batch: bool = False
+    method: Method,
+    plan: Plan,
+    *,
+    seed: int,
+    stages: Stages,
+    fills_batch: bool = False,
+    policy: AnsweringPolicy | None = None,
 ) -> tuple[Figures, FloatArray]:
     """Choose each step's batch and observe its outcomes.
 
     Args:
         fills_batch: Dynamic sampling: further batches are rolled out at the same step until B informative groups are
             found (or the candidates are used up); surplus ones are thrown away. All groups are counted.
+        policy: Outcomes come from it, and it learns from the informative groups that are used. Without it they are
+            the recorded ones, whatever is chosen.
 
     Returns:
         By stage: `informative` share of all groups, `groups per informative` one that is used, `forecast error`. Over
         the run: these three, `forecast chance` (the error of a true forecast), `coverage` (share of the pool ever
-        used) and `visits` per used prompt. And the informative share by step.
+        used), `visits` per used prompt and `gain`, by how much the policy's mean success rate over the pool rose (NaN
+        without one). And the informative share by step.
     """
     n = plan.recording.n_prompts
-    visits = np.zeros(n, dtype=np.int64)
+    visits, learned = np.zeros((2, n), dtype=np.int64)
     groups, kept, found, errors, chances = [], [], [], [], []
     for step in range(plan.select_steps):
         candidates = np.arange(n)
@@ -146,7 +156,10 @@ def closed_loop(
             candidates = order if plan.repeats else order[visits[order] == 0]
             candidates = candidates[: plan.candidates or None]
         forecast = method.predict()
-        outcomes = plan.outcomes(seed, step)
+        if policy is None:
+            outcomes = plan.outcomes(seed, step)
+        else:
+            outcomes = policy.outcomes(learned, seed=seed, step=step, group_size=plan.group_size)
         generator = np.random.default_rng([seed, step, _CHOICE])
         batches: list[IntArray] = []
         n_found = 0
@@ -160,6 +173,7 @@ def closed_loop(
         chosen = np.concatenate(batches)
         visits[chosen] += 1
         k = outcomes[chosen].astype(np.float64)
+        learned[chosen[(k > 0) & (k < plan.group_size)][: plan.batch_size]] += 1
         method.observe(step, chosen, k, np.full(len(chosen), float(plan.group_size)))
         probabilities = forecast.informative_N[chosen]
         groups.append(len(chosen))
@@ -177,6 +191,9 @@ def closed_loop(
     figures["forecast chance"] = mean_of_known(chances)
     figures["coverage"] = float((visits > 0).mean())
     figures["visits"] = float(visits.sum() / max((visits > 0).sum(), 1))
+    figures["gain"] = math.nan
+    if policy is not None:
+        figures["gain"] = float((policy.rates(learned) - policy.rates(np.zeros_like(learned))).mean())
     return figures, np.asarray(found) / np.asarray(groups)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.answering import AnsweringPolicy
 from benchmarks.contenders import Gps, GpsPaper, Parts
 from benchmarks.loops import EPOCHS, Stages, closed_loop, open_loop, thirds
 from benchmarks.rivals import DPS, Arcus, Method, MoPPS, Uniform
@@ -56,6 +57,8 @@ FILLS_BATCH = "dynamic sampling"
 CHOICE_ONLY = (FILLS_BATCH, "MoPPS, yield score", "ARCUS-like, greedy", "gps, greedy")
 """Methods that predict as another one of the table does: they have no row in the open loop."""
 HELD_OUT_TASKS = 0.2
+ANSWERING_STEPS = 60
+ANSWERED = ("uniform", FILLS_BATCH, "MoPPS", "MoPPS, yield score", "ARCUS-like, greedy", "DPS", "gps", "gps, greedy")
 
 
 def main() -> None:
@@ -164,6 +167,22 @@ def learning(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[repo
     ]
 
 
+def answering(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.Table]:
+    """Closed loops whose policy learns from what is chosen: its own prompts alone, or half of it all prompts."""
+    world = open_world(folder / TRAJECTORY)
+    plan = plan_of(world, ANSWERING_STEPS, 128)
+    policies = {
+        "a visit moves its own prompt alone": AnsweringPolicy.of(world.recording, own=1.0),
+        "half of a visit moves all prompts": AnsweringPolicy.of(world.recording, own=0.5),
+    }
+    choosing = {name: methods[name] for name in ANSWERED if name in methods}
+    choosing["gps, no rest"] = gps_with(Parts(rest=False))
+    return [
+        closed_table(f"128 of the whole pool, {title}", world, plan, choosing, seeds, policy=policy)
+        for title, policy in policies.items()
+    ]
+
+
 def gps_in(world: World, parts: Parts | None = None) -> Make:
     """`gps` in a world of its own, of the same prompts."""
     return lambda _, seed: Gps(world, replace(parts or Parts(), refit_every=REFIT_EVERY))
@@ -217,6 +236,7 @@ PARTS: Mapping[str, Callable[[Path, Mapping[str, Make], int], list[report.Table]
     "ablations": ablations,
     "paper": paper,
     "learning": learning,
+    "answering": answering,
 }
 
 
@@ -260,12 +280,22 @@ def open_table(
     return report.Table(f"{world.recording.name}, open loop: {title}", "open", [stage for stage, _, _ in stages], rows)
 
 
-def closed_table(title: str, world: World, plan: Plan, methods: Mapping[str, Make], seeds: int) -> report.Table:
+def closed_table(
+    title: str,
+    world: World,
+    plan: Plan,
+    methods: Mapping[str, Make],
+    seeds: int,
+    *,
+    policy: AnsweringPolicy | None = None,
+) -> report.Table:
     stages = thirds(plan.select_steps, first=0)
     rows: list[report.Row] = []
     for name, make in methods.items():
         runs = [
-            closed_loop(make(world, seed), plan, seed=seed, stages=stages, fills_batch=name == FILLS_BATCH)
+            closed_loop(
+                make(world, seed), plan, seed=seed, stages=stages, fills_batch=name == FILLS_BATCH, policy=policy
+            )
             for seed in range(seeds)
         ]
         rows.append(report.Row(name, [figures for figures, _ in runs], curves=[curve for _, curve in runs]))

@@ -24,7 +24,7 @@ _SMOOTHED_STEPS = 5
 _OPEN = ("spearman", "never seen", "held out", "MAE", "log loss", "informative log loss")
 _CLOSED = ("informative", "groups per informative", "forecast error")
 _OPEN_WHOLE = ("batch r", "calibration error")
-_CLOSED_WHOLE = ("forecast chance", "coverage", "visits")
+_CLOSED_WHOLE = ("forecast chance", "coverage", "visits", "gain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ def markdown(table: Table) -> str:
         if all(math.isnan(row.spread(figure).mean) for row in table.rows for _, figure in columns):
             continue
         parts.append(_markdown_table(f"**{name}**", columns, table.rows))
-    parts.append(_markdown_table("**whole run**", [(name, name) for name in whole], table.rows))
+    known = [name for name in whole if not all(math.isnan(row.spread(name).mean) for row in table.rows)]
+    parts.append(_markdown_table("**whole run**", [(name, name) for name in known], table.rows))
     if table.loop == "open":
         parts.append(_reliability(table.rows))
     return "\n\n".join(parts)

@@ -18,6 +18,11 @@ from evenodds.schemas.fields import MAX_TEXT
 _STORED_NOWHERE = re.compile("[\x00\ud800-\udfff]")
 """NUL characters and halves of surrogate pairs say nothing about how hard a request is, and no service keeps them."""
 
+_QUOTED_BY_LITELLM = "\nRecent conversation (context only, do not classify these):\n"
+"""With this its complexity router begins the turns that it quotes before the message, "[1] text", oldest first."""
+_AFTER_THE_QUOTED = "\nConversation so far: "
+_QUOTED_TURN = re.compile(r"^\[\d+\] (?:(user|assistant): )?", flags=re.MULTILINE)
+
 _Tag = Annotated[str, Field(pattern=r"^[A-Za-z][\w.-]{0,63}$")]
 
 
@@ -25,7 +30,8 @@ class TextRule(BaseModel):
     """How the text that is judged is taken from a conversation.
 
     1. Of each turn only the text counts. Elements named in `removed` go with what is in them; where there is one of
-       `unwrapped`, only what is in it counts; so does only what follows one of `markers`.
+       `unwrapped`, only what is in it counts; so does only what follows one of `markers`. The turns that LiteLLM's
+       router quotes before that are turns of the conversation.
     2. The judged turn is the last turn of the user with more than `follow_up_characters`, or the first one. Shorter
        ones after it ("yes, go on") are judged with it and with all that lies between.
     3. Before it stand the turns that came before, up to `context_characters`, the nearest last.
@@ -72,8 +78,8 @@ class TextRule(BaseModel):
                 responses; or a whole request with one of these under `messages` or `input`. What has another form has
                 no text.
         """
-        turns = [(role, self._cleaned(text)) for role, text in _turns(conversation)]
-        turns = [(role, text) for role, text in turns if text]
+        spoken = [turn for role, text in _turns(conversation) for turn in self._spoken(role, text)]
+        turns = [(role, text) for role, text in spoken if text]
         of_user = [number for number, (role, _) in enumerate(turns) if role == "user"]
         if not of_user:
             return ""
@@ -91,15 +97,22 @@ class TextRule(BaseModel):
             return judged[0][1][:MAX_TEXT]
         return "\n\n".join(f"{role}: {text}" for role, text in (*context, *judged))[-MAX_TEXT:]
 
-    def _cleaned(self, text: str) -> str:
+    def _spoken(self, role: str, text: str) -> list[tuple[str, str]]:
+        """What a router's message wraps: the turns that it quotes, and the message. Any other text is one turn."""
         text = _STORED_NOWHERE.sub("", text)
         for name in self.removed:
             text = _parted(text, name)[0]
+        quoted: list[tuple[str, str]] = []
+        for marker in self.markers:
+            before, is_there, message = text.rpartition(marker)
+            if is_there and message:
+                text, quoted = message, _quoted(before)
+        return [(role, self._unwrapped(text)) for role, text in (*quoted, (role, text))]
+
+    def _unwrapped(self, text: str) -> str:
         for name in self.unwrapped:
             outside, inside = _parted(text, name)
             text = "\n".join(inside) if inside else outside
-        for marker in self.markers:
-            text = text.rpartition(marker)[2] or text
         return text.strip()
 
 
@@ -120,6 +133,14 @@ def _parted(text: str, name: str) -> tuple[str, list[str]]:
         inside.append(text[start.end() : close])
         end = close + len(name) + 3
     return "".join([*outside, text[end:]]), inside
+
+
+def _quoted(before: str) -> list[tuple[str, str]]:
+    """(role, text) of each turn that LiteLLM's router quotes, in the words before its marker."""
+    block = before.rpartition(_QUOTED_BY_LITELLM)[2] if _QUOTED_BY_LITELLM in before else ""
+    block = block.rpartition(_AFTER_THE_QUOTED)[0] or block
+    _, *parts = _QUOTED_TURN.split(block)
+    return [(role or "user", text) for role, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _turns(conversation: object) -> list[tuple[str, str]]:

@@ -52,6 +52,8 @@ def test_turns_before_are_context_up_to_a_limit_and_the_nearest_stay() -> None:
         f"<environment_context cwd='/tmp'>\n<shell>bash</shell>\n</environment_context>\n\n{QUESTION}",
         f"<context>A file.</context>\n<user_query>\n{QUESTION}\n</user_query>",
         f"\nConversation so far: ~20 tokens\n\nClassify this message:\n{QUESTION}",
+        f"<system-reminder>\nClassify this message:\nx</system-reminder>{QUESTION}",
+        f"\nClassify this message:\n<user_query>{QUESTION}</user_query>",
         [{"type": "text", "text": "<system-reminder>x</system-reminder>"}, {"type": "text", "text": QUESTION}],
         [{"type": "input_text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": "data:,"}}],
         f"{QUESTION}\x00",
@@ -59,6 +61,25 @@ def test_turns_before_are_context_up_to_a_limit_and_the_nearest_stay() -> None:
 )
 def test_what_a_harness_writes_around_the_prompt_does_not_count(content: Any) -> None:
     assert RULE.of([{"role": "user", "content": content}]) == QUESTION
+
+
+def routed(*quoted: str, message: str) -> list[dict[str, str]]:
+    """What LiteLLM's complexity router asks its classifier."""
+    turns = [f"[{i}] {text}" for i, text in enumerate(quoted, start=1)]
+    heading = ["\nRecent conversation (context only, do not classify these):", *turns] if turns else []
+    depth = ["\nConversation so far: ~20 tokens across the request"] if turns else []
+    parts = ["\nCaller system prompt, quoted as task context:", "Be short.", *heading, *depth]
+    text = "\n".join([*parts, f"\nClassify this message:\n{message}"])
+    return [{"role": "system", "content": "Classify by complexity."}, {"role": "user", "content": text}]
+
+
+def test_what_a_router_quotes_of_a_conversation_is_part_of_it() -> None:
+    assert RULE.of(routed(message="Easy?")) == "Easy?"
+    assert RULE.of(routed(QUESTION, message="yes, go on")) == f"user: {QUESTION}\n\nuser: yes, go on"
+    assert RULE.of(routed("user: Hi,\n[now]!", "assistant: Hello.", message=QUESTION)) == (
+        f"user: Hi,\n[now]!\n\nassistant: Hello.\n\nuser: {QUESTION}"
+    )
+    assert TextRule(context_characters=0).of(routed("Hi!", message=QUESTION)) == QUESTION
 
 
 def test_a_turn_of_harness_text_alone_is_no_turn() -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,19 +30,29 @@ MASTER_KEY = "sk-not-secret-used-on-loopback-only-0123456789abcdef"
 
 @pytest.fixture(scope="session")
 def litellm_python(request: pytest.FixtureRequest) -> Path:
-    """A Python that has what `examples/litellm/requirements.txt` pins; installed once, kept in pytest's cache."""
+    """A Python that has what `examples/litellm/requirements.txt` pins."""
     if importlib.util.find_spec("litellm") and importlib.util.find_spec("openai"):
         return Path(sys.executable)
-    pins = (EXAMPLE / "requirements.txt").read_bytes()
-    key = hashlib.sha256(pins + sys.version.encode()).hexdigest()[:12]
-    folder = request.config.cache.mkdir(f"litellm-{key}")
-    python, done = folder / "bin" / "python", folder / "installed"
+    return _installed(EXAMPLE / "requirements.txt", request) / "python"
+
+
+@pytest.fixture(scope="session")
+def proxy_programs(request: pytest.FixtureRequest) -> Path:
+    """The folder of the programs that `examples/http_shim/proxies.txt` pins."""
+    return _installed(ROOT / "examples" / "http_shim" / "proxies.txt", request)
+
+
+def _installed(pinned: Path, request: pytest.FixtureRequest) -> Path:
+    """The programs of an environment that has what a file pins; installed once, kept in pytest's cache."""
+    key = hashlib.sha256(pinned.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    folder = request.config.cache.mkdir(f"{pinned.parent.name}-{key}")
+    programs, done = folder / "bin", folder / "installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-        subprocess.run([*install, str(EXAMPLE / "requirements.txt")], check=True, timeout=900)
+        install = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
+        subprocess.run([*install, str(pinned)], check=True, timeout=900)
         done.touch()
-    return python
+    return programs
 
 
 @dataclass
@@ -79,6 +89,8 @@ def serving_model() -> Iterator[ServedModel]:
                     self.answer(f"event: response.completed\ndata: {done}\n\n".encode(), "text/event-stream")
                 else:
                     self.answer(json.dumps(response).encode(), "application/json")
+            elif body.get("stream") and "endless" in json.dumps(body["messages"]):
+                self.go_on_until_nobody_listens()
             elif body.get("stream"):
                 self.answer(_stream_of(body), "text/event-stream")
             else:
@@ -90,6 +102,15 @@ def serving_model() -> Iterator[ServedModel]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
+
+        def go_on_until_nobody_listens(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            word = json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": "4"}, "finish_reason": None}]})
+            with suppress(OSError):
+                while not has_ended.wait(0.01):
+                    self.wfile.write(f"data: {word}\n\n".encode())
 
         def do_GET(self) -> None:
             model.paths.append(self.path)
@@ -104,11 +125,13 @@ def serving_model() -> Iterator[ServedModel]:
         def log_message(self, format: str, *args: object) -> None:
             return
 
+    has_ended = threading.Event()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
 
         def stop() -> None:
+            has_ended.set()
             server.shutdown()
             server.server_close()
             thread.join()
@@ -118,6 +141,7 @@ def serving_model() -> Iterator[ServedModel]:
         stop()
 
 
+CHUNK = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m"}
 NATURAL_TOKENS = 100
 """So long is an answer of the served model that no limit cuts off."""
 
@@ -166,14 +190,13 @@ def _response_to() -> dict[str, Any]:
 
 
 def _stream_of(body: dict[str, Any]) -> bytes:
-    chunk = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m"}
     lines = []
     for i, (message, reason) in enumerate(_choices(body)):
         lines += [
-            {**chunk, "choices": [{"index": i, "delta": {"content": part}, "finish_reason": None}]}
+            {**CHUNK, "choices": [{"index": i, "delta": {"content": part}, "finish_reason": None}]}
             for part in message["content"] or ""
         ]
-        lines.append({**chunk, "choices": [{"index": i, "delta": {}, "finish_reason": reason}]})
+        lines.append({**CHUNK, "choices": [{"index": i, "delta": {}, "finish_reason": reason}]})
     events = [f"data: {json.dumps(line)}\n\n" for line in lines]
     return "".join([*events, "data: [DONE]\n\n"]).encode()
 
@@ -188,6 +211,7 @@ def running_proxy(
     model_url: str,
     hook: str | None = None,
     settings: dict[str, Any] | None = None,
+    tiers: dict[str, str] | None = None,
 ) -> Iterator[httpx.Client]:
     """The example's proxy with more models at `model_url`. All that it says goes to `proxy.log`.
 
@@ -195,8 +219,12 @@ def running_proxy(
         models: The deployment of each model.
         hook: Source of the callback, instead of the example's.
         settings: `litellm_settings` besides the example's.
+        tiers: Models of the tiers of the example's complexity router, instead of its own.
     """
     config = yaml.safe_load((EXAMPLE / "config.yaml").read_text())
+    (router,) = [each["litellm_params"] for each in config["model_list"] if each["model_name"] == "routed"]
+    router["complexity_router_config"]["classifier_llm_config"]["timeout_ms"] = 30_000  # of a busy machine
+    router["complexity_router_config"]["tiers"] |= tiers or {}
     config["litellm_settings"] |= settings or {}
     config["model_list"] += [
         {"model_name": name, "litellm_params": {"model": model, "api_base": model_url, "max_retries": 0}}

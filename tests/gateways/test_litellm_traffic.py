@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from tests.conftest import Service, serving
 from tests.gateways.conftest import NATURAL_TOKENS, ServedModel, running_proxy, serving_model, tokens_of
 from tests.waiting import until
+
+from evenodds.errors import InvalidRequest
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +27,8 @@ from evenodds.integrations.litellm import BudgetHook, ServedModel
 def verify(request, answers):
     with open("asked.jsonl", "a") as log:
         log.write(json.dumps(list(answers)) + chr(10))
+    with open("left_out.json", "w") as file:
+        json.dump({served.run: gateway.counts.left_out for served, gateway in by_default.gateways.items()}, file)
     return [float(answer == "42") for answer in answers]
 
 URL, DEADLINE = os.environ["EVENODDS_URL"], float(os.environ["EVENODDS_GATEWAY_DEADLINE_MS"])
@@ -48,6 +54,8 @@ SETTINGS = {
     "fallbacks": [{"flaky": ["second"]}],
     "num_retries": 0,
 }
+TIERS = {"SIMPLE": "first", "MEDIUM": "second", "COMPLEX": "picked", "REASONING": "flaky"}
+AT_LEAST = {"SIMPLE": 0.8, "MEDIUM": 0.4, "COMPLEX": 0.2, "REASONING": 0.0}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 
@@ -68,6 +76,11 @@ class Traffic:
         messages = [{"role": "user", "content": content}]
         return self.post("/v1/chat/completions", model=model, messages=messages, **more)
 
+    def left_out(self) -> Counter[str]:
+        """Answers of the run served-a so far that were no outcomes, by reason."""
+        self.chat("first", "Count what was left out!")  # the hook tells it with every answer that it verifies
+        return Counter(json.loads(self.asked.with_name("left_out.json").read_text())["served-a"])
+
     def seen(self, text: str) -> dict[str, int]:
         """Outcomes of this text by run."""
         client = self.service.client
@@ -82,6 +95,8 @@ def traffic(litellm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         for run in RUNS:
             service.client.put_run(run, predictor="mopps", embedder="none")
             service.client.put_budget_policy(run, price=0.09, max_attempts=8)
+        service.client.put_run("served", predictor="mopps", embedder="none")  # its policy is what routes
+        service.client.put_budget_policy("served", "router", tiers=tiers_at(AT_LEAST))
         with running_proxy(
             litellm_python,
             folder,
@@ -90,6 +105,7 @@ def traffic(litellm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             models=MODELS,
             hook=HOOK,
             settings=SETTINGS,
+            tiers=TIERS,
         ) as proxy:
             yield Traffic(proxy, service, model, folder / "asked.jsonl")
 
@@ -97,6 +113,10 @@ def traffic(litellm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(autouse=True)
 def _clean(traffic: Traffic) -> None:
     traffic.model.bodies.clear()
+
+
+def tiers_at(at_least: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"label": label, "at_least": rate} for label, rate in at_least.items()]
 
 
 def booked(traffic: Traffic, ask: Callable[[], object], run: str, text: str) -> None:
@@ -187,7 +207,8 @@ def test_a_model_that_is_not_mapped_is_left_alone(traffic: Traffic) -> None:
 
 def test_answers_that_are_no_outcomes_are_left_out_before_verify(traffic: Traffic) -> None:
     texts = ("Cut off?", "Something forbidden?", "An empty one?", "Do call?")
-    asked = traffic.asked.read_text() if traffic.asked.exists() else ""
+    before = traffic.left_out()
+    asked = traffic.asked.read_text()
 
     for more in ({}, {"stream": True}):
         traffic.chat("first", "Cut off?", max_tokens=5, **more)
@@ -198,6 +219,18 @@ def test_answers_that_are_no_outcomes_are_left_out_before_verify(traffic: Traffi
 
     assert [traffic.seen(text) for text in texts] == [dict.fromkeys(RUNS, 0)] * 4
     assert traffic.asked.read_text() == asked + '["41"]\n'  # verify saw none of the others
+    assert traffic.left_out() - before == dict.fromkeys(("length", "content_filter", "empty", "tool_calls"), 2)
+
+
+def test_a_stream_that_the_caller_leaves_is_no_outcome(traffic: Traffic) -> None:
+    before = traffic.left_out()
+    body = {"model": "first", "messages": [{"role": "user", "content": "An endless one?"}], "stream": True}
+
+    with traffic.proxy.stream("POST", "/v1/chat/completions", json=body) as reply:
+        assert "4" in next(reply.iter_text())
+
+    until(lambda: traffic.left_out() - before == {"aborted": 1}, "the stream to be counted as aborted")
+    assert traffic.seen("An endless one?") == dict.fromkeys(RUNS, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -243,6 +276,49 @@ def test_a_harness_is_not_judged_and_a_follow_up_is_judged_with_what_it_follows(
     booked(traffic, lambda: traffic.post("/v1/chat/completions", model="first", messages=messages), "served-a", judged)
 
 
+def test_every_tier_is_reached_through_litellms_router_and_booked_under_the_model_that_answered(
+    traffic: Traffic,
+) -> None:
+    """The caller names the router; what its tier's model, or that model's fallback, answered is that model's."""
+    expected = {8: ("m-a", "served-a"), 5: ("m-b", "served-b"), 2: ("m-p", "served-p"), 0: ("m-b", "served-b")}
+    texts = {successes: f"Routed by {successes} of 8?" for successes in expected}
+    observations = [{"text": text, "successes": successes, "attempts": 8} for successes, text in texts.items()]
+    traffic.service.client.observe("served", 0, observations)
+
+    for successes, (answered, run) in expected.items():
+        text = texts[successes]
+        booked(traffic, partial(traffic.chat, "routed", text), run, text)
+        assert traffic.model.bodies[-1]["model"] == answered
+    assert [body["model"] for body in traffic.model.bodies].count("broken") == 1
+
+
+def test_tiers_that_cross_are_refused_with_the_pair_and_the_router_goes_on_as_before(traffic: Traffic) -> None:
+    crossing = {**AT_LEAST, "MEDIUM": 0.1}
+    pair = "tiers[1] ('MEDIUM') and tiers[2] ('COMPLEX') have at_least 0.1 and 0.2, so that the second is never reached"
+
+    with pytest.raises(InvalidRequest) as refused:
+        traffic.service.client.put_budget_policy("served", "router", tiers=tiers_at(crossing))
+    traffic.chat("routed", "Nobody knows?")
+
+    assert pair in str(refused.value)
+    assert [body["model"] for body in traffic.model.bodies] == ["m-b"]
+
+
+def test_a_follow_up_is_routed_by_what_it_follows(traffic: Traffic) -> None:
+    """LiteLLM's router quotes the conversation to its classifier: "yes, go on" is not one prompt for everybody."""
+    easy, hard = "Name a colour that a clear sky may have at noon.", "Settle whether there are odd perfect numbers."
+    judged = {text: f"user: {text}\n\nuser: yes, go on" for text in (easy, hard)}
+    for text, successes in ((easy, 8), (hard, 2)):
+        traffic.service.client.observe("served", 0, [{"text": judged[text], "successes": successes, "attempts": 8}])
+
+    for text in (easy, hard):
+        turns = [("user", text), ("assistant", "Well."), ("user", "yes, go on")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        traffic.post("/v1/chat/completions", model="routed", messages=messages)
+
+    assert [body["model"] for body in traffic.model.bodies] == ["m-a", "m-p"]
+
+
 def test_a_caller_cannot_claim_a_decision(traffic: Traffic) -> None:
     claimed = {"evenodds": {"run": "x", "policy": "x", "policy_version": 0, "changed": {}}}
 
@@ -251,20 +327,36 @@ def test_a_caller_cannot_claim_a_decision(traffic: Traffic) -> None:
     assert not [name for name in reply.headers if name.startswith("x-evenodds")]
 
 
-def test_mixed_traffic_spends_no_more_than_without_the_hook(traffic: Traffic) -> None:
-    """By default every request is one attempt, as without the hook; where several are picked from, the policy's."""
+def test_mixed_traffic_spends_no_more_than_its_target_and_every_outcome_counts_for_who_answered(
+    traffic: Traffic,
+) -> None:
+    """By default a request is one attempt, as without the hook; where several are picked from, those of the policy."""
+    tools, attempts = {"tools": [TOOL]}, 2
     requests: list[tuple[str, Any, dict[str, Any]]] = [
         *[("first", f"Plain {i}?", {}) for i in range(4)],
         *[("first", f"Streamed {i}?", {"stream": True}) for i in range(4)],
-        *[("first", f"Tools {i}?", {"tools": [TOOL]}) for i in range(4)],
+        *[("first", f"Tools {i}?", tools) for i in range(4)],
         *[("first", [{"type": "text", "text": f"Image {i}?"}, IMAGE], {}) for i in range(4)],
         *[("second", f"Second {i}?", {}) for i in range(4)],
         *[("flaky", f"Fallback {i}?", {}) for i in range(4)],
         *[("first", f"Cut off {i}?", {"max_tokens": 5}) for i in range(4)],
+        *[("unmapped", f"Unmapped {i}?", {}) for i in range(4)],
+        *[("picked", f"Pick from several, {i}?", {}) for i in range(4)],
+        *[("picked", f"Pick from several, streamed, {i}?", {"stream": True}) for i in range(4)],
     ]
 
+    def counted() -> dict[str, int]:
+        return {run: traffic.service.client.run(run).observations for run in RUNS}
+
+    for model, run in (("first", "served-a"), ("second", "served-b"), ("picked", "served-p")):
+        booked(traffic, partial(traffic.chat, model, f"Before {run}?"), run, f"Before {run}?")
+    traffic.model.bodies.clear()  # what was asked before has arrived: outcomes of a run go in order
+    before = counted()
     for model, content, more in requests:
         traffic.chat(model, content, **more)
     spent = sum(tokens_of(body) for body in traffic.model.bodies if body["model"] != "broken")
 
-    assert spent == 24 * NATURAL_TOKENS + 4 * 5
+    assert spent == (32 + 4 * attempts) * NATURAL_TOKENS + 4 * 5
+    expected = {"served-a": 12, "served-b": 8, "served-p": 8}  # neither tools nor what was cut off
+    until(lambda: sum(counted().values()) == sum(before.values()) + 28, "all outcomes")
+    assert counted() == {run: before[run] + expected[run] for run in RUNS}

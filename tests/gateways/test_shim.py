@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,7 @@ import pytest
 import uvicorn
 import yaml
 from tests.gateways.conftest import ROOT, ServedModel, serving_model, tokens_of
-from tests.nginx import free_address, running_nginx
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, until
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -199,37 +200,84 @@ def test_the_shell_example_has_a_default_for_when_there_is_no_answer(service: Se
     assert effort("Easy?") == "medium"
 
 
-@pytest.fixture
-def nginx(tmp_path: Path) -> Iterator[tuple[str, ServedModel, ServedModel]]:
-    """The example's nginx between the shim and two models: its address, the usual model and the small one."""
-    address = free_address()
-    with serving_model() as usual, serving_model() as small:
-        config = (EXAMPLE / "nginx.conf").read_text()
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy of the example between the shim and two models."""
+
+    url: str
+    usual: ServedModel
+    small: ServedModel
+    log: Path
+
+
+@pytest.fixture(params=["nginx", "envoy"])
+def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
+    """A real one, with the example's configuration but for the ports, and in Envoy a log that does not wait."""
+    if request.param == "nginx":
+        program, name, port_form = (
+            shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin"),
+            "nginx.conf",
+            "1:{}",
+        )
+        assert program is not None, "the example for nginx was not tried: install nginx"
+        command = [program, "-p", str(tmp_path), "-c", name, "-e", "stderr"]
+    else:
+        envoy, name, port_form = request.getfixturevalue("proxy_programs") / "envoy", "envoy.yaml", "port_value: {}"
+        command = [str(envoy), "-c", name, "--disable-hot-restart", "--file-flush-interval-msec", "10"]
+    with serving_model() as usual, serving_model() as small, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        config = (EXAMPLE / name).read_text()
         for there, here in (
-            ("127.0.0.1:8801", address),
-            ("127.0.0.1:8001", usual.base_url.removeprefix("http://").removesuffix("/v1")),
-            ("127.0.0.1:8002", small.base_url.removeprefix("http://").removesuffix("/v1")),
+            (8801, port),
+            (8001, httpx.URL(usual.base_url).port),
+            (8002, httpx.URL(small.base_url).port),
         ):
-            assert config.count(there) == 1
-            config = config.replace(there, here)
-        with running_nginx(config, tmp_path, address):
-            yield f"http://{address}", usual, small
+            assert config.count(port_form.format(there)) == 1
+            config = config.replace(port_form.format(there), port_form.format(here))
+        (tmp_path / name).write_text(config)
+        with (tmp_path / "proxy.log").open("wb") as log:
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+
+        def is_there() -> bool:
+            assert process.poll() is None, (tmp_path / "proxy.log").read_text()
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        try:
+            until(is_there, f"{request.param} to listen")
+            yield Proxy(f"http://127.0.0.1:{port}", usual, small, tmp_path / "access.log")
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_SECONDS)
+
+
+def requests_by_model(log: Path) -> dict[str, int]:
+    """What the command of the README shows of a log, over all hours."""
+    (command,) = re.findall(r"^  \$ (awk .*?\| sort)$", (EXAMPLE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shown = subprocess.run(command, shell=True, cwd=log.parent, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in shown.splitlines()]
+    assert all(int(size) > 0 for _, _, _, size in lines)
+    return {model: sum(int(n) for _, of, n, _ in lines if of == model) for _, model, _, _ in lines}
 
 
 @pytest.mark.slow
-def test_a_real_nginx_sends_easy_requests_to_a_small_model_and_the_usual_one_writes_less(
-    nginx: tuple[str, ServedModel, ServedModel], service: Service, tmp_path: Path
+def test_a_real_proxy_sends_easy_requests_to_a_small_model_and_the_usual_one_writes_less(
+    proxy: Proxy, service: Service
 ) -> None:
-    upstream, usual, small = nginx
     asked = ["Easy?", "Hard?", "Easy?", "Easy?"]
-    with serving_shim(upstream, service) as http:
+    path = "/v1/models/org%2Fmodel?q=a%2Fb"
+    with serving_shim(proxy.url, service) as http:
         for text in asked:
             chat(http, text)
         streamed = chat(http, "Easy?", stream=True)
         http.post("/v1/chat/completions", json={"model": "m"}, headers={"x-evenodds-effort": "low"})  # claimed
+        http.get(path)
         service.stop()
         chat(http, "Easy?")  # nobody judges it
 
+    usual, small = proxy.usual, proxy.small
     assert streamed.text.endswith("data: [DONE]\n\n")
     assert [body["messages"][0]["content"] for body in small.bodies] == ["Easy?"] * 4
     assert [body.get("messages", [{"content": None}])[0]["content"] for body in usual.bodies] == [
@@ -237,8 +285,33 @@ def test_a_real_nginx_sends_easy_requests_to_a_small_model_and_the_usual_one_wri
         None,
         "Easy?",
     ]
+    assert path in usual.paths
     spent = sum(tokens_of(body) for body in usual.bodies if "messages" in body)
     assert (spent, sum(tokens_of(body) for body in small.bodies)) == (200, 400)  # without the shim the usual one: 600
-    log = (tmp_path / "access.log").read_text()
+    until(lambda: proxy.log.read_text().count("\n") == 8, "all requests in the proxy's log")
+    log = proxy.log.read_text()
     assert log.count("effort=low model=small status=200") == 4
     assert "effort=high model=usual status=200" in log
+    assert requests_by_model(proxy.log) == {"small": 4, "usual": 4}
+
+
+@pytest.mark.slow
+def test_the_router_itself_finds_no_fault_in_the_example(proxy_programs: Path, tmp_path: Path) -> None:
+    """The router needs containers; its own check of a configuration does not."""
+    router, config = str(proxy_programs / "vllm-sr"), tmp_path / "config.yaml"
+    subprocess.run([router, "config", "init", "--output", str(config)], check=True, capture_output=True)
+    merged = yaml.safe_load(config.read_text().replace("replace-with-your-model", "served-model"))
+    example = yaml.safe_load((EXAMPLE / "semantic_router.yaml").read_text())["routing"]
+    merged["routing"]["signals"] = example["signals"]
+    merged["routing"]["decisions"] += example["decisions"]
+
+    def checked() -> subprocess.CompletedProcess[str]:
+        config.write_text(yaml.safe_dump(merged))
+        command = [router, "config", "validate", "--config", str(config)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = checked()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Decisions: 4 total" in done.stdout
+    example["signals"]["metadata"][0]["name"] = "of another name"
+    assert checked().returncode != 0  # it looks at what the decisions name
