@@ -53,7 +53,8 @@ class AnsweringPolicy:
         time_N = np.minimum(self.own * learned_N + (1.0 - self.own) * epochs, last)
         before_N = np.minimum(time_N.astype(np.int64), last - 1)
         share_N, each = time_N - before_N, np.arange(len(learned_N))
-        return (1.0 - share_N) * self.rates_V_N[before_N, each] + share_N * self.rates_V_N[before_N + 1, each]
+        before, after = self.rates_V_N[before_N, each], self.rates_V_N[before_N + 1, each]
+        return np.asarray((1.0 - share_N) * before + share_N * after)
 
     def outcomes(self, learned_N: IntArray, *, seed: int, step: int, group_size: int) -> IntArray:
         """Successes out of `group_size` attempts at each prompt, [N]: the same chance, read at the rate as it is."""

@@ -50,7 +50,7 @@ def quoting_fit(_: Any) -> Any:
 
 
 async def broken(database_url: str) -> list[str]:
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     store = Store(engine)
     for name in ("sound", "fitted"):

@@ -114,7 +114,7 @@ def migrated_template(postgresql_server: str) -> str:
     """Name of a migrated database of the server, to copy: a migration takes longer."""
     with psycopg.connect(postgresql_server, autocommit=True) as connection:
         connection.execute("CREATE DATABASE migrated")
-    opened = open_engine(postgresql_server.replace("/postgres?", "/migrated?"))
+    opened = open_engine(postgresql_server.replace("/postgres?", "/migrated?"), timeout_seconds=PATIENCE_SECONDS)
     upgrade(opened)
     opened.dispose()  # nobody may be connected to a database that is copied
     return "migrated"

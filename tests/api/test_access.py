@@ -67,7 +67,7 @@ def guard(database_url: str, start_service: Callable[..., Service]) -> Iterator[
 
         def start(**options: Any) -> Guarded:
             running = start_service(database_url, asks_for_keys=True, **options)
-            store = Store(open_engine(database_url))
+            store = Store(open_engine(database_url, timeout_seconds=PATIENCE_SECONDS))
             stack.callback(store.close)
             return Guarded(store, running.http)
 
@@ -324,7 +324,7 @@ def test_no_other_site_may_call_from_a_browser(guarded: Guarded) -> None:
 def test_the_client_sends_its_key_and_tells_refusals_apart(tmp_path: Path, start_service: Callable[..., Any]) -> None:
     url = f"sqlite:///{tmp_path}/evenodds.db"
     running = start_service(url, asks_for_keys=True)
-    store = Store(open_engine(url))
+    store = Store(open_engine(url, timeout_seconds=PATIENCE_SECONDS))
     secret = Guarded(store, running.http).key("reader", frozenset({"read"}))
     store.close()
 
@@ -341,7 +341,7 @@ def test_whoever_builds_a_client_of_its_own_takes_the_key_from_the_environment(
 ) -> None:
     url = f"sqlite:///{tmp_path}/evenodds.db"
     running = start_service(url, asks_for_keys=True)
-    store = Store(open_engine(url))
+    store = Store(open_engine(url, timeout_seconds=PATIENCE_SECONDS))
     monkeypatch.setenv("EVENODDS_API_KEY", Guarded(store, running.http).key("trainer"))
     prompts = [{"prompt_id": f"p{i}", "text": f"What is {i}?"} for i in range(8)]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import select
-from tests.waiting import until
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.errors import DecisionExpired, DecisionUnknown
@@ -61,7 +61,7 @@ def test_a_decision_is_known_to_every_process(service: Service, caller: Caller) 
     from evenodds_service.storage.engine import open_engine
     from evenodds_service.storage.store import Store
 
-    store = Store(open_engine(service.database_url))
+    store = Store(open_engine(service.database_url, timeout_seconds=PATIENCE_SECONDS))
     try:
         decision = until(lambda: store.decision(decision_id), "the decision to be written")
         late = datetime.now(timezone.utc) + timedelta(hours=25)
@@ -124,7 +124,7 @@ def test_no_thread_is_left_when_all_is_written(caller: Caller) -> None:
 
 def test_the_newest_decisions_are_kept_and_none_where_that_is_set(database_url: str) -> None:
     now = datetime(2027, 1, 2, tzinfo=timezone.utc)
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     store = Store(engine)
     run, _ = store.put_run("served", RunSettings(), now=now)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def assert_nothing_is_lost(database_url: str, writers: Writers, client: Client) -> None:
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     counted = count(engine, writers, client)
     engine.dispose()
     assert (counted.lost, counted.duplicated, counted.faults) == (0, 0, [])

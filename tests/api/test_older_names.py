@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import select, update
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds.schemas import OLDER_NAMES
 from evenodds_service.storage.engine import open_engine
@@ -178,7 +179,7 @@ def test_what_the_release_before_has_recorded_is_repeated(service: Service, call
     older["prompts"] = [{k: v for k, v in prompt.items() if k != "category"} for prompt in older["prompts"]]
     is_report = log.c.request_id == report["request_id"]
     is_choice = selections.c.selection_id == chosen["selection_id"]
-    engine = open_engine(service.database_url)
+    engine = open_engine(service.database_url, timeout_seconds=PATIENCE_SECONDS)
     with engine.begin() as database:
         hashes = [
             database.execute(select(log.c.request_hash).where(is_report)).scalar_one(),

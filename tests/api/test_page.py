@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from benchmarks.browser import CHROMIUM, Browser, browser
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.api.page import FILES
 from evenodds_service.domain.report.alarms import Alarm
@@ -309,7 +310,7 @@ def test_runs_are_found_sorted_and_compared(
 ) -> None:
     """The address holds what was asked for, and Back leads to what was there before."""
     service = start_service(f"sqlite:///{tmp_path}/evenodds.db")
-    store, now = Store(open_engine(service.database_url)), datetime.now(timezone.utc)
+    store, now = Store(open_engine(service.database_url, timeout_seconds=PATIENCE_SECONDS)), datetime.now(timezone.utc)
     alarm = Alarm("forecast_off", "Outcomes came at .00: look at the verifier.", 20, 14.5, 9.2)
     for i in range(70):
         run, _ = store.put_run(f"run-{i:02d}", RunSettings(embedder="none"), now=now)

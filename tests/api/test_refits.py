@@ -134,7 +134,7 @@ def test_who_waits_for_a_run_that_is_deleted_meanwhile_learns_it(own: Service) -
 
 
 def test_a_refit_that_runs_names_its_worker(own: Service) -> None:
-    store = Store(open_engine(own.database_url))
+    store = Store(open_engine(own.database_url, timeout_seconds=PATIENCE_SECONDS))
     asked = own.client.refit("math")
     store.claim_refit(worker="gpu-3", lease=timedelta(minutes=1), now=datetime.now(timezone.utc))
     running = own.client.refit("math")

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.runtime.live_run import LiveRun
@@ -131,7 +132,7 @@ def test_a_report_from_a_checkpoint_is_that_of_the_whole_log(
     whole.put_run("math", embedder="none", control_share=0.25)
     whole.add_prompts("math", [{"prompt_id": f"p{i}", "text": f"Say {i}."} for i in range(40)])
     train(whole, "math", steps=range(4))
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     store = Store(engine)
     run = store.run("math")
     live = LiveRun(run.id)

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import NotFound
 from evenodds_service.domain.report.alarms import Alarm
@@ -309,7 +310,7 @@ def test_runs_are_listed_by_how_they_stand(database_url: str, start_service: Cal
         "c": Summary("learning"),
         "d": Summary("helping", lift=Estimate(0.4, 0.1, 0.7)),
     }
-    store = Store(open_engine(database_url))
+    store = Store(open_engine(database_url, timeout_seconds=PATIENCE_SECONDS))
     for name, summary in states.items():
         service.client.put_run(name, embedder="none")
         store.save_run_states([(store.run(name).id, 1_000, summary)], now=now)  # newer than what it finds

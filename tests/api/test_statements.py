@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, event
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.api.app import create_app
 from evenodds_service.storage.engine import open_engine
@@ -67,7 +68,7 @@ class Trainer:
 @pytest.fixture
 def trainer(database_url: str) -> Iterator[Trainer]:
     """With eight prompts in the pool, and a step done: the process has read the run with its prompts."""
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     trainer = Trainer(engine)
     trainer.http.put("/runs/math", json={"group_size": 4}).raise_for_status()

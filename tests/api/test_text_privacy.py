@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import MetaData, select, update
-from tests.waiting import until
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import NotFound
 from evenodds_service.domain.prompts import text_key
@@ -61,7 +61,7 @@ def test_taking_back_the_permission_erases_what_is_stored(caller: Caller) -> Non
 
 def where_it_stands(database_url: str, words: str) -> list[str]:
     """The tables whose rows hold the words, and the files of a SQLite database that do anywhere."""
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     tables = MetaData()
     tables.reflect(engine)
     found = []
@@ -94,7 +94,7 @@ def test_texts_that_a_run_has_against_its_setting_go_when_it_is_said_again(calle
     """As a fork had them that an earlier release made."""
     caller.create(keep_text=False)
     caller.load_texts("a")
-    engine = open_engine(service.database_url)
+    engine = open_engine(service.database_url, timeout_seconds=PATIENCE_SECONDS)
     with engine.begin() as connection:
         row = (prompts.c.run_id == Store(engine).run(caller.run).id,)
         connection.execute(update(prompts).where(*row).values(text=SECRET))

@@ -113,7 +113,7 @@ def test_readers_are_served_while_writers_wait(database_url: str, start_service:
 
 def faults(database_url: str, writers: Writers, client: Client) -> tuple[int, int, list[str]]:
     """Writes lost, writes duplicated, and whatever else is wrong."""
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     counted = count(engine, writers, client)
     engine.dispose()
     return counted.lost, counted.duplicated, counted.faults

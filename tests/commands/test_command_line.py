@@ -135,7 +135,7 @@ def imported(server: Server) -> set[str]:
 
 
 def revision(database_url: str) -> str | None:
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     try:
         return current_revision(engine)
     finally:
@@ -206,7 +206,7 @@ def test_serve_answers_over_a_migrated_postgresql_database(postgresql_url: str, 
 @pytest.fixture
 def postgresql_url(postgresql_server: str) -> Iterator[str]:
     """A migrated PostgreSQL database, emptied afterwards."""
-    engine = open_engine(postgresql_server)
+    engine = open_engine(postgresql_server, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     yield postgresql_server
     with engine.begin() as connection:
@@ -230,7 +230,7 @@ def test_serve_refuses_an_empty_postgresql_database_and_prints_the_command(
 
 @pytest.mark.slow
 def test_serve_refuses_a_postgresql_database_of_another_release(postgresql_url: str, tmp_path: Path) -> None:
-    engine = open_engine(postgresql_url)
+    engine = open_engine(postgresql_url, timeout_seconds=PATIENCE_SECONDS)
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999_future'"))
     engine.dispose()

@@ -91,13 +91,20 @@ def test_rewards_sum_to_successes_within_the_attempts(rewards: list[float]) -> N
 
 
 @quick
-@given(st.lists(REWARD, min_size=1, max_size=20))
-def test_rewards_are_informative_exactly_when_they_differ(rewards: list[float]) -> None:
-    assert NewObservation.of_rewards(0, rewards).informative == (len(set(rewards)) > 1)
+@given(st.lists(st.integers(0, 1_000), min_size=1, max_size=20))
+def test_rewards_are_informative_exactly_when_they_differ(thousandths: list[int]) -> None:
+    rewards = [reward / 1_000 for reward in thousandths]
+
+    assert NewObservation.of_rewards(0, rewards).informative == (len(set(thousandths)) > 1)
 
 
 def test_equal_fractional_rewards_are_not_informative() -> None:
     assert not NewObservation.of_rewards(0, [0.5] * 8).informative
+
+
+@pytest.mark.parametrize(("difference", "informative"), [(1e-7, False), (1e-5, True)])
+def test_the_noise_of_floats_makes_no_difference(difference: float, informative: bool) -> None:
+    assert NewObservation.of_rewards(0, [0.5, 0.5 + difference]).informative is informative
 
 
 @pytest.mark.parametrize(

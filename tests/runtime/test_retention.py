@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sqlalchemy import func, select
 from sqlalchemy.sql.schema import Table
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.learning.features import Basis
@@ -46,7 +47,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     opened = Store(engine)
     yield opened

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.storage.engine import open_engine
 from evenodds_service.storage.store import Store
-store = Store(open_engine(sys.argv[1]))
+store = Store(open_engine(sys.argv[1], timeout_seconds=60))
 run = store.run("math")
 seen = [NewObservation.of_counts(0, 1, 2)]
 answer = store.append_observations(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 from tests.storage.old_database import FOLDER, answers, differences, files, restore
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.storage.engine import open_engine
 
@@ -46,7 +47,7 @@ def test_a_database_of_an_older_release_answers_as_it_did(
     content, told = files(revision, "sqlite" if new_database_url.startswith("sqlite") else "postgresql")
     restore(content.read_bytes(), new_database_url)
     if checkpoints == "gone":
-        engine = open_engine(new_database_url)
+        engine = open_engine(new_database_url, timeout_seconds=PATIENCE_SECONDS)
         with engine.begin() as connection:
             assert connection.execute(text("DELETE FROM checkpoints")).rowcount > 1
         engine.dispose()

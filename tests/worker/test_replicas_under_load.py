@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from benchmarks.kills import serving, working
 from benchmarks.linearisability import Call, Clients, check, prepare, run
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.storage.engine import open_engine
 
@@ -93,7 +94,7 @@ def test_the_checker_finds_what_is_wrong(bench: Bench, start_service: Callable[[
 
 def verdict_of(bench: Bench, calls: Sequence[Call]) -> set[str]:
     """The kinds of violations."""
-    engine = open_engine(bench.database_url)
+    engine = open_engine(bench.database_url, timeout_seconds=PATIENCE_SECONDS)
     found = {violation.partition(":")[0] for violation in check(engine, calls).violations}
     engine.dispose()
     return found

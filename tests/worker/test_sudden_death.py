@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from benchmarks.bad_weather import Town, Writers, count, prepare, run
-from tests.waiting import until
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Client, RefitState
 from evenodds_service.domain.log_entries import SnapshotEntry
@@ -34,7 +34,7 @@ def test_a_killed_service_has_lost_and_doubled_nothing(tmp_path: Path) -> None:
                     writers.bring_home(5)
                     town.kill("serve")
                     town.start("serve")
-            engine = open_engine(url)
+            engine = open_engine(url, timeout_seconds=PATIENCE_SECONDS)
             counted = count(engine, writers, client)
             engine.dispose()
     finally:
@@ -62,7 +62,7 @@ def test_the_checker_finds_what_is_lost_or_doubled(database_url: str, start_serv
     prepare(service.client)
     with Writers([service.base_url], 2, seed=3) as writers:
         writers.bring_home(40)
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
 
     def counted(change: Callable[[Any], None]) -> tuple[int, int, int]:
         changed = deepcopy([w for w in writers.written if w.answer is not None])
@@ -172,7 +172,7 @@ def newest(client: Client, refit_id: int) -> RefitState:
 
 def snapshots(database_url: str) -> list[int]:
     """Versions in the order of the log."""
-    store = Store(open_engine(database_url))
+    store = Store(open_engine(database_url, timeout_seconds=PATIENCE_SECONDS))
     entries = store.entries(store.run("math").id, after=0)
     store.close()
     return [entry.version for entry in entries if isinstance(entry, SnapshotEntry)]

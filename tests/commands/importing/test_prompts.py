@@ -198,7 +198,7 @@ def test_an_import_outlasts_a_service_that_is_killed_and_starts_again(database_u
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     settings = {**os.environ, "EVENODDS_PORT": str(port), "EVENODDS_DATABASE_URL": database_url}
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
     upgrade(engine)
     engine.dispose()
     file, n = tmp_path / "pool.jsonl", 10 * BLOCK_LINES
@@ -261,7 +261,7 @@ def test_an_import_that_finds_the_database_locked_comes_back_until_it_is_stored(
     file = tmp_path / "pool"
     file.write_text("\n".join(lines(20)))
     statuses: list[int] = []
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, timeout_seconds=PATIENCE_SECONDS)
 
     def is_refused() -> bool:
         return re.search(r'^evenodds_requests_total\{.*"503".*\}', service.http.get("/metrics").text, re.M) is not None

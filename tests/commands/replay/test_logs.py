@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.commands import written_logs as written
+from tests.waiting import PATIENCE_SECONDS
 
 from evenodds_service.__main__ import main
 from evenodds_service.commands.formats.outcomes import LogRefused, Tally, Wishes
@@ -322,7 +323,7 @@ def test_a_replay_that_learns_from_another_log_through_a_service_and_its_worker(
     rows = [{"text": text, "pass_rate": rate} for text, rate in rates.items()]
     table, figures = written.write_lines(tmp_path / "rates.jsonl", rows), tmp_path / "answer.json"
     arguments = ["--url", running.base_url, "--seeds", "2", "--predictors", "gps", "--json", str(figures)]
-    store, stop = Store(open_engine(running.database_url)), threading.Event()
+    store, stop = Store(open_engine(running.database_url, timeout_seconds=PATIENCE_SECONDS)), threading.Event()
 
     def of_sources_alone(data: TrainingData) -> SharedModel:
         return fit_shared_model(replace(data, history=History.empty()), device=torch.device("cpu"))
