@@ -1,6 +1,6 @@
 """Rules of choice judged by trainings, in regimes: whole GRPO runs of the small demo's tasks and model, in process.
 
-    python -m benchmarks.trainings run OUT [--regimes a b c d e f] [--arms uniform dynamic gps ...] [--seeds 200-211]
+    python -m benchmarks.trainings run OUT [--regimes a b c d e f g] [--arms uniform dynamic gps ...] [--seeds 200-211]
     python -m benchmarks.trainings report OUT [--results NAME]
 
 `run` trains one model for each regime, arm and seed, saves every run as a file under OUT when it is done and passes
@@ -105,6 +105,7 @@ REGIMES: Mapping[str, Regime] = {
         Regime("d", "ops, B 8, pool 6,000", OPS, 8, 6_000, 60),
         Regime("e", "as a, outcomes late by 2 steps", SORT, 8, 6_000, 60, delay=2),
         Regime("f", "as a, with a sibling's outcomes", SORT, 8, 6_000, 60, has_sibling=True, same_as="a"),
+        Regime("g", "sort, B 32, pool 320", SORT, 32, 320, 60),
     )
 }
 
