@@ -67,14 +67,19 @@ def markdown(table: Table) -> str:
     parts = [f"## {table.title}"]
     blocks = [[(stage, f"{name} {stage}") for stage in stages] for name in by_stage]
     for name, columns in zip(by_stage, blocks, strict=True):
-        if all(math.isnan(row.spread(figure).mean) for row in table.rows for _, figure in columns):
+        if not any(_is_known(table, figure) for _, figure in columns):
             continue
         parts.append(_markdown_table(f"**{name}**", columns, table.rows))
-    known = [name for name in whole if not all(math.isnan(row.spread(name).mean) for row in table.rows)]
-    parts.append(_markdown_table("**whole run**", [(name, name) for name in known], table.rows))
+    known = [(name, name) for name in whole if _is_known(table, name)]
+    parts.append(_markdown_table("**whole run**", known, table.rows))
     if table.loop == "open":
         parts.append(_reliability(table.rows))
     return "\n\n".join(parts)
+
+
+def _is_known(table: Table, figure: str) -> bool:
+    """Whether any method has this figure."""
+    return not all(math.isnan(row.spread(figure).mean) for row in table.rows)
 
 
 def _markdown_table(corner: str, columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:

@@ -278,8 +278,11 @@ def train(
         if (step + 1) % plan.evaluate_every == 0:
             evaluate(policy, problems, record)
         files.save_record(record)
-        is_last = step + 1 == plan.steps
-        if keeps_last if is_last else plan.checkpoint_every and (step + 1) % plan.checkpoint_every == 0:
+        if step + 1 == plan.steps:
+            is_due = keeps_last
+        else:
+            is_due = plan.checkpoint_every > 0 and (step + 1) % plan.checkpoint_every == 0
+        if is_due:
             _save_checkpoint(policy, optimizer, record, files)
         each(record)
     return record

@@ -15,7 +15,7 @@ from pathlib import Path
 from evenodds import Client, Observation, PromptIn
 from evenodds.training.text import answer_of
 from evenodds_service.commands.formats.outcomes import Group, KnownRates, LogRefused, Rate, RewardMissing, Tally, Wishes
-from evenodds_service.commands.formats.reading import PROMPTS, open_log
+from evenodds_service.commands.formats.reading import PROMPTS, Log, open_log
 from evenodds_service.commands.replay.logged import LoggedRun
 from evenodds_service.commands.replay.runs import delete
 from evenodds_service.domain.prompts import RATE_ATTEMPTS, join_key, text_key
@@ -106,7 +106,7 @@ def _read(path: Path, wishes: Wishes, tally: Tally) -> Iterator[ReadSource]:
     prompts: dict[str, dict[str, PromptIn]] = {}
     outcomes: dict[str, dict[int, list[tuple[str, float, int]]]] = {}
     guessed: set[str] = set()
-    wishes = _wishes_for(path, wishes)
+    wishes = _wishes_for(log, wishes)
     for _, entries in log.entries(wishes, tally):
         for entry in entries:
             prompt = _prompt_of(entry)
@@ -127,12 +127,13 @@ def _read(path: Path, wishes: Wishes, tally: Tally) -> Iterator[ReadSource]:
         yield ReadSource(shown, found, outcomes[column], column in guessed)
 
 
-def _wishes_for(path: Path, wishes: Wishes) -> Wishes:
-    """Those that the log is read with, without the name of its reward where this source has none of that name."""
+def _wishes_for(log: Log, wishes: Wishes) -> Wishes:
+    """Those that the log is read with, without the name of a reward where this source has none of that name."""
+    if wishes.reward is None:
+        return wishes
+    _, entries = next(log.entries(wishes, Tally()))
     try:
-        for _, entries in open_log(path).entries(wishes, Tally()):
-            next(entries, None)
-            break
+        next(entries, None)
     except RewardMissing:
         return replace(wishes, reward=None)
     return wishes
