@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +22,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 from benchmarks.latency import generated_text, postgresql, service_process
+from benchmarks.nginx import NGINX, free_address, running_nginx
 from benchmarks.scale import gigabytes
 
 from evenodds import Client
 
-NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
 CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "nginx.conf"
 HASH = "    hash $run consistent;\n"
 SHOWN = ("    server 127.0.0.1:8001;\n", "    server 127.0.0.1:8002;\n")
@@ -88,34 +85,12 @@ def measured(url: str, folder: Path, n: int, runs: Sequence[str], *, has_affinit
 @contextmanager
 def nginx(folder: Path, replicas: Sequence[str], *, has_affinity: bool) -> Iterator[str]:
     """The base URL of a real nginx before these."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    config = CONFIG.read_text()
+    address, config = free_address(), CONFIG.read_text()
     assert all(config.count(shown) == 1 for shown in (HASH, *SHOWN)), "deploy/nginx.conf has changed"
     servers = "".join(f"    server {base_url.removeprefix('http://')};\n" for base_url in replicas)
     config = config.replace(SHOWN[0], servers).replace(SHOWN[1], "").replace("127.0.0.1:8000", address)
-    (folder / "nginx.conf").write_text(config if has_affinity else config.replace(HASH, ""))
-    assert NGINX is not None
-    command = [NGINX, "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        until_it_listens(address, process)
+    with running_nginx(config if has_affinity else config.replace(HASH, ""), folder, address):
         yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def until_it_listens(address: str, process: subprocess.Popen[bytes]) -> None:
-    host, port = address.split(":")
-    while True:
-        if process.poll() is not None:
-            raise SystemExit("nginx ended before it listened")
-        with socket.socket() as client:
-            if client.connect_ex((host, int(port))) == 0:
-                return
-        time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.nginx import behind_nginx, free_address, running_nginx
+from benchmarks.nginx import NGINX, free_address, running_nginx
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.conftest import Service
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+behind_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx on this machine")
 RUNS = [f"run-{i}" for i in range(16)]
 PROMPTS = [f"p{i}" for i in range(4)]
 SERVED = re.compile(r"run=(\S+) replica=(?:\S+, )?(\S+) status=200")

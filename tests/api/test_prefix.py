@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from benchmarks.browser import CHROMIUM, browser
+from benchmarks.nginx import NGINX, free_address, running_nginx
 from pydantic import ValidationError
-from tests.nginx import behind_nginx, free_address, running_nginx
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, NotFound
@@ -20,6 +20,7 @@ from evenodds_service.settings import Settings
 if TYPE_CHECKING:
     from tests.conftest import Service
 
+behind_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx on this machine")
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from benchmarks.nginx import NGINX, free_address, listening
 from tests.gateways.conftest import ROOT, ServedModel, serving_model, tokens_of
 from tests.waiting import PATIENCE_SECONDS, until
 
@@ -214,43 +215,24 @@ class Proxy:
 def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
     """A real one, with the example's configuration but for the ports, and in Envoy a log that does not wait."""
     if request.param == "nginx":
-        program, name, port_form = (
-            shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin"),
-            "nginx.conf",
-            "1:{}",
-        )
-        assert program is not None, "the example for nginx was not tried: install nginx"
-        command = [program, "-p", str(tmp_path), "-c", name, "-e", "stderr"]
+        assert NGINX is not None, "the example for nginx was not tried: install nginx"
+        name, port_form = "nginx.conf", "1:{}"
+        command = [NGINX, "-p", str(tmp_path), "-c", name, "-e", "stderr"]
     else:
         envoy, name, port_form = request.getfixturevalue("proxy_programs") / "envoy", "envoy.yaml", "port_value: {}"
         command = [str(envoy), "-c", name, "--disable-hot-restart", "--file-flush-interval-msec", "10"]
-    with serving_model() as usual, serving_model() as small, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        config = (EXAMPLE / name).read_text()
+    with serving_model() as usual, serving_model() as small:
+        address, config = free_address(), (EXAMPLE / name).read_text()
         for there, here in (
-            (8801, port),
+            (8801, httpx.URL(f"http://{address}").port),
             (8001, httpx.URL(usual.base_url).port),
             (8002, httpx.URL(small.base_url).port),
         ):
             assert config.count(port_form.format(there)) == 1
             config = config.replace(port_form.format(there), port_form.format(here))
         (tmp_path / name).write_text(config)
-        with (tmp_path / "proxy.log").open("wb") as log:
-            process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
-
-        def is_there() -> bool:
-            assert process.poll() is None, (tmp_path / "proxy.log").read_text()
-            with socket.socket() as client:
-                return client.connect_ex(("127.0.0.1", port)) == 0
-
-        try:
-            until(is_there, f"{request.param} to listen")
-            yield Proxy(f"http://127.0.0.1:{port}", usual, small, tmp_path / "access.log")
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_SECONDS)
+        with listening(command, tmp_path, address):
+            yield Proxy(f"http://{address}", usual, small, tmp_path / "access.log")
 
 
 def requests_by_model(log: Path) -> dict[str, int]:
