@@ -15,8 +15,10 @@ from evenodds_service.domain.learning import features, raw_rows
 from evenodds_service.domain.learning.checkpoint import block_to_bytes, to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt, NewPrompts
-from evenodds_service.domain.selection.selection import SelectionRequest
+from evenodds_service.domain.selection import part
+from evenodds_service.domain.selection.selection import SelectionRequest, looked_at
 from evenodds_service.domain.settings import RunSettings
+from evenodds_service.errors import NotEnoughPrompts
 from evenodds_service.runtime import live_run
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.engine import open_engine
@@ -86,6 +88,20 @@ def test_a_choice_in_progress_keeps_nobody_waiting_and_is_that_of_its_own_state(
     )
     np.testing.assert_array_equal(choice.a, expected.a)
     assert live.choose(SETTINGS, lambda: REQUEST).position == run.log_position + 2
+
+
+def test_a_sample_that_does_not_do_gives_way_to_the_whole_pool(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a choice that it could not make nor an error that it cannot judge comes from a sample."""
+    live, asked = LiveRun(store.run("math").id), replace(REQUEST, batch_size=2)
+    live.catch_up(store, store.run("math"))
+    settings = replace(SETTINGS, groups_at_most={"g0": 0.0, "g1": 0.0})
+    monkeypatch.setattr(part, "FOR_EACH", 1)
+    monkeypatch.setattr(part, "LOOKED_AT", 2)
+    assert looked_at(live.state, live.pool, settings, asked).weights is not None
+
+    assert live.choose(settings, lambda: asked).groups == ("g2", "g2")
+    with pytest.raises(NotEnoughPrompts, match=r"pool 200"):
+        live.choose(replace(settings, groups_at_most={f"g{i}": 0.0 for i in range(3)}), lambda: asked)
 
 
 def test_a_batch_may_be_made_of_groups(store: Store) -> None:

@@ -29,11 +29,13 @@ class Candidates:
         control_N: Who may be drawn for the control arm, bool [N]. What merely rests should be among them, or the arm
             would miss the prompts that were just found to be good.
         last_seen_N: Step of the last selection or observation, int64 [N], -1 for never.
+        weights_N: For how many prompts each stands where it is drawn by chance, at least 1; None: each for itself.
     """
 
     eligible_N: BoolArray
     control_N: BoolArray
     last_seen_N: IntArray
+    weights_N: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +107,8 @@ def choose(
     Raises:
         NotEnoughPrompts: fewer than B are eligible, or fewer than a group's share.
     """
-    draft = _Draft.empty(candidates.eligible_N, shares, batch_size, generator)
-    control = _control_arm(draft, candidates.control_N, shares.control, generator)  # 1
+    draft = _Draft.empty(candidates, shares, batch_size, generator)
+    control = _control_arm(draft, candidates, shares.control, generator)  # 1
     _group_minima(draft, scores_N, picker, is_strict=shares.is_least_strict)  # 2
     _least_recently_seen(draft, candidates.last_seen_N, shares.reprobe, generator)  # 3
     draft.take(picker, scores_N, draft.open_to(candidates.eligible_N, scores_N), draft.room())  # 4
@@ -116,6 +118,17 @@ def choose(
     n_wanted = batch_size if n_wanted is None else n_wanted
     pad_to = _pad_to(scores_N, informative_N, candidates.eligible_N, prompts, n_wanted)
     return Choice(prompts, informative_N[prompts], pad_to, is_control)
+
+
+def drawn_by(chances_N: FloatArray, weights_N: FloatArray | None) -> FloatArray:
+    """Keys whose greatest k are a draw without replacement in proportion to the weights (Efraimidis and Spirakis,
+    "Weighted random sampling with a reservoir", 2006).
+
+    Args:
+        chances_N: Drawn uniformly from [0, 1).
+        weights_N: At least 1; None: all alike.
+    """
+    return chances_N if weights_N is None else np.asarray(chances_N ** (1.0 / weights_N))
 
 
 def count_of(share: float, batch_size: int) -> int:
@@ -142,8 +155,9 @@ class _Draft:
     chosen: list[IntArray] = field(default_factory=list)
 
     @staticmethod
-    def empty(eligible_N: BoolArray, shares: Shares, batch_size: int, generator: np.random.Generator) -> _Draft:
+    def empty(candidates: Candidates, shares: Shares, batch_size: int, generator: np.random.Generator) -> _Draft:
         """Raises NotEnoughPrompts where the eligible prompts that fit the groups' limits do not fill a batch."""
+        eligible_N = candidates.eligible_N
         least = {group: (count_of(share, batch_size), members) for group, (share, members) in shares.least.items()}
         most = {g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in shares.most.items()}
         fitting = int(np.count_nonzero(eligible_N))
@@ -151,7 +165,8 @@ class _Draft:
             fitting -= max(0, int(np.count_nonzero(eligible_N & members_N)) - cap)
         if fitting < batch_size:
             raise NotEnoughPrompts(asked=batch_size, eligible=fitting)
-        ties_N = generator.random(len(eligible_N))  # not before: an attempt that fails here draws nothing
+        # Not before: an attempt that fails here draws nothing.
+        ties_N = drawn_by(generator.random(len(eligible_N)), candidates.weights_N)
         return _Draft(batch_size, eligible_N, ties_N, least, most, np.zeros(len(eligible_N), dtype=bool))
 
     def room(self) -> int:
@@ -177,12 +192,16 @@ class _Draft:
         return open_N
 
 
-def _control_arm(draft: _Draft, among_N: BoolArray, share: float, generator: np.random.Generator) -> IntArray:
-    """Phase 1. Drawn before all others, all of `among` equally likely as far as the groups' limits leave the choice."""
+def _control_arm(draft: _Draft, candidates: Candidates, share: float, generator: np.random.Generator) -> IntArray:
+    """Phase 1. Drawn before all others, all who may be equally likely as far as the groups' limits leave the choice."""
     if share <= 0.0:
         return np.empty(0, dtype=np.int64)
     n = min(math.floor(share * draft.batch_size + generator.random()), draft.batch_size)
-    order = generator.permutation(np.flatnonzero(among_N))
+    order = np.flatnonzero(candidates.control_N)
+    if candidates.weights_N is None:
+        order = generator.permutation(order)
+    else:
+        order = order[np.argsort(-drawn_by(generator.random(len(order)), candidates.weights_N[order]))]
     may, is_owed = np.ones(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
     for cap, members_N in draft.most.values():
         members = members_N[order]

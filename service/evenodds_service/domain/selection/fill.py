@@ -103,6 +103,11 @@ def filled(
     return choice if n == len(choice.prompts) else _all_that_fit(of_size, n)
 
 
+def most_prompts(n_wanted: int, fill: Fill) -> int:
+    """How many prompts a batch of so many informative groups has at most, and is tried with at most."""
+    return min(fill.most, math.ceil(fill.factor * n_wanted / _LEAST_SHARE))
+
+
 def _all_that_fit(of_size: Callable[[int], Choice], n: int) -> Choice:
     """A batch of n, or of as many as the limits of categories leave."""
     try:

@@ -56,12 +56,17 @@ class Likeness:
     anchor_D: FloatArray | None
 
     @staticmethod
-    def to(recent_batches: Sequence[IntArray], directions_of: Callable[[IntArray], FloatArray]) -> Likeness:
-        """The likeness anchored in these batches."""
+    def to(
+        recent_batches: Sequence[IntArray],
+        directions_of: Callable[[IntArray], FloatArray],
+        rows: IntArray | None = None,
+    ) -> Likeness:
+        """The likeness anchored in these batches, of the prompts in these rows of the pool; without rows of all."""
+        of_places = directions_of if rows is None else lambda places: directions_of(rows[places])
         if not len(recent_batches):
-            return Likeness(directions_of, None)
+            return Likeness(of_places, None)
         anchor_D = directions_of(np.concatenate(recent_batches)).mean(axis=0, dtype=np.float64)
-        return Likeness(directions_of, anchor_D)
+        return Likeness(of_places, anchor_D)
 
 
 def best(scores_N: FloatArray, ties_N: FloatArray, among_N: BoolArray, n: int) -> IntArray:

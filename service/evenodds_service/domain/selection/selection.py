@@ -18,9 +18,17 @@ from evenodds_service.domain.learning.guardrails import Fallback
 from evenodds_service.domain.learning.prediction import EachBlock, in_blocks
 from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_of
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
-from evenodds_service.domain.selection.eligibility import held_back, outstanding, rest_steps, resting
-from evenodds_service.domain.selection.fill import Calibration, Fill, Outlook, filled, outlook
+from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose, drawn_by
+from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.fill import Calibration, Fill, Outlook, filled, most_prompts, outlook
+from evenodds_service.domain.selection.part import (
+    Allowed,
+    Part,
+    PartTooSmall,
+    allowed_by,
+    check_stands_for_all,
+    part_of,
+)
 from evenodds_service.domain.selection.pickers import (
     Good,
     Likeness,
@@ -114,12 +122,18 @@ def picker_of(
     diversity: float,
     recent_batches: Sequence[IntArray],
     directions_of: Callable[[IntArray], FloatArray],
+    rows: IntArray | None = None,
 ) -> Picker:
-    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own."""
+    """The rule by which the best are picked: each acquisition has its own, to which `diversity` means its own.
+
+    Args:
+        recent_batches, directions_of: As in `Likeness.to`.
+        rows: The prompts that are picked from, without it all of the pool.
+    """
     if acquisition == "yield" and diversity > 0.0:
-        return MostUnlike(Good(tolerance=diversity), Likeness.to(recent_batches, directions_of))
+        return MostUnlike(Good(tolerance=diversity), Likeness.to(recent_batches, directions_of, rows))
     if acquisition == "paper":
-        return MaxSum(Likeness.to(recent_batches, directions_of), weight=diversity)
+        return MaxSum(Likeness.to(recent_batches, directions_of, rows), weight=diversity)
     return best  # chance, and Thompson sampling as published, heed nothing but the score
 
 
@@ -140,38 +154,71 @@ def reprobe_share_of(settings: RunSettings) -> float:
     return REPROBE_SHARE if acquisition_of(settings) in ("yield", "paper") else 0.0
 
 
-def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRequest, forecasts: Forecasts) -> Chosen:
+def looked_at(state: State, pool: Pool, settings: RunSettings, request: SelectionRequest) -> Part:
+    """The prompts whose beliefs a choice needs: of a large pool a part, where the acquisition asks for good prompts and
+    not for the best ones of all.
+    """
+    acquisition, _ = _acquisition(state, settings)
+    fill, n_wanted = request.fill, request.batch_size
+    return part_of(
+        _allowed(state, settings, request),
+        pool,
+        settings,
+        batch_size=n_wanted if fill is None else most_prompts(n_wanted, fill),
+        step=request.step,
+        rest=rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=n_wanted),
+        allow_outstanding=request.allow_outstanding,
+        may_sample=acquisition == "uniform" or (acquisition == "yield" and settings.diversity > 0.0),
+        generator=np.random.default_rng([request.seed, request.step, 1]),
+    )
+
+
+def select(
+    state: State,
+    pool: Pool,
+    settings: RunSettings,
+    request: SelectionRequest,
+    forecasts: Forecasts,
+    part: Part | None = None,
+) -> Chosen:
     """Choose a batch. Longer than other functions: it names every phase once, in order, and computes in none of them.
 
     Args:
         settings: The run's, overlaid by what was asked for.
-        forecasts: About all prompts of the state.
+        forecasts: About all prompts of the part, or of the state without one.
 
     Raises:
         FillNeedsRest: a batch is to be filled, and no prompt rests.
         NotEnoughPrompts: fewer may be selected than were asked for.
+        PartTooSmall: the part is a sample, and all prompts should be looked at.
     """
     acquisition, fallback = _acquisition(state, settings)
     fill, n_wanted = request.fill, request.batch_size
     if fill is not None:
         _check_rest(settings)
+    part = Part(None, _allowed(state, settings, request)) if part is None else part
+    rows, allowed = part.rows, part.allowed
     generator = np.random.default_rng([request.seed, request.step])
     scores_N = _scores(forecasts, acquisition, settings, generator)
-    shares = _shares(settings, pool, state.n_prompts, request, may_reprobe=fallback is None)
-    allowed = _allowed(state, settings, request)
+    if acquisition == "uniform":
+        scores_N = drawn_by(scores_N, part.weights)
+    shares = _shares(settings, pool, state.n_prompts, request, rows, may_reprobe=fallback is None)
     directions_of = partial(_directions, state, pool)
-    picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of)
+    picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of, rows)
     rest = rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=n_wanted)
-    preferred = partial(_preferred, allowed, state, request, rest=rest, scores_N=scores_N, least=shares.least)
+    preferred = partial(_preferred, part, request, rest=rest, scores_N=scores_N, least=shares.least)
     among = partial(
         choose, scores_N, forecasts.informative_N, shares=shares, picker=picker, generator=generator, n_wanted=n_wanted
     )
 
     def of_size(n: int) -> Choice:
+        rested = preferred(n)
+        if acquisition != "uniform":
+            check_stands_for_all(part, scores_N, rested.eligible_N, n, tolerance=settings.diversity)
         try:
-            return among(preferred(n), batch_size=n)
+            return among(rested, batch_size=n)
         except NotEnoughPrompts:  # the groups' limits leave too few: do not stop a trainer
-            everyone = Candidates(allowed.eligible_N, allowed.eligible_N, allowed.last_seen_N)
+            everyone = Candidates(allowed.eligible_N, allowed.eligible_N, allowed.last_seen_N, part.weights)
             return among(everyone, batch_size=n)
 
     calibration = Calibration(state.found_informative, state.foreseen_informative)
@@ -182,6 +229,8 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
         else:
             choice = filled(n_wanted, fill, calibration, of_size, n_eligible=n_eligible)
     except NotEnoughPrompts as error:
+        if part.weights is not None:
+            raise PartTooSmall from error
         raise _advised(error, state.n_prompts, settings) from None
 
     def plain() -> FloatArray:
@@ -191,12 +240,13 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
     expected = None
     if fill is not None:
         expected = outlook(choice.informative_probabilities, plain, n_wanted, fill.update_cost, calibration)
-    prompts = choice.prompts
+    places = choice.prompts
+    prompts = places if rows is None else rows[places]
     return Chosen(
-        choice=replace(choice, n_outstanding=int(allowed.waited_for_N[prompts].sum())),
+        choice=replace(choice, prompts=prompts, n_outstanding=int(allowed.waited_for_N[places].sum())),
         prompts=state.serials_N[prompts],
-        a=forecasts.a_N[prompts],
-        b=forecasts.b_N[prompts],
+        a=forecasts.a_N[places],
+        b=forecasts.b_N[places],
         prompt_ids=tuple(pool.prompt_ids[i] for i in prompts),
         groups=tuple(pool.groups[i] for i in prompts),
         fallback=fallback,
@@ -206,12 +256,22 @@ def select(state: State, pool: Pool, settings: RunSettings, request: SelectionRe
     )
 
 
+def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> Allowed:
+    return allowed_by(state, settings, step=request.step, candidates=request.candidates, exclude=request.exclude)
+
+
 def _shares(
-    settings: RunSettings, pool: Pool, n_prompts: int, request: SelectionRequest, *, may_reprobe: bool
+    settings: RunSettings,
+    pool: Pool,
+    n_prompts: int,
+    request: SelectionRequest,
+    rows: IntArray | None,
+    *,
+    may_reprobe: bool,
 ) -> Shares:
     return Shares(
-        least=_members(settings.groups, pool, n_prompts),
-        most=_members(settings.groups_at_most, pool, n_prompts),
+        least=_members(settings.groups, pool, n_prompts, rows),
+        most=_members(settings.groups_at_most, pool, n_prompts, rows),
         is_least_strict=request.are_groups_strict,
         reprobe=reprobe_share_of(settings) if may_reprobe else 0.0,
         control=settings.control_share,
@@ -262,8 +322,11 @@ def _acquisition(state: State, settings: RunSettings) -> tuple[Acquisition, Fall
     return acquisition if fallback is None else "uniform", fallback
 
 
-def _members(shares: Mapping[str, float] | None, pool: Pool, n: int) -> dict[str, tuple[float, BoolArray]]:
-    return {group: (share, pool.members(group, n)) for group, share in (shares or {}).items()}
+def _members(
+    shares: Mapping[str, float] | None, pool: Pool, n: int, rows: IntArray | None
+) -> dict[str, tuple[float, BoolArray]]:
+    here = slice(None) if rows is None else rows
+    return {group: (share, pool.members(group, n)[here]) for group, share in (shares or {}).items()}
 
 
 def _directions(state: State, pool: Pool, prompts: IntArray) -> FloatArray:
@@ -271,47 +334,8 @@ def _directions(state: State, pool: Pool, prompts: IntArray) -> FloatArray:
     return directions(pool.rows(state.basis, prompts))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Allowed:
-    """Who may be chosen if need be, bool [N] each, and int64 [N].
-
-    Attributes:
-        eligible_N: Rested if a cooldown is set, among the candidates, not excluded.
-        spent_N: Visited as often as the cap allows. A visit is a selection or an observed step.
-        visits_N: How often, int64 [N].
-        waited_for_N: Chosen before, and the outcome has not come.
-        last_seen_N: Step of the last selection or observation that counts, -1 for never.
-    """
-
-    eligible_N: BoolArray
-    spent_N: BoolArray
-    visits_N: IntArray
-    waited_for_N: BoolArray
-    last_seen_N: IntArray
-
-
-def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> _Allowed:
-    waited_for, lost = outstanding(
-        state.outstanding_step_N, step=max(request.step, state.head_step), lease_steps=settings.lease_steps
-    )
-    selected, last_selected = state.selected_N, state.last_selected_N
-    if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
-        selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-    last_seen = np.maximum(last_selected, state.last_step_N)
-    may = ~resting(last_seen, step=request.step, rest=settings.cooldown_steps or 0)
-    if request.candidates is not None:
-        among = np.zeros(state.n_prompts, dtype=bool)
-        among[request.candidates] = True
-        may &= among
-    may[request.exclude] = False
-    visits = np.maximum(selected, state.visits_N)
-    spent = visits >= settings.max_visits if settings.max_visits > 0 else np.zeros(len(visits), dtype=bool)
-    return _Allowed(may, spent, visits, waited_for, last_seen)
-
-
 def _preferred(
-    allowed: _Allowed,
-    state: State,
+    part: Part,
     request: SelectionRequest,
     batch_size: int,
     *,
@@ -322,14 +346,14 @@ def _preferred(
     """Without those that had their visits, those that are waited for, and those that rest, while there are enough
     others: who rests comes back first, who had its visits last and by the fewest of them.
     """
-
+    allowed = part.allowed
     without = partial(held_back, scores_N=scores_N, batch_size=batch_size, groups=least)
     here_N = without(allowed.eligible_N, allowed.spent_N, allowed.visits_N, all_alike=True)
     if not request.allow_outstanding:
-        here_N = without(here_N, allowed.waited_for_N, state.outstanding_step_N)
+        here_N = without(here_N, allowed.waited_for_N, allowed.outstanding_step_N)
     resting_N = resting(allowed.last_seen_N, step=request.step, rest=rest)
     rested_N = without(here_N, resting_N, allowed.last_seen_N, all_alike=True)
-    return Candidates(rested_N, here_N, allowed.last_seen_N)
+    return Candidates(rested_N, here_N, allowed.last_seen_N, part.weights)
 
 
 def _advised(error: NotEnoughPrompts, n_prompts: int, settings: RunSettings) -> NotEnoughPrompts:

@@ -1,0 +1,206 @@
+"""Which prompts a choice looks at: all that may be chosen, or of a large pool a part that stands for all of them.
+
+Pure functions. What is believed of a prompt costs most of the time of a choice, so that it is asked of no more prompts
+than a choice needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.selection.batch import count_of
+from evenodds_service.domain.selection.eligibility import outstanding, resting
+from evenodds_service.domain.selection.pickers import at_least_best
+from evenodds_service.domain.settings import RunSettings
+
+LOOKED_AT = 65_536
+"""Prompts that a choice looks at, where more may be chosen. (`benchmarks.parts` compares with looking at all.)"""
+
+FOR_EACH = 64
+"""More than that are looked at where the batch is so large that each of its prompts would have fewer to choose from."""
+
+_UNSEEN, _SEEN, _RESTING = range(3)
+
+
+MOST_LOST = 0.02
+"""Of score, by which the last prompt of a batch may be worse than if all had been looked at."""
+
+
+class PartTooSmall(Exception):
+    """A sample of the pool has too few prompts that may be chosen, or too few good ones, to stand for it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allowed:
+    """Who may be chosen if need be, bool [N] each, and int64 [N].
+
+    Attributes:
+        eligible_N: Rested if a cooldown is set, among the candidates, not excluded.
+        spent_N: Visited as often as the cap allows. A visit is a selection or an observed step.
+        visits_N: How often, int64 [N].
+        waited_for_N: Chosen before, and the outcome has not come.
+        outstanding_step_N: For which step, -1 for none.
+        last_seen_N: Step of the last selection or observation that counts, -1 for never.
+    """
+
+    eligible_N: BoolArray
+    spent_N: BoolArray
+    visits_N: IntArray
+    waited_for_N: BoolArray
+    outstanding_step_N: IntArray
+    last_seen_N: IntArray
+
+    def of(self, rows: IntArray) -> Allowed:
+        """The same of these prompts."""
+        return Allowed(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The prompts that a choice looks at.
+
+    Attributes:
+        rows: Their places in the pool, int64 [n], ascending; None: the whole pool.
+        allowed: Of these prompts.
+        weights: For how many prompts each stands, [n], at least 1; None: each for itself alone.
+    """
+
+    rows: IntArray | None
+    allowed: Allowed
+    weights: FloatArray | None = None
+
+
+def allowed_by(
+    state: State,
+    settings: RunSettings,
+    *,
+    step: int,
+    candidates: IntArray | None,
+    exclude: IntArray,
+) -> Allowed:
+    """Who of the pool may be chosen if need be. Arguments as in `SelectionRequest`."""
+    waited_for, lost = outstanding(
+        state.outstanding_step_N, step=max(step, state.head_step), lease_steps=settings.lease_steps
+    )
+    selected, last_selected = state.selected_N, state.last_selected_N
+    if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
+        selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
+    last_seen = np.maximum(last_selected, state.last_step_N)
+    may = ~resting(last_seen, step=step, rest=settings.cooldown_steps or 0)
+    if candidates is not None:
+        among = np.zeros(state.n_prompts, dtype=bool)
+        among[candidates] = True
+        may &= among
+    may[exclude] = False
+    visits = np.maximum(selected, state.visits_N)
+    spent = visits >= settings.max_visits if settings.max_visits > 0 else np.zeros(len(visits), dtype=bool)
+    return Allowed(may, spent, visits, waited_for, state.outstanding_step_N, last_seen)
+
+
+def part_of(
+    allowed: Allowed,
+    pool: Pool,
+    settings: RunSettings,
+    *,
+    batch_size: int,
+    step: int,
+    rest: int,
+    allow_outstanding: bool,
+    may_sample: bool,
+    generator: np.random.Generator,
+) -> Part:
+    """As many prompts as a choice of `batch_size` needs to look at: all that may be chosen, or a stratified sample.
+
+    The strata are those never seen, those seen and those that rest, of each of the groups that have limits and of all
+    others together. Small strata are in it whole: what is known of the few prompts that were tried is not thinned out.
+    Within a stratum all are equally likely. Weights tell how many a prompt stands for, so that whatever is drawn by
+    chance later is as likely as in the whole pool.
+
+    Where prompts that are held back may have to come back, the whole pool says in which order.
+
+    Args:
+        rest: For how many steps chosen prompts rest, 0 for none.
+        may_sample: Whether good prompts will do, and need not be the best ones of all.
+    """
+    n, n_prompts = max(LOOKED_AT, FOR_EACH * batch_size), len(allowed.eligible_N)
+    whole = Part(None, allowed)
+    if n_prompts <= n:
+        return whole
+    if np.count_nonzero(allowed.eligible_N) <= n:
+        rows = np.flatnonzero(allowed.eligible_N)
+        return Part(rows, allowed.of(rows))
+    if not may_sample:
+        return whole
+    may_N = allowed.eligible_N & ~allowed.spent_N
+    if not allow_outstanding:
+        may_N &= ~allowed.waited_for_N
+    resting_N = resting(allowed.last_seen_N, step=step, rest=rest)
+    rested_N = may_N & ~resting_N
+    least = settings.groups or {}
+    members = {group: pool.members(group, n_prompts) for group in {**least, **(settings.groups_at_most or {})}}
+    if np.count_nonzero(rested_N) <= n or any(
+        np.count_nonzero(rested_N & members[group]) < count_of(share, batch_size) for group, share in least.items()
+    ):
+        return whole
+    rows = np.flatnonzero(may_N)
+    strata = np.where(resting_N[rows], _RESTING, np.where(allowed.last_seen_N[rows] >= 0, _SEEN, _UNSEEN))
+    for i, members_N in enumerate(members.values(), start=1):
+        strata[members_N[rows]] += 3 * i
+    places, weights = stratified(strata, n, generator)
+    return Part(rows[places], allowed.of(rows[places]), weights)
+
+
+def stratified(strata_N: IntArray, n: int, generator: np.random.Generator) -> tuple[IntArray, FloatArray]:
+    """A sample of n of N: the strata get equal numbers, and those with fewer members all of theirs.
+
+    Args:
+        strata_N: The number of each one's stratum, from 0.
+
+    Returns:
+        int64 [n], ascending, and how many each stands for: those of its stratum over the sampled ones, [n].
+    """
+    counts = np.bincount(strata_N)
+    taken, left = np.zeros_like(counts), n
+    by_size = np.argsort(counts, kind="stable")
+    for i, stratum in enumerate(by_size.tolist()):
+        taken[stratum] = min(counts[stratum], left // (len(counts) - i))
+        left -= int(taken[stratum])
+    members = np.split(np.argsort(strata_N.astype(np.int16), kind="stable"), np.cumsum(counts)[:-1])
+    chosen = [
+        each if k == len(each) else generator.choice(each, k, replace=False, shuffle=False)
+        for each, k in zip(members, taken.tolist(), strict=True)
+    ]
+    weights = np.repeat(counts / np.maximum(taken, 1), taken)
+    places = np.concatenate(chosen)
+    order = np.argsort(places)
+    return places[order], weights[order]
+
+
+def check_stands_for_all(
+    part: Part, scores_N: FloatArray, among_N: BoolArray, batch_size: int, *, tolerance: float
+) -> None:
+    """What the last prompt of a batch is worth, of the part and, as its weights tell, of the whole pool.
+
+    Args:
+        among_N: Who may be chosen.
+        tolerance: By which a prompt may be worse than the best one and still count as good.
+
+    Raises:
+        PartTooSmall: the part has too few good prompts for the batch, and the pool seems to have better ones than those
+            that would have to do.
+    """
+    if part.weights is None:
+        return
+    few = at_least_best(scores_N, among_N, batch_size)
+    few = few[np.argsort(-scores_N[few], kind="stable")]
+    if len(few) < batch_size:
+        raise PartTooSmall
+    last = scores_N[few[batch_size - 1]]
+    last_of_all = scores_N[few[np.searchsorted(np.cumsum(part.weights[few]), batch_size)]]
+    if last < min(scores_N[few[0]] - tolerance, last_of_all - MOST_LOST):
+        raise PartTooSmall
