@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,9 +25,20 @@ from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.selection import part as part_of_pool
 from evenodds_service.domain.selection.batch import Candidates, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
-from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
+from evenodds_service.domain.selection.part import Part, PartTooSmall
+from evenodds_service.domain.selection.selection import (
+    REPROBE_SHARE,
+    Chosen,
+    Forecasts,
+    SelectionRequest,
+    looked_at,
+    picker_of,
+    select,
+)
+from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.embedder import BUILTIN_NAME
 from evenodds_service.model.history import History
 from evenodds_service.model.paper_fit import PAST_PAIRS, fit_paper, paper_inputs, predict_paper
@@ -122,8 +134,11 @@ class Gps:
             picker=picker_of("yield", parts.diversity, state.recent_batches, self._directions),
             generator=generator,
         )
-        fold(state, SelectEntry(state.position + 1, step, choice.prompts), self._pool)
-        return choice.prompts
+        return self._fold_choice(step, choice.prompts)
+
+    def _fold_choice(self, step: int, prompts: IntArray) -> IntArray:
+        fold(self._state, SelectEntry(self._state.position + 1, step, prompts), self._pool)
+        return prompts
 
     def weights(self) -> FloatArray:
         """Weights of the experts, prior x strength x memory, summing to 1."""
@@ -157,6 +172,37 @@ class Gps:
     def _directions(self, prompts: IntArray) -> FloatArray:
         assert self._state.basis is not None  # the pool is not empty
         return directions(self._pool.rows(self._state.basis, prompts))
+
+
+class LookingAt(Gps):
+    """`gps`, streaming, whose choices look at so many prompts, as those of the service do of larger pools.
+
+    Attributes:
+        n_whole: Choices for which these were too few, so that all were looked at.
+    """
+
+    def __init__(self, world: World, n: int) -> None:
+        super().__init__(world)
+        self._n, self.n_whole = n, 0
+
+    def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
+        """Of the whole pool."""
+        settings = RunSettings(group_size=self._group_size)
+        request = SelectionRequest(step, batch_size, seed=int(generator.integers(2**31)))
+
+        def chosen(part: Part | None) -> Chosen:
+            a, b = beliefs_of(self._state, self._pool, None if part is None else part.rows)
+            forecasts = Forecasts.of(a, b, self._group_size)
+            return select(self._state, self._pool, settings, request, forecasts, part)
+
+        with patch.multiple(part_of_pool, LOOKED_AT=self._n, FOR_EACH=0):
+            part = looked_at(self._state, self._pool, settings, request)
+        try:
+            choice = chosen(part)
+        except PartTooSmall:
+            self.n_whole += 1
+            choice = chosen(None)
+        return self._fold_choice(step, choice.choice.prompts)
 
 
 class GpsPaper:

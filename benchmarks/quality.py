@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.answering import AnsweringPolicy
-from benchmarks.contenders import Gps, GpsPaper, Parts
+from benchmarks.contenders import Gps, GpsPaper, LookingAt, Parts
 from benchmarks.loops import EPOCHS, Stages, closed_loop, open_loop, thirds
 from benchmarks.rivals import DPS, Arcus, Method, MoPPS, Uniform
 from benchmarks.worlds import LARGE, MATH, TASKS, TRAJECTORY, World, learning_from, open_world
@@ -57,6 +57,7 @@ FILLS_BATCH = "dynamic sampling"
 CHOICE_ONLY = (FILLS_BATCH, "MoPPS, yield score", "ARCUS-like, greedy", "gps, greedy")
 """Methods that predict as another one of the table does: they have no row in the open loop."""
 HELD_OUT_TASKS = 0.2
+LOOKED_AT = {"all": 1_000_000, "an eighth": 3_640, "a sixteenth": 1_820}
 ANSWERING_STEPS = 60
 ANSWERED = ("uniform", FILLS_BATCH, "MoPPS", "MoPPS, yield score", "ARCUS-like, greedy", "DPS", "gps", "gps, greedy")
 
@@ -183,6 +184,21 @@ def answering(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[rep
     ]
 
 
+def parts(folder: Path, methods: Mapping[str, Make], seeds: int) -> list[report.Table]:
+    """Choices that look at all prompts beside those that look at a part, as the service does of larger pools."""
+    world = open_world(folder / LARGE)
+    choosing: dict[str, Make] = {"uniform": methods["uniform"]}
+    choosing |= {f"gps, looks at {name}": looking_at(n) for name, n in LOOKED_AT.items()}
+    return [
+        closed_table(f"{size} of the whole pool", world, plan_of(world, 60, size), choosing, seeds)
+        for size in (64, 256)
+    ]
+
+
+def looking_at(n: int) -> Make:
+    return lambda world, seed: LookingAt(world, n)
+
+
 def gps_in(world: World, parts: Parts | None = None) -> Make:
     """`gps` in a world of its own, of the same prompts."""
     return lambda _, seed: Gps(world, replace(parts or Parts(), refit_every=REFIT_EVERY))
@@ -237,6 +253,7 @@ PARTS: Mapping[str, Callable[[Path, Mapping[str, Make], int], list[report.Table]
     "paper": paper,
     "learning": learning,
     "answering": answering,
+    "parts": parts,
 }
 
 
