@@ -103,7 +103,7 @@ def test_what_is_stored_keeps_the_names_of_its_format(pool: Pool, entries: list[
     with np.load(io.BytesIO(to_bytes(folded(entries, pool)))) as stored:
         header, names = json.loads(bytes(stored["header"])), {*stored}
 
-    assert FORMAT == 9
+    assert FORMAT == 10
     assert {
         "position",
         "head_step",

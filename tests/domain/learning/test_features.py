@@ -191,7 +191,7 @@ def test_vectors_may_appear_after_prompts_without(make_block: MakeBlock) -> None
     matrix = pool.matrix(basis, 45)
     assert basis.width - basis.n_surface == 8
     assert (matrix[:5, 1:] == 0).all()
-    assert (matrix[5:, basis.n_surface :] != 0).all()
+    assert matrix[5:, basis.n_surface :].any(axis=1).all()
 
 
 def test_standardised_columns_have_mean_nought_and_spread_one(whole: RawBlock) -> None:

@@ -28,7 +28,7 @@ from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.prompts import NO_ANSWERS, NO_RATES, NamedRates, RawBlock
 from evenodds_service.errors import CheckpointUnusable
 
-FORMAT = 9
+FORMAT = 10
 BLOCK_FORMAT = 1
 _SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", "float"))
 _ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))

@@ -20,7 +20,6 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.raw_rows import RawRows
-from evenodds_service.domain.learning.regression import FEATURE_STEP
 from evenodds_service.domain.learning.tallies import MAX_GROUPS as SUMMED_GROUPS
 from evenodds_service.domain.prompts import (
     NO_ANSWERS,
@@ -41,7 +40,9 @@ COMPONENT_SCALE = 1.0
 _SAMPLE = 20_000
 _MAX_EIGEN_WIDTH = 512
 _CLIP = 4.0
-_MOST = 64.0  # of a component: whoever lies so far out is far enough
+_MOST = 31.0  # of a component: whoever lies so far out is far enough
+KEPT_STEP = 2.0**-10
+"""Projected features are multiples of this, within 32, so that a pool keeps them in 16 bits without rounding anew."""
 _EMBEDDING_BITS = 22
 _BASIS_ARRAYS = ("means", "scales", "embedding_mean_D", "components_D_P")
 _FINITE = 1e100
@@ -84,7 +85,8 @@ class Pool:
         self._told = _with_rates(NO_RATES, 0, 0, tuple(tellers))
         self._first_told = _told_before(tellers)  # by who told it: the first prompt
         self._known: tuple[RateColumns, FloatArray] | None = None
-        self._matrix: tuple[Basis, FloatArray, IntArray] | None = None  # with how many rows of each chunk are done
+        # In units of KEPT_STEP; with how many rows of each chunk are done.
+        self._matrix: tuple[Basis, NDArray[np.int16], IntArray] | None = None
         self._fitted: tuple[int, Mapping[str, FittedPrior]] = (0, {})
         self._sources: Mapping[int, SourceColumns] = {}  # of the attached snapshot and the one before it
 
@@ -239,7 +241,7 @@ class Pool:
     def view(self, basis: Basis | None) -> Pool:
         """The pool as it stands, for whoever reads at length while it grows and takes other priors. Copies nothing."""
         if basis is not None:
-            self.matrix(basis, self.n)  # once for all views
+            self._projected(basis, _chunks(self.n))  # once for all views
         return copy.copy(self)
 
     def attach(self, version: int, fitted: Mapping[str, FittedPrior], sources: SourceColumns | None = None) -> None:
@@ -332,25 +334,27 @@ class Pool:
         return columns.project(self.told(columns.names, rows), shown)
 
     def rows(self, basis: Basis, rows: IntArray | slice) -> FloatArray:
-        """Projected features of these prompts, float32 [n, d]; kept. Those of others need not be there."""
+        """Projected features of these prompts, float32 [n, d], from what is kept. Those of others need not be there."""
         if isinstance(rows, slice):
             first, last, _ = rows.indices(self.n)
             chunks = np.arange(first // _CHUNK, -(-last // _CHUNK))
         else:
             chunks = np.unique(rows // _CHUNK)
-        return self._projected(basis, chunks)[rows]
+        return np.multiply(self._projected(basis, chunks)[rows], KEPT_STEP, dtype=np.float32)
 
     def matrix(self, basis: Basis, n: int) -> FloatArray:
-        """Projected features of the first n prompts, float32 [n, d]; kept, and extended as the pool grows."""
-        return self._projected(basis, np.arange(-(-n // _CHUNK)))[:n]
+        """Projected features of the first n prompts, float32 [n, d], twice as large as what is kept of them."""
+        return np.multiply(self._projected(basis, _chunks(n))[:n], KEPT_STEP, dtype=np.float32)
 
-    def _projected(self, basis: Basis, chunks: IntArray) -> FloatArray:
-        """Projected features of the pool, float32 [N, d], of which these chunks are there."""
+    def _projected(self, basis: Basis, chunks: IntArray) -> NDArray[np.int16]:
+        """Projected features of the pool in units of `KEPT_STEP`, [N, d], of which these chunks are there; kept, and
+        extended as the pool grows.
+        """
         kept = self._matrix
         if kept is None or not (kept[0] is basis or kept[0].equals(basis)):
             if self.n_let_go:
                 raise ValueError(f"raw features of {self.n_let_go} prompts were let go, and another basis needs them")
-            kept = (basis, np.empty((0, basis.width), dtype=np.float32), np.zeros(0, dtype=np.int64))
+            kept = (basis, np.empty((0, basis.width), dtype=np.int16), np.zeros(0, dtype=np.int64))
         _, x_N_d, done_K = kept
         if len(x_N_d) < self.n:
             x_N_d = _with_rows(x_N_d, len(x_N_d), max(self.n, 2 * len(x_N_d)))
@@ -361,7 +365,7 @@ class Pool:
         for together in np.split(missing, np.flatnonzero(gaps) + 1) if len(missing) else ():
             # Those that were let go are done. (Where others were retired, their chunk may not be.)
             first, last = max(int(together[0]) * _CHUNK, self.n_let_go), min((int(together[-1]) + 1) * _CHUNK, self.n)
-            x_N_d[first:last] = basis.project(self.raw(first, last))
+            x_N_d[first:last] = basis.project(self.raw(first, last)) * np.float32(1.0 / KEPT_STEP)
             done_K[together] = np.minimum(_CHUNK, self.n - _CHUNK * together)
             if self._lets_go and basis.is_final:
                 not_done = np.flatnonzero(done_K < _CHUNK)
@@ -382,9 +386,14 @@ def _told_before(tellers: Sequence[str]) -> dict[str, int]:
     return {name: i - len(tellers) for i, name in enumerate(tellers)}
 
 
+def _chunks(n: int) -> IntArray:
+    """Of the first n prompts."""
+    return np.arange(-(-n // _CHUNK))
+
+
 def _compressed(
-    basis: Basis, x_N_d: FloatArray, done_K: IntArray, kept_N: BoolArray
-) -> tuple[Basis, FloatArray, IntArray]:
+    basis: Basis, x_N_d: NDArray[np.int16], done_K: IntArray, kept_N: BoolArray
+) -> tuple[Basis, NDArray[np.int16], IntArray]:
     """The projected features of those that are kept. A chunk is done as far as its first rows are."""
     n = min(len(x_N_d), len(kept_N))
     rows = np.arange(n)
@@ -542,9 +551,9 @@ class Basis:
         )
 
     def project(self, block: RawBlock) -> FloatArray:
-        """Inputs of the regressions, float32 [n, width], within 64; what a prompt lacks is taken as average.
+        """Inputs of the regressions, float32 [n, width], within 32; what a prompt lacks is taken as average.
 
-        A row is a function of its prompt alone, to the last bit. All are multiples of `FEATURE_STEP`.
+        A row is a function of its prompt alone, to the last bit. All are multiples of `KEPT_STEP`.
         """
         n = len(block.prompt_ids)
         x = np.zeros((n, self.width), dtype=np.float32)
@@ -565,7 +574,7 @@ class Basis:
                 projected = self._components.times(whole)
                 projected *= unit * self._components.unit_m
                 x[first : first + _CHUNK, self.n_surface :] = np.clip(projected, -_MOST, _MOST)
-        return np.asarray(np.rint(x * np.float32(1.0 / FEATURE_STEP)) * np.float32(FEATURE_STEP))
+        return np.asarray(np.rint(x * np.float32(1.0 / KEPT_STEP)) * np.float32(KEPT_STEP))
 
 
 def directions(x_N_d: FloatArray) -> FloatArray:
