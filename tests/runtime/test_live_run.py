@@ -14,7 +14,7 @@ from tests.waiting import PATIENCE_SECONDS
 from evenodds_service.domain.learning import features, raw_rows
 from evenodds_service.domain.learning.checkpoint import block_to_bytes, to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
-from evenodds_service.domain.prompts import NewPrompt, NewPrompts
+from evenodds_service.domain.prompts import NewPrompt, NewPrompts, RawBlock
 from evenodds_service.domain.selection import part
 from evenodds_service.domain.selection.selection import SelectionRequest, looked_at
 from evenodds_service.domain.settings import RunSettings
@@ -186,3 +186,38 @@ def test_who_let_go_of_raw_features_saves_and_goes_back_as_one_that_keeps_them(
     both_at_head()  # from the checkpoint, whose basis the pool has
     assert letting_go.pool is pool
     assert letting_go.pool.n_let_go == 192
+
+
+def test_while_a_large_pool_is_loaded_few_of_its_raw_features_are_in_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raw_rows, "PIECE", 10)
+    monkeypatch.setattr(features, "_CHUNK", 10)
+    monkeypatch.setattr(features, "ENOUGH_PROMPTS", 40)
+    monkeypatch.setattr(live_run, "PACKED", 20)
+    monkeypatch.setattr(live_run, "RAW_MOST", 30)
+    run, _ = store.put_run("lengths", RunSettings(embedder="none"), now=NOW)
+    for first in range(0, 200, 40):
+        prompts = [NewPrompt(f"p{i}", features={"length": float(i % 37)}) for i in range(first, first + 40)]
+        store.add_prompts(run.id, prompts, embedder="none", now=NOW)
+    held: list[int] = []
+    append = features.Pool.append
+
+    def counted(pool: features.Pool, block: RawBlock) -> None:
+        append(pool, block)
+        held.append(pool.n - pool.n_let_go)
+
+    from_the_log, keeping = LiveRun(run.id), LiveRun(run.id, keeps_raw=True)
+    keeping.catch_up(store, store.run("lengths"))
+    keeping.save(store, store.run("lengths"), now=NOW)
+    monkeypatch.setattr(features.Pool, "append", counted)
+    from_the_log.catch_up(store, store.run("lengths"))
+    most, from_the_checkpoint = max(held[2:]), LiveRun(run.id)  # the first two come before the basis
+    held.clear()
+    from_the_checkpoint.catch_up(store, store.run("lengths"))
+
+    assert max(most, *held) <= 50  # 30, and the block of 20 that comes next
+    for live in (from_the_log, from_the_checkpoint):
+        assert live.pool.n == 200
+        chosen, expected = (each.choose(SETTINGS, lambda: REQUEST) for each in (live, keeping))
+        assert chosen.prompt_ids == expected.prompt_ids

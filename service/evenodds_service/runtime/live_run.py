@@ -56,6 +56,10 @@ logger = logging.getLogger(__name__)
 PACKED = 8_192
 """Prompts of a packed block of the pool's features."""
 
+RAW_MOST = 262_144
+"""Prompts whose raw features, .6 kB each, are in memory at most while a pool is loaded. More are projected on the way,
+though the first answer waits for it."""
+
 _TRIES = 5
 
 CHECKPOINT_EVERY = 500
@@ -293,6 +297,7 @@ class LiveRun:
                 if len(block.prompt_ids) != len(wanted):
                     raise LogCompacted(f"of prompts {first} to {last - 1} some are deleted")
                 self.pool.append(replace(block, first=self.pool.n))
+                self.pool.let_go(self.state.basis, above=RAW_MOST)
             first = last
 
     def _packed(self, store: Store, wanted: IntArray, embedder: str | None) -> RawBlock | None:

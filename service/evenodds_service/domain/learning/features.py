@@ -147,6 +147,14 @@ class Pool:
         """The raw features of so many prompts, the first ones, were let go."""
         return self._surface.first
 
+    def let_go(self, basis: Basis | None, *, above: int) -> None:
+        """Project what has come, and let go of its raw features, where more than `above` prompts have them.
+
+        Nothing is done while they may be asked for under another basis than this one.
+        """
+        if self._lets_go and basis is not None and basis.is_final and self.n - self.n_let_go > above:
+            self._projected(basis, _chunks(self.n))
+
     def serves(self, basis: Basis | None) -> bool:
         """Whether all prompts have features under this basis, or can be given them; None: under whichever comes."""
         if not self.n_let_go:
@@ -357,7 +365,7 @@ class Pool:
             kept = (basis, np.empty((0, basis.width), dtype=np.int16), np.zeros(0, dtype=np.int64))
         _, x_N_d, done_K = kept
         if len(x_N_d) < self.n:
-            x_N_d = _with_rows(x_N_d, len(x_N_d), max(self.n, 2 * len(x_N_d)))
+            x_N_d = _with_rows(x_N_d, len(x_N_d), len(self._prior_rates))  # as much room as is for the others
             done_K = np.append(done_K, np.zeros(-(-len(x_N_d) // _CHUNK) - len(done_K), dtype=np.int64))
         # Whole chunks anew: a row must not depend, not even in its last bit, on when it was projected.
         missing = chunks[done_K[chunks] < np.minimum(_CHUNK, self.n - _CHUNK * chunks)]
