@@ -28,7 +28,6 @@ from evenodds_service.domain.selection.eligibility import held_back, rest_steps,
 from evenodds_service.domain.selection.fill import Calibration, Fill, filled
 from evenodds_service.domain.selection.pickers import DRAWN, Good, Likeness, MostUnlike, Picker, best
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
-from evenodds_service.model.history import History
 from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
 
 WORKER_MOST = 2_048
@@ -232,9 +231,6 @@ class Ruled(Gps):
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
         super().observe(step, prompts, successes, attempts)
         if self._rule.refit:
-            informative = (successes > 0) & (successes < attempts)
-            steps = np.full(len(prompts), step, dtype=np.int64)
-            self._history.append(History(prompts, steps, successes, attempts, informative))
             n = self._state.n_observations
             if n - self._fitted >= min(WORKER_MOST, max(FIRST_FIT_OBSERVATIONS, self._fitted)):
                 self.refit(step)

@@ -57,7 +57,6 @@ from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.surface import SURFACE_NAMES
 
 WARM_UP = 3
-CANDIDATES = 16 * BATCH  # of which published MoPPS draws its batch, for mathematics
 STEP_SECONDS = 60.0
 TOGETHER = 50_000
 VIZIER_SECONDS = 100  # for all steps of one algorithm
@@ -129,9 +128,8 @@ def main() -> None:
 def measured(arguments: argparse.Namespace) -> Iterator[Row]:
     for size in sizes_of(arguments.pools):
         yield floor_of_memory(size)
-        for name, method in methods(size).items():
-            n_candidates = CANDIDATES if "16 B" in name else None
-            yield in_process(name, method(), size, arguments.steps, n_candidates=n_candidates)
+        for contender in contenders(size):
+            yield in_process(contender, size, arguments.steps)
     for size in sizes_of(arguments.served):
         yield from served(size, arguments.steps)
     if arguments.vizier:
@@ -143,15 +141,31 @@ def sizes_of(text: str) -> list[int]:
     return [int(size) for size in text.split(",") if size]
 
 
-def methods(n_prompts: int) -> dict[str, Callable[[], Method]]:
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A method by its name in the table; `n_candidates` prompts by chance are what it chooses among, None for all."""
+
+    name: str
+    make: Callable[[], Method]
+    n_candidates: int | None = None
+
+
+def contenders(n_prompts: int) -> tuple[Contender, ...]:
     chance = np.random.default_rng(0)
-    return {
-        "prime-rl's difficulty pools": lambda: Pools(n_prompts),
-        "MoPPS, 16 B candidates (published)": lambda: MoPPS(n_prompts, GROUP_SIZE),
-        "MoPPS, whole pool": lambda: MoPPS(n_prompts, GROUP_SIZE),
-        "BOTS": lambda: Bots(0.5 * chance.random(n_prompts), 0.5 + 0.5 * chance.random(n_prompts), GROUP_SIZE),
-        "ours, in process": lambda: Ours(n_prompts),
-    }
+
+    def bots() -> Bots:
+        return Bots(0.5 * chance.random(n_prompts), 0.5 + 0.5 * chance.random(n_prompts), GROUP_SIZE)
+
+    def mopps() -> MoPPS:
+        return MoPPS(n_prompts, GROUP_SIZE)
+
+    return (
+        Contender("prime-rl's difficulty pools", lambda: Pools(n_prompts)),
+        Contender("MoPPS, 16 B candidates (published)", mopps, n_candidates=16 * BATCH),
+        Contender("MoPPS, whole pool", mopps),
+        Contender("BOTS", bots),
+        Contender("ours, in process", lambda: Ours(n_prompts)),
+    )
 
 
 class Ours:
@@ -200,8 +214,9 @@ def generated_pool(n_prompts: int) -> Pool:
     return pool
 
 
-def in_process(name: str, method: Method, n_prompts: int, steps: int, *, n_candidates: int | None = None) -> Row:
+def in_process(contender: Contender, n_prompts: int, steps: int) -> Row:
     """A course of so many steps; drawing the candidates is part of the choice."""
+    method = contender.make()
     generator = np.random.default_rng(1)
     everyone: IntArray = np.arange(n_prompts)
     rates_N = 0.1 + 0.1 * (everyone % N_CATEGORIES)
@@ -210,8 +225,8 @@ def in_process(name: str, method: Method, n_prompts: int, steps: int, *, n_candi
     for step in range(WARM_UP + steps):
         started, before = time.perf_counter(), time.process_time()
         candidates = everyone
-        if n_candidates is not None:
-            candidates = np.unique(generator.integers(n_prompts, size=n_candidates))  # without touching the pool
+        if contender.n_candidates is not None:  # drawn without touching the pool
+            candidates = np.unique(generator.integers(n_prompts, size=contender.n_candidates))
         prompts = method.select(candidates, BATCH, step=step, generator=generator)
         selected = time.perf_counter()
         attempts = np.full(len(prompts), float(GROUP_SIZE))
@@ -220,7 +235,7 @@ def in_process(name: str, method: Method, n_prompts: int, steps: int, *, n_candi
         method.observe(step, prompts, successes, attempts)
         times.append((1_000 * (selected - started), 1_000 * (time.perf_counter() - told)))
         used += time.process_time() - before if step >= WARM_UP else 0.0
-    return row_of(name, n_prompts, times[WARM_UP:], used)
+    return row_of(contender.name, n_prompts, times[WARM_UP:], used)
 
 
 def row_of(name: str, n_prompts: int, times: Sequence[Sequence[float]], used_seconds: float | None = None) -> Row:

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.evenodds_run,
                 [{"prompt_id": str(i), "text": each.text, "category": each.kind} for i, each in enumerate(pool)],
                 run_settings={"group_size": options.group_size},
+                outbox=options.out / "outbox",
             )
         )
         selector.wait_until_ready()
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="groups of a step")
     parser.add_argument("--group-size", type=int, default=8, help="attempts of a group")
     parser.add_argument("--pool", type=int, default=2_000)
-    parser.add_argument("--out", type=Path, default=Path("demo-llm-results"), help="folder for the model")
+    parser.add_argument("--out", type=Path, default=Path("demo-llm-results"), help="folder for the model and unsent outcomes")
     return parser
 
 

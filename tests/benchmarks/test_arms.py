@@ -1,8 +1,38 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from benchmarks.arms import InProportion
+from benchmarks.arms import InProportion, Rule, Ruled
+from benchmarks.contenders import Gps
+from benchmarks.worlds import World
 from scipy import stats
+
+from evenodds_service.domain.arrays import FloatArray, IntArray
+
+
+@dataclass
+class Made:
+    world: World
+    batch_size: int = 8
+    seed: int = 0
+
+    def rates(self, prompts: IntArray) -> FloatArray:
+        return np.full(len(prompts), 0.5)
+
+
+def test_a_refit_of_the_arms_reads_each_outcome_once(world: World) -> None:
+    arm, told_once = Ruled(Made(world), Rule(refit=1)), Gps(world)
+    prompts = np.arange(60)
+    successes = np.repeat([0.0, 4.0, 8.0], 20)
+    for step in range(3):  # the third passes the number at which a worker fits first
+        for method in (arm, told_once):
+            method.observe(step, prompts, successes, np.full(60, 8.0))
+
+    told_once.refit(2)
+
+    assert (arm.weights() == told_once.weights()).all()
+    assert (arm.predict().mean_N == told_once.predict().mean_N).all()
 
 
 def test_draws_in_proportion_follow_the_power_of_the_score() -> None:

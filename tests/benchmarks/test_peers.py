@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.peers import Ours, Row, in_process, line_of, methods
+from benchmarks.peers import Contender, Ours, Row, contenders, in_process, line_of
 from benchmarks.scale import BATCH
 
 N = 600
 
 
-@pytest.mark.parametrize("name", sorted(methods(N)))
-def test_every_method_goes_through_a_course_of_training_steps(name: str) -> None:
-    row = in_process(name, methods(N)[name](), N, 2)
+@pytest.mark.parametrize("contender", contenders(N), ids=lambda contender: contender.name)
+def test_every_method_goes_through_a_course_of_training_steps(contender: Contender) -> None:
+    row = in_process(contender, N, 2)
 
-    assert (row.method, row.n_prompts, row.steps) == (name, N, 2)
+    assert (row.method, row.n_prompts, row.steps) == (contender.name, N, 2)
     assert row.select_ms is not None
     assert row.select_ms > 0.0
 

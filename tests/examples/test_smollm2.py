@@ -12,11 +12,12 @@ import json
 import os
 import random
 import signal
+import string
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from examples.smollm2.report import forecasts
 from examples.smollm2.run import main
 from examples.smollm2.task import KINDS, SHOTS, Problem, Problems, draw, is_right, problems
 from examples.smollm2.train import ARMS, Arm, Files, Plan, Record, train
+from tests.integrations.tiny import tiny_model
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -36,40 +38,11 @@ PLAN = Plan(steps=4, batch_size=4, learning_rate=1e-3, evaluate_every=2, checkpo
 SEVEN = Problem("4 + 3 =", "add1", "7")
 
 
-def tiny_model() -> tuple[Any, Any]:
-    """A causal transformer of SmolLM2's class with some thousand weights, and a tokenizer of single characters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *"0123456789", " ", "\n", *"+-*="])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=96,
-            pad_token_id=0,
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-    )
-    return model, PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
-    )
-
-
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     """Knows the form of an answer, and guesses sums of one digit right now and then."""
     torch.set_num_threads(1)
-    model, tokenizer = tiny_model()
+    model, tokenizer = tiny_model(string.digits + " \n+-*=", hidden_size=32)
     taught = Policy(model, tokenizer, SHOTS)
     chance = random.Random(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -44,13 +44,13 @@ def config(folder: Path, **options: Any) -> Any:
     )
 
 
-def tiny_model() -> tuple[Any, Any]:
-    """A causal transformer of some thousand weights, and a tokenizer of single characters."""
+def tiny_model(characters: str = "=" + string.digits, *, hidden_size: int = 16) -> tuple[Any, Any]:
+    """A causal transformer of some thousand weights, of SmolLM2's class, and a tokenizer of single characters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", "=", *string.digits])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -58,12 +58,12 @@ def tiny_model() -> tuple[Any, Any]:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(vocabulary),
-            hidden_size=16,
-            intermediate_size=32,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
             num_hidden_layers=1,
-            num_attention_heads=2,
+            num_attention_heads=hidden_size // 8,
             num_key_value_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=96,
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=None,
