@@ -52,7 +52,7 @@ from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.prompts import RawBlock
-from evenodds_service.domain.selection.selection import Forecasts, SelectionRequest, select
+from evenodds_service.domain.selection.selection import Forecasts, SelectionRequest, looked_at, select
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.surface import SURFACE_NAMES
 
@@ -187,8 +187,10 @@ class Ours:
 
     def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
         """Of the whole pool: the service asks for no candidates by default."""
-        forecasts = Forecasts.of(*beliefs_of(self._state, self._pool), GROUP_SIZE)
-        chosen = select(self._state, self._pool, self._settings, SelectionRequest(step, batch_size), forecasts)
+        request = SelectionRequest(step, batch_size)
+        part = looked_at(self._state, self._pool, self._settings, request)
+        forecasts = Forecasts.of(*beliefs_of(self._state, self._pool, part.rows), GROUP_SIZE)
+        chosen = select(self._state, self._pool, self._settings, request, forecasts, part)
         fold(self._state, SelectEntry(self._state.position + 1, step, chosen.prompts), self._pool)
         return chosen.prompts
 
