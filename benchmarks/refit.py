@@ -2,6 +2,7 @@
 
     python -m benchmarks.refit [FOLDER]          (or EVENODDS_DATA=FOLDER)
     python -m benchmarks.refit --published --devices cuda
+    python -m benchmarks.refit --growth 29115:100000,29115:1000000,1000000:100000
     python -m benchmarks.refit --kill 50
 
 FOLDER holds the data sets or is one. The pool is `deepscaler_qwen25math7b_k128`, outcomes of 8 attempts are drawn from
@@ -9,6 +10,9 @@ its recorded rates; without it both are generated. The refit is a worker's, in a
 database: first one that reads everything, then one after 2,048 further observations. On the CPU, then on CUDA where
 there is one. Building the database is not counted. `gps` is fitted on the CPU alone, wherever it runs; `--published`
 fits the published networks instead (`gps-paper`, 20 million parameters).
+
+`--growth` does the same for pools and histories of other sizes, PROMPTS:OBSERVATIONS, generated, one after the other on
+the CPU, and tells how time and memory grow with either.
 
 `--kill N` kills the worker in the middle of a fit N times, with another worker standing by and two services answering
 all the while. Any fault is printed, and the exit status is 1.
@@ -38,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.kills import kill_workers, serving
+from benchmarks.scale import slope
 
 from evenodds import PromptIn
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
@@ -64,12 +69,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time of a refit, and what kill -9 does to one.")
     parser.add_argument("folder", nargs="?", type=Path, default=os.environ.get("EVENODDS_DATA"))
     parser.add_argument("--kill", type=int, default=0, metavar="N", help="kill the worker N times instead")
+    parser.add_argument("--growth", metavar="SIZES", help="prompts:observations, several by commas, instead")
     parser.add_argument("--published", action="store_true", help="fit gps-paper with networks of the published size")
     parser.add_argument("--devices", nargs="+", metavar="DEVICE", help="cpu and cuda where there is one")
     arguments = parser.parse_args()
     settings = RunSettings(group_size=GROUP_SIZE)
     if arguments.published:
         settings = dataclasses.replace(settings, predictor="gps-paper", model_size="published")
+    if arguments.growth:
+        show_growth([tuple(int(n) for n in size.split(":")) for size in arguments.growth.split(",")], settings)
+        return 0
     with tempfile.TemporaryDirectory(prefix="evenodds-refit-") as folder:
         url = f"sqlite:///{folder}/evenodds.db"
         if arguments.kill:
@@ -93,6 +102,7 @@ def show_times(url: str, folder: Path | None, settings: RunSettings, devices: Se
     origin, texts, rates = read_pool(folder)
     store = open_store(url)
     build(store, texts, rates, settings)
+    observe(store, rates, OBSERVATIONS, seed=0)
     print(f"pool: {len(texts):,} prompts, {origin}; {OBSERVATIONS:,} observations of {GROUP_SIZE} attempts")
     print(f"built in {time.perf_counter() - started:.0f} s, which is not counted")
     columns = f"{'loading':>10}{'fitting':>10}{'publishing':>12}{'in all':>10}{'aim':>8}{'peak GiB':>10}"
@@ -110,6 +120,39 @@ def show_times(url: str, folder: Path | None, settings: RunSettings, devices: Se
     report = store.refits(store.run(RUN).id, limit=1)[0].report or {}
     print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in report.items() if isinstance(value, (int, float))))
     store.close()
+
+
+def show_growth(sizes: Sequence[Sequence[int]], settings: RunSettings) -> None:
+    """One row for each size, and the exponents of its growth between those that share the other number."""
+    parts = ("loading", "fitting", "publishing", "all", "peak_gib", "snapshot_mb")
+    names = ("prompts", "observations", *parts, f"after {MORE_OBSERVATIONS:,} more", "peak_gib")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start; seconds, GiB, MB\n")
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
+    found: dict[tuple[int, ...], list[float]] = {}
+    for n_prompts, n_observations in sizes:
+        with tempfile.TemporaryDirectory(prefix="evenodds-refit-") as folder:
+            url = f"sqlite:///{folder}/evenodds.db"
+            store, (texts, rates) = open_store(url), generated(n_prompts)
+            build(store, texts, rates, settings)
+            observe(store, rates, n_observations, seed=0, batch_size=min(10_000, n_prompts))
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                first = process.submit(refit_once, url, "cpu").result()
+                observe(store, rates, MORE_OBSERVATIONS, seed=1)
+                second = process.submit(refit_once, url, "cpu").result()
+            store.close()
+        row = [*(first[part] for part in parts), second["all"], second["peak_gib"]]
+        found[n_prompts, n_observations] = row
+        print(f"| {n_prompts:,} | {n_observations:,} | {' | '.join(f'{value:.2f}' for value in row)} |", flush=True)
+    for axis, name in enumerate(("prompts", "observations")):
+        for other in sorted({size[1 - axis] for size in found}):
+            like = {size[axis]: row for size, row in found.items() if size[1 - axis] == other}
+            if len(like) > 1:
+                exponents = [
+                    slope([(n, like[n][i]) for n in sorted(like)])
+                    for i in (parts.index("all"), parts.index("peak_gib"))
+                ]
+                told = f"{('observations', 'prompts')[axis]} {other:,}"
+                print("exponent of {} at {}: seconds {:.2f}, memory {:.2f}".format(name, told, *exponents))
 
 
 _workers: dict[str, Worker] = {}
@@ -201,7 +244,7 @@ def open_store(url: str) -> Store:
 
 
 def build(store: Store, texts: Mapping[str, str], rates: np.ndarray, settings: RunSettings) -> None:
-    """The run with its pool and all observations."""
+    """The run with its pool."""
     run, _ = store.put_run(RUN, settings, now=datetime.now(timezone.utc))
     featurizer = Featurizer(store)
     items = [PromptIn(prompt_id=prompt_id, text=text) for prompt_id, text in texts.items()]
@@ -217,16 +260,15 @@ def build(store: Store, texts: Mapping[str, str], rates: np.ndarray, settings: R
             now=datetime.now(timezone.utc),
         )
         run = store.run(RUN)
-    observe(store, rates, OBSERVATIONS, seed=0)
 
 
-def observe(store: Store, rates: np.ndarray, n: int, *, seed: int) -> None:
+def observe(store: Store, rates: np.ndarray, n: int, *, seed: int, batch_size: int = BATCH_SIZE) -> None:
     """Outcomes of so many random groups, a batch a step."""
     run, generator = store.run(RUN), np.random.default_rng(seed)
     step = -1 if run.head_step is None else run.head_step
-    for first in range(0, n, BATCH_SIZE):
+    for first in range(0, n, batch_size):
         step += 1
-        prompts = generator.choice(len(rates), size=min(BATCH_SIZE, n - first), replace=False)
+        prompts = generator.choice(len(rates), size=min(batch_size, n - first), replace=False)
         successes = generator.binomial(GROUP_SIZE, rates[prompts])
         rows = [NewObservation.of_counts(int(i), int(k), GROUP_SIZE) for i, k in zip(prompts, successes, strict=True)]
         store.append_observations(run.id, Outcomes(step=step, observations=rows), now=datetime.now(timezone.utc))
