@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.selection.pickers import Picker, at_least_best, best
 from evenodds_service.errors import NotEnoughPrompts
 
 REPROBE_SEEN = 0.25
 """Share of the least recently seen that is kept for prompts seen before."""
+
+_LEAST_CHANCE = 2.0**-53
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +131,9 @@ def drawn_by(chances_N: FloatArray, weights_N: FloatArray | None) -> FloatArray:
         chances_N: Drawn uniformly from [0, 1).
         weights_N: At least 1; None: all alike.
     """
-    return chances_N if weights_N is None else np.asarray(chances_N ** (1.0 / weights_N))
+    if weights_N is None:
+        return chances_N
+    return exact.exp(exact.log(np.maximum(chances_N, _LEAST_CHANCE)) / weights_N)  # chances to the power of 1 / weights
 
 
 def count_of(share: float, batch_size: int) -> int:
@@ -201,7 +206,8 @@ def _control_arm(draft: _Draft, candidates: Candidates, share: float, generator:
     if candidates.weights_N is None:
         order = generator.permutation(order)
     else:
-        order = order[np.argsort(-drawn_by(generator.random(len(order)), candidates.weights_N[order]))]
+        keys = drawn_by(generator.random(len(order)), candidates.weights_N[order])
+        order = order[np.argsort(-keys, kind="stable")]
     may, is_owed = np.ones(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
     for cap, members_N in draft.most.values():
         members = members_N[order]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.batch import count_of
+from evenodds_service.domain.settings import RunSettings
 
 REST_STEPS = 25
 """Steps that a chosen prompt rests. A prompt that comes back before the policy has moved on teaches little: with
@@ -18,6 +21,58 @@ batches of 8 from 6,000 a rest of 4 steps loses to uniform choice, and rests of 
 REST_MOST_OF_EPOCH = 0.4
 """The rest is at most this share of an epoch, so that a small pool leaves a choice: in a pool of 300 rests of a quarter
 to a half of an epoch are best."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allowed:
+    """Who may be chosen if need be, bool [N] each, and int64 [N].
+
+    Attributes:
+        eligible_N: Rested if a cooldown is set, among the candidates, not excluded.
+        spent_N: Visited as often as the cap allows. A visit is a selection or an observed step.
+        visits_N: How often, int64 [N].
+        waited_for_N: Chosen before, and the outcome has not come.
+        outstanding_step_N: For which step, -1 for none.
+        last_seen_N: Step of the last selection or observation that counts, -1 for never.
+    """
+
+    eligible_N: BoolArray
+    spent_N: BoolArray
+    visits_N: IntArray
+    waited_for_N: BoolArray
+    outstanding_step_N: IntArray
+    last_seen_N: IntArray
+
+    def of(self, rows: IntArray) -> Allowed:
+        """The same of these prompts."""
+        return Allowed(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+
+def allowed_by(
+    state: State,
+    settings: RunSettings,
+    *,
+    step: int,
+    candidates: IntArray | None,
+    exclude: IntArray,
+) -> Allowed:
+    """Who of the pool may be chosen if need be. Arguments as in `SelectionRequest`."""
+    waited_for, lost = outstanding(
+        state.outstanding_step_N, step=max(step, state.head_step), lease_steps=settings.lease_steps
+    )
+    selected, last_selected = state.selected_N, state.last_selected_N
+    if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
+        selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
+    last_seen = np.maximum(last_selected, state.last_step_N)
+    may = ~resting(last_seen, step=step, rest=settings.cooldown_steps or 0)
+    if candidates is not None:
+        among = np.zeros(state.n_prompts, dtype=bool)
+        among[candidates] = True
+        may &= among
+    may[exclude] = False
+    visits = np.maximum(selected, state.visits_N)
+    spent = visits >= settings.max_visits if settings.max_visits > 0 else np.zeros(len(visits), dtype=bool)
+    return Allowed(may, spent, visits, waited_for, state.outstanding_step_N, last_seen)
 
 
 def resting(last_seen_N: IntArray, *, step: int, rest: int) -> BoolArray:

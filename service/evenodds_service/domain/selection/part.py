@@ -6,58 +6,32 @@ than a choice needs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.batch import count_of
-from evenodds_service.domain.selection.eligibility import outstanding, resting
+from evenodds_service.domain.selection.eligibility import Allowed, resting
 from evenodds_service.domain.selection.pickers import at_least_best
 from evenodds_service.domain.settings import RunSettings
 
 LOOKED_AT = 65_536
-"""Prompts that a choice looks at, where more may be chosen. (`benchmarks.parts` compares with looking at all.)"""
+"""Prompts that a choice looks at, where more may be chosen. (`benchmarks.quality --only parts` compares it
+with looking at all.)"""
 
 FOR_EACH = 64
 """More than that are looked at where the batch is so large that each of its prompts would have fewer to choose from."""
 
-_UNSEEN, _SEEN, _RESTING = range(3)
-
-
 MOST_LOST = 0.02
 """Of score, by which the last prompt of a batch may be worse than if all had been looked at."""
+
+_UNSEEN, _SEEN, _RESTING = range(3)
 
 
 class PartTooSmall(Exception):
     """A sample of the pool has too few prompts that may be chosen, or too few good ones, to stand for it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Allowed:
-    """Who may be chosen if need be, bool [N] each, and int64 [N].
-
-    Attributes:
-        eligible_N: Rested if a cooldown is set, among the candidates, not excluded.
-        spent_N: Visited as often as the cap allows. A visit is a selection or an observed step.
-        visits_N: How often, int64 [N].
-        waited_for_N: Chosen before, and the outcome has not come.
-        outstanding_step_N: For which step, -1 for none.
-        last_seen_N: Step of the last selection or observation that counts, -1 for never.
-    """
-
-    eligible_N: BoolArray
-    spent_N: BoolArray
-    visits_N: IntArray
-    waited_for_N: BoolArray
-    outstanding_step_N: IntArray
-    last_seen_N: IntArray
-
-    def of(self, rows: IntArray) -> Allowed:
-        """The same of these prompts."""
-        return Allowed(*(getattr(self, each.name)[rows] for each in fields(self)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,33 +47,6 @@ class Part:
     rows: IntArray | None
     allowed: Allowed
     weights: FloatArray | None = None
-
-
-def allowed_by(
-    state: State,
-    settings: RunSettings,
-    *,
-    step: int,
-    candidates: IntArray | None,
-    exclude: IntArray,
-) -> Allowed:
-    """Who of the pool may be chosen if need be. Arguments as in `SelectionRequest`."""
-    waited_for, lost = outstanding(
-        state.outstanding_step_N, step=max(step, state.head_step), lease_steps=settings.lease_steps
-    )
-    selected, last_selected = state.selected_N, state.last_selected_N
-    if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
-        selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
-    last_seen = np.maximum(last_selected, state.last_step_N)
-    may = ~resting(last_seen, step=step, rest=settings.cooldown_steps or 0)
-    if candidates is not None:
-        among = np.zeros(state.n_prompts, dtype=bool)
-        among[candidates] = True
-        may &= among
-    may[exclude] = False
-    visits = np.maximum(selected, state.visits_N)
-    spent = visits >= settings.max_visits if settings.max_visits > 0 else np.zeros(len(visits), dtype=bool)
-    return Allowed(may, spent, visits, waited_for, state.outstanding_step_N, last_seen)
 
 
 def part_of(

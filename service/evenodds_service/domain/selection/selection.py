@@ -19,16 +19,9 @@ from evenodds_service.domain.learning.prediction import EachBlock, in_blocks
 from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose, drawn_by
-from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
+from evenodds_service.domain.selection.eligibility import Allowed, allowed_by, held_back, rest_steps, resting
 from evenodds_service.domain.selection.fill import Calibration, Fill, Outlook, filled, most_prompts, outlook
-from evenodds_service.domain.selection.part import (
-    Allowed,
-    Part,
-    PartTooSmall,
-    allowed_by,
-    check_stands_for_all,
-    part_of,
-)
+from evenodds_service.domain.selection.part import Part, PartTooSmall, check_stands_for_all, part_of
 from evenodds_service.domain.selection.pickers import (
     Good,
     Likeness,
