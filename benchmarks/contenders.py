@@ -89,6 +89,7 @@ class Gps:
         self._state.mixture = _without(self._state.mixture, self._parts)
         if not self._parts.regressions_forget:
             self._state.surface = _unforgetting(self._state.surface)
+            self._state.quick = _unforgetting(self._state.quick)
             self._state.embedding = _unforgetting(self._state.embedding)
         self._world, self._device = world, torch.device("cpu")
         self._history: list[History] = []

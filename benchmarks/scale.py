@@ -443,6 +443,7 @@ def plain_selection(state: State, pool: Pool, *, step: int) -> IntArray:
     }
     for name, regression, features in (
         ("surface", state.surface, x[:, : state.basis.n_surface]),
+        ("quick", state.quick, x[:, : state.basis.n_surface]),
         ("embedding", state.embedding, x),
     ):
         if regression is not None:

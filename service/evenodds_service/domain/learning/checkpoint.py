@@ -34,7 +34,7 @@ _SCALARS = tuple(field.name for field in fields(State) if field.type in ("int", 
 _ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArray", "FloatArray"))
 _BASIS = "basis_"
 _COLUMNS = "columns_"
-_REGRESSIONS = ("surface", "embedding", "stack", "runs")
+_REGRESSIONS = ("surface", "quick", "embedding", "stack", "runs")
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 _COUNTED: dict[str, tuple[str, Any]] = {
     "tallies": ("record", Tallies),

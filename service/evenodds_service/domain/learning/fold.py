@@ -40,6 +40,8 @@ from evenodds_service.domain.learning.state import State, _grow, _without, prese
 from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, RetireEntry, SelectEntry, SnapshotEntry
 
 REGRESSION_KEEP = 0.98
+QUICK_KEEP = 0.85
+"""Of the regression that follows a fast policy: what is older than seven steps counts less than a third."""
 CALIBRATION_KEEP = 0.95
 RECENT_BATCHES = 2
 BASIS_GROWTH = 4
@@ -192,6 +194,8 @@ def _update_regressions(
         state.misled_since = (step if state.misled_since < 0 else state.misled_since) if misleads else -1
     if x is not None and state.basis is not None and state.surface is not None:
         state.surface.update(x[:, : state.basis.n_surface], k, counts)
+        if state.quick is not None:
+            state.quick.update(x[:, : state.basis.n_surface], k, counts)
         if state.embedding is not None:
             state.embedding.update(x, k, counts)
 
@@ -227,6 +231,8 @@ def _forget(state: State) -> None:
     for regression in (state.surface, state.embedding, state.stack, state.runs):
         if regression is not None:
             regression.forget(REGRESSION_KEEP)
+    if state.quick is not None:
+        state.quick.forget(QUICK_KEEP)
 
 
 def _arrive(state: State, selection_step: int | None, prompts: IntArray) -> BoolArray:
@@ -280,15 +286,17 @@ def _ensure_basis(state: State, pool: Pool) -> None:
     if basis is not None and (basis.is_final or state.n_prompts < BASIS_GROWTH * basis.n_prompts):
         return
     fresh = Basis.of(pool.raw(0, state.n_prompts))
-    surface = OnlineLogistic.new(fresh.n_surface)
+    surface, quick = (OnlineLogistic.new(fresh.n_surface) for _ in range(2))
     embedding = OnlineLogistic.new(fresh.width) if fresh.width > fresh.n_surface else None
     if basis is not None and state.surface is not None:
         block = pool.raw(0, min(state.n_prompts, ENOUGH_PROMPTS))
         old_x, new_x = basis.project(block), fresh.project(block)
         surface.adopt(state.surface, old_x[:, : basis.n_surface], new_x[:, : fresh.n_surface])
+        if state.quick is not None:
+            quick.adopt(state.quick, old_x[:, : basis.n_surface], new_x[:, : fresh.n_surface])
         if embedding is not None and state.embedding is not None:
             embedding.adopt(state.embedding, old_x, new_x)
-    state.basis, state.surface, state.embedding = fresh, surface, embedding
+    state.basis, state.surface, state.quick, state.embedding = fresh, surface, quick, embedding
 
 
 def _ensure_columns(state: State, pool: Pool) -> None:

@@ -22,7 +22,9 @@ MEMORIES = (1.0, 0.8, 0.5, 1.0, 1.0)
 """What a prompt's evidence is multiplied with at its next visit."""
 AGEING = (1.0, 1.0, 1.0, 0.95, 0.85)
 """The same for each step that the policy has moved on since the last visit, be there another visit or not."""
-PRIORS = ("flat", "running mean", "surface", "embedding", "caller", "ngrams", "latent", "stacked", "runs")
+PRIORS = ("flat", "running mean", "surface", "quick", "embedding", "caller", "ngrams", "latent", "stacked", "runs")
+"""`quick` is the regression on surface features and categories that forgets within some steps: a policy that learns
+fast, or that another one was merged into, leaves the other priors behind."""
 FITTED = ("ngrams", "latent")
 """Priors that a snapshot brings. They have a shape: their strengths are relative to a concentration for each prompt."""
 STACKED = "stacked"

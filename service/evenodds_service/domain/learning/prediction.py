@@ -74,6 +74,8 @@ def shared_priors(
     stand_in = PRIORS.index("embedding" if state.embedding is not None else "surface")
     if wanted[PRIORS.index("surface")] or (newer and state.embedding is None):
         means_C_n[PRIORS.index("surface")] = state.surface.predict(x_n_d[:, : state.basis.n_surface])
+    if state.quick is not None and wanted[PRIORS.index("quick")]:
+        means_C_n[PRIORS.index("quick")] = state.quick.predict(x_n_d[:, : state.basis.n_surface])
     if state.embedding is not None and (wanted[PRIORS.index("embedding")] or newer):
         means_C_n[PRIORS.index("embedding")] = state.embedding.predict(x_n_d)
     if wanted[PRIORS.index(RUNS)] or runs is not None:

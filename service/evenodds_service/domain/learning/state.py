@@ -38,6 +38,7 @@ class State:
         touched_N: When its last outcome came, or itself, in seconds since 1970.
         group_names, tellers: Of the pool in their order at the last retirement: what a pool of those who are left would
             not know.
+        surface, quick, embedding: Online regressions; `quick` forgets within some steps.
         successes_L_N, failures_L_N: float32 own evidence under each memory, as of the prompt's last step.
         attempts_N, visits_N, last_step_N: Of observations: attempts, distinct steps, newest step (-1: never).
         selected_N, last_selected_N: How often and at which step a prompt was last chosen (-1: never). A choice whose
@@ -63,6 +64,7 @@ class State:
         default_factory=lambda: Mixture.new(present("embedding", "caller", *FITTED, STACKED, RUNS))
     )
     surface: OnlineLogistic | None = None
+    quick: OnlineLogistic | None = None
     embedding: OnlineLogistic | None = None
     stack: OnlineLogistic | None = None
     columns: RateColumns | None = None
