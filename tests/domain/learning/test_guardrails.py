@@ -115,7 +115,7 @@ def test_where_the_text_begins_to_mislead_the_choice_falls_back_and_comes_back(
 
     assert fallen == list(range(fallen[0], fallen[-1] + 1))
     assert FLIP < fallen[0] <= FLIP + 4
-    assert FLIP + 6 < fallen[-1] < FLIP + 20
+    assert FLIP + 4 <= fallen[-1] < FLIP + 20  # after that the model has learned what misleads now
 
 
 def test_a_replica_that_starts_from_a_checkpoint_falls_back_at_the_same_position(make_block: MakeBlock) -> None:
