@@ -92,7 +92,7 @@ function savings(saved, state) {
 }
 
 export const verdictLine = (state) =>
-  element("p", { class: `verdict ${state.verdict ?? "unknown"}`, role: "status" }, verdictOf(state));
+  element("p", { class: `verdict ${state.verdict ?? "unknown"}` }, verdictOf(state));
 
 /** Shares from oldest to newest as a line of 96 by 24 pixels; the latest stands beside it. */
 export function sparkline(shares) {
