@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="groups of a step")
     parser.add_argument("--group-size", type=int, default=8, help="attempts of a group")
     parser.add_argument("--pool", type=int, default=2_000)
-    parser.add_argument("--out", type=Path, default=Path("demo-llm-results"), help="folder for the model and unsent outcomes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-llm-results"), help="folder for the model, and what is unsent"
+    )
     return parser
 
 

@@ -382,6 +382,11 @@ def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Pa
     page.tab.until("location.hash.endsWith('?from=2&to=4')")
     page.tab.run("history.back()")
     page.tab.until("document.querySelector('input[name=from]').value === '0'")
+    coverage = "[...document.querySelectorAll('.chart')].find((box) => box.ariaLabel.startsWith('Coverage'))"
+    page.tab.run(f"{coverage}.focus()")
+    page.tab.press("End")
+    page.tab.press("ArrowLeft")
+    page.tab.until(f"{coverage}.textContent.includes('visits of a prompt 9\u201316, prompts 0')")
 
 
 @pytest.mark.slow

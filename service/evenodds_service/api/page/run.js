@@ -189,7 +189,7 @@ function beliefHistogram({ success_rate_counts: counts }) {
 
 function coveragePanel(coverage) {
   if (!coverage.pool_size) return empty("Coverage", "The pool is empty.");
-  const names = coverage.visits.map((bin) => (bin.to_visits === null ? `${bin.from_visits}+` : bin.to_visits > bin.from_visits + 1 ? `${bin.from_visits}–${bin.to_visits - 1}` : String(bin.from_visits)));
+  const names = coverage.visits.map((bin) => (bin.to_visits === null ? `${bin.from_visits}+` : bin.to_visits > bin.from_visits ? `${bin.from_visits}–${bin.to_visits}` : String(bin.from_visits)));
   return panel("Coverage", names.length ? chart("Coverage", {
     x: names.map((_, i) => i), xTitle: "visits of a prompt", yTitle: "prompts", bars: true, shown: count, at: (i) => names[i], ticks: names.map((name, i) => [i, name]),
     series: [{ name: "prompts", colour: "control", values: coverage.visits.map((bin) => bin.prompts) }],
