@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -187,6 +188,28 @@ def test_every_command_that_is_named_exists() -> None:
 
     assert {"serve", "work", "keys", "migrate", "import", "replay"} <= named <= known
     assert made <= targets
+
+
+def test_every_command_line_that_is_shown_is_one_that_the_parser_takes() -> None:
+    lines = {line for page in [*LINKED, ROOT / "SECURITY.md"] for line in command_lines(page.read_text())}
+
+    assert len(lines) > 25
+    for line in sorted(lines - {"evenodds replay --help"}):
+        words = shlex.split(line.partition(" &")[0], comments=True)
+        try:
+            parser().parse_args(words[1:])
+        except SystemExit:
+            pytest.fail(line)
+
+
+def command_lines(text: str) -> Iterator[str]:
+    """Of `evenodds`, in blocks, and with an argument in sentences, where the name alone stands for the command."""
+    for block in BLOCK.finditer(text):
+        if block[1] in ("sh", "text"):
+            yield from re.findall(r"^(?:EVENODDS_\w+=\S+ |\$ )*(evenodds [a-z].*)$", block[2], flags=re.MULTILINE)
+    for line in re.findall(r"`(evenodds [a-z-]+ [^`]+)`", BLOCK.sub("", text)):
+        if not re.fullmatch(r"evenodds keys \w+", line):
+            yield line
 
 
 def test_every_operation_that_is_named_exists() -> None:

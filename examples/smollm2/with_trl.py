@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=8, help="attempts of a group")
     parser.add_argument("--pool", type=int, default=2_000)
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-llm-results"), help="folder for the model and unsent outcomes"
+        "--out", type=Path, default=Path("demo-llm-results"), help="folder for the model, and what is unsent"
     )
     return parser
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from benchmarks.browser import CHROMIUM, Browser, browser
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.api.page import FILES
 from evenodds_service.domain.report.alarms import Alarm
@@ -73,6 +73,30 @@ def test_the_page_is_made_of_what_it_names_and_ships_with_the_licence_of_its_lib
     assert "MIT License" in (PAGE / "uplot/LICENSE").read_text()
 
 
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_texts_lines_and_fields_stand_out_from_their_ground(theme: int) -> None:
+    """WCAG 2.2: 4.5 for texts (1.4.3), 3 for charts and the edges of fields (1.4.11)."""
+    block = re.findall(r":root[^{]*\{[^}]*--ground[^}]*\}", (PAGE / "page.css").read_text())[theme]
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+
+    for name, least in [("text", 4.5), ("quiet", 4.5), ("alarm", 4.5), ("edge", 3.0)]:
+        for ground in ("ground", "panel"):
+            assert contrast(colours[name], colours[ground]) >= least, (name, ground)
+    assert contrast(colours["alarm"], colours["alarm-ground"]) >= 4.5
+    for name in ("policy", "control", "forecast", "fourth", "fifth"):
+        assert contrast(colours[name], colours["panel"]) >= 3.0, name
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_beliefs_are_spread_over_the_pool_and_name_the_hardest_and_easiest(caller: Caller) -> None:
     caller.load_texts("a", "b", "c")
     caller.observe(
@@ -120,6 +144,7 @@ def page(tab: Browser, service: Service) -> Page:
     tab.call("Network.setBlockedURLs", urls=[])
     tab.theme("light")
     tab.size(1440, 900)
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)  # away from where a test before has left it
     return Page(tab, service.base_url)
 
 
@@ -220,6 +245,117 @@ def test_where_events_do_not_get_through_the_page_asks_again(caller: Caller, pag
     page.until_shown("112\n")
 
 
+FOLLOWED = """(async () => {
+  const { follow } = await import("/page/live.js");
+  window.streams = 0; window.looks = 0; window.atOnce = 0; window.mostAtOnce = 0; window.rested = 0;
+  window.fetch = async (path, { signal }) => {
+    ++streams;
+    const body = new ReadableStream({ start(events) {
+      window.tell = (id) => events.enqueue(new TextEncoder().encode(`id: ${id}\\ndata: {}\\n\\n`));
+      signal.addEventListener("abort", () => events.error(new Error("left")));
+    } });
+    return new Response(body, { headers: { "content-type": "text/event-stream" } });
+  };
+  const plain = setTimeout;
+  window.setTimeout = (done, after) => plain(() => { done(); rested += after === 500; }, after);
+  window.hide = (hidden) => {
+    Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+  };
+  const look = async () => {
+    ++looks;
+    mostAtOnce = Math.max(mostAtOnce, ++atOnce);
+    await new Promise((done) => (window.end = done));
+    --atOnce;
+  };
+  follow("events", {}, look, new AbortController().signal);
+})()"""
+"""The page's own module, with a stream that `tell` feeds and looks that last until `end`."""
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_looks_follow_one_another_and_a_hidden_page_makes_none(page: Page) -> None:
+    tab = page.tab
+    tab.open(f"{page.base_url}/healthz")
+    tab.until("document.readyState === 'complete'")
+    tab.run(FOLLOWED)
+    tab.until("streams === 1")
+
+    for event in range(1, 4):
+        tab.run(f"tell({event})")
+    tab.until("looks === 1")
+    tab.run("end()")
+    tab.until("looks === 2")
+    tab.run("end()")
+    tab.until("atOnce === 0")
+    tab.run("hide(true)")
+    tab.until("rested === 1")
+    hidden = (tab.run("looks"), tab.run("streams"))
+    tab.run("hide(false)")
+    tab.until("streams === 2")
+    tab.run("tell(4)")
+    tab.until("looks === 3")
+
+    assert tab.run("mostAtOnce") == 1
+    assert hidden == (2, 1), "three changes are one look and one more, and none while nobody sees it"
+    assert tab.faults == []
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_a_dark_page_is_dark_before_its_modules_run(page: Page) -> None:
+    page.tab.theme("dark")
+    page.tab.call("Network.enable")
+    page.tab.call("Network.setBlockedURLs", urls=["*/page.js"])
+
+    page.tab.open(f"{page.base_url}/")
+    page.tab.until("document.querySelector('footer')")
+
+    assert page.tab.run("document.documentElement.dataset.theme") == "dark"
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_what_is_focused_and_scrolled_stays_when_figures_move(caller: Caller, page: Page) -> None:
+    """And figures are not asked for again where other steps of them are shown."""
+    caller.load([{"prompt_id": f"p{i}", "category": f"c{i % 60}"} for i in range(120)])
+    stepped(caller, 0)
+    address = f"#/runs/{caller.run}"
+    page.open(address)
+    page.tab.until("document.querySelectorAll('canvas').length")
+    categories = "[...document.querySelectorAll('.scroll')].find((box) => box.closest('.tall'))"
+
+    page.tab.run("document.querySelector('.skip').click()")
+    assert page.tab.run("document.activeElement.id") == "main"
+    assert page.address() == address
+    page.tab.run(f"{categories}.focus(); document.querySelector('.tall').scrollTop = 150")
+    page.tab.run("window.before = document.querySelector('#view h1'); true")
+    stepped(caller, 1)
+    page.tab.until("!window.before.isConnected")
+    assert page.tab.run("document.querySelector('.tall').scrollTop") == 150
+    assert page.tab.run(f"document.activeElement === {categories}")
+    assert page.tab.run("document.getElementById('status').textContent") == "", "only what is wrong is read out"
+    assert page.tab.run("document.getElementById('as-of').textContent").startswith("As of ")
+
+    until(
+        lambda: [share.last_step for share in caller.client.run(caller.run).informative_shares][-1:] == [1],
+        "how the run stands is saved behind the reply",
+    )
+    asked = "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('/report')).length"
+    n_asked = []
+    for first in (0, 1):
+        page.tab.run(f"window.before = document.querySelector('#view h1'); location.hash = '{address}?from={first}'")
+        page.tab.until("!window.before.isConnected")
+        n_asked.append(page.tab.run(asked))
+    assert page.tab.run("document.querySelector('input[name=from]').value") == "1"
+    assert n_asked[0] == n_asked[1], "other steps of the same figures"
+    assert page.tab.faults == []
+
+
 @pytest.mark.slow
 @in_a_browser
 @one_backend
@@ -237,7 +373,7 @@ def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Pa
     page.tab.until("location.hash.endsWith('?from=0&to=2')")
     assert page.tab.run("document.activeElement.className") == "chart", "keys go on where they were"
     page.tab.press("Escape")
-    page.tab.until("!location.hash.includes('?')")
+    page.tab.until("document.querySelector('input[name=to]').value === '5'")  # drawn anew: a drag would end with it
     left, top, width, height = page.tab.run(
         "(({x, y, width, height}) => [x, y, width, height])(document.querySelector('.u-over').getBoundingClientRect())"
     )
@@ -246,6 +382,11 @@ def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Pa
     page.tab.until("location.hash.endsWith('?from=2&to=4')")
     page.tab.run("history.back()")
     page.tab.until("document.querySelector('input[name=from]').value === '0'")
+    coverage = "[...document.querySelectorAll('.chart')].find((box) => box.ariaLabel.startsWith('Coverage'))"
+    page.tab.run(f"{coverage}.focus()")
+    page.tab.press("End")
+    page.tab.press("ArrowLeft")
+    page.tab.until(f"{coverage}.textContent.includes('visits of a prompt 9\u201316, prompts 0')")
 
 
 @pytest.mark.slow

@@ -59,8 +59,9 @@ export function table(caption, columns, rows) {
 
 export const figures = (caption, columns, rows) => element("details", {}, element("summary", {}, "Figures"), table(caption, columns, rows));
 
+/** In a narrow tile a line ends between the number and its unit, and never inside of the unit. */
 export function tile(name, value, note) {
-  return element("div", {}, element("dt", {}, name), element("dd", {}, value, note ? element("small", {}, ` ${note}`) : null));
+  return element("div", {}, element("dt", {}, name), element("dd", {}, value.replace("\u00a0", " "), note ? element("small", {}, ` ${note}`) : null));
 }
 
 /** The choices of a list, the chosen one marked; `changed` is given what is chosen. */
@@ -92,7 +93,7 @@ function savings(saved, state) {
 }
 
 export const verdictLine = (state) =>
-  element("p", { class: `verdict ${state.verdict ?? "unknown"}`, role: "status" }, verdictOf(state));
+  element("p", { class: `verdict ${state.verdict ?? "unknown"}` }, verdictOf(state));
 
 /** Shares from oldest to newest as a line of 96 by 24 pixels; the latest stands beside it. */
 export function sparkline(shares) {

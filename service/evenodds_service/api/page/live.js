@@ -5,25 +5,47 @@ const RETRY_MS = 60_000;
 const FIRST_WORD_MS = 5000; // a proxy that holds the stream back lets nothing through at all
 const SILENCE_MS = 45_000; // three heartbeats of the service
 
-/** Calls `changed` after each change of what the events at `path` speak of, until the signal aborts. */
+/** Calls `changed` after changes of what the events at `path` speak of, until the signal aborts. */
 export async function follow(path, headers, changed, signal) {
   let last = null;
   let fails = false;
+  const look = inTurn(changed, signal);
   const seen = (id, isChange) => {
     last = id ?? last;
-    if (isChange) changed();
+    if (isChange) look();
   };
   while (!signal.aborted) {
+    const wasHidden = document.hidden;
     await visible(signal);
+    if (wasHidden && fails) await look(); // no stream will tell what was missed
     const heard = signal.aborted || (await listen(path, { ...headers, ...(last ? { "Last-Event-ID": last } : {}) }, seen, signal));
     fails = !heard;
     const until = performance.now() + (fails ? RETRY_MS : 0);
     do {
       await pause(fails ? POLL_MS : 500, signal);
-      if (signal.aborted) return;
-      await changed();
-    } while (performance.now() < until && !document.hidden);
+      if (signal.aborted || document.hidden) break;
+      await look();
+    } while (performance.now() < until);
   }
+}
+
+/** One look after another, each followed by a rest of its own length; whatever comes up meanwhile is one more. */
+function inTurn(changed, signal) {
+  let looking = null;
+  let isDue = false;
+  return () => {
+    isDue = true;
+    looking ??= (async () => {
+      while (isDue && !signal.aborted) {
+        isDue = false;
+        const began = performance.now();
+        await changed();
+        await pause(performance.now() - began, signal);
+      }
+      looking = null;
+    })();
+    return looking;
+  };
 }
 
 /** Whether anything was heard before the stream ended. */
@@ -67,8 +89,13 @@ const once = (target, name, signal) => new Promise((done) => {
   signal.addEventListener("abort", done, { once: true });
 });
 const pause = (milliseconds, signal) => new Promise((done) => {
-  setTimeout(done, milliseconds);
-  signal.addEventListener("abort", done, { once: true });
+  const end = () => {
+    clearTimeout(timer);
+    signal.removeEventListener("abort", end);
+    done();
+  };
+  const timer = setTimeout(end, milliseconds);
+  signal.addEventListener("abort", end);
 });
 
 async function visible(signal) {

@@ -9,7 +9,8 @@ import { showRun } from "./run.js";
 import { showComparison, showRuns } from "./runs.js";
 
 const view = document.getElementById("view");
-const statusLine = document.getElementById("status");
+const statusLine = document.getElementById("status"); // is read out, so the time of each look stands beside it
+const asOf = document.getElementById("as-of");
 let shown = { path: null }; // the view that is shown; what comes for an older one is dropped
 
 export const link = (run) => `#/runs/${encodeURIComponent(run)}`;
@@ -40,17 +41,22 @@ function routeOf(hash) {
 
 function show() {
   const before = shown;
-  shown = routeOf(location.hash);
-  before.leave?.abort();
-  if (before.path === shown.path) shown.isNew = false;
-  else {
-    statusLine.textContent = "Loading …";
-    view.replaceChildren();
-    clear();
+  const current = (shown = routeOf(location.hash));
+  if (before.path === current.path) {
+    // The same view, asked for other things: what follows it goes on.
+    current.isNew = before.isNew;
+    current.leave = before.leave;
+    refresh(current);
+    return;
   }
-  const current = shown;
+  before.leave?.abort();
+  statusLine.textContent = "Loading …";
+  asOf.textContent = "";
+  view.replaceChildren();
+  clear();
   current.leave = new AbortController();
-  refresh(current).then(() => here(current) && follow(current.events, authorization(), () => refresh(current), current.leave.signal));
+  const { signal } = current.leave;
+  refresh(current).then(() => signal.aborted || follow(current.events, authorization(), () => refresh(shown), signal));
 }
 
 async function refresh(current) {
@@ -59,7 +65,8 @@ async function refresh(current) {
     await current.view(current);
     if (!here(current)) return;
     current.isNew = false;
-    statusLine.textContent = `As of ${new Date().toLocaleTimeString()}`;
+    statusLine.textContent = "";
+    asOf.textContent = `As of ${new Date().toLocaleTimeString()}`;
     // When the view first stood on the screen, in milliseconds since the navigation: benchmarks/page.py reads it.
     requestAnimationFrame(() => setTimeout(() => (view.dataset.drawnMs ??= Math.round(performance.now()))));
   } catch (error) {
@@ -71,11 +78,12 @@ async function refresh(current) {
   }
 }
 
-/** Show these elements. What was typed, opened, chosen and focused stays while the figures move. */
+/** Show these elements. What was typed, opened, chosen, focused and scrolled stays while the figures move. */
 export function replace(...children) {
   const focused = document.activeElement;
   const typed = new Map([...view.querySelectorAll("input")].filter((input) => input.checked || (input.type !== "checkbox" && input.value !== input.defaultValue)).map((input) => [fieldOf(input), input]));
   const opened = new Set([...view.querySelectorAll("details[open]")].map(detailsName));
+  const scrolled = new Map([...view.querySelectorAll(".scroll, .tall")].map((box) => [boxName(box), { left: box.scrollLeft, top: box.scrollTop }]));
   const key = focused && view.contains(focused) ? fieldOf(focused) : null;
   view.replaceChildren(...children.flat().filter((child) => child !== null));
   for (const details of view.querySelectorAll("details")) details.open = opened.has(detailsName(details));
@@ -87,11 +95,13 @@ export function replace(...children) {
       input.dispatchEvent(new Event("change"));
     } else input.value = before.value;
   }
+  for (const box of view.querySelectorAll(".scroll, .tall")) box.scrollTo({ ...scrolled.get(boxName(box)), behavior: "instant" });
   refocus();
-  if (key) [...view.querySelectorAll("input, select, button, a, summary")].find((each) => fieldOf(each) === key)?.focus({ preventScroll: true });
+  if (key) [...view.querySelectorAll("input, select, button, a, summary, .scroll")].find((each) => fieldOf(each) === key)?.focus({ preventScroll: true });
 }
 
-const fieldOf = (each) => `${each.tagName} ${each.name ?? ""} ${each.type === "checkbox" ? each.value : (each.getAttribute("href") ?? (each.tagName === "BUTTON" ? each.textContent : ""))}`;
+const fieldOf = (each) => `${each.tagName} ${each.name ?? ""} ${each.type === "checkbox" ? each.value : (each.getAttribute("href") ?? each.getAttribute("aria-label") ?? (each.tagName === "BUTTON" ? each.textContent : ""))}`;
+const boxName = (box) => `${box.className} ${(box.matches("[aria-label]") ? box : box.querySelector("[aria-label]")).getAttribute("aria-label")}`;
 const detailsName = (details) => details.closest(".panel")?.querySelector("h2").textContent;
 
 function askForKey(current) {
@@ -142,15 +152,11 @@ export async function send(path, body) {
   }
 }
 
-// Theme: the system's, until the button says otherwise.
+// The button of the theme, which theme.js has applied.
 
 const themeButton = document.getElementById("theme");
-const systemDark = matchMedia("(prefers-color-scheme: dark)");
 function theme() {
-  const chosen = localStorage.getItem("evenodds-theme");
-  const dark = chosen ? chosen === "dark" : systemDark.matches;
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
-  themeButton.textContent = dark ? "Light" : "Dark"; // what a click changes to
+  themeButton.textContent = applyTheme() ? "Light" : "Dark"; // what a click changes to
   recolour();
 }
 themeButton.addEventListener("click", () => {
@@ -159,6 +165,12 @@ themeButton.addEventListener("click", () => {
 });
 systemDark.addEventListener("change", theme);
 theme();
+
+// The address names the view: a link to #main would leave it.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  document.getElementById("main").focus();
+});
 
 addEventListener("hashchange", (event) => {
   const moved = new URL(event.oldURL).hash.split("?")[0] !== location.hash.split("?")[0];

@@ -6,7 +6,7 @@ import { asCards, between, count, element, figures, moment, number, panel, perce
 
 const rate = (value) => number(value, 3);
 const empty = (title, text = "No outcomes yet.") => panel(title, quiet(text));
-let lastShown = ""; // what is drawn, and of which state
+let drawn = { state: "", hash: "", figures: null }; // what stands on the page, and of which state
 
 export async function showRun(run, current) {
   const path = `runs/${encodeURIComponent(run)}`;
@@ -14,12 +14,14 @@ export async function showRun(run, current) {
   const early = current.isNew ? rest() : null; // nothing is drawn yet: do not wait for the state first
   early?.catch(() => null); // where the state fails too, its error is the one that is shown
   const state = await ask(path);
-  const shown = JSON.stringify([state, location.hash]);
-  if (shown === lastShown && !current.isNew) return; // nothing has happened since
-  const [report, beliefs, refits] = await (early ?? rest());
+  const told = JSON.stringify(state);
+  const isSame = !current.isNew && told === drawn.state;
+  if (isSame && location.hash === drawn.hash) return; // nothing has happened since
+  const figuresNow = isSame ? drawn.figures : await (early ?? rest());
+  const [report, beliefs, refits] = figuresNow;
   const found = current.query.get("search") ? await ask(`${path}/prompts?limit=20&search=${encodeURIComponent(current.query.get("search"))}`) : null;
   if (!here(current)) return;
-  lastShown = shown;
+  drawn = { state: told, hash: location.hash, figures: figuresNow };
   document.title = `${run} · Even Odds`;
   const range = rangeOf(current.query);
   const windows = report.windows.map((w) => ({ ...w, middle: (w.first_step + w.last_step) / 2 }));
@@ -187,7 +189,7 @@ function beliefHistogram({ success_rate_counts: counts }) {
 
 function coveragePanel(coverage) {
   if (!coverage.pool_size) return empty("Coverage", "The pool is empty.");
-  const names = coverage.visits.map((bin) => (bin.to_visits === null ? `${bin.from_visits}+` : bin.to_visits > bin.from_visits + 1 ? `${bin.from_visits}–${bin.to_visits - 1}` : String(bin.from_visits)));
+  const names = coverage.visits.map((bin) => (bin.to_visits === null ? `${bin.from_visits}+` : bin.to_visits > bin.from_visits ? `${bin.from_visits}–${bin.to_visits}` : String(bin.from_visits)));
   return panel("Coverage", names.length ? chart("Coverage", {
     x: names.map((_, i) => i), xTitle: "visits of a prompt", yTitle: "prompts", bars: true, shown: count, at: (i) => names[i], ticks: names.map((name, i) => [i, name]),
     series: [{ name: "prompts", colour: "control", values: coverage.visits.map((bin) => bin.prompts) }],
@@ -242,7 +244,7 @@ function searchPanel(run, searched, found) {
       setQuery({ search: input.value || null });
     },
   }, element("label", {}, "Find a prompt by a part of its id or text", input), element("button", {}, "Find"));
-  const made = panel("Search", form, found && element("div", { role: "status" }, found.prompts.length
+  const made = panel("Search", form, found && element("div", {}, found.prompts.length
     ? table("Prompts found", [["prompt", "id"], ["category"], ["text", "text"]], found.prompts.map((p) => [idLink(run, p.prompt_id), p.category ?? "", excerpt(p.text)]))
     : element("p", {}, "No prompt has this in its id or text.")));
   made.classList.add("cards");
