@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from evenodds_service.settings import Settings, settings_from_environment
+from evenodds_service.storage.checkpoints import KEPT_SNAPSHOTS
 
 
 def test_the_environment_counts_where_it_is_asked_for_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,6 +14,7 @@ def test_the_environment_counts_where_it_is_asked_for_and_nowhere_else(monkeypat
     monkeypatch.setenv("EVENODDS_EMBEDDERS", "one, two")
 
     assert Settings().live_runs == 32
+    assert Settings().snapshots == KEPT_SNAPSHOTS
     assert Settings(max_body_mb=3).allowed_embedders() == ()
     assert settings_from_environment().live_runs == 7
     assert settings_from_environment().allowed_embedders() == ("one", "two")
