@@ -18,9 +18,8 @@ from tests.backends import mainly_sqlite
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import VoidEntry
 from evenodds_service.domain.prompts import FittedPrior
-from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.snapshot import SharedModel
-from evenodds_service.runtime.live_run import LiveRun, vector_name
+from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.store import NewSnapshot, Snapshot, Store
 from evenodds_service.storage.tables import checkpoints, log, snapshots
 
@@ -43,13 +42,13 @@ class Twins:
             "dropping": Store(bench.engine, keep_snapshots=KEPT),
             "keeping": Store(bench.engine, keep_snapshots=10**6),
         }
-        self._lives = {name: LiveRun(bench.load(name, 40).id) for name in self.stores}
+        self._lives = {name: LiveRun(bench.load(name, 40, embedder="none").id) for name in self.stores}
 
     def train(self, steps: Iterable[int], names: Sequence[str] = ("dropping", "keeping")) -> None:
         """Four outcomes and a refit at each step; new prompts once."""
         for name, step in ((name, step) for step in steps for name in names):
             if step == 4:
-                self.bench.load(name, 4, first=self.bench.store.run(name).n_prompts)
+                self.bench.load(name, 4, first=self.bench.store.run(name).n_prompts, embedder="none")
             self.bench.observe(name, step, range(step, step + 4))
             self.refit(name)
 
@@ -74,7 +73,7 @@ class Twins:
         assert basis is not None
         means = np.random.default_rng(live.state.position).random(n).astype(np.float32)
         priors = {name: FittedPrior(means, np.full(n, 4.0, np.float32)) for name in ("ngrams", "latent")}
-        return SharedModel(vector_name(RunSettings()) or "", 8, basis, priors, {}, {})
+        return SharedModel("", 8, basis, priors, {}, {})
 
     def both(self, more: str = "") -> tuple[LiveRun, LiveRun]:
         """Both as a process has them that starts now."""
@@ -208,7 +207,7 @@ def test_a_fork_at_an_old_step_folds_alike_everywhere(twins: Twins) -> None:
     """Also where nothing of a later step has to be voided in it."""
     twins.train(range(STEPS), ["dropping"])
     settings = twins.bench.store.run("dropping").settings
-    for step in range(STEPS):
+    for step in (0, 3, 6, 9, STEPS - 2, STEPS - 1):
         names = [f"{which} at {step}" for which in "ab"]
         for name in names:
             twins.bench.store.fork_run(name, settings, fork_of="dropping", at_step=step, now=twins.bench.clock())
