@@ -68,8 +68,8 @@ class Settings(BaseModel):
         default=32,
         ge=1,
         le=1_000_000,
-        description="newest snapshots that a run keeps, for rewinds; older ones are dropped, save where a checkpoint "
-        "needs one",
+        description="most of its newest snapshots that a run keeps, for rewinds; older ones are dropped, save where a "
+        "checkpoint needs one",
     )
     predict_staleness_ms: float = Field(
         default=0.0, ge=0, le=60_000, description="how far behind the log /predict may answer; 0 is exact"

@@ -17,7 +17,7 @@ from evenodds_service.storage.tables import checkpoints, log, snapshots
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
 
 KEPT_SNAPSHOTS = 32
-"""Newest snapshots that a run keeps, unless told otherwise."""
+"""Most of its newest snapshots that a run keeps, unless told otherwise."""
 
 _DROPPED_AT_ONCE = 8
 """More than a run publishes between two checkpoints, and little enough to write under its lock."""
@@ -143,7 +143,7 @@ def _has_model(connection: Connection, run_id: int, position: int) -> bool:
         select(func.length(snapshots.c.weights))
         .outerjoin(log, _ENTRY)
         .where(snapshots.c.run_id == run_id, snapshots.c.log_position <= position, log.c.voided_at.is_(None))
-        .order_by(snapshots.c.log_position.desc())
+        .order_by(snapshots.c.version.desc())  # as in the log
         .limit(1)
     )
     return connection.execute(in_use).scalar() != 0

@@ -117,7 +117,7 @@ class Store(
 
     Args:
         engine: Comes from `open_engine`; from here on the store closes it.
-        keep_snapshots: How many of its newest snapshots a run keeps; see checkpoints.py, `needed`.
+        keep_snapshots: How many of its newest snapshots a run keeps at most; see checkpoints.py, `needed`.
     """
 
     def __init__(self, engine: Engine, *, keep_snapshots: int = KEPT_SNAPSHOTS) -> None:
