@@ -34,6 +34,7 @@ RUN = "capacity"
 BATCH, GROUP_SIZE = 256, 8
 LIVE_RUNS = 32  # EVENODDS_LIVE_RUNS by default
 BACKUP_BYTES = 100e6  # a second
+DISK_BYTES = 2e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,9 @@ class Constants:
         observation_bytes, selection_bytes: Of a row of an observation, and of the choice of a batch of 256.
         packed_bytes, checkpoint_bytes, checkpoints: Packed features and one checkpoint, of a prompt, and how many
             checkpoints a run has.
-        snapshot_bytes, snapshot_prompt_bytes: Of what one refit fits, and what each prompt of the pool adds to it: two
-            16-bit numbers of two priors.
+        snapshot_bytes, snapshot_prompt_bytes, snapshots: Of what one refit fits, what each prompt of the pool adds to
+            it (two 16-bit numbers of two priors), and how many snapshots a run keeps at most: EVENODDS_SNAPSHOTS by
+            default, and one for each checkpoint.
         memory_bytes: Of an API process, for each prompt of the runs that it holds.
         select_seconds, observe_seconds: Of a process, for a batch of 256 from a pool of about 100,000.
         refit_seconds: Of a worker with two cores, for 100,000 observations.
@@ -62,6 +64,7 @@ class Constants:
     checkpoints: int
     snapshot_bytes: float
     snapshot_prompt_bytes: float
+    snapshots: int
     memory_bytes: float
     select_seconds: float
     observe_seconds: float
@@ -79,6 +82,7 @@ MEASURED = Constants(
     checkpoints=8,
     snapshot_bytes=4.34e6,
     snapshot_prompt_bytes=8.0,
+    snapshots=40,
     memory_bytes=1_580.0,
     select_seconds=0.0369,
     observe_seconds=0.0099,
@@ -136,25 +140,25 @@ class Needs:
         return self.packed_bytes + self.checkpoints_bytes + self.snapshots_bytes
 
 
-def _refits(load: Load) -> float:
-    """So far, of all runs."""
-    return load.runs * load.steps * BATCH / load.refit_observations
+def _step_bytes(constants: Constants) -> float:
+    """What a training step of a run adds to the log."""
+    return BATCH * constants.observation_bytes + constants.selection_bytes
 
 
 def needs(load: Load, constants: Constants = MEASURED) -> Needs:
     """Multiply. Workers are of two cores each; memory is that of all runs that train, each held once."""
     c = constants
-    observed = load.runs * load.steps * BATCH
     training = load.runs * load.active
     pool = load.prompts / load.runs
+    snapshots = min(load.steps * BATCH / load.refit_observations, c.snapshots)
     steps_per_second = training / load.step_seconds
     refits_per_second = steps_per_second * min(1.0, BATCH / load.refit_observations)
     return Needs(
         prompts_bytes=load.prompts * c.prompt_bytes,
-        log_bytes=observed * c.observation_bytes + load.runs * load.steps * c.selection_bytes,
+        log_bytes=load.runs * load.steps * _step_bytes(c),
         packed_bytes=load.prompts * c.packed_bytes,
         checkpoints_bytes=load.prompts * c.checkpoint_bytes * c.checkpoints,
-        snapshots_bytes=_refits(load) * (c.snapshot_bytes + pool * c.snapshot_prompt_bytes),
+        snapshots_bytes=load.runs * snapshots * (c.snapshot_bytes + pool * c.snapshot_prompt_bytes),
         requests_per_second=2.0 * steps_per_second,
         api_processes=steps_per_second * (c.select_seconds + c.observe_seconds) / load.busy,
         memory_bytes=training * pool * c.memory_bytes,
@@ -194,7 +198,8 @@ def limits(load: Load, constants: Constants = MEASURED) -> str:
     whole = needs(load, constants)
     training = load.runs * load.active
     held_gb = LIVE_RUNS * load.prompts / load.runs * constants.memory_bytes / GB
-    snapshots_a_day = 86_400.0 * whole.refits_per_second * whole.snapshots_bytes / _refits(load) / TB
+    log_a_day = 86_400.0 * training / load.step_seconds * _step_bytes(constants) / TB
+    run_bytes = whole.database_bytes / load.runs
     rows = [
         ("refits", "a worker of two cores", f"{training / whole.workers:.0f} training runs", f"{whole.workers:.0f}"),
         (
@@ -205,9 +210,9 @@ def limits(load: Load, constants: Constants = MEASURED) -> str:
         ),
         (
             "disk",
-            "a day",
-            f"{snapshots_a_day:.2f} TB of snapshots",
-            f"{whole.database_bytes / TB:.1f} TB so far",
+            f"{DISK_BYTES / TB:.0f} TB, which is assumed",
+            f"{DISK_BYTES / run_bytes:,.0f} runs",
+            f"{whole.database_bytes / TB:.1f} TB, and {log_a_day:.2f} TB more a day",
         ),
         (
             "backup",

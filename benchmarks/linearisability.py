@@ -349,6 +349,9 @@ class _Past(Store):
     def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
         return None
 
+    def give_up_checkpoints(self, run_id: int, **_: Any) -> bool:
+        return False
+
     def run_and_selection(self, name: str, step: int, *, arguments_hash: str) -> tuple[Run, Selection | None]:
         return self.run(name), None
 
@@ -404,6 +407,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ["EVENODDS_SNAPSHOTS"] = "1000000"  # who folds the whole log again needs all of them
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evenodds-replicas-")))
         server = stack.enter_context(postgresql(folder))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
+from evenodds_service.commands.opening import opened
 from evenodds_service.settings import Settings, settings_from_environment
+from evenodds_service.storage.checkpoints import KEPT_SNAPSHOTS
 
 
 def test_the_environment_counts_where_it_is_asked_for_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,9 +17,20 @@ def test_the_environment_counts_where_it_is_asked_for_and_nowhere_else(monkeypat
     monkeypatch.setenv("EVENODDS_EMBEDDERS", "one, two")
 
     assert Settings().live_runs == 32
+    assert Settings().snapshots == KEPT_SNAPSHOTS
     assert Settings(max_body_mb=3).allowed_embedders() == ()
     assert settings_from_environment().live_runs == 7
     assert settings_from_environment().allowed_embedders() == ("one", "two")
+
+
+def test_commands_open_a_store_that_keeps_so_many_snapshots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EVENODDS_DATABASE_URL", f"sqlite:///{tmp_path}/evenodds.db")
+    monkeypatch.setenv("EVENODDS_SNAPSHOTS", "5")
+
+    _, store = opened()
+    store.close()
+
+    assert store._keep_snapshots == 5
 
 
 def test_what_is_no_setting_is_refused() -> None:

@@ -64,6 +64,13 @@ class Settings(BaseModel):
         description="most steps that a run may advance at once without confirm_step=true",
     )
     live_runs: int = Field(default=32, ge=1, le=10_000, description="most runs whose state one process keeps in memory")
+    snapshots: int = Field(
+        default=32,
+        ge=1,
+        le=1_000_000,
+        description="most of its newest snapshots that a run keeps, for rewinds; older ones are dropped, save where a "
+        "checkpoint needs one",
+    )
     predict_staleness_ms: float = Field(
         default=0.0, ge=0, le=60_000, description="how far behind the log /predict may answer; 0 is exact"
     )

@@ -27,6 +27,7 @@ def test_needs_of_a_small_load_are_those_computed_by_hand() -> None:
         checkpoints=8,
         snapshot_bytes=1e6,
         snapshot_prompt_bytes=10.0,
+        snapshots=20,
         memory_bytes=2_000.0,
         select_seconds=0.04,
         observe_seconds=0.01,
@@ -40,8 +41,9 @@ def test_needs_of_a_small_load_are_those_computed_by_hand() -> None:
     assert found.prompts_bytes == 1e9
     assert found.log_bytes == 10 * 100 * (BATCH * 10.0 + 5_000.0)
     assert (found.packed_bytes, found.checkpoints_bytes) == (0.6e9, 0.8e9)
-    assert found.snapshots_bytes == 10 * 100 * BATCH / 1_024 * 2e6
-    assert found.database_bytes == pytest.approx(1e9 + 7.56e6 + 1.4e9 + 500e6)
+    assert found.snapshots_bytes == 10 * 20 * 2e6  # of 25 refits
+    assert needs(replace(SMALL, steps=40), constants).snapshots_bytes == 10 * 10 * 2e6
+    assert found.database_bytes == pytest.approx(1e9 + 7.56e6 + 1.4e9 + 400e6)
     assert found.requests_per_second == 1.0  # five runs, two calls each ten seconds
     assert found.api_processes == pytest.approx(0.5 * 0.05 / 0.5)
     assert found.memory_bytes == 5 * 100_000 * 2_000.0

@@ -23,7 +23,7 @@ from evenodds_service.errors import BelowBase, PoolChanged, PromptUnknown, Store
 from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
-from evenodds_service.runtime import live_run
+from evenodds_service.runtime import live_run, retention
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.retention import Tidying, erase, tidy
 from evenodds_service.storage import tables
@@ -139,6 +139,33 @@ def test_a_run_keeps_so_many_prompts_and_any_process_folds_the_same_state(store:
     started = fresh(store, run)
     live.catch_up(store, store.run_with_id(run.id))
     assert_same(live, started)
+
+
+def test_a_process_that_starts_while_another_compacts_finds_the_model_of_its_checkpoint(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has moved the base, and is not done with what is below: its log is there, an old snapshot is not."""
+    run, live, _ = lived(store, 9)
+    monkeypatch.setattr(retention, "_clear", lambda *_, **__: None)
+
+    class Overtaken(Store):
+        def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
+            found = super().newest_checkpoint(run_id, at_most=at_most)
+            base = store.run_with_id(run_id).base_position
+            if base == run.base_position:
+                snapshot(store, live, run, at=NOW)
+                for number in range(9, 12):
+                    report(store, run_id, number, at=NOW)
+                    tidy(store, live, store.run_with_id(run_id), now=NOW)
+                assert store.run_with_id(run_id).base_position > base
+            return found
+
+    started = LiveRun(run.id)
+    started.catch_up(Overtaken(store._engine), run)
+
+    live.catch_up(store, store.run_with_id(run.id))
+    assert live.model is not None
+    assert_same(started, live)
 
 
 def test_the_database_is_as_large_after_many_prompts_as_after_few(store: Store) -> None:

@@ -59,6 +59,8 @@ T = TypeVar("T")
 ADDRESS = "http://service"
 LEASE_SECONDS = 20.0
 LATE_SECONDS = 5.0
+KEPT_SNAPSHOTS = 1
+"""So few that most are dropped."""
 _OBSERVE: TypeAdapter[Any] = TypeAdapter(training.ObserveBody)
 _SETTINGS = Settings(live_runs=2)
 
@@ -67,7 +69,7 @@ class SimulatedStore(Store):
     """The store, with a step before and after each transaction, where it may fail or its process may die."""
 
     def __init__(self, engine: Engine, world: World, committed: Callable[[], None]) -> None:
-        super().__init__(engine)
+        super().__init__(engine, keep_snapshots=KEPT_SNAPSHOTS)
         self._world, self._committed = world, committed
 
     @contextmanager

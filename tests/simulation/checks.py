@@ -24,7 +24,7 @@ from evenodds_service.api.routes import training
 from evenodds_service.domain.learning.checkpoint import from_bytes, to_bytes
 from evenodds_service.domain.log_entries import Entry
 from evenodds_service.runtime.live_runs import LiveRuns
-from evenodds_service.storage.store import Run, Store
+from evenodds_service.storage.store import Run, Snapshot, Store
 
 MARK = 2.0**-20
 """A power of two: successes that carry a mark are exact in binary."""
@@ -77,6 +77,7 @@ class History:
         self._file = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         self._file.row_factory = sqlite3.Row
         self._refits: dict[int, sqlite3.Row] = {}
+        self._snapshots: dict[tuple[int, int], bytes] = {}  # as published; most are dropped later
 
     def close(self) -> None:
         self._file.close()
@@ -98,6 +99,10 @@ class History:
         kept = "SELECT name FROM runs WHERE json_extract(settings, '$.keep_text') = 0 AND id IN "
         for row in self.rows(f"{kept}(SELECT run_id FROM prompts WHERE text IS NOT NULL)"):
             self.world.violated(f"{row['name']} keeps no texts, and there is one")
+        known, self._snapshots = self._snapshots, {}
+        for row in self.rows("SELECT run_id, version, weights FROM snapshots"):
+            self._snapshots[row["run_id"], row["version"]] = row["weights"] or known[row["run_id"], row["version"]]
+            self.world.sometimes["a snapshot was dropped"] += not row["weights"]
         for row in self.rows("SELECT * FROM refits"):
             before = self._refits.get(row["id"])
             self._refits[row["id"]] = row
@@ -310,7 +315,7 @@ class History:
 
     def _check_fold(self, name: str, replies: Sequence[Reply], log: _Log, engine: Engine) -> None:
         """Who folds the log entry by entry up to the position that a reply names, answers the same."""
-        past = _Past(engine, log.voids)
+        past = _Past(engine, log.voids, self._snapshots)
         live_runs = LiveRuns(past, capacity=1)
         for reply in replies:
             past.position = int(reply.told["log_position"])
@@ -391,12 +396,15 @@ class _Log:
 
 
 class _Past(Store):
-    """The store as it was at a log position: what came later is not there, and there are no checkpoints."""
+    """The store as it was at a log position: what came later is not there, all snapshots are, and no checkpoints."""
 
-    def __init__(self, engine: Engine, voids: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, voids: Sequence[int], published: Mapping[tuple[int, int], bytes]) -> None:
         super().__init__(engine)
         self.position = 0
-        self._voids = voids
+        self._voids, self._published = voids, published
+
+    def snapshot(self, run_id: int, version: int) -> Snapshot:
+        return replace(super().snapshot(run_id, version), weights=self._published[run_id, version])
 
     def run(self, name: str) -> Run:
         void_position = max((void for void in self._voids if void <= self.position), default=0)

@@ -72,6 +72,7 @@ RAILS = (
     "a fit was fenced",
     "a rewind came during a refit",
     "a snapshot was published",
+    "a snapshot was dropped",
     "a checkpoint was saved",
     "a rewind took something",
     "a retract took something",

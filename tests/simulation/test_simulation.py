@@ -47,6 +47,13 @@ def test_many_seeds_do_not(first: int) -> None:
         outcome_of(seed)
 
 
+@pytest.mark.slow
+def test_long_seeds_in_which_most_snapshots_are_dropped_do_not_either() -> None:
+    outcomes = [outcome_of(seed, steps=2_000) for seed in (2, 3, 4)]
+
+    assert any(outcome.sometimes.get("a snapshot was dropped") for outcome in outcomes)
+
+
 _remember, _catch_up, _at_head, _first = fold._remember, LiveRun.catch_up, LiveRuns.at_head, Outbox.first
 
 

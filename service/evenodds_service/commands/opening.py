@@ -60,7 +60,7 @@ def opened(patience: Patience | None = None) -> tuple[Settings, Store]:
             upgrade(engine)
     except (StoreError, ValidationError) as error:
         raise Refused(explained(error)) from error
-    return settings, Store(engine)
+    return settings, Store(engine, keep_snapshots=settings.snapshots)
 
 
 def explained(error: Exception) -> str:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timezone
 
 import numpy as np
 
@@ -81,7 +81,9 @@ class LiveRun:
     retract that the state knows of: a run that shows a newer one makes it fold again.
 
     What it costs: Nothing here writes to the log. Whoever appended hands the entries over instead of reading them back.
-    A checkpoint is only a way to start sooner: it may be missing, old or refused, and the answers stay the same.
+    A checkpoint is only a way to start sooner: it may be missing, old or refused, and the answers stay the same. If
+    none is left from which the snapshots that are kept suffice, an entry of the log tells all processes to do without
+    those that were dropped.
 
     Args:
         each_block: Spreads the computation of a choice over threads, as an executor's map does.
@@ -100,6 +102,8 @@ class LiveRun:
         self.void_position = 0
         self._is_started = False
         self._saved_position = 0  # of the newest checkpoint that this process knows of
+        self._began_at = 0  # position from which the state was folded
+        self._refused = 0  # position of the newest checkpoint there was, where it could not be used
         self._is_saving = threading.Lock()
 
     def catch_up(self, store: Store, run: Run, *, written: Sequence[Entry] = ()) -> None:
@@ -126,7 +130,7 @@ class LiveRun:
                 run = store.run_with_id(self.run_id)
 
     def _missed(self, store: Store, run: Run, written: Sequence[Entry]) -> LogCompacted | None:
-        """What kept it from catching up, if something was compacted while it was read."""
+        """What kept it from catching up, if something was compacted or dropped while it was read."""
         try:
             self._catch_up(store, run, written)
         except LogCompacted as error:
@@ -157,19 +161,9 @@ class LiveRun:
 
     def _start(self, store: Store, run: Run, embedder: str | None) -> None:
         self._is_started = False  # until the end: who fails on the way starts over
-        self.state, self.model = State(), None
-        self._saved_position = 0
-        checkpoint = store.newest_checkpoint(self.run_id, at_most=run.log_position)
-        if checkpoint is not None and checkpoint[0] >= run.base_position:
-            try:
-                self.state = _state_at(*checkpoint)
-                self._saved_position = checkpoint[0]
-            except CheckpointUnusable as error:
-                where = "its base" if run.base_position else "the beginning"
-                logger.warning("run %r: %s; folding its log from %s", run.name, error, where)
-        if run.base_position and not self._saved_position:
-            self.state = _base_of(store, run)
-            self._saved_position = run.base_position
+        self.state, self._refused = _newest_state(store, run)
+        self.model = None
+        self._saved_position = self._began_at = self.state.position
         is_there = self.pool.n_retired == self.state.n_retired and self.pool.n >= self.state.n_prompts
         if not (is_there and self.pool.serves(self.state.basis)):
             self._load_pool(store, embedder, room=run.pool_size)
@@ -321,14 +315,36 @@ class LiveRun:
         return block if kept_N.all() else block.rows(kept_N)
 
     def _attach(self, store: Store, version: int, embedder: str | None) -> None:
-        """Use this snapshot from here on; one that cannot be used is as good as none, on every replica alike."""
+        """Use this snapshot from here on; one that cannot be used is as good as none, on every replica alike.
+
+        Raises:
+            LogCompacted: it was dropped, and whoever starts from the newest checkpoint does without it.
+        """
         try:
             content = store.snapshot(self.run_id, version).weights
+            if not content:
+                self._without_dropped(store)
+                raise LogCompacted(f"its snapshot {version} is dropped")
             self.model = SharedModel.from_bytes(content, embedder=embedder or "").on(self.state.basis)
         except (SnapshotUnusable, SnapshotUnknown) as error:
+            if store.run_with_id(self.run_id).base_position > self.state.position:
+                raise LogCompacted(f"its snapshot {version} is compacted") from error
             logger.error("run with id %d: snapshot %d: %s", self.run_id, version, error)
             self.model = None
         self._give_priors(version)
+
+    def _without_dropped(self, store: Store) -> None:
+        """Where the newest checkpoint cannot be used, here nor by others, let all fold without what is dropped behind
+        the one before it.
+        """
+        now = datetime.now(timezone.utc)
+        if store.give_up_checkpoints(self.run_id, refused=self._refused, left=self._began_at, now=now):
+            logger.warning(
+                "run with id %d: its checkpoints above log position %d cannot be used, and snapshots behind it are "
+                "dropped: beliefs are folded again from there without these, by all processes, until the next refit",
+                self.run_id,
+                self._began_at,
+            )
 
     def _give_priors(self, version: int) -> None:
         """Let the pool have what the model says of its prompts."""
@@ -437,6 +453,32 @@ class LiveRun:
             forecasts = Forecasts.of(a_n, b_n, settings.group_size, each_block=self._each_block)
         with phase("choice"):
             return select(state, pool, settings, request, forecasts, part)
+
+
+def _newest_state(store: Store, run: Run) -> tuple[State, int]:
+    """The newest state to fold the run on from, and the position of the newest checkpoint if that was refused, else 0.
+
+    Raises:
+        LogCompacted: the base was moved meanwhile.
+        CheckpointUnusable: nothing can be folded from the base.
+    """
+    refused, told = 0, ""
+    found = store.newest_checkpoint(run.id, at_most=run.log_position)
+    while found is not None and found[0] >= run.base_position:
+        position, content = found
+        try:
+            state = _state_at(position, content)
+        except CheckpointUnusable as error:
+            refused, told = refused or position, told or str(error)
+            found = store.newest_checkpoint(run.id, at_most=position - 1)
+            continue
+        if refused:
+            logger.warning("run %r: %s; folding its log from position %d", run.name, told, position)
+        return state, refused
+    if refused:
+        where = "its base" if run.base_position else "the beginning"
+        logger.warning("run %r: %s; folding its log from %s", run.name, told, where)
+    return (_base_of(store, run) if run.base_position else State()), refused
 
 
 def _state_at(position: int, content: bytes) -> State:

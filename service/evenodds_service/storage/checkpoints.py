@@ -1,15 +1,29 @@
-"""Saved states of the fold, each at its log position, the older the sparser."""
+"""Saved states of the fold, each at its log position, the older the sparser; and which snapshots they leave needed.
+
+Who folds from a checkpoint reads the snapshot that was in use there and those that the log names behind it. So each new
+checkpoint makes old snapshots superfluous. One that is dropped keeps its row, without its weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Connection, and_, delete, func, select, update
 
 from evenodds_service.storage.runs import keep_run, lock_run
-from evenodds_service.storage.tables import checkpoints
+from evenodds_service.storage.tables import checkpoints, log, snapshots
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
+
+KEPT_SNAPSHOTS = 32
+"""Most of its newest snapshots that a run keeps, unless told otherwise."""
+
+_DROPPED_AT_ONCE = 8
+"""More than a run publishes between two checkpoints, and little enough to write under its lock."""
+
+_ENTRY = and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position)
+"""Of a snapshot in the log; below the run's base there is none."""
 
 
 class _Outdated(Exception):
@@ -17,8 +31,11 @@ class _Outdated(Exception):
 
 
 class CheckpointMethods(Transactions):
+    _keep_snapshots: int
+
     def save_checkpoint(self, run_id: int, *, position: int, state: bytes, now: datetime, keep: int = 8) -> bool:
-        """Save the state at a log position, and thin out the older ones; see `thinned`.
+        """Save the state at a log position, thin out the older ones (see `thinned`), and drop the snapshots that are
+        then out of reach (see `needed`).
 
         The fold is a function of the log: a checkpoint that the position has already stays as it is.
 
@@ -27,7 +44,7 @@ class CheckpointMethods(Transactions):
 
         Returns:
             Whether it was saved: not if something was voided behind the position, since the state may hold it, nor
-            below the base.
+            below the base, nor where the snapshot in use there is dropped.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
@@ -37,14 +54,19 @@ class CheckpointMethods(Transactions):
         try:
             with self._writing() as connection:
                 keep_run(connection, run_id)
-                connection.execute(insert_or_ignore(connection, checkpoints).values(row))
+                saved = insert_or_ignore(connection, checkpoints).values(row).returning(checkpoints.c.position)
+                is_new = connection.execute(saved).scalar() is not None
                 # The lock that stops the trainer comes last: the state may be large.
                 run = lock_run(connection, run_id)
                 if position < max(run.void_position, run.base_position):
                     raise _Outdated
+                if not _has_model(connection, run_id, position):
+                    raise _Outdated
                 positions = connection.execute(select(checkpoints.c.position).where(of_run)).scalars().all()
                 superfluous = set(positions) - set(thinned(positions, keep=keep)) - {run.base_position}
                 connection.execute(delete(checkpoints).where(of_run, checkpoints.c.position.in_(superfluous)))
+                if is_new:  # one that was there may be of another release, from which nobody can start
+                    _drop_snapshots(connection, run_id, set(positions) - superfluous, most=self._keep_snapshots)
         except _Outdated:
             return False
         return True
@@ -93,3 +115,53 @@ def thinned(positions: Sequence[int], *, keep: int) -> list[int]:
         if older is None or newest_first[0] - older > 4 * distance:
             kept.append(position)
     return kept[:keep]
+
+
+def needed(published: Sequence[int], standing: Sequence[int], saved: Sequence[int], *, most: int) -> set[int]:
+    """Which of these snapshots to keep, all by log position.
+
+    All behind the oldest checkpoint that has at most so many behind it (the log's beginning counts as one): a rewind to
+    there is exact. And those that were in use at each checkpoint, from which older rewinds start.
+
+    Args:
+        published: Of all snapshots that are there, in ascending order.
+        standing: Of those of them that were not voided.
+        saved: Of all checkpoints.
+        most: Besides those in use at checkpoints.
+    """
+    whole_since = min(
+        (since for since in (0, *saved) if len(published) - bisect_right(published, since) <= most),
+        default=max(saved, default=0),
+    )
+    in_use = {standing[n - 1] for n in (bisect_right(standing, position) for position in saved) if n}
+    return in_use.union(position for position in published if position > whole_since)
+
+
+def _has_model(connection: Connection, run_id: int, position: int) -> bool:
+    """Whether the snapshot in use at this log position is there."""
+    in_use = (
+        select(func.length(snapshots.c.weights))
+        .outerjoin(log, _ENTRY)
+        .where(snapshots.c.run_id == run_id, snapshots.c.log_position <= position, log.c.voided_at.is_(None))
+        .order_by(snapshots.c.version.desc())  # as in the log
+        .limit(1)
+    )
+    return connection.execute(in_use).scalar() != 0
+
+
+def _drop_snapshots(connection: Connection, run_id: int, saved: Collection[int], *, most: int) -> None:
+    """Drop some of the snapshots that are out of reach, the oldest first. Versions are never given again."""
+    there = (
+        select(snapshots.c.log_position, log.c.voided_at)
+        .outerjoin(log, _ENTRY)
+        .where(snapshots.c.run_id == run_id, func.length(snapshots.c.weights) > 0)
+        .order_by(snapshots.c.log_position)
+    )
+    rows = connection.execute(there).all()
+    published = [row.log_position for row in rows]
+    standing = [row.log_position for row in rows if row.voided_at is None]
+    kept = needed(published, standing, sorted(saved), most=most)
+    gone = [position for position in published if position not in kept][:_DROPPED_AT_ONCE]
+    if gone:
+        dropped = (snapshots.c.run_id == run_id, snapshots.c.log_position.in_(gone))
+        connection.execute(update(snapshots).where(*dropped).values(weights=b""))

@@ -3,7 +3,8 @@
 What is voided stays in the log, marked, and is read as if it had never been there. Whatever was derived from it goes
 at the same position: checkpoints behind the first voided entry are dropped, snapshots that were fitted on voided
 observations are voided with them (a refit is asked for), and a refit that is being fitted is put back in the queue,
-which fences its worker.
+which fences its worker. The run is then folded from the newest checkpoint that is left: snapshots behind it that were
+dropped (checkpoints.py) are voided too, so that everybody folds the same log without them.
 """
 
 from __future__ import annotations
@@ -84,6 +85,31 @@ class RewindMethods(Transactions):
                 "request_id": request_id,
             }
             return _record(connection, run, "retract", asked, found, now=now)
+
+    def give_up_checkpoints(self, run_id: int, *, refused: int, left: int, now: datetime) -> bool:
+        """Delete the checkpoints behind log position `left`, which cannot be used, and void what is dropped there.
+
+        One entry of the log, so that every process goes on from the same: those that still know the state, too.
+
+        Args:
+            refused: Log position of the newest checkpoint that the caller found; 0 where it found none.
+
+        Returns:
+            Whether it was done: not where there is another newest checkpoint by now, which may be used, nor where
+            nothing was dropped.
+
+        Raises:
+            RunUnknown: also where the run was deleted since the caller looked it up.
+        """
+        with self._writing(in_bulk=True) as connection:
+            run = lock_run(connection, run_id)
+            if _newest_checkpoint(connection, run_id) != refused:
+                return False
+            unusable = (checkpoints.c.run_id == run_id, checkpoints.c.position > left)
+            connection.execute(delete(checkpoints).where(*unusable))
+            asked = {"checkpoints_above": left}
+            voided = _record(connection, run, "retract", asked, _Found(None, None, 0, 0), now=now)
+            return voided.log_position > run.log_position
 
 
 def _check_is_above_base(connection: Connection, run: Run, *, from_step: int | None, request_id: str | None) -> None:
@@ -247,9 +273,13 @@ def _record(
     Args:
         is_news: Write it also where nothing is voided.
     """
-    if found.first is None and not is_news:
-        return Voided(run.log_position, run.head_step, 0, 0)
     position = run.log_position + 1
+    if found.first is not None:
+        stale = (checkpoints.c.run_id == run.id, checkpoints.c.position >= found.first)
+        connection.execute(delete(checkpoints).where(*stale))
+    n_dropped = _void_dropped(connection, run.id, position)
+    if found.first is None and n_dropped == 0 and not is_news:
+        return Voided(run.log_position, run.head_step, 0, 0)
     body = {
         **asked,
         "first": found.first,
@@ -259,13 +289,11 @@ def _record(
     connection.execute(
         insert(log).values(run_id=run.id, position=position, kind=kind, body=compact_json(body), created_at=now)
     )
-    if found.first is not None:
-        stale = (checkpoints.c.run_id == run.id, checkpoints.c.position >= found.first)
-        connection.execute(delete(checkpoints).where(*stale))
     n_observations = run.n_observations - found.n_observations
     model_version = run.model_version
-    if found.first_observed is not None:
+    if found.first_observed is not None or n_dropped:
         model_version = _void_snapshots(connection, run.id, found.first_observed, position)
+    if found.first_observed is not None:
         _refit_again(connection, run.id, is_wanted=model_version < run.model_version and n_observations > 0, now=now)
     head = select(func.max(log.c.step)).where(log.c.run_id == run.id, log.c.voided_at.is_(None))
     steps = [step for step in (connection.execute(head).scalar(), run.base_step) if step is not None]
@@ -284,13 +312,35 @@ def _record(
     return Voided(position, head_step, found.n_observations, found.n_selections)
 
 
-def _void_snapshots(connection: Connection, run_id: int, first_observed: int, position: int) -> int:
-    """Void the snapshots that were fitted on voided observations. Returns the newest version that is left."""
+def _newest_checkpoint(connection: Connection, run_id: int) -> int:
+    """Its log position; 0 where there is none."""
+    newest = select(func.max(checkpoints.c.position)).where(checkpoints.c.run_id == run_id)
+    return connection.execute(newest).scalar() or 0
+
+
+def _void_dropped(connection: Connection, run_id: int, position: int) -> int:
+    """Void the dropped snapshots behind the newest checkpoint, from which the run is folded. Returns how many."""
     published = select(snapshots.c.log_position).where(
-        snapshots.c.run_id == run_id, snapshots.c.fitted_position >= first_observed
+        snapshots.c.run_id == run_id,
+        snapshots.c.log_position > _newest_checkpoint(connection, run_id),
+        func.length(snapshots.c.weights) == 0,
     )
-    stale = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
-    connection.execute(update(log).where(*stale).values(voided_at=position))
+    standing = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
+    return connection.execute(update(log).where(*standing).values(voided_at=position)).rowcount
+
+
+def _void_snapshots(connection: Connection, run_id: int, first_observed: int | None, position: int) -> int:
+    """Void the snapshots that were fitted on voided observations. Returns the newest version that is left.
+
+    Args:
+        first_observed: Log position of the first voided observations; None: there are none.
+    """
+    if first_observed is not None:
+        published = select(snapshots.c.log_position).where(
+            snapshots.c.run_id == run_id, snapshots.c.fitted_position >= first_observed
+        )
+        stale = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
+        connection.execute(update(log).where(*stale).values(voided_at=position))
     return newest_standing_snapshot(connection, run_id)
 
 

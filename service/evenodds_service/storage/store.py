@@ -7,7 +7,9 @@ listing.py.
 
 from __future__ import annotations
 
-from evenodds_service.storage.checkpoints import CheckpointMethods
+from sqlalchemy import Engine
+
+from evenodds_service.storage.checkpoints import KEPT_SNAPSHOTS, CheckpointMethods
 from evenodds_service.storage.decisions import DecisionMethods
 from evenodds_service.storage.forks import ForkMethods
 from evenodds_service.storage.keys import KeyMethods
@@ -112,4 +114,12 @@ class Store(
 
     Failures: Every method raises StoreUnavailable where the database cannot be reached or does not answer in time; the
     call may then be repeated. Errors that a caller can handle stand with each method, all of them in `errors.py`.
+
+    Args:
+        engine: Comes from `open_engine`; from here on the store closes it.
+        keep_snapshots: How many of its newest snapshots a run keeps at most; see checkpoints.py, `needed`.
     """
+
+    def __init__(self, engine: Engine, *, keep_snapshots: int = KEPT_SNAPSHOTS) -> None:
+        super().__init__(engine)
+        self._keep_snapshots = keep_snapshots

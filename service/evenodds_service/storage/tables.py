@@ -256,7 +256,7 @@ snapshots = Table(
     _run_id(),
     Column("version", Integer, nullable=False),
     Column("embedder", Text, nullable=False),
-    Column("weights", LargeBinary, nullable=False),
+    Column("weights", LargeBinary, nullable=False),  # empty where it was dropped
     Column("fitted_position", BigInteger, nullable=False),
     Column("log_position", BigInteger, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
