@@ -58,7 +58,7 @@ def test_a_database_of_an_older_release_answers_as_it_did(
         for run in CHOOSING:
             moved |= {key: old.pop(key) for key in (f"{run}: predictions", f"{run}: prompts")}
             del old[f"{run}: next steps"], old[f"{run}: predictions then"]
-    assert len(old) > 20
+    assert len(old) >= 20
     assert differences(old, new) == []
     assert differences(moved, new, tolerance=MOVED.get(revision, 0.0)) == []
 

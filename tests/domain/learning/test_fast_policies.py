@@ -61,7 +61,8 @@ def forecast_errors(make_block: MakeBlock, levels: Levels, *, seed: int) -> Floa
         fold(state, SelectEntry(state.position + 1, step, prompts, a=chosen.a, b=chosen.b), pool)
         k, n = rng.binomial(8, rates).astype(np.float64), np.full(BATCH, 8.0)
         fold(state, ObserveEntry(state.position + 1, step, prompts, k, n, (k > 0) & (k < 8)), pool)
-    return np.asarray(errors).reshape(-1, WINDOW).mean(axis=1)
+    means: FloatArray = np.asarray(errors).reshape(-1, WINDOW).mean(axis=1)
+    return means
 
 
 @pytest.mark.parametrize("levels", [climbing, jumping, collapsing, still])
