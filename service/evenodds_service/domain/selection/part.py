@@ -17,7 +17,7 @@ from evenodds_service.domain.selection.eligibility import Allowed, resting
 from evenodds_service.domain.selection.pickers import at_least_best
 from evenodds_service.domain.settings import RunSettings
 
-LOOKED_AT = 32_768
+LOOKED_AT = 16_384
 """Prompts that a choice looks at, where more may be chosen. (`benchmarks.quality --only parts` compares it
 with looking at all.)"""
 
