@@ -9,7 +9,8 @@ import json
 import math
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,8 @@ class History:
         self._file.row_factory = sqlite3.Row
         self._refits: dict[int, sqlite3.Row] = {}
         self._snapshots: dict[tuple[int, int], bytes] = {}  # as published; most are dropped later
+        self._open: list[dict[str, int]] = []  # what was proven as each request began that is being answered
+        self._deleting: Counter[str] = Counter()  # by run, how many deletions are being answered
 
     def close(self) -> None:
         self._file.close()
@@ -119,9 +122,30 @@ class History:
         if before["status"] != "running" or before["lease_until"] > now:
             self.world.violated(f"refit {after['id']} was claimed at {now} from who holds it: {dict(before)}")
 
-    def begun(self) -> Mapping[str, int]:
-        """What is proven as a request begins to be answered: its answer may not be older."""
-        return dict(self.proven)
+    @contextmanager
+    def answering(self, request: httpx.Request) -> Iterator[Mapping[str, int]]:
+        """While a request is answered: what is proven as it begins, since its answer may not be older.
+
+        A run that is deleted meanwhile, and perhaps made again, may be met before or after that by who asks at the same
+        time: nothing is proven of it.
+        """
+        deleted = _deleted_by(request)
+        before = dict(self.proven)
+        self._open.append(before)
+        if deleted is not None:
+            self._deleting[deleted] += 1
+            self._forget(deleted)
+        try:
+            yield before
+        finally:
+            if deleted is not None:
+                self._forget(deleted)
+                self._deleting[deleted] -= 1
+            self._open = [each for each in self._open if each is not before]
+
+    def _forget(self, run: str) -> None:
+        for proven in (self.proven, *self._open):
+            proven[run] = 0
 
     def answered(self, before: Mapping[str, int], request: httpx.Request, status: int, body: bytes) -> None:
         """A service has answered; whether anybody hears it is another matter."""
@@ -137,14 +161,15 @@ class History:
         run = told.get("run") or str(request.url.path).split("/")[2]
         reply = Reply(where.rpartition("/")[2] if "runs" in where else where, run, asked, told)
         if request.method == "DELETE":
-            if "/prompts/" not in request.url.path:
+            if _deleted_by(request) is not None:
                 self._deleted(run)
             return
         at = told.get("log_position")
         if at is not None and not told.get("replayed"):
             if at < before.get(run, 0):
                 self.world.violated(f"{where} was answered at {at}, after {before[run]} had been told")
-            self.proven[run] = max(self.proven[run], at)
+            if not self._deleting[run]:
+                self.proven[run] = max(self.proven[run], at)
         if request.url.path == "/observe":
             self._observed(reply)
         elif request.url.path == "/select_batch":
@@ -238,7 +263,6 @@ class History:
                 self.world.violated(f"{dict(standing[0])} stands after {reply.asked}, {reply.told}")
 
     def _deleted(self, run: str) -> None:
-        self.proven[run] = 0
         for key in [key for key in self.first if key[0] == run]:
             del self.first[key]
         self.replies = [reply for reply in self.replies if reply.run != run]
@@ -415,3 +439,9 @@ class _Past(Store):
 
     def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
         return None
+
+
+def _deleted_by(request: httpx.Request) -> str | None:
+    """The run that this request deletes."""
+    path = str(request.url.path)
+    return path.split("/")[2] if request.method == "DELETE" and "/prompts/" not in path else None

@@ -383,13 +383,14 @@ class _WatchedNetwork(Network):
         self._history, self._keys = history, keys
 
     def answered(self, service: Service, request: httpx.Request) -> tuple[int, bytes]:
-        before, is_dead = self._history.begun(), False
-        if self._keys is not None:
-            is_dead = self._keys.sign(request)
-        status, body = service.answer(request)
-        if self._keys is not None:
-            self._keys.check(status, is_dead)
-        self._history.answered(before, request, status, body)
+        is_dead = False
+        with self._history.answering(request) as before:
+            if self._keys is not None:
+                is_dead = self._keys.sign(request)
+            status, body = service.answer(request)
+            if self._keys is not None:
+                self._keys.check(status, is_dead)
+            self._history.answered(before, request, status, body)
         return status, body
 
 
