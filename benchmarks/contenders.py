@@ -176,15 +176,11 @@ class Gps:
 
 
 class LookingAt(Gps):
-    """`gps`, streaming, whose choices look at so many prompts, as those of the service do of larger pools.
-
-    Attributes:
-        n_whole: Choices for which these were too few, so that all were looked at.
-    """
+    """`gps`, streaming, whose choices look at so many prompts, as those of the service do of larger pools."""
 
     def __init__(self, world: World, n: int) -> None:
         super().__init__(world)
-        self._n, self.n_whole = n, 0
+        self._n = n
 
     def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
         """Of the whole pool."""
@@ -201,7 +197,6 @@ class LookingAt(Gps):
         try:
             choice = chosen(part)
         except PartTooSmall:
-            self.n_whole += 1
             choice = chosen(None)
         return self._fold_choice(step, choice.choice.prompts)
 
