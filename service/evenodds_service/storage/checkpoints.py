@@ -10,8 +10,9 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, and_, delete, func, select, update
+from sqlalchemy import Connection, delete, func, select, update
 
+from evenodds_service.storage.rewind import ENTRY_OF_SNAPSHOT, newest_checkpoint_position, newest_standing_snapshot
 from evenodds_service.storage.runs import keep_run, lock_run
 from evenodds_service.storage.tables import checkpoints, log, snapshots
 from evenodds_service.storage.transactions import Transactions, insert_or_ignore
@@ -21,9 +22,6 @@ KEPT_SNAPSHOTS = 32
 
 _DROPPED_AT_ONCE = 8
 """More than a run publishes between two checkpoints, and little enough to write under its lock."""
-
-_ENTRY = and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position)
-"""Of a snapshot in the log; below the run's base there is none."""
 
 
 class _Outdated(Exception):
@@ -79,9 +77,8 @@ class CheckpointMethods(Transactions):
 
     def newest_checkpoint_position(self, run_id: int) -> int:
         """Log position of the newest checkpoint; 0 where there is none."""
-        statement = select(func.max(checkpoints.c.position)).where(checkpoints.c.run_id == run_id)
         with self._reading() as connection:
-            return connection.execute(statement).scalar() or 0
+            return newest_checkpoint_position(connection, run_id)
 
     def newest_checkpoint(self, run_id: int, *, at_most: int | None = None) -> tuple[int, bytes] | None:
         """Log position and state of the newest checkpoint, of those up to `at_most` if it is given."""
@@ -139,21 +136,16 @@ def needed(published: Sequence[int], standing: Sequence[int], saved: Sequence[in
 
 def _has_model(connection: Connection, run_id: int, position: int) -> bool:
     """Whether the snapshot in use at this log position is there."""
-    in_use = (
-        select(func.length(snapshots.c.weights))
-        .outerjoin(log, _ENTRY)
-        .where(snapshots.c.run_id == run_id, snapshots.c.log_position <= position, log.c.voided_at.is_(None))
-        .order_by(snapshots.c.version.desc())  # as in the log
-        .limit(1)
-    )
-    return connection.execute(in_use).scalar() != 0
+    version = newest_standing_snapshot(connection, run_id, at_most=position)
+    in_use = (snapshots.c.run_id == run_id, snapshots.c.version == version)
+    return connection.execute(select(func.length(snapshots.c.weights)).where(*in_use)).scalar() != 0
 
 
 def _drop_snapshots(connection: Connection, run_id: int, saved: Collection[int], *, most: int) -> None:
     """Drop some of the snapshots that are out of reach, the oldest first. Versions are never given again."""
     there = (
         select(snapshots.c.log_position, log.c.voided_at)
-        .outerjoin(log, _ENTRY)
+        .outerjoin(log, ENTRY_OF_SNAPSHOT)
         .where(snapshots.c.run_id == run_id, func.length(snapshots.c.weights) > 0)
         .order_by(snapshots.c.log_position)
     )

@@ -26,6 +26,9 @@ from evenodds_service.storage.values import Run, Voided
 
 _PAGE = 1_000
 
+ENTRY_OF_SNAPSHOT = and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position)
+"""Joins a snapshot with its entry of the log; below the run's base there is none."""
+
 
 class RewindMethods(Transactions):
     def rewind(self, run_id: int, *, step: int, incarnation: str | None = None, now: datetime) -> Voided:
@@ -103,7 +106,7 @@ class RewindMethods(Transactions):
         """
         with self._writing(in_bulk=True) as connection:
             run = lock_run(connection, run_id)
-            if _newest_checkpoint(connection, run_id) != refused:
+            if newest_checkpoint_position(connection, run_id) != refused:
                 return False
             unusable = (checkpoints.c.run_id == run_id, checkpoints.c.position > left)
             connection.execute(delete(checkpoints).where(*unusable))
@@ -290,9 +293,11 @@ def _record(
         insert(log).values(run_id=run.id, position=position, kind=kind, body=compact_json(body), created_at=now)
     )
     n_observations = run.n_observations - found.n_observations
+    if found.first_observed is not None:
+        _void_snapshots(connection, run.id, found.first_observed, position)
     model_version = run.model_version
     if found.first_observed is not None or n_dropped:
-        model_version = _void_snapshots(connection, run.id, found.first_observed, position)
+        model_version = newest_standing_snapshot(connection, run.id)
     if found.first_observed is not None:
         _refit_again(connection, run.id, is_wanted=model_version < run.model_version and n_observations > 0, now=now)
     head = select(func.max(log.c.step)).where(log.c.run_id == run.id, log.c.voided_at.is_(None))
@@ -312,7 +317,7 @@ def _record(
     return Voided(position, head_step, found.n_observations, found.n_selections)
 
 
-def _newest_checkpoint(connection: Connection, run_id: int) -> int:
+def newest_checkpoint_position(connection: Connection, run_id: int) -> int:
     """Its log position; 0 where there is none."""
     newest = select(func.max(checkpoints.c.position)).where(checkpoints.c.run_id == run_id)
     return connection.execute(newest).scalar() or 0
@@ -322,26 +327,20 @@ def _void_dropped(connection: Connection, run_id: int, position: int) -> int:
     """Void the dropped snapshots behind the newest checkpoint, from which the run is folded. Returns how many."""
     published = select(snapshots.c.log_position).where(
         snapshots.c.run_id == run_id,
-        snapshots.c.log_position > _newest_checkpoint(connection, run_id),
+        snapshots.c.log_position > newest_checkpoint_position(connection, run_id),
         func.length(snapshots.c.weights) == 0,
     )
     standing = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
     return connection.execute(update(log).where(*standing).values(voided_at=position)).rowcount
 
 
-def _void_snapshots(connection: Connection, run_id: int, first_observed: int | None, position: int) -> int:
-    """Void the snapshots that were fitted on voided observations. Returns the newest version that is left.
-
-    Args:
-        first_observed: Log position of the first voided observations; None: there are none.
-    """
-    if first_observed is not None:
-        published = select(snapshots.c.log_position).where(
-            snapshots.c.run_id == run_id, snapshots.c.fitted_position >= first_observed
-        )
-        stale = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
-        connection.execute(update(log).where(*stale).values(voided_at=position))
-    return newest_standing_snapshot(connection, run_id)
+def _void_snapshots(connection: Connection, run_id: int, first_observed: int, position: int) -> None:
+    """Void the snapshots that were fitted on voided observations."""
+    published = select(snapshots.c.log_position).where(
+        snapshots.c.run_id == run_id, snapshots.c.fitted_position >= first_observed
+    )
+    stale = (log.c.run_id == run_id, log.c.voided_at.is_(None), log.c.position.in_(published))
+    connection.execute(update(log).where(*stale).values(voided_at=position))
 
 
 def newest_standing_snapshot(connection: Connection, run_id: int, *, at_most: int | None = None) -> int:
@@ -349,10 +348,9 @@ def newest_standing_snapshot(connection: Connection, run_id: int, *, at_most: in
 
     Of those below the run's base only one is left, and its log entry is not.
     """
-    entry = and_(log.c.run_id == snapshots.c.run_id, log.c.position == snapshots.c.log_position)
     standing = (
         select(func.max(snapshots.c.version))
-        .outerjoin(log, entry)
+        .outerjoin(log, ENTRY_OF_SNAPSHOT)
         .where(snapshots.c.run_id == run_id, log.c.voided_at.is_(None))
     )
     if at_most is not None:
