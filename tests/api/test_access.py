@@ -382,6 +382,29 @@ def test_keys_are_kept_through_an_outage_of_the_database(tmp_path: Path) -> None
     assert asyncio.run(ring.check(secret, "GET", "/runs")).name == "kept"
 
 
+def test_a_key_revoked_while_a_slow_database_reads_the_keys_does_not_live_longer_for_it(tmp_path: Path) -> None:
+    now = [0.0]
+
+    class Slow(Store):
+        def api_keys(self) -> tuple[ApiKey, ...]:
+            keys = super().api_keys()
+            if now[0] == 0.0:
+                self.revoke_key("leaked", now=datetime(2026, 1, 2, tzinfo=timezone.utc))
+                now[0] += KEYS_SECONDS + 1
+            return keys
+
+    engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
+    upgrade(engine)
+    store = Slow(engine)
+    ring = KeyRing(store, clock=lambda: now[0])
+    secret = Guarded(store, httpx.Client()).key("leaked")
+    asyncio.run(ring.check(secret, "GET", "/runs"))
+
+    with pytest.raises(KeyInvalid, match="was revoked"):
+        asyncio.run(ring.check(secret, "GET", "/runs"))
+    store.close()
+
+
 def test_a_database_that_is_away_before_the_keys_were_ever_read_is_told_as_everywhere(tmp_path: Path) -> None:
     class Away(Store):
         def api_keys(self) -> tuple[ApiKey, ...]:

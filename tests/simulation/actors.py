@@ -221,6 +221,11 @@ class Service:
         if self._ring is not None:
             self._ring._used = _AllUsed()
 
+    @property
+    def keys_read_at(self) -> float:
+        """When this process last read the keys, in the world's seconds."""
+        return -math.inf if self._ring is None else self._ring._read_at
+
     def answer(self, request: httpx.Request) -> tuple[int, bytes]:
         """Status and body of the reply. What comes after it is another task."""
         try:

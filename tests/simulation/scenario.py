@@ -383,13 +383,11 @@ class _WatchedNetwork(Network):
         self._history, self._keys = history, keys
 
     def answered(self, service: Service, request: httpx.Request) -> tuple[int, bytes]:
-        is_dead = False
         with self._history.answering(request) as before:
-            if self._keys is not None:
-                is_dead = self._keys.sign(request)
+            is_dead = self._keys is not None and self._keys.sign(request)
             status, body = service.answer(request)
             if self._keys is not None:
-                self._keys.check(status, is_dead)
+                self._keys.check(service, status, is_dead)
             self._history.answered(before, request, status, body)
         return status, body
 
@@ -420,39 +418,43 @@ class _Keys:
     def rotate(self) -> None:
         world = self._world
         while not self._scenario.is_over:
-            world.pause(world.chance.uniform(5, 30))
+            world.pause(world.chance.uniform(1, 10))
             fresh = self._new()
             self._store.rotate_key("callers", secret_hash=hash_of(fresh))
             world.sometimes["a key was rotated"] += 1
             old = self._secrets[0]
             self._secrets = [old, ""]  # the new one is known everywhere a little later
-            world.pause(KEYS_SECONDS + 10)
+            world.pause(KEYS_SECONDS + 1)
             self._secrets = [fresh, old]
-            world.pause(world.chance.uniform(5, 30))
+            world.pause(world.chance.uniform(1, 10))
             self._secrets = [fresh, ""]
             self._store.finish_rotation("callers")
             self._dead = (old, world.time)
 
     def sign(self, request: httpx.Request) -> bool:
-        """Put a secret into the request as it arrives. Whether it is one that must not be taken any more."""
-        secret, since = self._dead
-        world = self._world
-        if (
-            secret
-            and world.rates["store"] == 0
-            and world.time > since + KEYS_SECONDS + 1
-            and world.chance.random() < 0.1
-        ):
-            request.headers["authorization"] = f"Bearer {secret}"
-            return True
-        request.headers["authorization"] = f"Bearer {world.chance.choice([each for each in self._secrets if each])}"
-        return False
+        """Put a secret into the request as it arrives. Whether it is one that the operator has ended."""
+        chance = self._world.chance
+        secret, _ = self._dead
+        is_dead = bool(secret) and chance.random() < 0.05
+        if not is_dead:
+            secret = chance.choice([each for each in self._secrets if each])
+        request.headers["authorization"] = f"Bearer {secret}"
+        return is_dead
 
-    def check(self, status: int, is_dead: bool) -> None:
-        if is_dead:
-            self._world.sometimes["an old secret was refused"] += 1
-        if is_dead != (status == 401):
-            self._world.violated(f"a secret was answered {status}, and it is {'dead' if is_dead else 'good'}")
+    def check(self, service: Service, status: int, is_dead: bool) -> None:
+        """A secret that is good is never refused; one that has ended opens nothing once the service knows of it."""
+        world, (_, since) = self._world, self._dead
+        if not is_dead:
+            if status == 401:
+                world.violated("a secret was answered 401, and it is good")
+        elif status == 401:
+            world.sometimes["an old secret was refused"] += 1
+        elif status != 503 and (service.keys_read_at > since or self._should_be_known(since)):
+            world.violated(f"a secret was answered {status}, and it is dead")
+
+    def _should_be_known(self, since: float) -> bool:
+        """Whether each service has read the keys since then: it cannot while the database fails."""
+        return self._world.rates["store"] == 0 and self._world.time > since + KEYS_SECONDS + 1
 
 
 @dataclass

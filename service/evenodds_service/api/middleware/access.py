@@ -131,6 +131,7 @@ class KeyRing:
         return found
 
     def _read(self) -> None:
+        began = self._clock()  # a key revoked while a slow database answers must not live longer for it
         try:
             standing = [key for key in self._store.api_keys() if key.revoked_at is None]
             keys = {secret: key for key in standing for secret in (key.secret_hash, key.second_hash) if secret}
@@ -139,7 +140,7 @@ class KeyRing:
                 raise
             self._unread = error
             return  # what was read before still holds
-        self._keys, self._read_at, self._unread = keys, self._clock(), None
+        self._keys, self._read_at, self._unread = keys, began, None
 
     def _note_use(self, name: str) -> None:
         try:
