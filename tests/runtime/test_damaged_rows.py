@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save
 from sqlalchemy import update
 
-from evenodds_service.domain.learning.checkpoint import block_from_bytes, from_bytes, to_bytes
+from evenodds_service.domain.learning.checkpoint import block_from_bytes, from_bytes, pool_of_bytes, to_bytes
 from evenodds_service.domain.learning.state import State
 from evenodds_service.errors import CheckpointUnusable, SnapshotUnusable
 from evenodds_service.model.snapshot import SharedModel
@@ -56,6 +56,7 @@ def outcomes(read: Callable[[bytes], object], whole: bytes, unusable: type[Excep
 def test_no_bytes_make_a_checkpoint_fail_otherwise() -> None:
     whole = to_bytes(State())
     outcomes(from_bytes, whole, CheckpointUnusable)
+    outcomes(pool_of_bytes, whole, CheckpointUnusable)
     outcomes(block_from_bytes, whole, CheckpointUnusable)
     with pytest.raises(CheckpointUnusable):
         from_bytes("text")  # type: ignore[arg-type]  # as SQLite may hold in any column

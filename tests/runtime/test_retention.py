@@ -13,13 +13,14 @@ from sqlalchemy import func, select
 from sqlalchemy.sql.schema import Table
 from tests.waiting import PATIENCE_SECONDS
 
+from evenodds_service.domain.learning import checkpoint
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.learning.features import Basis
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import FittedPrior, NewPrompt, NewPrompts, Vector, text_key
 from evenodds_service.domain.selection.selection import SelectionRequest
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.errors import BelowBase, PoolChanged, PromptUnknown, StoreUnavailable
+from evenodds_service.errors import BelowBase, CheckpointUnusable, PoolChanged, PromptUnknown, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
@@ -166,6 +167,42 @@ def test_a_process_that_starts_while_another_compacts_finds_the_model_of_its_che
     live.catch_up(store, store.run_with_id(run.id))
     assert live.model is not None
     assert_same(started, live)
+
+
+def test_a_base_of_another_release_begins_from_the_outcomes_that_are_kept_on_every_process_alike(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, live, _ = lived(store, 12)
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+
+    one, other = fresh(store, run), fresh(store, run)
+
+    assert "was written by another release" in caplog.text
+    assert_same(one, other)
+    assert one.pool.prompt_ids == live.pool.prompt_ids
+    for name in ("position", "head_step", "n_observations", "model_version", "n_retired"):
+        assert getattr(one.state, name) == getattr(live.state, name)
+    for name in ("serials_N", "touched_N", "last_step_N", "attempts_N"):
+        np.testing.assert_array_equal(getattr(one.state, name), getattr(live.state, name))
+    assert one.model is not None
+    ours, theirs = (a / (a + b) for a, b in (one.beliefs("gps"), live.beliefs("gps")))
+    assert np.abs(ours - theirs).mean() < 0.05
+    for number in range(12, 22):  # it goes on, and lets go behind a base of its own
+        report(store, run.id, number, at=NOW + timedelta(days=1), more=[0])
+    tidy(store, one, store.run_with_id(run.id), now=NOW + timedelta(days=1))
+    caplog.clear()
+    one.catch_up(store, store.run_with_id(run.id))
+    assert_same(one, fresh(store, run))
+    assert not caplog.text
+
+
+def test_a_damaged_base_is_told_with_what_to_do(store: Store) -> None:
+    run, _, _ = lived(store, 12)
+    with store._writing() as connection:
+        connection.execute(tables.checkpoints.update().values(state=b"damaged"))
+
+    with pytest.raises(CheckpointUnusable, match=r"7 bytes are no checkpoint.*: restore a backup, or begin a new run$"):
+        fresh(store, run)
 
 
 def test_the_database_is_as_large_after_many_prompts_as_after_few(store: Store) -> None:

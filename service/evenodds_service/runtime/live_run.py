@@ -19,15 +19,16 @@ from evenodds_service.domain.learning.checkpoint import (
     block_from_bytes,
     block_to_bytes,
     from_bytes,
+    pool_of_bytes,
     to_bytes,
 )
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import fold
+from evenodds_service.domain.learning.fold import fold, learn_anew, use_snapshot
 from evenodds_service.domain.learning.guardrails import Fallback
 from evenodds_service.domain.learning.prediction import EachBlock
 from evenodds_service.domain.learning.predictors import PREDICTORS, MixedBeliefs
 from evenodds_service.domain.learning.state import State, copied
-from evenodds_service.domain.log_entries import Entry, PoolEntry, RetireEntry, SnapshotEntry
+from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, RetireEntry, SnapshotEntry
 from evenodds_service.domain.prompts import FittedPrior, RawBlock
 from evenodds_service.domain.report.alarms import Alarm
 from evenodds_service.domain.report.findings import alarms
@@ -46,6 +47,7 @@ from evenodds_service.errors import (
     UnknownPrompts,
 )
 from evenodds_service.model.embedder import storage_name
+from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
 from evenodds_service.storage.store import Run, Store
@@ -161,16 +163,39 @@ class LiveRun:
 
     def _start(self, store: Store, run: Run, embedder: str | None) -> None:
         self._is_started = False  # until the end: who fails on the way starts over
-        self.state, self._refused = _newest_state(store, run)
+        self.state, self._refused, has_learned = _newest_state(store, run)
         self.model = None
         self._saved_position = self._began_at = self.state.position
         is_there = self.pool.n_retired == self.state.n_retired and self.pool.n >= self.state.n_prompts
         if not (is_there and self.pool.serves(self.state.basis)):
             self._load_pool(store, embedder, room=run.pool_size)
-        if self.state.model_version:
+        if not has_learned:
+            self._learn_anew(store, run, embedder)
+        elif self.state.model_version:
             self._attach(store, self.state.model_version, embedder)
         self.void_position = run.void_position
         self._is_started = True
+
+    def _learn_anew(self, store: Store, run: Run, embedder: str | None) -> None:
+        """Learn from the outcomes that are kept beside the base, and then use the snapshot of that time.
+
+        Raises:
+            LogCompacted: the base was moved meanwhile.
+        """
+        position, kept = store.base_history(self.run_id)
+        if position != self.state.position or kept is None:
+            raise LogCompacted(f"its base at position {self.state.position} was moved")
+        logger.warning(
+            "run %r: its base at log position %d was written by another release: what was learned up to there is "
+            "learned anew from the newest outcomes of each prompt, and its report begins there",
+            run.name,
+            position,
+        )
+        version, self.state.model_version = self.state.model_version, 0
+        learn_anew(self.state, (_entry_of(batch) for batch in History.from_bytes(kept).batches()), self.pool)
+        if version:
+            self._attach(store, version, embedder)
+            use_snapshot(self.state, version, self.pool)
 
     def _load_pool(self, store: Store, embedder: str | None, *, room: int = 0) -> None:
         """The pool as it was at the state's position."""
@@ -455,8 +480,9 @@ class LiveRun:
             return select(state, pool, settings, request, forecasts, part)
 
 
-def _newest_state(store: Store, run: Run) -> tuple[State, int]:
-    """The newest state to fold the run on from, and the position of the newest checkpoint if that was refused, else 0.
+def _newest_state(store: Store, run: Run) -> tuple[State, int, bool]:
+    """The newest state to fold the run on from; the position of the newest checkpoint if that was refused, else 0; and
+    whether the state has learned what came before it.
 
     Raises:
         LogCompacted: the base was moved meanwhile.
@@ -467,30 +493,29 @@ def _newest_state(store: Store, run: Run) -> tuple[State, int]:
     while found is not None and found[0] >= run.base_position:
         position, content = found
         try:
-            state = _state_at(position, content)
+            state = _state_at(position, from_bytes(content))
         except CheckpointUnusable as error:
             refused, told = refused or position, told or str(error)
             found = store.newest_checkpoint(run.id, at_most=position - 1)
             continue
         if refused:
             logger.warning("run %r: %s; folding its log from position %d", run.name, told, position)
-        return state, refused
+        return state, refused, True
     if refused:
         where = "its base" if run.base_position else "the beginning"
         logger.warning("run %r: %s; folding its log from %s", run.name, told, where)
-    return (_base_of(store, run) if run.base_position else State()), refused
+    return (_pool_at_base(store, run), refused, False) if run.base_position else (State(), refused, True)
 
 
-def _state_at(position: int, content: bytes) -> State:
+def _state_at(position: int, state: State) -> State:
     """Raises CheckpointUnusable."""
-    state = from_bytes(content)
     if state.position != position:
         raise CheckpointUnusable(f"the checkpoint at {position} holds the state at {state.position}")
     return state
 
 
-def _base_of(store: Store, run: Run) -> State:
-    """The state that the run's log begins from.
+def _pool_at_base(store: Store, run: Run) -> State:
+    """The state that the run's log begins from, where it is no checkpoint of this release: it has learned nothing.
 
     Raises:
         LogCompacted: the base was moved meanwhile.
@@ -500,12 +525,16 @@ def _base_of(store: Store, run: Run) -> State:
     if content is None:
         raise LogCompacted(f"its base at position {run.base_position} was moved")
     try:
-        return _state_at(run.base_position, content)
+        return _state_at(run.base_position, pool_of_bytes(content))
     except CheckpointUnusable as error:
         raise CheckpointUnusable(
-            f"run {run.name!r}: {error}, and the log before it was compacted: use the release that wrote it, "
-            "restore a backup, or begin a new run"
+            f"run {run.name!r}: {error}, and the log before it was compacted: restore a backup, or begin a new run"
         ) from error
+
+
+def _entry_of(batch: History) -> ObserveEntry:
+    """What is kept of the outcomes of one step."""
+    return ObserveEntry(0, int(batch.steps[0]), batch.prompts, batch.successes, batch.attempts, batch.informative)
 
 
 def _packing(embedder: str | None) -> str:

@@ -3,8 +3,8 @@ log's beginning and from every prompt's rows.
 
 Exact: a state that went through bytes folds on bit for bit as the original would, and a pool of packed blocks gives the
 features of the one that they were taken from. Arrays are stored as numpy's npz, read without pickle; `FORMAT` changes
-whenever the fold changes, and bytes of another format are refused. Blocks change with `BLOCK_FORMAT` only, which
-is part of the name that they are kept under.
+whenever the fold changes, and bytes of another format are refused; `pool_of_bytes` takes from them what every format
+has. Blocks change with `BLOCK_FORMAT` only, which is part of the name that they are kept under.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evenodds_service.domain.learning.known_rates import RateColumns
 from evenodds_service.domain.learning.mixture import Mixture
 from evenodds_service.domain.learning.regression import OnlineLogistic
 from evenodds_service.domain.learning.sequential import Watch
-from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.learning.state import State, grow
 from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.prompts import NO_ANSWERS, NO_RATES, NamedRates, RawBlock
 from evenodds_service.errors import CheckpointUnusable
@@ -35,6 +35,9 @@ _ARRAYS = tuple(field.name for field in fields(State) if field.type in ("IntArra
 _BASIS = "basis_"
 _COLUMNS = "columns_"
 _REGRESSIONS = ("surface", "quick", "embedding", "stack", "runs")
+_OF_POOL = ("position", "n_prompts", "n_retired", "head_step", "n_observations", "model_version")
+_OF_POOL_ARRAYS = ("serials_N", "touched_N")
+"""Fields that every format has, under these names."""
 _REGRESSION_ARRAYS = ("weights", "precision", "prior_precision")
 _COUNTED: dict[str, tuple[str, Any]] = {
     "tallies": ("record", Tallies),
@@ -88,6 +91,27 @@ def from_bytes(content: bytes) -> State:
         n = state.n_prompts
         if any(getattr(state, name).shape[-1] != n for name in _ARRAYS if name.endswith("_N")):
             raise ValueError(f"its arrays are not of {n} prompts")
+    except Exception as error:  # bytes that were damaged may hold anything
+        raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error!r:.200}") from error
+    return state
+
+
+def pool_of_bytes(content: bytes) -> State:
+    """A state that knows which prompts are in the pool, where it stands and which snapshot is in use, and has learned
+    nothing: what bytes of any format tell.
+
+    Raises:
+        CheckpointUnusable: no checkpoint, or its parts do not fit together.
+    """
+    header, arrays = _unpacked(content)
+    try:
+        state, known = State(), {name: int(header[name]) for name in _OF_POOL}
+        state.n_retired = known["n_retired"]
+        grow(state, known["n_prompts"] + known["n_retired"], at=0)
+        for name, value in known.items():
+            setattr(state, name, value)
+        for name in _OF_POOL_ARRAYS:
+            getattr(state, name)[:] = arrays[name]
     except Exception as error:  # bytes that were damaged may hold anything
         raise CheckpointUnusable(f"{len(content)} bytes are no checkpoint: {error!r:.200}") from error
     return state

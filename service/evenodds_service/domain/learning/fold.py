@@ -6,6 +6,7 @@ state of a million prompts is too large to copy per call; the owner of a state s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from evenodds_service.domain import exact
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning import mixture
 from evenodds_service.domain.learning.features import ENOUGH_PROMPTS, Basis, Pool
-from evenodds_service.domain.learning.guardrails import Misled
+from evenodds_service.domain.learning.guardrails import Constant, Guardrails, Misled, Repeats
 from evenodds_service.domain.learning.known_rates import (
     FIRST_COMPARISON,
     MOST_COLUMNS,
@@ -36,7 +37,9 @@ from evenodds_service.domain.learning.regression import (
     effective_count,
     further_count,
 )
-from evenodds_service.domain.learning.state import State, _grow, _without, present, rows_of_serials
+from evenodds_service.domain.learning.sequential import Watch
+from evenodds_service.domain.learning.state import State, grow, present, rows_of_serials, without
+from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, RetireEntry, SelectEntry, SnapshotEntry
 
 REGRESSION_KEEP = 0.98
@@ -71,7 +74,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
     if entry.position != state.position + 1:
         raise ValueError(f"log entry {entry.position} does not follow position {state.position}")
     if isinstance(entry, PoolEntry):
-        _grow(state, entry.n_prompts, at=entry.at)
+        grow(state, entry.n_prompts, at=entry.at)
         _ensure_basis(state, pool)
         _ensure_columns(state, pool)
         _admit(state, pool)
@@ -84,15 +87,40 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         kept_N[_rows(state, entry.prompts)] = False
         pool.retire(kept_N)
         state.group_names, state.tellers = pool.group_names, pool.all_tellers
-        _without(state, kept_N)
+        without(state, kept_N)
     elif isinstance(entry, SnapshotEntry):
-        state.model_version = entry.version
-        _take_sources(state, pool)
-        if state.stack is None and _stackable(_mixed(state, pool)):
-            state.stack = _new_stack(state)
-        _admit(state, pool)
+        use_snapshot(state, entry.version, pool)
     state.position = entry.position
     return state
+
+
+def use_snapshot(state: State, version: int, pool: Pool) -> None:
+    """Believe from here on what this snapshot says, which the pool has."""
+    state.model_version = version
+    _take_sources(state, pool)
+    if state.stack is None and _stackable(_mixed(state, pool)):
+        state.stack = _new_stack(state)
+    _admit(state, pool)
+
+
+def learn_anew(state: State, outcomes: Iterable[ObserveEntry], pool: Pool) -> None:
+    """Teach a state that has learned nothing of its pool what is left of its outcomes, in place.
+
+    Report and alarms begin at the state's position.
+
+    Args:
+        outcomes: One entry per step, rising. Their positions are not read.
+    """
+    head_step, n_observations = state.head_step, state.n_observations
+    state.head_step = -1
+    _ensure_basis(state, pool)
+    _ensure_columns(state, pool)
+    _admit(state, pool)
+    for entry in outcomes:
+        _observe(state, replace(entry, prompts=_rows(state, entry.prompts)), pool)
+    state.head_step, state.n_observations = max(state.head_step, head_step), n_observations
+    state.tallies, state.guardrails, state.watch = Tallies(), Guardrails(), Watch()
+    state.constant, state.repeats = Constant(), Repeats()
 
 
 def _rows(state: State, prompts: IntArray) -> IntArray:

@@ -120,7 +120,7 @@ def _copied(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, Mixture | _COUNTED) else value
 
 
-def _grow(state: State, n_prompts: int, *, at: int) -> None:
+def grow(state: State, n_prompts: int, *, at: int) -> None:
     """Make room for those that came at this time: `n_prompts` have come in all."""
     before, n_prompts = state.n_prompts, n_prompts - state.n_retired
     for name in ("successes_L_N", "failures_L_N", "attempts_N", "visits_N", "selected_N"):
@@ -142,7 +142,7 @@ def rows_of_serials(state: State, serials: IntArray) -> IntArray:
     return np.where(state.serials_N[rows] == serials, rows, -1)
 
 
-def _without(state: State, kept_N: BoolArray) -> None:
+def without(state: State, kept_N: BoolArray) -> None:
     """Let go of all rows but these."""
     moved_N = np.where(kept_N, np.cumsum(kept_N) - 1, -1)
     for each in fields(state):
