@@ -219,7 +219,7 @@ class NothingToFit(ServiceError):
 
 
 class CheckpointUnusable(ServiceError):
-    """The bytes are no checkpoint of this release's fold. Fold from the log's beginning instead."""
+    """The bytes are no checkpoint of this release's fold: fold from the log's beginning instead. Or no kept history."""
 
     code = "checkpoint_unusable"
 

@@ -17,6 +17,7 @@ from sqlalchemy import update
 from evenodds_service.domain.learning.checkpoint import block_from_bytes, from_bytes, pool_of_bytes, to_bytes
 from evenodds_service.domain.learning.state import State
 from evenodds_service.errors import CheckpointUnusable, SnapshotUnusable
+from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.storage.tables import checkpoints, snapshots
 
@@ -58,6 +59,7 @@ def test_no_bytes_make_a_checkpoint_fail_otherwise() -> None:
     outcomes(from_bytes, whole, CheckpointUnusable)
     outcomes(pool_of_bytes, whole, CheckpointUnusable)
     outcomes(block_from_bytes, whole, CheckpointUnusable)
+    outcomes(History.from_bytes, History.empty().to_bytes(), CheckpointUnusable)
     with pytest.raises(CheckpointUnusable):
         from_bytes("text")  # type: ignore[arg-type]  # as SQLite may hold in any column
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
+from evenodds_service.errors import CheckpointUnusable
 
 _COLUMNS = ("prompts", "steps", "successes", "attempts", "informative")
 
@@ -82,9 +83,16 @@ class History:
 
     @staticmethod
     def from_bytes(content: bytes) -> History:
-        """The history that `to_bytes` took."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            return History(*(stored[name] for name in _COLUMNS))
+        """The history that `to_bytes` took.
+
+        Raises:
+            CheckpointUnusable: the bytes are no history.
+        """
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+                return History(*(stored[name] for name in _COLUMNS))
+        except Exception as error:  # bytes that were damaged may hold anything
+            raise CheckpointUnusable(f"{len(content)} bytes are no history: {error!r:.200}") from error
 
     @staticmethod
     def gathered(pieces: Sequence[History]) -> History:

@@ -17,7 +17,7 @@ import numpy as np
 from evenodds_service.domain.learning.state import State, rows_of_serials
 from evenodds_service.domain.log_entries import ObserveEntry
 from evenodds_service.domain.retention import is_above, to_retire
-from evenodds_service.errors import PromptUnknown, StoreError, StoreUnavailable
+from evenodds_service.errors import CheckpointUnusable, PromptUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.entries import seconds_of
@@ -89,7 +89,7 @@ class Tidying:
                 retired, run = run.n_retired, self._store.run_with_id(run.id)
                 if run.n_retired == retired:
                     break
-        except StoreError as error:
+        except (StoreError, CheckpointUnusable) as error:
             logger.warning(
                 "run %r: retired prompts could not be deleted, and are tried again later: %s", run.name, error
             )
