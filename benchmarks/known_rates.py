@@ -1,13 +1,14 @@
 """What other models' outcomes are worth to a run: as `prior_rates` of its prompts, or as runs that it learns from.
 
     python -m benchmarks.known_rates FOLDER [--models k50] [--history 0 1 2 5] [--mean | --learn-from]
-                                            [--adverse random]             (or EVENODDS_DATA=FOLDER)
+                                            [--adverse random] [--served]  (or EVENODDS_DATA=FOLDER)
 
 FOLDER holds a table of models (`math_qwen_multisample`, `bigcodebench_models`). Three of its models, weak, middle and
 strong, are the policy of a new run each: 128 random prompts a step, 8 attempts drawn at the recorded rates. R other
 models, drawn by chance, none of the policy's own base model (the name before `@`), showed `--attempts` attempts on each
 prompt beforehand. With one recorded sample a model, the policy is the mean of the ten models around the chosen one, and
-none of these is among the others. The shared model is refitted before each measurement.
+none of these is among the others. The shared model is refitted before each measurement. With `--served`, all of it goes
+over HTTP to `evenodds serve --with-worker` on SQLite: runs, prompts, outcomes, refits, forecasts.
 
 Figures by visits a prompt: Spearman over the pool and over prompts never seen, log loss (nats an attempt) of the pool,
 and the mean chance of an informative group among the best 256 that were never seen (256 of the forecast).
@@ -18,15 +19,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from benchmarks.contenders import Gps
+from benchmarks.latency import service_process
 from benchmarks.loops import log_loss
+from benchmarks.rivals import Forecast
 from benchmarks.worlds import World, world_of
 
+from evenodds import Client
 from evenodds_service.commands.replay.recordings import Recording, read_recording
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.prompts import NamedRates
@@ -59,15 +65,29 @@ def main() -> None:
     parser.add_argument("--mean", action="store_true", help="send the mean of the others as prior_rate instead")
     parser.add_argument("--adverse", choices=sorted(ADVERSE), help="what the others showed is made useless so")
     parser.add_argument("--learn-from", action="store_true", help="the others are runs that the run learns from")
+    parser.add_argument("--served", action="store_true", help="over HTTP, by a service and its worker")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.folder is None:
         parser.error("name the folder of a table of models, or set EVENODDS_DATA")
     recording = read_recording(Path(arguments.folder), models=arguments.models)
     world = world_of(_some(recording, arguments.prompts, arguments.seed))
+    if not arguments.served:
+        _print(world, arguments, None)
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="evenodds-known-rates-") as folder,
+        service_process(f"sqlite:///{folder}/evenodds.db", "--with-worker") as (base_url, _),
+        Client(base_url, timeout_seconds=120.0, total_seconds=400.0) as client,
+    ):
+        _print(world, arguments, client)
+
+
+def _print(world: World, arguments: argparse.Namespace, client: Client | None) -> None:
+    """The figures, over the client's service, or in this process without one."""
     sys.stdout.write("| R | figure | " + " | ".join(f"{visits:g}" for visits in VISITS) + " |\n")
     for n_others in arguments.history:
-        runs = [_run(world, share, n_others, arguments) for share in POLICIES]
+        runs = [_run(world, share, n_others, arguments, client) for share in POLICIES]
         for name in runs[0]:
             cells = np.mean([run[name] for run in runs], axis=0)
             sys.stdout.write(f"| {n_others} | {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |\n")
@@ -86,7 +106,34 @@ def _some(recording: Recording, n: int, seed: int) -> Recording:
     )
 
 
-def _run(world: World, share: float, n_others: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What other models showed.
+
+    Attributes:
+        names: R names.
+        shown_R_N: How many of their attempts succeeded.
+        attempts: Of each on each prompt.
+    """
+
+    names: tuple[str, ...]
+    shown_R_N: IntArray
+    attempts: int
+
+
+class Method(Protocol):
+    """A run of the product."""
+
+    def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None: ...
+
+    def refit(self, step: int) -> None: ...
+
+    def predict(self) -> Forecast: ...
+
+
+def _run(
+    world: World, share: float, n_others: int, arguments: argparse.Namespace, client: Client | None
+) -> dict[str, list[float]]:
     """One policy's run: each figure after so many visits a prompt."""
     recording, n = world.recording, world.n_prompts
     rates_V_N = recording.successes_V_N / recording.attempts_V_N
@@ -99,20 +146,16 @@ def _run(world: World, share: float, n_others: int, arguments: argparse.Namespac
         own = [v for v, stage in enumerate(recording.stages) if v == chosen or _base(stage) == base]
     rates_N = rates_V_N[own].mean(axis=0) if recording.attempts_V_N.max() == 1 else rates_V_N[chosen]
     chance = np.random.default_rng([arguments.seed, chosen])
-    others = chance.permutation([v for v in range(len(recording.stages)) if v not in own])[:n_others]
-    shown = chance.binomial(arguments.attempts, rates_V_N[others]) if n_others else np.zeros((0, n), dtype=np.int64)
-    attempts = np.float64(arguments.attempts)
+    drawn = chance.permutation([v for v in range(len(recording.stages)) if v not in own])[:n_others]
+    shown = chance.binomial(arguments.attempts, rates_V_N[drawn]) if n_others else np.zeros((0, n), dtype=np.int64)
     if arguments.adverse:
         shown = ADVERSE[arguments.adverse](shown, arguments.attempts, chance)
-    if n_others and arguments.learn_from:
-        world = _learning(world, [recording.stages[v] for v in others.tolist()], shown.astype(np.float64), attempts)
-    elif n_others and arguments.mean:
-        world = replace(world, prior_rates_N=shown.mean(axis=0) / attempts)
-    elif n_others:
-        names = tuple(recording.stages[v] for v in others.tolist())
-        counts = np.full((n, n_others), attempts, dtype=np.float32)
-        world = replace(world, named_rates=NamedRates(names, (shown.T / attempts).astype(np.float32), counts))
-    method = Gps(world)
+    others = Others(tuple(recording.stages[v] for v in drawn.tolist()), shown, arguments.attempts)
+    told = "runs" if arguments.learn_from else "mean" if arguments.mean else "rates"
+    if client is None:
+        method: Method = Gps(_told(world, others, told))
+    else:
+        method = Served(client, f"policy-{chosen}-of-{n_others}", world, others, told)
     seen = np.zeros(n, dtype=bool)
     informative_N = 1.0 - rates_N**GROUP_SIZE - (1.0 - rates_N) ** GROUP_SIZE
     figures: dict[str, list[float]] = {name: [] for name in ("spearman", "never seen", "log loss", "best never seen")}
@@ -132,6 +175,70 @@ def _run(world: World, share: float, n_others: int, arguments: argparse.Namespac
     return figures
 
 
+def _told(world: World, others: Others, told: str) -> World:
+    """The world of a run that is told what others showed: as runs, as the mean of their rates, or as rates by name."""
+    rates_N_R = others.shown_R_N.T / others.attempts
+    if not others.names:
+        return world
+    if told == "runs":
+        return _learning(world, others.names, others.shown_R_N.astype(np.float64), np.float64(others.attempts))
+    if told == "mean":
+        return replace(world, prior_rates_N=rates_N_R.mean(axis=1))
+    counts = np.full(rates_N_R.shape, others.attempts, dtype=np.float32)
+    return replace(world, named_rates=NamedRates(others.names, rates_N_R.astype(np.float32), counts))
+
+
+class Served:
+    """The same as a run of a service with its worker, over HTTP."""
+
+    def __init__(self, client: Client, run: str, world: World, others: Others, told: str) -> None:
+        self._client, self._run = client, run
+        self._ids = [str(prompt.prompt_id) for prompt in world.recording.prompts]
+        prompts: list[dict[str, object]] = [
+            {"prompt_id": prompt_id, "text": text} for prompt_id, text in zip(self._ids, world.texts, strict=True)
+        ]
+        rates_R_N = others.shown_R_N / others.attempts
+        everyone = np.arange(len(prompts))
+        sources = [f"{run}.{i}" for i in range(len(others.names))] if told == "runs" else []
+        for source, shown_N in zip(sources, others.shown_R_N, strict=False):
+            client.put_run(source, group_size=GROUP_SIZE)
+            client.add_prompts(source, prompts)
+            self._report(source, 0, everyone, shown_N, np.full(len(everyone), others.attempts))
+        for i, prompt in enumerate(prompts):
+            if others.names and told == "mean":
+                prompt["prior_rate"] = float(rates_R_N[:, i].mean())
+            elif others.names and told == "rates":
+                shown = zip(others.names, others.shown_R_N[:, i].tolist(), strict=True)
+                prompt["prior_rates"] = {name: {"successes": k, "attempts": others.attempts} for name, k in shown}
+            category = world.recording.prompts[i].category
+            if category is not None:
+                prompt["category"] = category
+        client.put_run(run, group_size=GROUP_SIZE, learn_from=sources)
+        client.add_prompts(run, prompts)
+        if sources:
+            self.refit(0)
+
+    def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
+        self._report(self._run, step, prompts, successes, attempts)
+
+    def _report(self, run: str, step: int, prompts: IntArray, k: FloatArray | IntArray, n: FloatArray) -> None:
+        rows = zip(prompts.tolist(), k.tolist(), n.tolist(), strict=True)
+        told = [{"prompt_id": self._ids[i], "successes": k, "attempts": int(n)} for i, k, n in rows]
+        self._client.observe(run, step, told)
+
+    def refit(self, step: int) -> None:
+        """Have the worker fit on all that was reported."""
+        refit = self._client.refit(self._run, wait_seconds=300.0)
+        if refit.status != "done":
+            raise SystemExit(f"the refit of {self._run} at step {step} is {refit.status}: {refit.error}")
+
+    def predict(self) -> Forecast:
+        said = self._client.predict(self._run, self._ids).predictions
+        return Forecast(
+            np.array([each.success_rate for each in said]), np.array([each.informative_probability for each in said])
+        )
+
+
 def _learning(world: World, names: Sequence[str], shown_R_N: FloatArray, attempts: np.float64) -> World:
     """The world of a run that learns from others, each of which was evaluated on all prompts."""
     n = world.n_prompts
@@ -144,7 +251,7 @@ def _learning(world: World, names: Sequence[str], shown_R_N: FloatArray, attempt
 
 
 def measure(
-    figures: dict[str, list[float]], method: Gps, seen: BoolArray, rates_N: FloatArray, informative_N: FloatArray
+    figures: dict[str, list[float]], method: Method, seen: BoolArray, rates_N: FloatArray, informative_N: FloatArray
 ) -> None:
     """Append each figure as it stands now."""
     forecast, never = method.predict(), np.flatnonzero(~seen)

@@ -169,8 +169,8 @@ def service(database_url: str) -> Iterator[str]:
 
 
 @contextmanager
-def service_process(database_url: str) -> Iterator[tuple[str, int]]:
-    """The base URL of `evenodds serve` over this database, and the id of its process."""
+def service_process(database_url: str, *options: str) -> Iterator[tuple[str, int]]:
+    """The base URL of `evenodds serve` with these options over this database, and the id of its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -185,7 +185,7 @@ def service_process(database_url: str) -> Iterator[tuple[str, int]]:
     if not database_url.startswith("sqlite"):
         subprocess.run([*command, "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*command, "serve"], env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "serve", *options], env=environment, stdout=log, stderr=log)
         try:
             while not is_ready(f"http://127.0.0.1:{port}"):
                 if process.poll() is not None:
