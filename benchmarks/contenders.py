@@ -28,15 +28,12 @@ from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectE
 from evenodds_service.domain.selection import part as part_of_pool
 from evenodds_service.domain.selection.batch import Candidates, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
-from evenodds_service.domain.selection.part import Part, PartTooSmall
 from evenodds_service.domain.selection.selection import (
     REPROBE_SHARE,
-    Chosen,
     Forecasts,
     SelectionRequest,
-    looked_at,
+    choose_batch,
     picker_of,
-    select,
 )
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.embedder import BUILTIN_NAME
@@ -187,17 +184,11 @@ class LookingAt(Gps):
         settings = RunSettings(group_size=self._group_size)
         request = SelectionRequest(step, batch_size, seed=int(generator.integers(2**31)))
 
-        def chosen(part: Part | None) -> Chosen:
-            a, b = beliefs_of(self._state, self._pool, None if part is None else part.rows)
-            forecasts = Forecasts.of(a, b, self._group_size)
-            return select(self._state, self._pool, settings, request, forecasts, part)
+        def forecasts_of(rows: IntArray | None) -> Forecasts:
+            return Forecasts.of(*beliefs_of(self._state, self._pool, rows), self._group_size)
 
         with patch.multiple(part_of_pool, LOOKED_AT=self._n, FOR_EACH=0):
-            part = looked_at(self._state, self._pool, settings, request)
-        try:
-            choice = chosen(part)
-        except PartTooSmall:
-            choice = chosen(None)
+            choice = choose_batch(self._state, self._pool, settings, request, forecasts_of)
         return self._fold_choice(step, choice.choice.prompts)
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers                                        all of it; a million prompts are imported: minutes
     python -m benchmarks.peers --pools 29115,1000000 --served 29115   a million in process alone
+    python -m benchmarks.peers --pools 10000000 --served ""           ten million: 10 GB and ten minutes
     python -m benchmarks.peers --vizier PYTHON                        also OSS Vizier, which that Python has
 
 Batches of 256 with 8 attempts each; generated outcomes that depend on the category, no data. The other methods are
@@ -52,7 +53,7 @@ from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.prompts import RawBlock
-from evenodds_service.domain.selection.selection import Forecasts, SelectionRequest, looked_at, select
+from evenodds_service.domain.selection.selection import Forecasts, SelectionRequest, choose_batch
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.surface import SURFACE_NAMES
 
@@ -188,9 +189,11 @@ class Ours:
     def select(self, candidates: IntArray, batch_size: int, *, step: int, generator: np.random.Generator) -> IntArray:
         """Of the whole pool: the service asks for no candidates by default."""
         request = SelectionRequest(step, batch_size)
-        part = looked_at(self._state, self._pool, self._settings, request)
-        forecasts = Forecasts.of(*beliefs_of(self._state, self._pool, part.rows), GROUP_SIZE)
-        chosen = select(self._state, self._pool, self._settings, request, forecasts, part)
+
+        def forecasts_of(rows: IntArray | None) -> Forecasts:
+            return Forecasts.of(*beliefs_of(self._state, self._pool, rows), GROUP_SIZE)
+
+        chosen = choose_batch(self._state, self._pool, self._settings, request, forecasts_of)
         fold(self._state, SelectEntry(self._state.position + 1, step, chosen.prompts), self._pool)
         return chosen.prompts
 
@@ -237,6 +240,7 @@ def in_process(contender: Contender, n_prompts: int, steps: int) -> Row:
         method.observe(step, prompts, successes, attempts)
         times.append((1_000 * (selected - started), 1_000 * (time.perf_counter() - told)))
         used += time.process_time() - before if step >= WARM_UP else 0.0
+    print(f"memory of this process with {contender.name}: {gigabytes(os.getpid())[0]:.2f} GB", flush=True)
     return row_of(contender.name, n_prompts, times[WARM_UP:], used)
 
 

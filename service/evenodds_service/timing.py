@@ -26,11 +26,14 @@ def collected_phases() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Add the time of the body to the phase of this name."""
-    started = time.perf_counter()
+    """Add the time of the body to the phase of this name, but for what phases inside it take: together they add up."""
+    phases = _collecting.get()
+    if phases is None:
+        yield
+        return
+    started, before = time.perf_counter(), sum(phases.values())
     try:
         yield
     finally:
-        phases = _collecting.get()
-        if phases is not None:
-            phases[name] = phases.get(name, 0.0) + time.perf_counter() - started
+        inside = sum(phases.values()) - before
+        phases[name] = phases.get(name, 0.0) + time.perf_counter() - started - inside

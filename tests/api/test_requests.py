@@ -153,7 +153,8 @@ def test_every_reply_tells_where_its_time_went(caller: Caller) -> None:
 
     phases = dict(part.split(";dur=") for part in selected.headers["server-timing"].split(", "))
     assert set(phases) == {"database", "catch-up", "copy", "beliefs", "moments", "choice", "reply", "total"}
-    assert 0 < float(phases["beliefs"]) < float(phases["total"])
+    total = float(phases.pop("total"))
+    assert 0 < float(phases["beliefs"]) < sum(map(float, phases.values())) <= total + 0.1  # each is rounded
     assert refused.headers["server-timing"].startswith("total;dur=")
 
 

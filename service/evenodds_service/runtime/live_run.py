@@ -34,8 +34,7 @@ from evenodds_service.domain.report.alarms import Alarm
 from evenodds_service.domain.report.findings import alarms
 from evenodds_service.domain.report.summary import Summary
 from evenodds_service.domain.report.verdict import summarised
-from evenodds_service.domain.selection.part import Part, PartTooSmall
-from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, looked_at, select
+from evenodds_service.domain.selection.selection import Chosen, Forecasts, SelectionRequest, choose_batch
 from evenodds_service.domain.settings import BUILTIN, CALLER, NO_EMBEDDER, PredictorName, RunSettings
 from evenodds_service.errors import (
     CheckpointUnusable,
@@ -461,23 +460,16 @@ class LiveRun:
         with self.lock, phase("copy"):
             request = ask()
             state, pool = copied(self.state), self.pool.view(self.state.basis)
-        with phase("choice"):
-            part = looked_at(state, pool, settings, request)
-        try:
-            return self._choose_of(part, state, pool, settings, request)
-        except PartTooSmall:
-            return self._choose_of(None, state, pool, settings, request)
+        predictor = PREDICTORS[settings.predictor]
 
-    def _choose_of(
-        self, part: Part | None, state: State, pool: Pool, settings: RunSettings, request: SelectionRequest
-    ) -> Chosen:
-        rows = None if part is None else part.rows
-        with phase("beliefs"):
-            a_n, b_n = PREDICTORS[settings.predictor].beliefs(state, pool, rows, each_block=self._each_block)
-        with phase("moments"):
-            forecasts = Forecasts.of(a_n, b_n, settings.group_size, each_block=self._each_block)
+        def forecasts_of(rows: IntArray | None) -> Forecasts:
+            with phase("beliefs"):
+                a_n, b_n = predictor.beliefs(state, pool, rows, each_block=self._each_block)
+            with phase("moments"):
+                return Forecasts.of(a_n, b_n, settings.group_size, each_block=self._each_block)
+
         with phase("choice"):
-            return select(state, pool, settings, request, forecasts, part)
+            return choose_batch(state, pool, settings, request, forecasts_of)
 
 
 def _newest_state(store: Store, run: Run) -> tuple[State, int, bool]:

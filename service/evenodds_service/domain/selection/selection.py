@@ -166,6 +166,29 @@ def looked_at(state: State, pool: Pool, settings: RunSettings, request: Selectio
     )
 
 
+def choose_batch(
+    state: State,
+    pool: Pool,
+    settings: RunSettings,
+    request: SelectionRequest,
+    forecasts_of: Callable[[IntArray | None], Forecasts],
+) -> Chosen:
+    """Choose a batch: from a part of a large pool, and from all of it where the part turns out not to do.
+
+    Args:
+        settings: The run's, overlaid by what was asked for.
+        forecasts_of: About the prompts in these rows of the pool, int64, ascending; None for all of it.
+
+    Raises:
+        FillNeedsRest, NotEnoughPrompts: as `select`.
+    """
+    part = looked_at(state, pool, settings, request)
+    try:
+        return select(state, pool, settings, request, forecasts_of(part.rows), part)
+    except PartTooSmall:
+        return select(state, pool, settings, request, forecasts_of(None))
+
+
 def select(
     state: State,
     pool: Pool,
@@ -286,8 +309,7 @@ def _check_rest(settings: RunSettings) -> None:
         )
         raise FillNeedsRest(
             f"informative_groups needs prompts to rest after they were chosen, and {why}: filled batches would have "
-            "the "
-            "same prompts again and again. Set cooldown_steps to 10 or more, or ask for a batch_size"
+            "the same prompts again and again. Set cooldown_steps to 10 or more, or ask for a batch_size"
         )
 
 
