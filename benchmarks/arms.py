@@ -37,6 +37,7 @@ TOLERANCE = 0.1
 """How far below the best score a prompt is as good as the best: `diversity` of a run by default."""
 
 SERVICE = "service"
+PROGRESS_STEPS = 10
 _EASY, _HARD = 0.95, 0.05
 
 
@@ -84,6 +85,8 @@ class Rule:
         most: Fill asks for at most so many times B.
         refit: 1 refits the shared model when a worker would.
         optimism: c in u = V_G + c sd(V_G).
+        progress: This share of each batch is divided among the categories in proportion to their learning progress,
+            the rise of their mean rate, as believed, within `PROGRESS_STEPS`.
     """
 
     rest: int = -1
@@ -93,6 +96,7 @@ class Rule:
     most: float = 6.0
     refit: int = 0
     optimism: float = 0.5
+    progress: float = 0.0
 
     def __post_init__(self) -> None:
         if self.draw != SERVICE and not (
@@ -227,6 +231,9 @@ class Ruled(Gps):
         self._rule, self._epoch_steps = rule, course.world.n_prompts / course.batch_size
         self._fitted = 0
         self._kept: tuple[int, FloatArray, FloatArray, FloatArray] | None = None
+        names = np.array([str(prompt.category) for prompt in course.world.recording.prompts])
+        self._members = {str(name): names == name for name in np.unique(names)}
+        self._group_means: list[FloatArray] = []  # by step
 
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
         super().observe(step, prompts, successes, attempts)
@@ -252,10 +259,11 @@ class Ruled(Gps):
             rest = min(rule.rest, math.floor(rule.cap * self._epoch_steps))
         held = resting(last_seen, step=step, rest=rest)
         picker = self._picker()
+        shares = Shares(self._least(), is_least_strict=False, reprobe=REPROBE_SHARE)
 
         def of_size(n: int) -> Choice:
             rested = held_back(allowed, held, last_seen, scores_N=scores, batch_size=n, groups={}, all_alike=True)
-            among, shares = Candidates(rested, rested, last_seen), Shares(reprobe=REPROBE_SHARE)
+            among = Candidates(rested, rested, last_seen)
             return choose(scores, informative, among, shares, batch_size=n, picker=picker, generator=generator)
 
         if rule.fill:
@@ -274,6 +282,22 @@ class Ruled(Gps):
             a, b = beliefs_of(self._state, self._pool)
             self._kept = (version, a / (a + b), *informative_moments(a, b, self._group_size))
         return self._kept[1:]
+
+    def _least(self) -> dict[str, tuple[float, BoolArray]]:
+        """Least shares of the categories by their learning progress. Beliefs are pooled and shrunken already."""
+        if not self._rule.progress:
+            return {}
+        means_N, _, _ = self._beliefs()
+        self._group_means.append(np.array([means_N[members].mean() for members in self._members.values()]))
+        if len(self._group_means) <= PROGRESS_STEPS:
+            return {}
+        rise = np.maximum(self._group_means[-1] - self._group_means[-1 - PROGRESS_STEPS], 0.0)
+        if not rise.any():
+            return {}
+        shares = self._rule.progress * rise / rise.sum()
+        return {
+            name: (float(share), members) for share, (name, members) in zip(shares, self._members.items(), strict=True)
+        }
 
     def _picker(self) -> Picker:
         draw, recent = self._rule.draw, self._state.recent_batches
