@@ -7,11 +7,12 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -155,6 +156,7 @@ def browser() -> Iterator[Browser]:
                 f"--user-data-dir={folder}",
             ],
             pass_fds=(there, back),
+            start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -165,5 +167,15 @@ def browser() -> Iterator[Browser]:
         finally:
             process.terminate()
             process.wait(30)
+            _end_the_rest(process.pid)
             os.close(reading)
             os.close(writing)
+
+
+def _end_the_rest(group: int) -> None:
+    """Its helpers outlive the browser for a moment, and write into its folder."""
+    deadline = time.monotonic() + 5.0  # an ended one that nobody waits for stays in the group
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(0.05)
