@@ -161,7 +161,7 @@ def of_verl(settings: dict[str, Any]) -> None:
 
 def of_verl_v1(settings: dict[str, Any]) -> None:
     queue = frameworks.TransferQueue()
-    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
         made = adapter("verl_v1").trainer_base.TRAINER_REGISTRY["sync"]
         made(verl_config(evenodds=settings), frameworks.RLHFDataset(8), queue)._init_dataloader()
 
