@@ -64,6 +64,8 @@ def test_a_loader_draws_filled_batches_and_goes_on_after_the_newest_observed(
     assert selector.flush()
     assert len(next(batches)) > 4
 
+    with pytest.raises(ConfigurationError, match="go on with the setting of fill that it was saved with"):
+        sampler.load_state_dict(None)  # type: ignore[arg-type]  # as torchdata's loader does, of a plain sampler's
     sampler.load_state_dict(sampler.state_dict())
     left = list(DataLoader(ids, batch_sampler=sampler))  # type: ignore[arg-type]
 
