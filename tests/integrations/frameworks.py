@@ -73,7 +73,7 @@ class RLHFDataset:
 VERL_071 = {"verl.experimental.dataset.sampler": {"AbstractCurriculumSampler": AbstractCurriculumSampler}}
 
 
-# verl 0.9.0
+# verl 0.9.1
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -99,11 +99,24 @@ class TransferQueue:
         return {name: [self.fields[key][name] for key in keys] for name in select_fields}
 
 
+class ReplayBuffer:
+    """What verl drops, it drops by this method."""
+
+    def __init__(self) -> None:
+        self.partitions: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
+
+    def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
+        kept = {key: tag for key, tag in self.partitions[partition_id].items() if key.split("_")[0] not in uids}
+        self.partitions[partition_id] = kept
+
+
 class PPOTrainer:
     """One step of a V1 trainer: fetch, roll out, compute advantages."""
 
-    def __init__(self, config: Any, dataset: RLHFDataset, queue: TransferQueue) -> None:
+    def __init__(self, config: Any, dataset: RLHFDataset, queue: TransferQueue, replay_buffer: Any = None) -> None:
         self.config = config
+        self.replay_buffer = replay_buffer or ReplayBuffer()
+        self.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=["worker"])
         self.train_dataset = dataset
         self.queue = queue
         self.n_fetched = 0
@@ -137,7 +150,7 @@ class PPOTrainerSync(PPOTrainer):
     pass
 
 
-def verl_090(queue: TransferQueue) -> dict[str, dict[str, Any]]:
+def verl_091(queue: TransferQueue) -> dict[str, dict[str, Any]]:
     return {
         "verl.trainer.ppo.v1.trainer_base": {
             "PPOTrainer": PPOTrainer,

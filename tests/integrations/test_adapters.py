@@ -148,15 +148,14 @@ def test_verl_rows_need_an_index() -> None:
         adapter("verl").EvenOddsSampler(dataset, {"train_batch_size": 2})
 
 
-# verl 0.9.0
+# verl 0.9.1
 
 
-def verl_config(*, filters: bool = False, **data: Any) -> Any:
+def verl_config(**data: Any) -> Any:
     class Data(dict[str, Any]):
         __getattr__ = dict.__getitem__
 
-    algorithm = {"filter_groups": {"enable": filters}}
-    return SimpleNamespace(data=Data({"train_batch_size": 4, **data}), algorithm=algorithm)
+    return SimpleNamespace(data=Data({"train_batch_size": 4, **data}))
 
 
 @pytest.mark.parametrize("gen_batch_size", [None, 1])
@@ -164,7 +163,7 @@ def test_verls_v1_trainers_draw_from_the_service_and_report_what_they_train_on(
     trainers_service: TrainersService, settings: dict[str, Any], gen_batch_size: int | None
 ) -> None:
     queue = frameworks.TransferQueue()
-    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
         base = adapter("verl_v1").trainer_base
         config = verl_config(evenodds=settings, gen_batch_size=gen_batch_size)
         trainer = base.TRAINER_REGISTRY["sync"](config, frameworks.RLHFDataset(12), queue)
@@ -197,7 +196,7 @@ def test_several_outputs_of_one_session_of_verl_are_one_attempt(
     trainers_service: TrainersService, settings: dict[str, Any], reward_key: str | None
 ) -> None:
     queue = frameworks.TransferQueue()
-    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
         base = adapter("verl_v1").trainer_base
         config = verl_config(evenodds=settings if reward_key is None else {**settings, "reward_key": reward_key})
         config.actor_rollout_ref = SimpleNamespace(rollout=SimpleNamespace(n=3))
@@ -223,7 +222,7 @@ def test_several_outputs_of_one_session_of_verl_are_one_attempt(
 
 def test_verls_v1_trainers_are_as_before_where_nothing_is_configured() -> None:
     queue = frameworks.TransferQueue()
-    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
         module = adapter("verl_v1")
         module.install()
         trainer = module.trainer_base.TRAINER_REGISTRY["sync"](verl_config(), frameworks.RLHFDataset(8), queue)
@@ -235,15 +234,48 @@ def test_verls_v1_trainers_are_as_before_where_nothing_is_configured() -> None:
     assert type(trainer).__mro__[1:3] == (module.SelectsPrompts, frameworks.PPOTrainerSync)
 
 
-def test_verls_filter_is_warned_of(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_groups_that_verls_replay_buffer_drops_are_reported(
+    trainers_service: TrainersService, settings: dict[str, Any]
+) -> None:
     queue = frameworks.TransferQueue()
-    config = verl_config(filters=True, evenodds={**settings, "base_url": None})
-    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
         base = adapter("verl_v1").trainer_base
-        base.TRAINER_REGISTRY["sync"](config, frameworks.RLHFDataset(8), queue)._init_dataloader()
+        trainer = base.TRAINER_REGISTRY["sync"](verl_config(evenodds=settings), frameworks.RLHFDataset(12), queue)
+        trainer._init_dataloader()
+        selector = connected(trainer._evenodds)
+        kept, silent, unfinished, failed = trainer._fetch_one_gen_batch()["uid"]
+        rewards = {kept: [1.0, 0.0], silent: [0.0, 0.0], unfinished: [1.0]}
+        for uid, group in rewards.items():
+            for session, reward in enumerate(group):
+                score = frameworks.rewards_tensor([reward])[0]
+                queue.fields[f"{uid}_{session}_0"] = {"uid": uid, "rm_scores": score}
+        buffer = trainer.replay_buffer
+        buffer.partitions = {"train": dict.fromkeys(queue.fields), "val": {"uid-9_0_0": None}}
+
+        buffer._clear_groups("val", {"uid-9"})
+        buffer._clear_groups("train", {silent, unfinished, failed})
+        trainer._compute_advantage(frameworks.Meta(list(buffer.partitions["train"]), [{}] * 2), {})
+        assert selector.flush()
+        selector.close()
+
+    assert buffer.partitions == {"train": dict.fromkeys([f"{kept}_0_0", f"{kept}_1_0"]), "val": {}}
+    assert trainer._evenodds_chosen == {}
+    (ids,) = selected(trainers_service, settings["run"], 1)
+    outcomes = zip(ids, [(1.0, 2), (0.0, 2), (1.0, 1)], strict=False)
+    assert observed(trainers_service, settings["run"]) == sorted((i, 1, *outcome) for i, outcome in outcomes)
+
+
+def test_a_replay_buffer_that_cannot_be_followed_is_warned_of(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = frameworks.TransferQueue()
+    config = verl_config(evenodds={**settings, "base_url": None})
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
+        base = adapter("verl_v1").trainer_base
+        base.TRAINER_REGISTRY["sync"](config, frameworks.RLHFDataset(8), queue, SimpleNamespace())._init_dataloader()
 
     (record,) = caplog.records
-    assert "algorithm.filter_groups drops groups of equal rewards before they can be reported" in record.getMessage()
+    assert "SimpleNamespace, of trainer.v1.sampler.custom_sampler, is no ReplayBuffer" in record.getMessage()
 
 
 # slime and miles

@@ -84,7 +84,7 @@ def test_what_an_example_names_of_ours_exists(framework: str) -> None:
     text = "\n".join(path.read_text() for path in files)
     standins: dict[str, Any] = {
         **frameworks.VERL_071,
-        **frameworks.verl_090(frameworks.TransferQueue()),
+        **frameworks.verl_091(frameworks.TransferQueue()),
         **frameworks.SLIME,
         **frameworks.prime_rl(),
         **frameworks.trinity(frameworks.Registry()),

@@ -64,6 +64,8 @@ def test_a_loader_draws_filled_batches_and_goes_on_after_the_newest_observed(
     assert selector.flush()
     assert len(next(batches)) > 4
 
+    with pytest.raises(ConfigurationError, match="go on with the setting of fill that it was saved with"):
+        sampler.load_state_dict(None)  # type: ignore[arg-type]  # as torchdata's loader does, of a plain sampler's
     sampler.load_state_dict(sampler.state_dict())
     left = list(DataLoader(ids, batch_sampler=sampler))  # type: ignore[arg-type]
 
@@ -161,7 +163,7 @@ def of_verl(settings: dict[str, Any]) -> None:
 
 def of_verl_v1(settings: dict[str, Any]) -> None:
     queue = frameworks.TransferQueue()
-    with frameworks.installed(frameworks.verl_090(queue), "evenodds.integrations.verl_v1"):
+    with frameworks.installed(frameworks.verl_091(queue), "evenodds.integrations.verl_v1"):
         made = adapter("verl_v1").trainer_base.TRAINER_REGISTRY["sync"]
         made(verl_config(evenodds=settings), frameworks.RLHFDataset(8), queue)._init_dataloader()
 

@@ -21,9 +21,9 @@ WHEELS = [name for name in INTERFACES if "==" in name]
 FITS = [
     ("verl==0.7.1", "AbstractSampler.__init__", "verl", "EvenOddsSampler.__init__"),
     ("verl==0.7.1", "AbstractCurriculumSampler.update", "verl", "EvenOddsSampler.update"),
-    ("verl==0.9.0", "PPOTrainer._init_dataloader", "verl_v1", "SelectsPrompts._init_dataloader"),
-    ("verl==0.9.0", "PPOTrainer._fetch_one_gen_batch", "verl_v1", "SelectsPrompts._fetch_one_gen_batch"),
-    ("verl==0.9.0", "PPOTrainer._compute_advantage", "verl_v1", "SelectsPrompts._compute_advantage"),
+    ("verl==0.9.1", "PPOTrainer._init_dataloader", "verl_v1", "SelectsPrompts._init_dataloader"),
+    ("verl==0.9.1", "PPOTrainer._fetch_one_gen_batch", "verl_v1", "SelectsPrompts._fetch_one_gen_batch"),
+    ("verl==0.9.1", "PPOTrainer._compute_advantage", "verl_v1", "SelectsPrompts._compute_advantage"),
     *[
         ("trinity-rft==0.6.0", f"BaseSelector.{name}", "trinity", f"EvenOddsSelector.{name}")
         for name in ("__init__", "get_indices", "feedback", "state_dict", "load_state_dict")
@@ -54,7 +54,7 @@ FITS = [
 ]
 STANDINS = {
     **frameworks.VERL_071,
-    **frameworks.verl_090(frameworks.TransferQueue()),
+    **frameworks.verl_091(frameworks.TransferQueue()),
     **frameworks.SLIME,
     **frameworks.prime_rl(),
     **frameworks.trinity(frameworks.Registry()),

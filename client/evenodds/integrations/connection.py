@@ -227,12 +227,19 @@ def checkpoint(selector: PromptSelector, next_step: int) -> dict[str, Any]:
     return {"selector": state, "next_step": next_step if state["step"] is None else state["step"] + 1}
 
 
-def go_back(selector: PromptSelector, state: Mapping[str, Any]) -> int:
+def go_back(selector: PromptSelector, state: Mapping[str, Any] | None) -> int:
     """Load what `checkpoint` returned, and return the step to go on with.
+
+    Args:
+        state: None where a data loader's checkpoint is of another sampler.
 
     Raises:
         ConfigurationError: It is something else.
     """
+    if state is None:
+        raise ConfigurationError(
+            "state: the checkpoint has none of this sampler: go on with the setting of fill that it was saved with"
+        )
     try:
         next_step, selector_state = int(state["next_step"]), state["selector"]
     except (KeyError, TypeError, ValueError) as error:

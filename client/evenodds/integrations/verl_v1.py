@@ -7,7 +7,8 @@
 
 `trainer.v1.trainer_mode` stays as it is (`sync`, `colocate_async`, `separate_async`): verl compares that name in many
 places, so the registered trainers are replaced by subclasses under their own names. Without `data.evenodds` they do
-what they always did. `fill` is refused: verl's replay buffer decides how many prompts are rolled out.
+what they always did. Groups that verl's replay buffer drops (`algorithm.filter_groups`, those that are too old or left
+over) are reported too. `fill` is refused: that buffer decides how many prompts are rolled out.
 """
 
 from __future__ import annotations
@@ -49,12 +50,6 @@ class SelectsPrompts:
         data = self.config.data
         if data.get("evenodds") is None:
             return
-        filters = self.config.algorithm.get("filter_groups")
-        if filters is not None and filters.get("enable"):
-            logger.warning(
-                "algorithm.filter_groups drops groups of equal rewards before they can be reported: the service will "
-                "take their prompts for unseen; train without it"
-            )
         pool = pool_of(self.train_dataset, data.get("prompt_key", "prompt"))
         settings, self._evenodds_reward_key = without_reward_key(data.evenodds)
         self._evenodds = Connection(settings, pool, where=WHERE, no_fill=NO_FILL, group_size=_group_size(self.config))
@@ -74,6 +69,29 @@ class SelectsPrompts:
             collate_fn=trainer_base.collate_fn,
             sampler=self._evenodds_sampler,
         )
+        self._evenodds_follow(self.replay_buffer)
+
+    def _evenodds_follow(self: Any, replay_buffer: Any) -> None:
+        """Report the groups that the buffer drops before it lets them go."""
+        clear = getattr(replay_buffer, "_clear_groups", None)
+        if clear is None:
+            logger.warning(
+                "%s, of trainer.v1.sampler.custom_sampler, is no ReplayBuffer of verl's: groups that it drops are not "
+                "reported, and the service takes their prompts for unseen",
+                type(replay_buffer).__name__,
+            )
+            return
+
+        def reported(partition_id: str, uids: set[str]) -> None:
+            is_rewarded = self.reward_loop_manager.reward_loop_worker_handles is not None  # else after it was sampled
+            if partition_id == "train" and is_rewarded:
+                dropped = replay_buffer.partitions[partition_id]
+                self._report([key for key in dropped if key.split("_")[0] in uids], partition_id)
+                for uid in uids:  # of which every attempt failed
+                    self._evenodds_chosen.pop(uid, None)
+            clear(partition_id, uids)
+
+        replay_buffer._clear_groups = reported
 
     def _fetch_one_gen_batch(self: Any) -> Any:
         batch = super()._fetch_one_gen_batch()  # type: ignore[misc]
@@ -87,17 +105,18 @@ class SelectsPrompts:
     def _compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         computed = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         if self._evenodds is not None:
-            self._report(batch)
+            padded = zip(batch.keys, batch.tags, strict=True)
+            self._report([key for key, tag in padded if not tag.get("is_padding", False)], batch.partition_id)
             metrics.update(self._evenodds.selector.metrics())
         return computed
 
-    def _report(self: Any, batch: Any) -> None:
-        real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+    def _report(self: Any, keys: list[str], partition_id: str) -> None:
+        """The rewards of these trajectories, which lie in verl's queue."""
+        attempts = last_of_sessions(keys)
+        if not attempts:
+            return
         field = "rm_scores" if self._evenodds_reward_key is None else "extra_fields"
-        attempts = last_of_sessions(real)
-        data = trainer_base.tq.kv_batch_get(
-            keys=attempts, partition_id=batch.partition_id, select_fields=["uid", field]
-        )
+        data = trainer_base.tq.kv_batch_get(keys=attempts, partition_id=partition_id, select_fields=["uid", field])
         trajectories: dict[int, tuple[list[str], list[float | None]]] = defaultdict(lambda: ([], []))
         for uid, value in zip(_list(data["uid"]), list(data[field]), strict=True):
             if uid in self._evenodds_chosen:  # not what a checkpoint of the queue brought back
@@ -155,7 +174,8 @@ def install() -> None:
     """Replace every registered trainer by one that follows the service. Repeating it changes nothing."""
     for name, trainer in list(trainer_base.TRAINER_REGISTRY.items()):
         if not issubclass(trainer, SelectsPrompts):
-            trainer_base.TRAINER_REGISTRY[name] = type(trainer.__name__, (SelectsPrompts, trainer), {})
+            members = {"__module__": __name__}
+            trainer_base.TRAINER_REGISTRY[name] = type(trainer.__name__, (SelectsPrompts, trainer), members)
 
 
 install()
