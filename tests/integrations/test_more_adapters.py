@@ -118,6 +118,8 @@ def test_tinker_reads_the_verifiers_own_metric(trainers_service: TrainersService
         assert dataset.connection.selector.flush()
         with pytest.raises(ConfigurationError, match=r"reward_key 'correct' is not a metric of an attempt \(format\)"):
             tinker_groups(batch, trajectory(1.0, format=1.0), trajectory(1.0, format=1.0))
+        with pytest.raises(ConfigurationError, match="reward_key 'correct'"):
+            dataset.get_batch(1)  # where a strategy that tolerates errors has left the group out
         dataset.connection.selector.close()
         with pytest.raises(ConfigurationError, match="builders: 4 do not fill a batch of 5"):
             adapter("tinker").SelectedDataset(builders, settings, batch_size=5, n_batches=1)

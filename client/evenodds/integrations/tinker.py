@@ -59,16 +59,26 @@ class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is no
         self._builders = dict(builders)
         self._batch_size, self._n_batches = batch_size, n_batches
         self._has_begun = False
+        self._faults: list[ConfigurationError] = []
 
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        """The groups of this step."""
+        """The groups of this step.
+
+        Raises:
+            ConfigurationError: Outcomes of a step before could not be reported. tinker-cookbook's strategies that
+                tolerate errors of rollouts leave such groups out, and would go on without any.
+        """
+        if self._faults:
+            raise self._faults[0]
         if not self._has_begun and index > 0:
             self.connection.selector.rewind_to(index - 1)
         self._has_begun = True
         self.connection.next_step = index
         batch = self.connection.choose(self._batch_size)
         return [
-            ReportingBuilder(self._builders[prompt_id], self.connection, index, prompt_id, self._reward_key)
+            ReportingBuilder(
+                self._builders[prompt_id], self.connection, index, prompt_id, self._reward_key, self._faults
+            )
             for prompt_id in batch
         ]
 
@@ -77,14 +87,25 @@ class SelectedDataset(RLDataset):  # type: ignore[misc]  # tinker-cookbook is no
 
 
 class ReportingBuilder(EnvGroupBuilder):  # type: ignore[misc]
-    """A builder whose rewards are reported as they are computed, before groups of equal rewards are removed."""
+    """A builder whose rewards are reported as they are computed, before groups of equal rewards are removed.
+
+    Args:
+        faults: Gets what kept outcomes from being reported, besides that it is raised.
+    """
 
     def __init__(
-        self, inner: EnvGroupBuilder, connection: Connection, step: int, prompt_id: str, reward_key: str | None
+        self,
+        inner: EnvGroupBuilder,
+        connection: Connection,
+        step: int,
+        prompt_id: str,
+        reward_key: str | None,
+        faults: list[ConfigurationError],
     ) -> None:
         self._inner = inner
         self._connection = connection
         self._step, self._prompt_id, self._reward_key = step, prompt_id, reward_key
+        self._faults = faults
 
     async def make_envs(self) -> Sequence[Any]:
         envs: Sequence[Any] = await self._inner.make_envs()
@@ -95,11 +116,15 @@ class ReportingBuilder(EnvGroupBuilder):  # type: ignore[misc]
     ) -> list[tuple[float, Any]]:
         """The inner builder's. Attempts that failed for other reasons are not among them."""
         rewards: list[tuple[float, Any]] = await self._inner.compute_group_rewards(trajectory_group, env_group)
-        reported = [
-            self._reward(trajectory, reward, metrics)
-            for trajectory, (reward, metrics) in zip(trajectory_group, rewards, strict=True)
-        ]
-        self._connection.observe(self._step, {self._prompt_id: reported})
+        try:
+            reported = [
+                self._reward(trajectory, reward, metrics)
+                for trajectory, (reward, metrics) in zip(trajectory_group, rewards, strict=True)
+            ]
+            self._connection.observe(self._step, {self._prompt_id: reported})
+        except ConfigurationError as error:
+            self._faults.append(error)
+            raise
         return rewards
 
     async def cleanup(self) -> None:

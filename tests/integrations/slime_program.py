@@ -1,0 +1,148 @@
+"""Rollouts of slime's own `generate_rollout`, from a checkout, with guesses in the place of its engines.
+
+No registry has slime, so this is run by hand, beside a service, with the packages that slime's rollouts import
+(`httpx pylatexenc pyarrow ray torch transformers`):
+
+    PYTHONPATH=CHECKOUT python tests/integrations/slime_program.py http://127.0.0.1:8000 RUN FOLDER
+
+Three rollouts with slime's dynamic filter, its data set, samples and buffer; then the state that was saved after the
+second is loaded anew, and the third is made again. It ends with an error where the service has observed anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from slime.rollout.sglang_rollout import generate_rollout
+from slime.utils.http_utils import init_http_client
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from evenodds import Client
+from evenodds.integrations.slime import KEY, EvenOddsDataSource
+
+N_PROMPTS, BATCH_SIZE, N_ATTEMPTS = 24, 4, 4
+attempts: dict[tuple[str, int], list[float | None]] = {}
+
+
+async def guess(args: Any, sample: Any, sampling_params: Any) -> Any:
+    """An attempt: half are right, those at every third prompt all. Some give two samples, and some fail."""
+    chosen, number = sample.metadata[KEY], int(sample.label)
+    correct = float(number % 3 == 0 or random.random() < 0.5)
+    fails = number % 5 == 0 and sample.index % N_ATTEMPTS == 0
+    attempts.setdefault((chosen["prompt_id"], chosen["step"]), []).append(None if fails else correct)
+    sample.tokens, sample.response, sample.response_length = [1, 2, 3], "3", 1
+    sample.reward = 0.0 if fails else correct
+    sample.status = sample.Status.FAILED if fails else sample.Status.COMPLETED
+    return sample
+
+
+class Router(BaseHTTPRequestHandler):
+    """What slime asks its router for when a rollout ends: the engines whose requests are to be ended, here none."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"workers": []}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def arguments(url: str, run: str, folder: Path, port: int) -> SimpleNamespace:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    rows = [
+        {"prompt": f"What is {i} + 0?", "label": str(i), "metadata": {"prompt_id": f"q{i}"}} for i in range(N_PROMPTS)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given: dict[str, Any] = {
+        "n_samples_per_prompt": N_ATTEMPTS,
+        "rollout_batch_size": BATCH_SIZE,
+        "over_sampling_batch_size": BATCH_SIZE,
+        "rollout_global_dataset": True,
+        "prompt_data": str(folder / "train.jsonl"),
+        "hf_checkpoint": str(folder),
+        "input_key": "prompt",
+        "label_key": "label",
+        "metadata_key": "metadata",
+        "dynamic_sampling_filter_path": "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+        "rollout_all_samples_process_path": "evenodds.integrations.slime.report",
+        "custom_generate_function_path": f"{Path(__file__).stem}.guess",
+        "rollout_function_path": "slime.rollout.sglang_rollout.generate_rollout",
+        "sglang_router_ip": "127.0.0.1",
+        "sglang_router_port": port,
+        "sglang_server_concurrency": 8,
+        "rollout_num_engines": 1,
+        "rollout_top_p": 1.0,
+        "rollout_seed": 1,
+        "save": str(folder / "checkpoints"),
+        "load": str(folder / "checkpoints"),
+        "evenodds": {"base_url": url, "run": run, "deadline_seconds": 60, "outbox": str(folder / "outbox")},
+    }
+
+    class Arguments(SimpleNamespace):
+        def __getattr__(self, name: str) -> None:  # slime's parser sets some hundred more, all off here
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Arguments(**given)
+
+
+def rolled_out(args: Any, source: Any, *rollouts: int) -> None:
+    for rollout in rollouts:
+        output = generate_rollout(args, rollout, source)
+        assert len(output.samples) == BATCH_SIZE
+        source.save(rollout)
+    assert source.connection.selector.flush()
+
+
+def main(url: str, run: str, folder: Path) -> None:
+    sys.modules[Path(__file__).stem] = sys.modules["__main__"]  # as which slime imports `guess`
+    folder.mkdir(parents=True, exist_ok=True)
+    router = HTTPServer(("127.0.0.1", 0), Router)
+    threading.Thread(target=router.serve_forever, daemon=True).start()
+    args = arguments(url, run, folder, router.server_port)
+    init_http_client(args)
+
+    first = EvenOddsDataSource(args)
+    first.load(-1)
+    assert first.connection.selector.wait_until_ready()
+    rolled_out(args, first, 0, 1)
+    kept = dict(attempts)
+    rolled_out(args, first, 2)
+    first.connection.selector.close()
+    attempts.clear()
+    attempts.update(kept)
+    second = EvenOddsDataSource(args)
+    second.load(1)
+    rolled_out(args, second, 2)
+
+    with Client(url) as client:
+        seen = {
+            (prompt.prompt_id, visit.step): (visit.successes, visit.attempts)
+            for prompt in list(client.prompts(run))
+            for visit in client.prompt(run, prompt.prompt_id).history
+        }
+    made = {}
+    for key, group in attempts.items():
+        counted = [reward for reward in group if reward is not None]
+        made[key] = (sum(counted), len(counted))
+    assert seen.items() <= made.items(), f"{sorted(seen.items())} is not of {sorted(made.items())}"
+    assert {step for _, step in made} == {step for _, step in seen}  # slime ends what is under way when it has enough
+    n_silent = sum(won in (0, n) for won, n in seen.values())
+    sys.stdout.write(f"right: {len(seen)} groups, of which the filter dropped {n_silent}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
