@@ -70,6 +70,18 @@ def test_a_change_is_told_once_and_who_comes_back_hears_what_they_missed(caller:
         assert [block.get("id") for block in blocks] == [None, second["id"]]
 
 
+def test_what_a_reply_shows_is_not_told_again(caller: Caller, service: Service) -> None:
+    caller.load_texts("a")
+    run = f"/runs/{caller.run}"
+    shown = {"/events": "/runs", f"{run}/events": f"{run}/prompt?prompt_id=a"}
+
+    newest = {path: service.http.get(view).headers["x-evenodds-event"] for path, view in shown.items()}
+
+    for path, event in newest.items():
+        with listening(service, path) as blocks:
+            assert [next(blocks).get("id"), next(blocks)["id"]] == [None, event]
+
+
 def test_all_runs_are_listened_to_together(caller: Caller, service: Service) -> None:
     with listening(service, "/events") as blocks:
         next(blocks)

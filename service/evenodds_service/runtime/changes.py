@@ -41,7 +41,7 @@ class Changes:
             return event
         looking = self._looking.get(run)
         if looking is None:
-            looking = asyncio.ensure_future(to_thread.run_sync(self._look, run))
+            looking = asyncio.ensure_future(to_thread.run_sync(self.look, run))
             self._looking[run] = looking
             looking.add_done_callback(lambda _: self._looking.pop(run, None))
         event = await asyncio.shield(looking)
@@ -53,7 +53,12 @@ class Changes:
         self.n_listeners -= 1
         self._found.pop(run, None)
 
-    def _look(self, name: str | None) -> tuple[str, str]:
+    def look(self, name: str | None) -> tuple[str, str]:
+        """As `newest`, from the database, for whoever may wait for it.
+
+        Raises:
+            RunUnknown, StoreUnavailable
+        """
         if name is None:
             n_runs, change = self._store.newest_change()
             return change, json.dumps({"runs": n_runs})
