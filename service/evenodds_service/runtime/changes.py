@@ -41,7 +41,7 @@ class Changes:
             return event
         looking = self._looking.get(run)
         if looking is None:
-            looking = asyncio.ensure_future(to_thread.run_sync(self.look, run))
+            looking = asyncio.ensure_future(to_thread.run_sync(self._look, run))
             self._looking[run] = looking
             looking.add_done_callback(lambda _: self._looking.pop(run, None))
         event = await asyncio.shield(looking)
@@ -53,12 +53,20 @@ class Changes:
         self.n_listeners -= 1
         self._found.pop(run, None)
 
-    def look(self, name: str | None) -> tuple[str, str]:
-        """As `newest`, from the database, for whoever may wait for it.
+    def shown(self, run: str | None) -> str:
+        """Id of an event that whatever is read after this call shows: the newest one, or half a second older.
 
         Raises:
             RunUnknown, StoreUnavailable
         """
+        found_at, event = self._found.get(run, (-math.inf, ("", "")))
+        if self._clock() - found_at >= LOOK_SECONDS / 2:
+            found_at, event = self._clock(), self._look(run)
+            if run is None:  # the stream that follows a list need not look at all runs again
+                self._found[run] = (found_at, event)
+        return event[0]
+
+    def _look(self, name: str | None) -> tuple[str, str]:
         if name is None:
             n_runs, change = self._store.newest_change()
             return change, json.dumps({"runs": n_runs})

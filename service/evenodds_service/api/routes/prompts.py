@@ -228,7 +228,7 @@ def get_prompt(
     run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies, response: Response
 ) -> PromptState:
     """One prompt with the present belief about it and its newest 100 observations."""
-    response.headers[EVENT_HEADER] = services.changes.look(run)[0]  # read before what it speaks of
+    response.headers[EVENT_HEADER] = services.changes.shown(run)  # read before what it speaks of
     prompt = services.store.prompt(services.store.run(run).id, prompt_id)
     stored, live, _ = services.live_runs.at_head(run)  # read after the prompt, so that its log holds the prompt's entry
     with live.lock:

@@ -149,7 +149,7 @@ def list_runs(
     """
     names = None if caller is None or caller.runs == "*" else caller.runs
     if names is None:  # whose stream of events tells of all runs
-        response.headers[EVENT_HEADER] = services.changes.look(None)[0]  # read before what it speaks of
+        response.headers[EVENT_HEADER] = services.changes.shown(None)  # read before what it speaks of
     asked = RunListing(names=names, search=search or "", verdicts=state, alarm=alarm, sort=sort)
     listing = f"runs {sort} {sorted(state)} {alarm} {search}"
     place = place_of(cursor, listing=listing, caller=caller)
