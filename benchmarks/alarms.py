@@ -14,6 +14,12 @@ run, its prompts dealt into four categories: the same faults, and quiet runs, wi
 A fault begins at step 20. The tables count the steps with the fault until its alarm is on; a fault that is not told
 within 25 steps is missed. The limits of the tests were chosen on runs of the whole fold over made-up pools, not on
 these and not on the recorded run.
+
+Of flipped outcomes a second table says how many steps any test needs on average that takes a quiet run for a faulty one
+once in a thousand times: log(1,000) over what one batch tells (Wald, "Sequential tests of statistical hypotheses",
+1945), by the law that the run is made of. A batch tells the mutual information of forecasts and outcomes where the test
+has to be quiet in runs whose forecasts say nothing of the order of prompts, as ours has. It tells the divergence of
+flipped outcomes from right ones where the test knows beforehand how well the forecasts order the prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks.worlds import TRAJECTORY, World, open_world
 
-from evenodds_service.domain.arrays import FloatArray, IntArray
+from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import beta_from_moments
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
@@ -73,6 +79,8 @@ FAULTS = (
     Fault("wrong group size", ("group_size_mismatch",), attempts=SIZE // 2),
 )
 NOTHING = Fault("nothing", ())
+FALSE_ALARMS = 0.001
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(41)  # of integrals over a standard normal distribution
 
 
 class Simulated:
@@ -104,7 +112,8 @@ class Simulated:
         variance = spread * self.unknown**2 * spread / (1.0 + self.unknown**2 * spread)
         return beta_from_moments(mean, np.minimum(variance / self.confidence, 0.9 * spread))
 
-    def step(self, step: int, fault: Fault) -> None:
+    def chosen(self, step: int) -> tuple[IntArray, BoolArray]:
+        """The batch, and which of it are the control arm."""
         n_control = max(1, round(CONTROL * self.batch))
         some = self.rng.choice(len(self.truth_N), 8 * self.batch, replace=False)
         a, b = self.forecast(step, some)
@@ -112,7 +121,20 @@ class Simulated:
         n_policy = self.batch - n_control
         prompts = np.concatenate((self.rng.permutation(good)[:n_policy], some[:n_control]))
         prompts, first = np.unique(prompts, return_index=True)
-        control = first >= n_policy
+        return prompts, first >= n_policy
+
+    def chances(self, step: int, prompts: IntArray) -> FloatArray:
+        """Of 0 to `SIZE` successes, to whoever knows how the run was made but not the prompts' own part, [n, 9]."""
+        unknown = math.hypot(self.unknown, self.jitter) * _NODES
+        centre_n = self.known_N[prompts] + self.level + self.speed * step
+        rates_n_1_q = 1.0 / (1.0 + np.exp(-(centre_n[:, None, None] + unknown)))
+        k = np.arange(SIZE + 1)
+        ways = np.array([math.comb(SIZE, i) for i in k.tolist()])
+        chances_n_k_q = ways[:, None] * rates_n_1_q ** k[:, None] * (1.0 - rates_n_1_q) ** (SIZE - k)[:, None]
+        return np.asarray(chances_n_k_q @ (_WEIGHTS / _WEIGHTS.sum()))
+
+    def step(self, step: int, fault: Fault) -> None:
+        prompts, control = self.chosen(step)
         state, groups = self.state, self.categories[prompts]
         codes = self.pool.group_codes(prompts)
         entry = SelectEntry(1, step, prompts, f"s{step}", CONTROL, control, *self.forecast(step, prompts))
@@ -209,6 +231,33 @@ def told_after(run: Simulated | Recorded, fault: Fault) -> float:
     return math.inf
 
 
+def fewest_steps(run: Simulated) -> tuple[float, float]:
+    """Least mean number of steps until flipped outcomes are told: of a test that is quiet where forecasts say nothing
+    of the order, and of one that knows how much they say.
+    """
+    told = np.zeros(2)
+    for step in range(FAULT_STEP, FAULT_STEP + FAULTY_STEPS):
+        right = run.chances(step, run.chosen(step)[0])
+        flipped = right[:, ::-1]
+        for i, quiet in enumerate((flipped.mean(axis=0), right)):
+            told[i] += (flipped * np.log(flipped / quiet)).sum() / FAULTY_STEPS
+    unordered, ordered = (-math.log(FALSE_ALARMS) / told).tolist()
+    return unordered, ordered
+
+
+def report_fewest(n: int) -> None:
+    flipped = next(fault for fault in FAULTS if fault.name == "flipped outcomes")
+    print(f"\nsimulated, flipped outcomes: steps until they are told and the least possible, median of {n} runs")
+    print(f"{'batch':>6} {'told':>5} {'least, if quiet without order':>30} {'least, if the order is known':>29}")
+    by_batch: dict[int, list[tuple[float, float, float]]] = {}
+    for seed in range(n):
+        run = Simulated(seed)
+        by_batch.setdefault(run.batch, []).append((told_after(Simulated(seed), flipped), *fewest_steps(run)))
+    for batch, steps in sorted(by_batch.items()):
+        told, unordered, ordered = np.median(steps, axis=0).tolist()
+        print(f"{batch:>6} {told:>5.1f} {unordered:>30.1f} {ordered:>29.1f}")
+
+
 def report_quiet(runs: Iterator[Simulated | Recorded], what: str) -> None:
     started, n, loud = time.perf_counter(), 0, Counter[str]()
     n_loud = 0
@@ -247,6 +296,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(folder) if folder else None)
     options = parser.parse_args()
     report_faults(Simulated, options.faulty, "simulated")
+    report_fewest(options.faulty)
     report_quiet((Simulated(10_000 + seed) for seed in range(options.quiet)), "simulated")
     if options.folder is not None:
         given: Path = options.folder

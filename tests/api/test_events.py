@@ -70,6 +70,19 @@ def test_a_change_is_told_once_and_who_comes_back_hears_what_they_missed(caller:
         assert [block.get("id") for block in blocks] == [None, second["id"]]
 
 
+def test_what_a_reply_shows_is_not_told_again(caller: Caller, service: Service) -> None:
+    caller.load_texts("a")
+    run = f"/runs/{caller.run}"
+
+    def is_told_by(view: str, path: str) -> bool:
+        shown = service.http.get(view).headers["x-evenodds-event"]
+        with listening(service, path) as blocks:
+            return [next(blocks).get("id"), next(blocks)["id"]] == [None, shown]
+
+    assert is_told_by(f"{run}/prompt?prompt_id=a", f"{run}/events")
+    until(lambda: is_told_by("/runs", "/events"), "how the run stands is saved behind the reply, which is an event too")
+
+
 def test_all_runs_are_listened_to_together(caller: Caller, service: Service) -> None:
     with listening(service, "/events") as blocks:
         next(blocks)

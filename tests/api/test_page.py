@@ -69,7 +69,7 @@ def test_the_page_is_made_of_what_it_names_and_ships_with_the_licence_of_its_lib
         for name in re.findall(r"""["'](?:page/|\./)([\w./]+)""", (PAGE / path).read_text())
     }
 
-    assert named == FILES - {"index.html"}
+    assert named == FILES.keys() - {"index.html"}
     assert "MIT License" in (PAGE / "uplot/LICENSE").read_text()
 
 
@@ -205,7 +205,7 @@ def test_a_run_is_shown_as_it_changes_and_hostile_texts_are_only_shown(caller: C
     filled(caller)
 
     page.open(f"#/runs/{caller.run}")
-    page.tab.until("document.querySelectorAll('canvas').length === 6")
+    page.tab.until("document.querySelectorAll('canvas').length >= 5")
 
     shown = page.tab.text()
     assert page.tab.run("document.title") == f"{caller.run} · Even Odds"
@@ -356,13 +356,68 @@ def test_what_is_focused_and_scrolled_stays_when_figures_move(caller: Caller, pa
     assert page.tab.faults == []
 
 
+ASKED = "performance.getEntriesByType('resource').filter((each) => each.name.includes({})).length"
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_beliefs_about_the_whole_pool_are_asked_for_where_they_are_seen(caller: Caller, page: Page) -> None:
+    filled(caller)
+    page.tab.size(1440, 300)
+    page.open(f"#/runs/{caller.run}")
+    page.tab.until("document.querySelectorAll('canvas').length === 5")
+    stepped(caller, 6)
+    page.until_shown("112\n")
+    unseen = page.tab.run(ASKED.format("'/beliefs'"))
+
+    page.tab.run("document.getElementById('ends').scrollIntoView({ behavior: 'instant' })")
+    page.tab.until("document.querySelectorAll('canvas').length === 6")
+
+    assert unseen == 0
+    assert "As of step 6." in page.tab.text()
+    assert page.tab.run("document.querySelectorAll('#ends td.id a').length") == 24
+    stepped(caller, 7)
+    page.until_shown("As of step 7.")
+    assert page.tab.run(ASKED.format("'/beliefs'")) == 2, "once for each state that was seen"
+    assert page.tab.faults == []
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_a_prompt_is_asked_for_once_and_a_list_keeps_what_is_open(caller: Caller, page: Page) -> None:
+    filled(caller)
+    page.open(f"#/runs/{caller.run}/prompts/p1")
+    caller.observe(6, {"prompt_id": "p1", "successes": 3, "attempts": 8})
+    page.tab.until("document.querySelector('.tiles').textContent.includes('last step6')")
+    n_asked = page.tab.run(ASKED.format("'/prompt?'"))
+    page.open("#/")
+    page.tab.run(
+        "new MutationObserver((all) => { window.removed = all.flatMap((each) => [...each.removedNodes]); })"
+        ".observe(document.getElementById('view'), { childList: true }); document.querySelector('select').focus()"
+    )
+
+    stepped(caller, 7)
+    page.until_shown("113")
+
+    assert n_asked == 2, "when it was opened, and after the change"
+    assert page.tab.run("window.removed.map((each) => each.tagName).includes('SECTION')")
+    assert not page.tab.run("window.removed.map((each) => each.tagName).includes('FORM')"), "an open list would close"
+    assert page.tab.run("document.activeElement.tagName") == "SELECT"
+    page.choose("order", "name")
+    page.tab.until("location.hash === '#/?sort=name'")
+    page.tab.until("document.querySelector('select[name=order]').value === 'name'")
+    assert page.tab.faults == []
+
+
 @pytest.mark.slow
 @in_a_browser
 @one_backend
 def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Page) -> None:
     filled(caller)
     page.open(f"#/runs/{caller.run}")
-    page.tab.until("document.querySelectorAll('canvas').length === 6")
+    page.tab.until("document.querySelectorAll('canvas').length >= 5")
 
     page.tab.run("document.querySelector('.chart').focus()")
     page.tab.press("Home")

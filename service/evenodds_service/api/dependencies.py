@@ -111,6 +111,20 @@ PROBLEMS = {
 }
 """Of operations on runs, in addition what is wrong with the request."""
 
+EVENT_HEADER = "X-EvenOdds-Event"
+FOLLOWED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "headers": {
+            EVENT_HEADER: {
+                "description": "id of the newest event that the reply shows: sent to the stream of events as "
+                "Last-Event-ID, only what comes after it is told",
+                "schema": {"type": "string"},
+            }
+        }
+    }
+}
+"""Replies that show things as of an event."""
+
 REPLAYED_HEADER = "Idempotent-Replayed"
 REPLAYABLE: dict[int | str, dict[str, Any]] = {
     200: {

@@ -53,6 +53,19 @@ class Changes:
         self.n_listeners -= 1
         self._found.pop(run, None)
 
+    def shown(self, run: str | None) -> str:
+        """Id of an event that whatever is read after this call shows: the newest one, or half a second older.
+
+        Raises:
+            RunUnknown, StoreUnavailable
+        """
+        found_at, event = self._found.get(run, (-math.inf, ("", "")))
+        if self._clock() - found_at >= LOOK_SECONDS / 2:
+            found_at, event = self._clock(), self._look(run)
+            if run is None:  # the stream that follows a list need not look at all runs again
+                self._found[run] = (found_at, event)
+        return event[0]
+
     def _look(self, name: str | None) -> tuple[str, str]:
         if name is None:
             n_runs, change = self._store.newest_change()

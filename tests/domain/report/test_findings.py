@@ -17,6 +17,7 @@ from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
 from evenodds_service.domain.report.alarms import KINDS, Alarm, Remedy
 from evenodds_service.domain.report.findings import alarms, notes
+from evenodds_service.domain.report.report import report
 from evenodds_service.domain.report.verdict import summarised
 from evenodds_service.domain.settings import RunSettings
 
@@ -431,6 +432,30 @@ def test_the_verdict_says_how_the_run_stands(log: Log, true: float | None, contr
     assert summary.head_step == 13
     assert [(point.first_step, point.last_step) for point in summary.informative_shares] == [(i, i) for i in range(14)]
     assert (summary.lift is not None) == (control > 0)
+
+
+@pytest.mark.parametrize("control", [0.0, 0.25])
+def test_the_figures_of_a_summary_are_those_of_the_report(log: Log, control: float) -> None:
+    log.steps(40, np.where(np.arange(BATCH) < 8, 0.02, 0.5), control=control)
+
+    summary, found = summarised(log.state, log.pool, SETTINGS), report(log.state, log.pool)
+
+    last, newest, lift = found.windows[-1], found.newest, found.lift
+    assert newest is not None
+    assert (lift is not None) == (control > 0)
+    arms = {"policy": last.policy_informative_share, "control": last.control_informative_share}
+    expected = {
+        "coverage": found.coverage.tried_share,
+        "skill": found.skill.per_observation,
+        "rollouts_saved_share": lift.rollouts_saved_share if lift else None,
+        "forecast_error": newest.forecast_error,
+        "rank_correlation": newest.rank_correlation,
+        **{f"informative_share_{arm}": share.value if share else None for arm, share in arms.items()},
+    }
+    assert summary.figures == {name: value for name, value in expected.items() if value is not None}
+    shares = [(w.first_step, w.last_step, w.informative_share) for w in found.windows]
+    assert [(point.first_step, point.last_step, point.share) for point in summary.informative_shares] == shares
+    assert (summary.rollouts_saved and summary.rollouts_saved.value) == (lift and lift.rollouts_saved)
 
 
 def test_a_replica_that_starts_from_a_checkpoint_raises_the_same_alarms(make_block: MakeBlock) -> None:

@@ -18,8 +18,10 @@ docs_files = StaticFiles(directory=Path(fastapi_offline.__file__).parent / "stat
 
 _FOLDER = Path(__file__).parent
 MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
-FILES = frozenset(path.relative_to(_FOLDER).as_posix() for path in _FOLDER.rglob("*") if path.suffix in MEDIA_TYPES)
-"""uPlot draws the charts; its licence stands beside it."""
+FILES = {
+    path.relative_to(_FOLDER).as_posix(): path.read_bytes() for path in _FOLDER.rglob("*") if path.suffix in MEDIA_TYPES
+}
+"""uPlot draws the charts; its licence stands beside it. In memory, since a first look asks for a dozen of them."""
 _HEADERS = {
     # What stands in a prompt must not run, whatever the page does with it.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -31,7 +33,7 @@ _HEADERS = {
 
 
 @router.get("/")
-def index() -> Response:
+async def index() -> Response:
     """The page itself."""
     return _file("index.html", "text/html")
 
@@ -59,7 +61,7 @@ def description(request: Request) -> Response:
 
 
 @router.get("/page/{name:path}")
-def file(name: str) -> Response:
+async def file(name: str) -> Response:
     """What the page is made of."""
     if name not in FILES:
         raise HTTPException(404)
@@ -67,4 +69,4 @@ def file(name: str) -> Response:
 
 
 def _file(name: str, media_type: str) -> Response:
-    return Response((_FOLDER / name).read_bytes(), media_type=media_type, headers=_HEADERS)
+    return Response(FILES[name], media_type=media_type, headers=_HEADERS)

@@ -5,14 +5,29 @@ const FONT = "12px system-ui, sans-serif";
 const HEIGHT = 240;
 const charts = new Map(); // label -> chart on the page
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const palette = new Map(); // colours of the present theme: to read one while a view is built, all styles are computed
+
+function colour(name) {
+  if (!palette.has(name)) palette.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return palette.get(name);
+}
+
+/** All charts are measured together, and built from what was measured: to ask for a width lays out the whole page. */
+const watch = new ResizeObserver((entries) => {
+  for (const { target, contentRect } of entries) {
+    const made = [...charts.values()].find(({ box }) => box === target);
+    const width = Math.floor(contentRect.width);
+    if (!made || made.width === width) continue;
+    made.width = width;
+    if (made.plot && width) made.plot.setSize({ width, height: HEIGHT });
+    else build(made);
+  }
+});
 
 /** Forget the charts: another view is shown. */
 export function clear() {
-  for (const { plot, watch } of charts.values()) {
-    watch.disconnect();
-    plot?.destroy();
-  }
+  watch.disconnect();
+  for (const { plot } of charts.values()) plot?.destroy();
   charts.clear();
 }
 
@@ -26,6 +41,7 @@ export function refocus() {
 
 /** Draw all anew, in the colours of the present theme. */
 export function recolour() {
+  palette.clear();
   for (const chart of charts.values()) build(chart);
 }
 
@@ -57,14 +73,12 @@ export function chart(label, spec) {
   box.setAttribute("role", "group");
   box.setAttribute("aria-label", `${label}. Arrow keys read values${spec.select ? "; with Shift they mark steps, Enter shows those, Escape all" : ""}.`);
   box.append(told);
-  const made = { box, told, spec, plot: null, idx: null, watch: new ResizeObserver(() => (made.plot ? resize(made) : build(made))) };
-  made.watch.observe(box);
+  const made = { box, told, spec, plot: null, idx: null, width: 0 };
+  watch.observe(box);
   box.addEventListener("keydown", (event) => onKey(made, event));
   charts.set(label, made);
   return box;
 }
-
-const resize = ({ box, plot }) => plot.width !== box.clientWidth && plot.setSize({ width: box.clientWidth, height: HEIGHT });
 
 function dataOf(spec) {
   return [spec.x, ...spec.series.flatMap((one) => (one.low ? [one.values, one.high, one.low] : [one.values]))];
@@ -77,8 +91,8 @@ function ends({ x, range, bars, xEnds }) {
 }
 
 function build(made) {
-  const { box, spec } = made;
-  if (!box.clientWidth) return;
+  const { box, spec, width } = made;
+  if (!width) return;
   const read = made.idx; // what is read stays read
   made.plot?.destroy();
   const shown = spec.shown ?? ((value) => String(value));
@@ -105,7 +119,7 @@ function build(made) {
   });
   const ticks = spec.ticks && { splits: () => spec.ticks.map(([at]) => at), values: () => spec.ticks.map(([, text]) => text) };
   made.plot = new uPlot({
-    width: box.clientWidth, height: HEIGHT, padding: [10, 14, 0, 0], series, bands,
+    width, height: HEIGHT, padding: [10, 14, 0, 0], series, bands,
     scales: { x: { time: false, range: (_, min, max) => [min, max] }, y: spec.y ? { range: spec.y } : { range: (_, min, max) => [Math.min(0, min), max || 1] } },
     axes: [
       axis(spec.xTitle, { size: 28, space: 60, values: (_, at) => at.map((value) => (value >= 1000 ? value.toLocaleString("en") : String(+value.toFixed(3)))), incrs: spec.steps ? whole : undefined, ...ticks }),

@@ -57,7 +57,12 @@ export function table(caption, columns, rows) {
   );
 }
 
-export const figures = (caption, columns, rows) => element("details", {}, element("summary", {}, "Figures"), table(caption, columns, rows));
+/** A table that is made when it is opened: most never are, and four of them hold half of what a page is made of. */
+export function figures(caption, columns, rows) {
+  const made = element("details", { ontoggle: () => made.fill() }, element("summary", {}, "Figures"));
+  made.fill = () => made.open && made.children.length === 1 && made.append(table(caption, columns, rows()));
+  return made;
+}
 
 /** In a narrow tile a line ends between the number and its unit, and never inside of the unit. */
 export function tile(name, value, note) {

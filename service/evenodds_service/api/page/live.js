@@ -5,9 +5,12 @@ const RETRY_MS = 60_000;
 const FIRST_WORD_MS = 5000; // a proxy that holds the stream back lets nothing through at all
 const SILENCE_MS = 45_000; // three heartbeats of the service
 
-/** Calls `changed` after changes of what the events at `path` speak of, until the signal aborts. */
-export async function follow(path, headers, changed, signal) {
-  let last = null;
+/**
+ * Calls `changed` after changes of what the events at `path` speak of, until the signal aborts.
+ *
+ * @param last The newest event that is known already; without it the first one that comes counts as a change.
+ */
+export async function follow(path, headers, changed, signal, last = null) {
   let fails = false;
   const look = inTurn(changed, signal);
   const seen = (id, isChange) => {

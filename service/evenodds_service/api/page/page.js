@@ -56,7 +56,7 @@ function show() {
   clear();
   current.leave = new AbortController();
   const { signal } = current.leave;
-  refresh(current).then(() => signal.aborted || follow(current.events, authorization(), () => refresh(shown), signal));
+  refresh(current).then(() => signal.aborted || follow(current.events, authorization(), () => refresh(shown), signal, current.event));
 }
 
 async function refresh(current) {
@@ -83,10 +83,13 @@ export function replace(...children) {
   const focused = document.activeElement;
   const typed = new Map([...view.querySelectorAll("input")].filter((input) => input.checked || (input.type !== "checkbox" && input.value !== input.defaultValue)).map((input) => [fieldOf(input), input]));
   const opened = new Set([...view.querySelectorAll("details[open]")].map(detailsName));
-  const scrolled = new Map([...view.querySelectorAll(".scroll, .tall")].map((box) => [boxName(box), { left: box.scrollLeft, top: box.scrollTop }]));
+  const scrolled = new Map([...view.querySelectorAll(".scroll, .tall")].filter((box) => box.scrollLeft || box.scrollTop).map((box) => [boxName(box), { left: box.scrollLeft, top: box.scrollTop }]));
   const key = focused && view.contains(focused) ? fieldOf(focused) : null;
-  view.replaceChildren(...children.flat().filter((child) => child !== null));
-  for (const details of view.querySelectorAll("details")) details.open = opened.has(detailsName(details));
+  place(children.flat().filter((child) => child !== null));
+  for (const details of view.querySelectorAll("details")) {
+    details.open = opened.has(detailsName(details));
+    details.fill();
+  }
   for (const input of view.querySelectorAll("input")) {
     const before = typed.get(fieldOf(input));
     if (!before) continue;
@@ -95,9 +98,15 @@ export function replace(...children) {
       input.dispatchEvent(new Event("change"));
     } else input.value = before.value;
   }
-  for (const box of view.querySelectorAll(".scroll, .tall")) box.scrollTo({ ...scrolled.get(boxName(box)), behavior: "instant" });
+  for (const box of scrolled.size ? view.querySelectorAll(".scroll, .tall") : []) box.scrollTo({ ...scrolled.get(boxName(box)), behavior: "instant" });
   refocus();
-  if (key) [...view.querySelectorAll("input, select, button, a, summary, .scroll")].find((each) => fieldOf(each) === key)?.focus({ preventScroll: true });
+  if (key && !focused.isConnected) [...view.querySelectorAll("input, select, button, a, summary, .scroll")].find((each) => fieldOf(each) === key)?.focus({ preventScroll: true });
+}
+
+/** Let the view hold these elements alone. Those that it holds already are not taken out: an open select would close. */
+function place(children) {
+  for (const old of [...view.childNodes]) if (!children.includes(old)) old.remove();
+  children.forEach((child, i) => view.childNodes[i] !== child && view.insertBefore(child, view.childNodes[i] ?? null));
 }
 
 const fieldOf = (each) => `${each.tagName} ${each.name ?? ""} ${each.type === "checkbox" ? each.value : (each.getAttribute("href") ?? each.getAttribute("aria-label") ?? (each.tagName === "BUTTON" ? each.textContent : ""))}`;
@@ -129,15 +138,14 @@ class Refused extends Error {
   }
 }
 
-function authorization() {
-  const key = sessionStorage.getItem("evenodds-key");
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
-
-export async function ask(path, more = {}) {
-  const reply = await fetch(path, { ...more, headers: { Accept: "application/json", ...authorization(), ...more.headers } });
+/** The body of a reply. A view that is given remembers which event the reply shows, if it says so. */
+export async function ask(path, { view: asking, ...more } = {}) {
+  const asked = early.get(path); // is the answer to one question
+  early.delete(path);
+  const reply = await (asked ?? fetch(path, { ...more, headers: { Accept: "application/json", ...authorization(), ...more.headers } }));
   const body = await reply.json().catch(() => null);
   if (!reply.ok) throw new Refused(reply.status, `${body?.detail ?? `the service answered ${reply.status}`}${body?.request_id ? ` (request ${body.request_id})` : ""}`);
+  if (asking) asking.event = reply.headers.get("X-EvenOdds-Event");
   return body;
 }
 

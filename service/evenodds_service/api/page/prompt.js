@@ -8,7 +8,7 @@ const rate = (value) => number(value);
 
 export async function showPrompt(run, id, current) {
   // The id stands in the query: no path can hold `.` and `..`, and proxies change some others.
-  const prompt = await ask(`runs/${encodeURIComponent(run)}/prompt?prompt_id=${encodeURIComponent(id)}`);
+  const prompt = await ask(`runs/${encodeURIComponent(run)}/prompt?prompt_id=${encodeURIComponent(id)}`, { view: current });
   if (!here(current)) return;
   document.title = `${id} · ${run} · Even Odds`;
   const { belief } = prompt;
@@ -45,7 +45,7 @@ function historyPanel({ history, belief }) {
     chart("Belief and outcomes over time", { x: [...x, now], series, xTitle: "step; the last point is now", yTitle: "success rate", at: told, shown: rate, tick: (value) => number(value, 2), y: [0, 1], steps: true }),
     quiet(`The belief with its central 90\u00a0% interval before each visit that a batch chose${history.length === 100 ? "; the newest 100 visits" : ""}.`),
     figures("History, oldest first", [["step", "number"], ["belief before", "number"], ["successes", "number"], ["attempts", "number"], ["rate", "number"]],
-      visits.map((visit) => [count(visit.step), number(visit.forecast?.success_rate), String(+visit.successes.toFixed(3)), count(visit.attempts), number(visit.successes / visit.attempts)])));
+      () => visits.map((visit) => [count(visit.step), number(visit.forecast?.success_rate), String(+visit.successes.toFixed(3)), count(visit.attempts), number(visit.successes / visit.attempts)])));
 }
 
 /** Visits of one step stand a little apart, or they would hide each other. */

@@ -6,26 +6,31 @@ import { asCards, between, count, element, figures, moment, number, panel, perce
 
 const rate = (value) => number(value, 3);
 const empty = (title, text = "No outcomes yet.") => panel(title, quiet(text));
-let drawn = { state: "", hash: "", figures: null }; // what stands on the page, and of which state
+const path = (run) => `runs/${encodeURIComponent(run)}`;
+let drawn = { told: "", hash: "" }; // what stands on the page, of which state, at which address
 
 export async function showRun(run, current) {
-  const path = `runs/${encodeURIComponent(run)}`;
-  const rest = () => Promise.all([ask(`${path}/report`), ask(`${path}/beliefs?shown=12`), ask(`${path}/refits`)]);
+  const rest = () => Promise.all([ask(`${path(run)}/report`), ask(`${path(run)}/refits`)]);
   const early = current.isNew ? rest() : null; // nothing is drawn yet: do not wait for the state first
   early?.catch(() => null); // where the state fails too, its error is the one that is shown
-  const state = await ask(path);
+  const state = await ask(path(run));
   const told = JSON.stringify(state);
-  const isSame = !current.isNew && told === drawn.state;
+  const isSame = !current.isNew && told === drawn.told;
   if (isSame && location.hash === drawn.hash) return; // nothing has happened since
   const figuresNow = isSame ? drawn.figures : await (early ?? rest());
-  const [report, beliefs, refits] = figuresNow;
-  const found = current.query.get("search") ? await ask(`${path}/prompts?limit=20&search=${encodeURIComponent(current.query.get("search"))}`) : null;
+  const found = current.query.get("search") ? await ask(`${path(run)}/prompts?limit=20&search=${encodeURIComponent(current.query.get("search"))}`) : null;
   if (!here(current)) return;
-  drawn = { state: told, hash: location.hash, figures: figuresNow };
+  drawn = { run, current, state, told, hash: location.hash, figures: figuresNow, found };
   document.title = `${run} · Even Odds`;
+  draw();
+}
+
+function draw() {
+  const { run, current, state, figures: [report, refits], found } = drawn;
   const range = rangeOf(current.query);
   const windows = report.windows.map((w) => ({ ...w, middle: (w.first_step + w.last_step) / 2 }));
   const over = { range: spanOf(windows, range), windows };
+  const [spread, ends] = poolPanels(run);
   replace(
     quiet(element("a", { href: "#/" }, "Runs")),
     element("h1", {}, run),
@@ -37,12 +42,59 @@ export async function showRun(run, current) {
     windows.length ? rangeForm(windows, range) : null,
     element("div", { class: "grid" },
       informativeOverSteps(over), successOverSteps(over), beliefsOverSteps(over),
-      reliability(report), beliefHistogram(beliefs), coveragePanel(report.coverage)),
+      reliability(report), spread, coveragePanel(report.coverage)),
     report.others ? othersPanel(report.others) : null,
     element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories), refitsPanel(refits.refits)),
-    element("div", { class: "grid pair" }, promptsPanel(run, "Hardest prompts", beliefs.hardest), promptsPanel(run, "Easiest prompts", beliefs.easiest)),
+    ends,
     searchPanel(run, current.query.get("search"), found),
   );
+}
+
+// Beliefs about the whole pool take long to compute where it is large: they are asked for while they are in view, and
+// then a tenth of the time at most.
+
+const RESTS = 9; // after each answer, of the time that it took
+let pool = { run: null }; // what was answered last, and of which state
+const seen = new Set(); // panels of it that are in view
+const inView = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) isIntersecting ? seen.add(target) : seen.delete(target);
+  lookAtPool(pool);
+});
+
+/** How the beliefs are spread, and the prompts at both ends. */
+function poolPanels(run) {
+  if (pool.run !== run) pool = { run, beliefs: null, told: null, problem: null, nextAt: 0, isAsking: false };
+  const { beliefs, problem, step } = pool;
+  const titled = (title, shown) => (beliefs ? shown(title) : panel(title, quiet(problem ?? "Loading …")));
+  const spread = titled("Beliefs about the pool now", (title) => beliefHistogram(title, beliefs, step));
+  const ends = element("div", { class: "grid pair", id: "ends" },
+    titled("Hardest prompts", (title) => promptsPanel(run, title, beliefs.hardest)),
+    titled("Easiest prompts", (title) => promptsPanel(run, title, beliefs.easiest)));
+  inView.disconnect();
+  seen.clear();
+  for (const each of [spread, ends]) inView.observe(each);
+  return [spread, ends];
+}
+
+async function lookAtPool(asked) {
+  const isDue = () => asked === pool && seen.size > 0 && asked.run === drawn.run && asked.told !== drawn.told && here(drawn.current);
+  if (asked.isAsking || !isDue()) return;
+  asked.isAsking = true;
+  await new Promise((done) => setTimeout(done, asked.nextAt - performance.now()));
+  if (isDue()) {
+    const { told, state } = drawn;
+    const began = performance.now();
+    try {
+      const beliefs = await ask(`${path(asked.run)}/beliefs?shown=12`);
+      Object.assign(asked, { beliefs, step: state.head_step, problem: null });
+    } catch (error) {
+      asked.problem = error.message;
+    }
+    asked.told = told;
+    asked.nextAt = performance.now() + RESTS * (performance.now() - began);
+    if (asked === pool && asked.run === drawn.run && here(drawn.current)) draw();
+  }
+  asked.isAsking = false;
 }
 
 function alarmList(run, alarms) {
@@ -132,7 +184,7 @@ function informativeOverSteps({ windows: all, range }) {
     { name: "forecast", colour: "forecast", dash: [4, 3], values: windows.map((w) => w.informative_forecast) }];
   return panel(title, chart(title, overSteps({ windows, range }, { yTitle: "share of groups", series })),
     figures(title, [["steps"], ["policy", "number"], ["control", "number"], ["forecast", "number"], ["rank correlation", "number"], ["observations", "number"]],
-      windows.map((w) => [steps(w), rate(w.policy_informative_share?.value), rate(w.control_informative_share?.value), rate(w.informative_forecast), rate(w.rank_correlation), count(w.observations)])));
+      () => windows.map((w) => [steps(w), rate(w.policy_informative_share?.value), rate(w.control_informative_share?.value), rate(w.informative_forecast), rate(w.rank_correlation), count(w.observations)])));
 }
 
 function successOverSteps({ windows: all, range }) {
@@ -142,7 +194,7 @@ function successOverSteps({ windows: all, range }) {
   const series = [{ name: "outcome", colour: "policy", values: windows.map((w) => w.success_rate) },
     { name: "forecast", colour: "forecast", dash: [4, 3], values: windows.map((w) => w.success_rate_forecast) }];
   return panel(title, chart(title, overSteps({ windows, range }, { yTitle: "success rate", series })),
-    figures(title, [["steps"], ["forecast", "number"], ["outcome", "number"]], windows.map((w) => [steps(w), rate(w.success_rate_forecast), rate(w.success_rate)])));
+    figures(title, [["steps"], ["forecast", "number"], ["outcome", "number"]], () => windows.map((w) => [steps(w), rate(w.success_rate_forecast), rate(w.success_rate)])));
 }
 
 function beliefsOverSteps({ windows: all, range }) {
@@ -161,7 +213,7 @@ function beliefsOverSteps({ windows: all, range }) {
   return panel(title, chart(title, overSteps({ windows, range }, { yTitle: "believed success rate", series, cells })),
     quiet("The stronger the colour, the more prompts. The gps belief, as it was when each stretch of steps began."),
     figures(title, [["steps"], ["below .2", "number"], [".2 to .4", "number"], [".4 to .6", "number"], [".6 to .8", "number"], [".8 and above", "number"]],
-      windows.map((w, i) => [steps(w), ...[0, 4, 8, 12, 16].map((from) => percent(within(shares[i], from, from + 4)))])));
+      () => windows.map((w, i) => [steps(w), ...[0, 4, 8, 12, 16].map((from) => percent(within(shares[i], from, from + 4)))])));
 }
 
 function reliability(report) {
@@ -174,17 +226,17 @@ function reliability(report) {
     ...kinds.map(([name, quality, colour], i) => ({ name: `${name}, mean error ${rate(quality.calibration_error)}`, colour, values: values[i + 1] }))];
   return panel(title, chart(title, { x, series, xTitle: "mean forecast", yTitle: "mean outcome", shown: rate, tick: (value) => number(value, 2), at: (i) => rate(x[i]), y: [0, 1] }),
     figures(title, [["forecast of"], ["from", "number"], ["to", "number"], ["mean forecast", "number"], ["mean outcome", "number"], ["count", "number"]],
-      kinds.flatMap(([name, quality]) => quality.reliability.map((bin) => [name, number(bin.from_forecast, 1), number(bin.to_forecast, 1), rate(bin.mean_forecast), rate(bin.mean_outcome), count(bin.count)]))));
+      () => kinds.flatMap(([name, quality]) => quality.reliability.map((bin) => [name, number(bin.from_forecast, 1), number(bin.to_forecast, 1), rate(bin.mean_forecast), rate(bin.mean_outcome), count(bin.count)]))));
 }
 
-function beliefHistogram({ success_rate_counts: counts }) {
-  const title = "Beliefs about the pool now";
+function beliefHistogram(title, { success_rate_counts: counts }, step) {
   if (!counts.some(Boolean)) return empty(title, "The pool is empty.");
   const bin = (i) => `${number(i / counts.length, 2)} to ${number((i + 1) / counts.length, 2)}`;
   return panel(title, chart(title, {
     x: counts.map((_, i) => (i + 0.5) / counts.length), xTitle: "believed success rate", yTitle: "prompts", bars: true, shown: count, at: bin,
     series: [{ name: "prompts", colour: "policy", values: counts }],
-  }), figures(title, [["believed success rate"], ["prompts", "number"]], counts.map((value, i) => [bin(i), count(value)])));
+  }), step === null ? null : quiet(`As of step ${count(step)}.`),
+  figures(title, [["believed success rate"], ["prompts", "number"]], () => counts.map((value, i) => [bin(i), count(value)])));
 }
 
 function coveragePanel(coverage) {

@@ -10,11 +10,13 @@ const VERDICTS = ["broken", "not_helping", "helping", "learning", "no_data"];
 const SORTS = [["alarms", "alarms first"], ["activity", "last active first"], ["lift", "largest lift first"], ["informative", "most informative first"], ["created", "newest first"], ["name", "name"]];
 const FILTERS = ["state", "alarm", "sort", "search", "cursor"];
 const SHOWN = 50;
+let filters = { asked: null, form: null }; // what stands on the page is kept, so that a list that is open stays so
+let compared = null; // the states of the runs that stand on the page
 
 export async function showRuns(current) {
   const asked = new URLSearchParams({ limit: SHOWN, sort: "alarms" });
   for (const name of FILTERS) if (current.query.get(name)) asked.set(name, current.query.get(name));
-  const page = await ask(`runs?${asked}`);
+  const page = await ask(`runs?${asked}`, { view: current });
   if (!here(current)) return;
   document.title = "Even Odds";
   const isFiltered = FILTERS.some((name) => current.query.get(name));
@@ -28,9 +30,10 @@ export async function showRuns(current) {
 }
 
 function filterForm(asked) {
+  if (filters.form?.isConnected && filters.asked === String(asked)) return filters.form;
   const search = element("input", { type: "search", name: "search", maxlength: 128, autocomplete: "off", value: asked.get("search") ?? "" });
   const set = (name) => (value) => setQuery({ [name]: value || null, cursor: null });
-  return element("form", {
+  const form = element("form", {
     role: "search",
     onsubmit: (event) => {
       event.preventDefault();
@@ -40,6 +43,8 @@ function filterForm(asked) {
   choice("state", [["", "any"], ...VERDICTS.map((verdict) => [verdict, wordsOf(verdict)])], asked.get("state") ?? "", set("state")),
   choice("alarms", [["", "any or none"], ["any", "with alarms"], ...(![null, "any"].includes(asked.get("alarm")) ? [[asked.get("alarm"), wordsOf(asked.get("alarm"))]] : [])], asked.get("alarm") ?? "", set("alarm")),
   choice("order", SORTS, asked.get("sort"), set("sort")));
+  filters = { asked: String(asked), form };
+  return form;
 }
 
 function runList(page, asked) {
@@ -74,10 +79,14 @@ function runList(page, asked) {
 export async function showComparison(current) {
   const names = [...new Set(current.query.getAll("run"))].slice(0, MOST_COMPARED);
   const path = (name) => `runs/${encodeURIComponent(name)}`;
-  const found = await Promise.all(names.map((name) => Promise.all([ask(path(name)), ask(`${path(name)}/report`)])));
+  const states = await Promise.all(names.map((name) => ask(path(name))));
+  const told = JSON.stringify(states);
+  if (!current.isNew && told === compared) return; // nothing has happened since
+  const reports = await Promise.all(names.map((name) => ask(`${path(name)}/report`)));
   if (!here(current)) return;
+  compared = told;
   document.title = "Comparison · Even Odds";
-  const runs = found.map(([state, report], i) => ({ state, report, name: names[i], colour: COLOURS[i] }));
+  const runs = names.map((name, i) => ({ state: states[i], report: reports[i], name, colour: COLOURS[i] }));
   replace(
     quiet(element("a", { href: "#/" }, "Runs")),
     element("h1", {}, "Comparison"),

@@ -27,7 +27,15 @@ from evenodds.schemas import (
     VisitForecast,
 )
 from evenodds_service.api.cursors import cursor_at, place_of
-from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
+from evenodds_service.api.dependencies import (
+    EVENT_HEADER,
+    FOLLOWED,
+    PROBLEMS,
+    CursorQuery,
+    Dependencies,
+    RunPath,
+    Services,
+)
 from evenodds_service.api.intervals import beta_intervals, credible_intervals
 from evenodds_service.api.middleware.access import Caller
 from evenodds_service.api.middleware.request_body import forget, lift_limit
@@ -204,18 +212,23 @@ def list_prompts(
     )
 
 
-@router.get("/runs/{run}/prompt", summary="A prompt by an id in the query")
-def find_prompt(run: RunPath, prompt_id: Annotated[PromptId, Query()], services: Dependencies) -> PromptState:
+@router.get("/runs/{run}/prompt", summary="A prompt by an id in the query", responses=FOLLOWED)
+def find_prompt(
+    run: RunPath, prompt_id: Annotated[PromptId, Query()], services: Dependencies, response: Response
+) -> PromptState:
     """As `/runs/{run}/prompts/{prompt_id}`, for any id.
 
     No path can hold the ids `.` and `..`, and proxies change paths with `/` and some other characters.
     """
-    return get_prompt(run, prompt_id, services)
+    return get_prompt(run, prompt_id, services, response)
 
 
-@router.get("/runs/{run}/prompts/{prompt_id:id}", summary="A prompt's belief and history")
-def get_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies) -> PromptState:
+@router.get("/runs/{run}/prompts/{prompt_id:id}", summary="A prompt's belief and history", responses=FOLLOWED)
+def get_prompt(
+    run: RunPath, prompt_id: Annotated[PromptId, Path()], services: Dependencies, response: Response
+) -> PromptState:
     """One prompt with the present belief about it and its newest 100 observations."""
+    response.headers[EVENT_HEADER] = services.changes.shown(run)  # read before what it speaks of
     prompt = services.store.prompt(services.store.run(run).id, prompt_id)
     stored, live, _ = services.live_runs.at_head(run)  # read after the prompt, so that its log holds the prompt's entry
     with live.lock:

@@ -24,7 +24,15 @@ from evenodds.schemas import (
     Verdict,
 )
 from evenodds_service.api.cursors import cursor_at, place_of
-from evenodds_service.api.dependencies import PROBLEMS, CursorQuery, Dependencies, RunPath, Services
+from evenodds_service.api.dependencies import (
+    EVENT_HEADER,
+    FOLLOWED,
+    PROBLEMS,
+    CursorQuery,
+    Dependencies,
+    RunPath,
+    Services,
+)
 from evenodds_service.api.middleware.access import Caller, may_touch
 from evenodds_service.api.routes.refits import refit_state
 from evenodds_service.api.wire import now
@@ -115,10 +123,11 @@ def _learned(settings: RunSettings) -> tuple[object, ...]:
     return settings.learn_from, settings.learn_within, settings.data_set
 
 
-@router.get("/runs", summary="List runs")
+@router.get("/runs", summary="List runs", responses=FOLLOWED)
 def list_runs(
     services: Dependencies,
     caller: Caller,
+    response: Response,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     cursor: CursorQuery = None,
     state: Annotated[tuple[Verdict, ...], Query(description="runs of this verdict; may be given several times")] = (),
@@ -139,6 +148,8 @@ def list_runs(
     Pages by name are exact. By anything else a run that moves meanwhile may stand on two pages, or on none.
     """
     names = None if caller is None or caller.runs == "*" else caller.runs
+    if names is None:  # whose stream of events tells of all runs
+        response.headers[EVENT_HEADER] = services.changes.shown(None)  # read before what it speaks of
     asked = RunListing(names=names, search=search or "", verdicts=state, alarm=alarm, sort=sort)
     listing = f"runs {sort} {sorted(state)} {alarm} {search}"
     place = place_of(cursor, listing=listing, caller=caller)

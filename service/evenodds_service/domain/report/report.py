@@ -244,8 +244,8 @@ def report(state: State, pool: Pool, *, since_step: int = 0, in_common: Mapping[
         success_rate=_quality(tallies.rate_bins[used].sum(axis=0)),
         informative=_quality(tallies.informative_bins[used].sum(axis=0)),
         rank_correlation=rank_correlation(ranks),
-        windows=tuple(_window(tallies, w) for w in used),
-        newest=_recent(tallies, used),
+        windows=tuple(window_report(tallies, w) for w in used),
+        newest=recent_report(tallies, used),
         arms=tuple(_arm(name, tallies.arms[used, arm].sum(axis=0)) for arm, name in enumerate(ARMS)),
         lift=lift,
         lift_missing=missing,
@@ -339,7 +339,7 @@ def _steps(tallies: Tallies, windows: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _window(tallies: Tallies, w: int) -> WindowReport:
+def window_report(tallies: Tallies, w: int) -> WindowReport:
     policy, control = (dict(zip(ARM_COLUMNS, sums, strict=True)) for sums in tallies.arms[w].tolist())
     nats, compared = tallies.skill[w].tolist()
     return WindowReport(
@@ -353,7 +353,7 @@ def _window(tallies: Tallies, w: int) -> WindowReport:
     )
 
 
-def _recent(tallies: Tallies, used: Sequence[int]) -> RecentReport | None:
+def recent_report(tallies: Tallies, used: Sequence[int]) -> RecentReport | None:
     """Of the newest of these windows; None before any observation."""
     newest = recent_windows(tallies, used)
     if not newest:
@@ -393,6 +393,11 @@ def _arm(name: str, sums: FloatArray) -> ArmReport:
     )
 
 
+def tried_share(state: State) -> float:
+    """How much of the pool was ever chosen or observed."""
+    return float(((state.selected_N > 0) | (state.visits_N > 0)).mean()) if state.n_prompts else 0.0
+
+
 def _coverage(state: State) -> Coverage:
     n = state.n_prompts
     visits = np.maximum(state.selected_N, state.visits_N)
@@ -401,7 +406,7 @@ def _coverage(state: State) -> Coverage:
         pool_size=n,
         chosen=int((state.selected_N > 0).sum()),
         observed=int((state.visits_N > 0).sum()),
-        tried_share=float((visits > 0).mean()) if n else 0.0,
+        tried_share=tried_share(state),
         mean_visits=float(visits.mean()) if n else 0.0,
         visits=tuple(
             VisitCount(first, last, int(counts[first : 18 if last is None else last + 1].sum()))

@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.state import State
+from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.report.alarms import KINDS, Alarm
 from evenodds_service.domain.report.findings import alarms, notes
 from evenodds_service.domain.report.lift import LiftReport, judged_windows, lift_of
-from evenodds_service.domain.report.report import Report, report, used_windows
+from evenodds_service.domain.report.report import (
+    first_step_of,
+    last_step_of,
+    recent_report,
+    tried_share,
+    used_windows,
+    window_report,
+)
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary, Verdict
 from evenodds_service.domain.settings import RunSettings
 
@@ -18,10 +26,9 @@ LEAST_JUDGED = 100
 
 
 def summarised(state: State, pool: Pool, settings: RunSettings) -> Summary:
-    """How the run stands in this state."""
-    found, raised = report(state, pool), alarms(state, pool, settings)
-    lift = judged_lift(state)
-    saved = found.lift
+    """How the run stands in this state. Some figures of the report, without the rest of it: this follows every step."""
+    used, raised = used_windows(state.tallies), alarms(state, pool, settings)
+    lift, (saved, _) = judged_lift(state), lift_of(state.tallies, used)
     return Summary(
         verdict=verdict_of(state, raised, lift),
         head_step=state.head_step if state.head_step >= 0 else None,
@@ -31,12 +38,17 @@ def summarised(state: State, pool: Pool, settings: RunSettings) -> Summary:
         rollouts_saved=None
         if saved is None or saved.rollouts_saved is None
         else Estimate(saved.rollouts_saved, *saved.rollouts_saved_interval),
-        informative_shares=tuple(
-            SharePoint(window.first_step, window.last_step, window.informative_share)
-            for window in found.windows
-            if window.informative_share is not None
-        ),
-        figures=_figures(found),
+        informative_shares=_informative_shares(state.tallies, used),
+        figures=_figures(state, used, saved),
+    )
+
+
+def _informative_shares(tallies: Tallies, used: Sequence[int]) -> tuple[SharePoint, ...]:
+    scored_w, _, informative_w, _ = tallies.informative_bins[used].sum(axis=1).T.tolist()
+    return tuple(
+        SharePoint(first_step_of(tallies, w), last_step_of(tallies, w), informative / scored)
+        for w, scored, informative in zip(used, scored_w, informative_w, strict=True)
+        if scored > 0.0
     )
 
 
@@ -63,18 +75,20 @@ def verdict_of(state: State, raised: Sequence[Alarm], lift: LiftReport | None) -
     return "not_helping" if high <= 0.0 and lift.control_share.observations >= LEAST_JUDGED else "learning"
 
 
-def _figures(found: Report) -> dict[str, float]:
+def _figures(state: State, used: Sequence[int], saved: LiftReport | None) -> dict[str, float]:
     """What is plotted of a run; what was not measured is left out."""
+    nats, n = state.tallies.skill[used].sum(axis=0).tolist()
     values = {
-        "coverage": found.coverage.tried_share,
-        "skill": found.skill.per_observation,
-        "rollouts_saved_share": found.lift.rollouts_saved_share if found.lift is not None else None,
+        "coverage": tried_share(state),
+        "skill": nats / n if n else None,
+        "rollouts_saved_share": saved.rollouts_saved_share if saved is not None else None,
     }
-    if found.windows:
-        arms = found.windows[-1].policy_informative_share, found.windows[-1].control_informative_share
+    if used:
+        last = window_report(state.tallies, used[-1])
+        arms = last.policy_informative_share, last.control_informative_share
         shares = [share.value if share is not None else None for share in arms]
         values |= {"informative_share_policy": shares[0], "informative_share_control": shares[1]}
-    if found.newest is not None:
-        values["forecast_error"] = found.newest.forecast_error
-        values["rank_correlation"] = found.newest.rank_correlation
+    newest = recent_report(state.tallies, used)
+    if newest is not None:
+        values |= {"forecast_error": newest.forecast_error, "rank_correlation": newest.rank_correlation}
     return {name: value for name, value in values.items() if value is not None}
