@@ -18,7 +18,7 @@ from typing import Any
 
 import typing_extensions
 
-typing.TypedDict = typing_extensions.TypedDict  # type: ignore[assignment,misc]  # SkyRL's own fails before Python 3.12
+typing.TypedDict = typing_extensions.TypedDict  # SkyRL's own fails before Python 3.12
 
 from skyrl.train.config import SkyRLTrainConfig  # noqa: E402
 from skyrl.train.dataset import PromptDataset  # noqa: E402
@@ -52,7 +52,7 @@ class Guess(GeneratorInterface):  # type: ignore[misc]  # not installed where th
                 file.write(json.dumps([index, step, sum(correct[n : n + N_ATTEMPTS])]) + "\n")
         turns = [(n, turn) for n in range(len(attempts)) for turn in range(self._n_turns)]
         is_last = [turn == self._n_turns - 1 for _, turn in turns]
-        output = {
+        output: dict[str, Any] = {
             "prompt_token_ids": [[1, 2] for _ in turns],
             "response_ids": [[3, 4] for _ in turns],
             "rewards": [correct[n] if last else 0.0 for (n, _), last in zip(turns, is_last, strict=True)],

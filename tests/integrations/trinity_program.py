@@ -84,4 +84,4 @@ def main(url: str, run: str, folder: Path, steps: range) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], Path(sys.argv[3]), range(int(sys.argv[4]), int(sys.argv[5])))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), range(int(sys.argv[4]), int(sys.argv[5])))
