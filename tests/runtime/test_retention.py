@@ -196,6 +196,15 @@ def test_a_base_of_another_release_begins_from_the_outcomes_that_are_kept_on_eve
     assert not caplog.text
 
 
+def test_a_base_that_can_be_read_is_gone_on_from_exactly_though_no_newer_checkpoint_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, live, _ = lived(store, 12)
+    monkeypatch.setattr(store, "newest_checkpoint", lambda *_, **__: None)
+
+    assert_same(live, fresh(store, run))
+
+
 def test_a_damaged_base_is_told_with_what_to_do(store: Store) -> None:
     run, _, _ = lived(store, 12)
     with store._writing() as connection:

@@ -496,7 +496,10 @@ def _newest_state(store: Store, run: Run) -> tuple[State, int, bool]:
     if refused:
         where = "its base" if run.base_position else "the beginning"
         logger.warning("run %r: %s; folding its log from %s", run.name, told, where)
-    return (_pool_at_base(store, run), refused, False) if run.base_position else (State(), refused, True)
+    if not run.base_position:
+        return State(), refused, True
+    state, has_learned = _base_of(store, run)
+    return state, refused, has_learned
 
 
 def _state_at(position: int, state: State) -> State:
@@ -506,18 +509,24 @@ def _state_at(position: int, state: State) -> State:
     return state
 
 
-def _pool_at_base(store: Store, run: Run) -> State:
-    """The state that the run's log begins from, where it is no checkpoint of this release: it has learned nothing.
+def _base_of(store: Store, run: Run) -> tuple[State, bool]:
+    """The state that the run's log begins from, and whether it has learned what came before: not where another release
+    wrote it.
 
     Raises:
         LogCompacted: the base was moved meanwhile.
         CheckpointUnusable: nothing can be folded from it.
     """
-    content = store.checkpoint(run.id, run.base_position)
+    position = run.base_position
+    content = store.checkpoint(run.id, position)
     if content is None:
-        raise LogCompacted(f"its base at position {run.base_position} was moved")
+        raise LogCompacted(f"its base at position {position} was moved")
     try:
-        return _state_at(run.base_position, pool_of_bytes(content))
+        return _state_at(position, from_bytes(content)), True
+    except CheckpointUnusable as error:
+        logger.info("run %r: its base: %s", run.name, error)
+    try:
+        return _state_at(position, pool_of_bytes(content)), False
     except CheckpointUnusable as error:
         raise CheckpointUnusable(
             f"run {run.name!r}: {error}, and the log before it was compacted: restore a backup, or begin a new run"
