@@ -449,7 +449,7 @@ class _Keys:
                 world.violated("a secret was answered 401, and it is good")
         elif status == 401:
             world.sometimes["an old secret was refused"] += 1
-        elif status != 503 and (service.keys_read_at > since or self._should_be_known(since)):
+        elif self._should_be_known(since) or (status != 503 and service.keys_read_at > since):
             world.violated(f"a secret was answered {status}, and it is dead")
 
     def _should_be_known(self, since: float) -> bool:
