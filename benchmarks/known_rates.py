@@ -228,9 +228,8 @@ class Served:
 
     def refit(self, step: int) -> None:
         """Have the worker fit on all that was reported."""
-        refit = self._client.refit(self._run, wait_seconds=300.0)
-        while refit.status in ("pending", "running"):  # the sources' refits may come first
-            refit = self._client.refit(self._run, wait_seconds=300.0)
+        while (refit := self._client.refit(self._run, wait_seconds=300.0)).status in ("pending", "running"):
+            pass  # the sources' refits may come first
         if refit.status != "done":
             raise SystemExit(f"the refit of {self._run} at step {step} is {refit.status}: {refit.error}")
 

@@ -36,8 +36,8 @@ class Changes:
         Raises:
             RunUnknown, StoreUnavailable
         """
-        found_at, event = self._found.get(run, (-math.inf, ("", "")))
-        if self._clock() - found_at < LOOK_SECONDS / 2:
+        event = self._just_found(run)
+        if event is not None:
             return event
         looking = self._looking.get(run)
         if looking is None:
@@ -59,12 +59,17 @@ class Changes:
         Raises:
             RunUnknown, StoreUnavailable
         """
-        found_at, event = self._found.get(run, (-math.inf, ("", "")))
-        if self._clock() - found_at >= LOOK_SECONDS / 2:
+        event = self._just_found(run)
+        if event is None:
             found_at, event = self._clock(), self._look(run)
             if run is None:  # the stream that follows a list need not look at all runs again
                 self._found[run] = (found_at, event)
         return event[0]
+
+    def _just_found(self, run: str | None) -> tuple[str, str] | None:
+        """What was found less than half a second ago, if anything was."""
+        found_at, event = self._found.get(run, (-math.inf, ("", "")))
+        return event if self._clock() - found_at < LOOK_SECONDS / 2 else None
 
     def _look(self, name: str | None) -> tuple[str, str]:
         if name is None:

@@ -75,9 +75,7 @@ def fold(state: State, entry: Entry, pool: Pool) -> State:
         raise ValueError(f"log entry {entry.position} does not follow position {state.position}")
     if isinstance(entry, PoolEntry):
         grow(state, entry.n_prompts, at=entry.at)
-        _ensure_basis(state, pool)
-        _ensure_columns(state, pool)
-        _admit(state, pool)
+        _look_at_pool(state, pool)
     elif isinstance(entry, ObserveEntry):
         _observe(state, replace(entry, prompts=_rows(state, entry.prompts)), pool)
     elif isinstance(entry, SelectEntry):
@@ -113,14 +111,19 @@ def learn_anew(state: State, outcomes: Iterable[ObserveEntry], pool: Pool) -> No
     """
     head_step, n_observations = state.head_step, state.n_observations
     state.head_step = -1
-    _ensure_basis(state, pool)
-    _ensure_columns(state, pool)
-    _admit(state, pool)
+    _look_at_pool(state, pool)
     for entry in outcomes:
         _observe(state, replace(entry, prompts=_rows(state, entry.prompts)), pool)
     state.head_step, state.n_observations = max(state.head_step, head_step), n_observations
     state.tallies, state.guardrails, state.watch = Tallies(), Guardrails(), Watch()
     state.constant, state.repeats = Constant(), Repeats()
+
+
+def _look_at_pool(state: State, pool: Pool) -> None:
+    """Derive what follows from the prompts that are there: features, columns of known rates, priors that take part."""
+    _ensure_basis(state, pool)
+    _ensure_columns(state, pool)
+    _admit(state, pool)
 
 
 def _rows(state: State, prompts: IntArray) -> IntArray:
@@ -141,6 +144,11 @@ def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
     state.outstanding_step_N[entry.prompts] = np.maximum(outstanding, entry.step)
     state.last_selected_N[entry.prompts] = np.maximum(state.last_selected_N[entry.prompts], entry.step)
     state.recent_batches = (*state.recent_batches, entry.prompts)[-RECENT_BATCHES:]
+
+
+def tried_share(state: State) -> float:
+    """Share of the pool that was ever chosen or observed; 0 for an empty one."""
+    return float(_is_tried(state, slice(0, state.n_prompts)).mean()) if state.n_prompts else 0.0
 
 
 def unseen_share(state: State) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.features import Pool
-from evenodds_service.domain.learning.fold import others_weight
+from evenodds_service.domain.learning.fold import others_weight, tried_share
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import (
     ARM_COLUMNS,
@@ -391,11 +391,6 @@ def _arm(name: str, sums: FloatArray) -> ArmReport:
         informative_forecast=_mean(values["forecast"], values["scored"]),
         informative_share=share_of(values["informative"], values["scored"]),
     )
-
-
-def tried_share(state: State) -> float:
-    """How much of the pool was ever chosen or observed."""
-    return float(((state.selected_N > 0) | (state.visits_N > 0)).mean()) if state.n_prompts else 0.0
 
 
 def _coverage(state: State) -> Coverage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evenodds_service.domain.learning.features import Pool
+from evenodds_service.domain.learning.fold import tried_share
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import Tallies
 from evenodds_service.domain.report.alarms import KINDS, Alarm
@@ -14,7 +15,6 @@ from evenodds_service.domain.report.report import (
     first_step_of,
     last_step_of,
     recent_report,
-    tried_share,
     used_windows,
     window_report,
 )
