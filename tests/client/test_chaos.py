@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
+from benchmarks.bad_weather import Town
 from tests.client.proxy import MODES, SLOW_SECONDS, Mode, Proxy, proxy_before
 from tests.waiting import PATIENCE_SECONDS, until
 
-from evenodds import PromptSelector
+from evenodds import Client, PromptSelector
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -30,12 +32,12 @@ DEADLINE_SECONDS = 0.5
 Outcome = tuple[str, int, float, int]
 
 
-def observed_by(service: Service, run: str) -> Counter[Outcome]:
+def observed_by(client: Client, run: str) -> Counter[Outcome]:
     """All that the service's log holds: (prompt, step, successes, attempts), and how often."""
     return Counter(
         (prompt_id, visit.step, visit.successes, visit.attempts)
         for prompt_id in IDS
-        for visit in service.client.prompt(run, prompt_id).history
+        for visit in client.prompt(run, prompt_id).history
     )
 
 
@@ -93,7 +95,7 @@ def test_no_fault_of_the_service_stops_the_loop_or_costs_an_outcome(
         counts = selector.counts()
         selector.close()
     assert longest < SLOW_SECONDS / 10  # a slow reply takes far longer
-    assert observed_by(service, "chaos") == Counter(told)
+    assert observed_by(service.client, "chaos") == Counter(told)
     assert service.client.run("chaos").observations == len(told)
     assert counts.uniform_batches > 0
     lines = [line for record in caplog.records if (line := record.getMessage()).startswith("Even Odds at")]
@@ -151,6 +153,82 @@ def test_a_trainer_that_is_killed_has_lost_nothing_that_it_observed(
         with PromptSelector(proxy.base_url, "chaos", IDS, outbox=tmp_path / "outbox") as next_trainer:
             assert next_trainer.flush(PATIENCE_SECONDS)
 
-    kept = observed_by(service, "chaos")
+    kept = observed_by(service.client, "chaos")
     assert told - kept == Counter()
     assert sum((kept - told).values()) <= 3 * 4  # observed, but killed before it could say so
+
+
+PREEMPTED = """
+import json, os, random, sys
+from pathlib import Path
+from evenodds import PromptSelector
+
+base_url, folder = sys.argv[1], Path(sys.argv[2])
+checkpoint = folder / "checkpoint.json"
+selector = PromptSelector(
+    base_url,
+    "preempted",
+    [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(60)],
+    run_settings={"embedder": "none", "group_size": 4},
+    outbox=folder / "outbox",
+    deadline_seconds=60.0,
+)
+step, told = 0, []
+if checkpoint.exists():
+    state = json.loads(checkpoint.read_text())
+    step, told = state["step"], state["told"]
+    selector.load_state_dict(state["selector"])
+while True:
+    written = checkpoint.with_suffix(".new")
+    written.write_text(json.dumps({"step": step, "told": told, "selector": selector.state_dict(step=step)}))
+    os.replace(written, checkpoint)
+    print(step, flush=True)
+    step += 1
+    outcomes = {prompt_id: [float(random.random() < 0.5) for _ in range(4)] for prompt_id in selector.select(step, 6)}
+    selector.observe(step, outcomes)
+    told += [(prompt_id, step, sum(rewards), 4) for prompt_id, rewards in outcomes.items()]
+"""
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_trainer_and_its_service_that_are_killed_together_go_on_from_the_trainers_checkpoint(
+    tmp_path: Path, times: int
+) -> None:
+    chance = Random(times)
+    checkpoint = tmp_path / "checkpoint.json"
+    town = Town(f"sqlite:///{tmp_path}/evenodds.db", tmp_path)
+    reached = 0
+    try:
+        for _ in range(times):
+            town.start("serve")
+            trainer = subprocess.Popen(
+                [sys.executable, "-c", PREEMPTED, town.base_url, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            )
+            assert trainer.stdout is not None
+            said = [trainer.stdout.readline() for _ in range(chance.randint(2, 5))]
+            time.sleep(chance.uniform(0.0, 0.03))  # somewhere within a step
+            trainer.kill()
+            town.kill("serve")
+            trainer.stdout.close()
+            trainer.wait()
+            assert int(said[0]) >= reached  # it began where its checkpoint was
+            reached = int(said[-1])
+        town.start("serve")
+        state = json.loads(checkpoint.read_text())
+        with (
+            Client(town.base_url) as client,
+            PromptSelector(
+                town.base_url, "preempted", PROMPTS, outbox=tmp_path / "outbox", deadline_seconds=PATIENCE_SECONDS
+            ) as selector,
+        ):
+            selector.load_state_dict(state["selector"])
+            batch = selector.select(state["step"] + 1, 6)
+            assert selector.flush(PATIENCE_SECONDS)
+            kept = observed_by(client, "preempted")
+            n_observations = client.run("preempted").observations
+    finally:
+        town.stop()
+
+    assert batch.source == "service"
+    assert kept == Counter(tuple(outcome) for outcome in state["told"])
+    assert n_observations == len(state["told"]) >= 6 * times
