@@ -409,9 +409,16 @@ def prepare_datasets(strategy: Any, tokenizer: Any) -> Any:
     return DataLoader(strategy.dataset), None, 10
 
 
+@contextmanager
+def traced() -> Iterator[None]:
+    """Ray wraps the methods of an actor's class, so that they are functions of another module."""
+    yield
+
+
 class OpenRLHFTrainer:
     """As much of `PPOTrainer` as the adapter touches: it looks its parts up among its module's names."""
 
+    @traced()
     def __init__(self, strategy: Any) -> None:
         self.prompts_dataloader, _, _ = prepare_datasets(strategy, None)
         self.samples_generator = SamplesGenerator(self.prompts_dataloader, strategy.args.rollout.n_samples_per_prompt)

@@ -7,6 +7,7 @@ replaces each filtered prompt by one more, until its batch is full; `fill` is re
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -92,7 +93,7 @@ def following(trainer: type[Any], settings: Mapping[str, Any]) -> type[Any]:
     """
 
     def made(self: Any, *args: Any, **kwargs: Any) -> None:
-        _follow(trainer.__init__.__globals__, settings)
+        _follow(inspect.unwrap(trainer.__init__).__globals__, settings)  # Ray wraps the methods of an actor's class
         trainer.__init__(self, *args, **kwargs)
 
     return type(trainer.__name__, (trainer,), {"__init__": made})
