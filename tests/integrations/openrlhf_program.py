@@ -9,16 +9,15 @@ A second start with more STEPS goes on from the checkpoint.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import random
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import ray
+from left_empty import leave_empty  # type: ignore[import-not-found]  # it lies beside this file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -26,27 +25,6 @@ from transformers import PreTrainedTokenizerFast
 from evenodds.integrations.openrlhf import following, id_of
 
 N_PROMPTS, BATCH_SIZE, N_SAMPLES = 24, 4, 4
-
-
-class Empty(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        made = type(name, (), {"__init__": lambda *_, **__: None, "__module__": self.__name__})
-        setattr(self, name, made)
-        return made
-
-
-class NeedAGPU(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        if name.split(".")[0] in ("vllm", "deepspeed", "flash_attn"):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return Empty(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None: ...
 
 
 class Engine:
@@ -129,8 +107,8 @@ class Enough(Exception):
     """So many steps are made."""
 
 
-def leave_empty() -> None:
-    sys.meta_path.insert(0, NeedAGPU())
+def no_gpu() -> None:
+    leave_empty("vllm", "deepspeed", "flash_attn")
 
 
 def trainer_of(n_steps: int, folder: Path) -> type[Any]:
@@ -172,7 +150,7 @@ def trainer_of(n_steps: int, folder: Path) -> type[Any]:
 
 
 def main(url: str, run: str, folder: Path, n_steps: int) -> None:
-    leave_empty()
+    no_gpu()
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
@@ -182,7 +160,7 @@ def main(url: str, run: str, folder: Path, n_steps: int) -> None:
         num_cpus=2,
         include_dashboard=False,
         logging_level="error",
-        runtime_env={"worker_process_setup_hook": leave_empty},
+        runtime_env={"worker_process_setup_hook": no_gpu},
     )
     engine = ray.remote(Engine).remote()
     trainer = ray.remote(following(trainer_of(n_steps, folder), settings)).remote(

@@ -1,12 +1,14 @@
-"""Rollouts of slime's own `generate_rollout`, from a checkout, with guesses in the place of its engines.
+"""Rollouts of slime's or miles' own `generate_rollout`, from a checkout, with guesses in the place of its engines.
 
 No registry has slime, so this is run by hand, beside a service, with the packages that slime's rollouts import
 (`httpx pylatexenc pyarrow ray torch transformers`):
 
-    PYTHONPATH=CHECKOUT python tests/integrations/slime_program.py http://127.0.0.1:8000 RUN FOLDER
+    PYTHONPATH=CHECKOUT python tests/integrations/slime_program.py http://127.0.0.1:8000 RUN FOLDER [miles]
 
-Three rollouts with slime's dynamic filter, its data set, samples and buffer; then the state that was saved after the
-second is loaded anew, and the third is made again. It ends with an error where the service has observed anything else.
+miles wants `pybase64`, `sglang-router` and what an ImportError names besides; SGLang and Megatron, which need a GPU,
+are left empty. Three rollouts with the dynamic filter, the data set, samples and buffer; then the state that was saved
+after the second is loaded anew, and the third is made again. It ends with an error where the service has observed
+anything else.
 """
 
 from __future__ import annotations
@@ -16,18 +18,25 @@ import random
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from slime.rollout.sglang_rollout import generate_rollout
-from slime.utils.http_utils import init_http_client
+from left_empty import leave_empty  # type: ignore[import-not-found]  # it lies beside this file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evenodds import Client
-from evenodds.integrations.slime import KEY, EvenOddsDataSource
+FRAMEWORK = sys.argv[4] if len(sys.argv) > 4 else "slime"
+if FRAMEWORK == "miles":
+    leave_empty("megatron", "sglang")
 
+from evenodds import Client  # noqa: E402
+from evenodds.integrations.slime import KEY, EvenOddsDataSource  # noqa: E402
+
+generate_rollout = import_module(f"{FRAMEWORK}.rollout.sglang_rollout").generate_rollout
+FILTERS = f"{FRAMEWORK}.rollout.filter_hub.dynamic_sampling_filters"
+init_http_client = import_module(f"{FRAMEWORK}.utils.http_utils").init_http_client
 N_PROMPTS, BATCH_SIZE, N_ATTEMPTS = 24, 4, 4
 attempts: dict[tuple[str, int], list[float | None]] = {}
 
@@ -42,6 +51,10 @@ async def guess(args: Any, sample: Any, sampling_params: Any) -> Any:
     sample.reward = 0.0 if fails else correct
     sample.status = sample.Status.FAILED if fails else sample.Status.COMPLETED
     return sample
+
+
+async def nothing(*_: Any) -> None:
+    """In the place of what asks SGLang's settings."""
 
 
 class Router(BaseHTTPRequestHandler):
@@ -76,14 +89,17 @@ def arguments(url: str, run: str, folder: Path, port: int) -> SimpleNamespace:
         "input_key": "prompt",
         "label_key": "label",
         "metadata_key": "metadata",
-        "dynamic_sampling_filter_path": "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+        "dynamic_sampling_filter_path": f"{FILTERS}.check_reward_nonzero_std",
         "rollout_all_samples_process_path": "evenodds.integrations.slime.report",
         "custom_generate_function_path": f"{Path(__file__).stem}.guess",
-        "rollout_function_path": "slime.rollout.sglang_rollout.generate_rollout",
+        "rollout_function_path": f"{FRAMEWORK}.rollout.sglang_rollout.generate_rollout",
         "sglang_router_ip": "127.0.0.1",
         "sglang_router_port": port,
         "sglang_server_concurrency": 8,
         "rollout_num_engines": 1,
+        "rollout_num_gpus": 1,
+        "eval_num_gpus": 0,
+        "rollout_num_gpus_per_engine": 1,
         "rollout_top_p": 1.0,
         "rollout_seed": 1,
         "save": str(folder / "checkpoints"),
@@ -113,6 +129,8 @@ def main(url: str, run: str, folder: Path) -> None:
     router = HTTPServer(("127.0.0.1", 0), Router)
     threading.Thread(target=router.serve_forever, daemon=True).start()
     args = arguments(url, run, folder, router.server_port)
+    if FRAMEWORK == "miles":
+        vars(import_module("miles.utils.dumper_utils"))["configure_sglang"] = nothing
     init_http_client(args)
 
     first = EvenOddsDataSource(args)
