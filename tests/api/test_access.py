@@ -405,6 +405,31 @@ def test_a_key_revoked_while_a_slow_database_reads_the_keys_does_not_live_longer
     store.close()
 
 
+def test_a_read_of_the_keys_that_comes_late_undoes_no_newer_one(tmp_path: Path) -> None:
+    now, is_late = [0.0], [True]
+
+    class Late(Store):
+        def api_keys(self) -> tuple[ApiKey, ...]:
+            keys = super().api_keys()
+            if is_late:
+                is_late.clear()
+                self.revoke_key("leaked", now=datetime(2026, 1, 2, tzinfo=timezone.utc))
+                now[0] += KEYS_SECONDS + 1
+                asyncio.run(ring.check(kept, "GET", "/runs"))  # another request reads the keys meanwhile
+            return keys
+
+    engine = open_engine(f"sqlite:///{tmp_path}/evenodds.db")
+    upgrade(engine)
+    store = Late(engine)
+    ring = KeyRing(store, clock=lambda: now[0])
+    guarded = Guarded(store, httpx.Client())
+    leaked, kept = guarded.key("leaked"), guarded.key("kept")
+
+    with pytest.raises(KeyInvalid, match="was revoked"):
+        asyncio.run(ring.check(leaked, "GET", "/runs"))
+    store.close()
+
+
 def test_a_database_that_is_away_before_the_keys_were_ever_read_is_told_as_everywhere(tmp_path: Path) -> None:
     class Away(Store):
         def api_keys(self) -> tuple[ApiKey, ...]:

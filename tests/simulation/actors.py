@@ -224,7 +224,7 @@ class Service:
     @property
     def keys_read_at(self) -> float:
         """When this process last read the keys, in the world's seconds."""
-        return -math.inf if self._ring is None else self._ring._read_at
+        return -math.inf if self._ring is None else self._ring._known.read_at
 
     def answer(self, request: httpx.Request) -> tuple[int, bytes]:
         """Status and body of the reply. What comes after it is another task."""

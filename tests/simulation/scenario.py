@@ -384,10 +384,11 @@ class _WatchedNetwork(Network):
 
     def answered(self, service: Service, request: httpx.Request) -> tuple[int, bytes]:
         with self._history.answering(request) as before:
-            is_dead = self._keys is not None and self._keys.sign(request)
+            secret = self._keys.sign(request) if self._keys is not None else ""
+            is_dead = self._keys is not None and not self._keys.is_good(secret)
             status, body = service.answer(request)
             if self._keys is not None:
-                self._keys.check(service, status, is_dead)
+                self._keys.check(service, status, secret, is_dead)
             self._history.answered(before, request, status, body)
         return status, body
 
@@ -431,21 +432,28 @@ class _Keys:
             self._store.finish_rotation("callers")
             self._dead = (old, world.time)
 
-    def sign(self, request: httpx.Request) -> bool:
-        """Put a secret into the request as it arrives. Whether it is one that the operator has ended."""
+    def sign(self, request: httpx.Request) -> str:
+        """Put a secret into the request as it arrives: a good one, or sometimes the one that was ended last."""
         chance = self._world.chance
         secret, _ = self._dead
-        is_dead = bool(secret) and chance.random() < 0.05
-        if not is_dead:
+        if not secret or chance.random() >= 0.05:
             secret = chance.choice([each for each in self._secrets if each])
         request.headers["authorization"] = f"Bearer {secret}"
-        return is_dead
+        return secret
 
-    def check(self, service: Service, status: int, is_dead: bool) -> None:
-        """A secret that is good is never refused; one that has ended opens nothing once the service knows of it."""
+    def is_good(self, secret: str) -> bool:
+        return secret in self._secrets
+
+    def check(self, service: Service, status: int, secret: str, is_dead: bool) -> None:
+        """A secret that is good is never refused; one that has ended opens nothing once the service knows of it.
+
+        Args:
+            secret: Of the request.
+            is_dead: Whether it had ended when the request came. It may have ended since.
+        """
         world, (_, since) = self._world, self._dead
         if not is_dead:
-            if status == 401:
+            if status == 401 and self.is_good(secret):
                 world.violated("a secret was answered 401, and it is good")
         elif status == 401:
             world.sometimes["an old secret was refused"] += 1

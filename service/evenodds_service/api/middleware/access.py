@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
@@ -70,6 +71,20 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """The keys that stand, by the hash of a secret.
+
+    Attributes:
+        read_at: When the read of them began, by the ring's clock.
+        unread: Why they are older than they should be, if they are.
+    """
+
+    keys: Mapping[str, ApiKey]
+    read_at: float
+    unread: StoreUnavailable | None = None
+
+
 class KeyRing:
     """The keys of the database, read anew every few seconds, and what each has used of its rate.
 
@@ -87,9 +102,7 @@ class KeyRing:
         self._used: dict[str, float] = {}  # key -> when its use was kept
         self._noting: set[asyncio.Future[None]] = set()
         self._lock = threading.Lock()
-        self._keys: Mapping[str, ApiKey] = {}
-        self._read_at = -math.inf
-        self._unread: StoreUnavailable | None = None  # why the keys are older than they should be
+        self._known = _Known({}, -math.inf)
         self._buckets: dict[str, tuple[float, float]] = {}  # key -> requests left, as of
 
     async def check(self, secret: str | None, method: str, path: str) -> ApiKey:
@@ -104,14 +117,15 @@ class KeyRing:
                 "this service requires an API key: send `Authorization: Bearer eo_...` "
                 "(`evenodds keys create` makes one)"
             )
-        if self._clock() - self._read_at > KEYS_SECONDS:
-            await run_in_threadpool(self._read)
+        known = self._known
+        if self._clock() - known.read_at > KEYS_SECONDS:
+            known = await run_in_threadpool(self._read)
         given, found = hash_of(secret), None
-        for stored, key in self._keys.items():  # all of them, whichever matches: the time tells nothing
+        for stored, key in known.keys.items():  # all of them, whichever matches: the time tells nothing
             if hmac.compare_digest(given, stored):
                 found = key
-        if found is None and self._unread is not None:
-            raise self._unread  # it may have been made since: "not valid" would be a guess
+        if found is None and known.unread is not None:
+            raise known.unread  # it may have been made since: "not valid" would be a guess
         if found is None:
             raise KeyInvalid("this API key is not valid here, or was revoked: ask for a new one")
         if found.expires_at is not None and found.expires_at <= self._now():
@@ -130,17 +144,21 @@ class KeyRing:
         self._count(found)
         return found
 
-    def _read(self) -> None:
+    def _read(self) -> _Known:
+        """What is known now: as of this call, or newer where another read began later and was answered sooner."""
         began = self._clock()  # a key revoked while a slow database answers must not live longer for it
         try:
             standing = [key for key in self._store.api_keys() if key.revoked_at is None]
             keys = {secret: key for key in standing for secret in (key.secret_hash, key.second_hash) if secret}
+            read = _Known(keys, began)
         except StoreUnavailable as error:
-            if self._read_at == -math.inf:
+            if self._known.read_at == -math.inf:
                 raise
-            self._unread = error
-            return  # what was read before still holds
-        self._keys, self._read_at, self._unread = keys, began, None
+            read = replace(self._known, unread=error)  # what was read before still holds
+        with self._lock:
+            if began >= self._known.read_at:
+                self._known = read
+            return self._known
 
     def _note_use(self, name: str) -> None:
         try:
