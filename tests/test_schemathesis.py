@@ -2,6 +2,7 @@
 
 One check knows an exception: rules between fields (a budget that does not pay for the minimum, say) are beyond JSON
 Schema, so a request that keeps to the schema may be answered 422. And 503 is an answer: to a deadline too short, say.
+Streams of events are described as the text that they are: before OpenAPI 3.2 a description has no word for one event.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
 
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 CONFIGURATION = """
+[checks]
+enabled = true
+
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503]
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "3xx", 401, 403, 404, 409, 410, 413, 422, 429, "5xx"]
+
+[[operations]]
+include-path-regex = "/events$"
+checks.response_schema_conformance.enabled = false
 """
 EXAMPLES = int(os.environ.get("EVENODDS_SCHEMATHESIS_EXAMPLES", "30"))
 SEED = int(os.environ.get("EVENODDS_SCHEMATHESIS_SEED", "1"))
@@ -56,7 +64,6 @@ def test_no_generated_request_breaks_the_contract(
             str(tmp_path / "schemathesis.toml"),
             "run",
             f"{service.base_url}/openapi.json",
-            "--checks=all",
             "--mode=all",
             "--phases=examples,coverage,fuzzing",
             f"--max-examples={EXAMPLES}",
