@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_the_configurations_are_understood() -> None:
         connection = Connection({**settings, "base_url": None}, ["a"], where="example", no_fill=None)
         assert connection.selector.run == settings["run"]
         connection.selector.close()
+
+
+def test_the_openrlhf_example_refuses_the_trainer_that_it_does_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train.async_enable"])
+    standins: dict[str, dict[str, Any]] = {"ray": {}, "openrlhf.trainer": {"ppo_trainer": None}}
+    with (
+        frameworks.installed(standins, "evenodds.integrations.openrlhf"),
+        pytest.raises(SystemExit, match=r"^--train\.async_enable: PPOTrainerAsync samples where"),
+    ):
+        runpy.run_path(str(EXAMPLES / "openrlhf" / "train.py"), run_name="__main__")
 
 
 @pytest.mark.slow
