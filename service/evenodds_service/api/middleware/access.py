@@ -147,17 +147,17 @@ class KeyRing:
     def _read(self) -> _Known:
         """What is known now: as of this call, or newer where another read began later and was answered sooner."""
         began = self._clock()  # a key revoked while a slow database answers must not live longer for it
+        keys, unread = None, None
         try:
             standing = [key for key in self._store.api_keys() if key.revoked_at is None]
             keys = {secret: key for key in standing for secret in (key.secret_hash, key.second_hash) if secret}
-            read = _Known(keys, began)
         except StoreUnavailable as error:
             if self._known.read_at == -math.inf:
                 raise
-            read = replace(self._known, unread=error)  # what was read before still holds
+            unread = error
         with self._lock:
-            if began >= self._known.read_at:
-                self._known = read
+            if began >= self._known.read_at:  # what was read before still holds where nothing could be read
+                self._known = replace(self._known, unread=unread) if keys is None else _Known(keys, began)
             return self._known
 
     def _note_use(self, name: str) -> None:
