@@ -173,9 +173,13 @@ class Ours:
     """The fold, beliefs and choice of the service on generated features, one thread, no database and no HTTP."""
 
     def __init__(self, n_prompts: int) -> None:
-        self._pool = generated_pool(n_prompts)
+        self._pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=EMBEDDING_WIDTH, lets_go=True)
+        self._pool.reserve(n_prompts)
         self._settings = RunSettings(group_size=GROUP_SIZE)
-        self._state = fold(State(), PoolEntry(1, n_prompts), self._pool)
+        self._state = State()
+        for block in generated_blocks(n_prompts):
+            self._pool.append(block)
+            fold(self._state, PoolEntry(self._state.position + 1, self._pool.n), self._pool)
 
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
         informative = (successes > 0) & (successes < attempts)
@@ -198,25 +202,20 @@ class Ours:
         return chosen.prompts
 
 
-def generated_pool(n_prompts: int) -> Pool:
-    """As wide as a pool of texts under the built-in embedder; the numbers are noise but for the category."""
-    pool = Pool(surface_width=len(SURFACE_NAMES), embedding_width=EMBEDDING_WIDTH, lets_go=True)
-    pool.reserve(n_prompts)
+def generated_blocks(n_prompts: int) -> Iterator[RawBlock]:
+    """As wide as texts under the built-in embedder; the numbers are noise but for the category."""
     chance = np.random.default_rng(0)
     for first in range(0, n_prompts, TOGETHER):
         rows = range(first, min(first + TOGETHER, n_prompts))
-        pool.append(
-            RawBlock(
-                first=first,
-                prompt_ids=tuple(f"p{i:07d}" for i in rows),
-                groups=tuple(f"g{i % N_CATEGORIES}" for i in rows),
-                numeric=(None,) * len(rows),
-                prior_rates_N=np.full(len(rows), np.nan, dtype=np.float32),
-                surface_N_S=chance.standard_normal((len(rows), len(SURFACE_NAMES)), dtype=np.float32),
-                embedding_N_D=chance.standard_normal((len(rows), EMBEDDING_WIDTH), dtype=np.float32) / 16.0,
-            )
+        yield RawBlock(
+            first=first,
+            prompt_ids=tuple(f"p{i:07d}" for i in rows),
+            groups=tuple(f"g{i % N_CATEGORIES}" for i in rows),
+            numeric=(None,) * len(rows),
+            prior_rates_N=np.full(len(rows), np.nan, dtype=np.float32),
+            surface_N_S=chance.standard_normal((len(rows), len(SURFACE_NAMES)), dtype=np.float32),
+            embedding_N_D=chance.standard_normal((len(rows), EMBEDDING_WIDTH), dtype=np.float32) / 16.0,
         )
-    return pool
 
 
 def in_process(contender: Contender, n_prompts: int, steps: int) -> Row:
