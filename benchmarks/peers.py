@@ -56,6 +56,7 @@ from evenodds_service.domain.prompts import RawBlock
 from evenodds_service.domain.selection.selection import Forecasts, SelectionRequest, choose_batch
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.surface import SURFACE_NAMES
+from evenodds_service.runtime.live_run import RAW_MOST
 
 WARM_UP = 3
 STEP_SECONDS = 60.0
@@ -180,6 +181,7 @@ class Ours:
         for block in generated_blocks(n_prompts):
             self._pool.append(block)
             fold(self._state, PoolEntry(self._state.position + 1, self._pool.n), self._pool)
+            self._pool.let_go(self._state.basis, above=RAW_MOST)
 
     def observe(self, step: int, prompts: IntArray, successes: FloatArray, attempts: FloatArray) -> None:
         informative = (successes > 0) & (successes < attempts)
