@@ -160,7 +160,10 @@ def main(url: str, run: str, folder: Path, n_steps: int) -> None:
         num_cpus=2,
         include_dashboard=False,
         logging_level="error",
-        runtime_env={"worker_process_setup_hook": no_gpu},
+        runtime_env={
+            "worker_process_setup_hook": no_gpu,
+            "env_vars": {"PYTHONPATH": str(Path(__file__).parent)},  # where `left_empty` lies
+        },
     )
     engine = ray.remote(Engine).remote()
     trainer = ray.remote(following(trainer_of(n_steps, folder), settings)).remote(
