@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from benchmarks.latency import service as served
+from tests.integrations import by_hand
 from tests.waiting import PATIENCE_SECONDS
 
 from evenodds import Client, PromptSelector
@@ -56,11 +57,7 @@ def make_selector(trainers_service: TrainersService, tmp_path: Path) -> Iterator
 
 def observed(service: TrainersService, run: str) -> list[tuple[str, int, float, int]]:
     """All that the service has observed of a run: (prompt, step, successes, attempts), sorted."""
-    return sorted(
-        (prompt.prompt_id, visit.step, visit.successes, visit.attempts)
-        for prompt in list(service.client.prompts(run))
-        for visit in service.client.prompt(run, prompt.prompt_id).history
-    )
+    return by_hand.observed(service.client, run)
 
 
 def selected(service: TrainersService, run: str, *steps: int, batch_size: int = 4) -> list[list[str]]:

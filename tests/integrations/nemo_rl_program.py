@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import torch
+from by_hand import observed  # type: ignore[import-not-found]  # it lies beside this file
 from nemo_rl.data.collate_fn import rl_collate_fn
 from nemo_rl.data.dataloader import MultipleDataloaderWrapper
 from nemo_rl.data.datasets.processed_dataset import AllTaskProcessedDataset
@@ -140,16 +141,12 @@ def main(url: str, run: str, folder: Path) -> None:
     assert dataloader._connection.selector.flush()
 
     with Client(url) as client:
-        seen = {
-            (prompt.prompt_id, visit.step): (visit.successes, visit.attempts)
-            for prompt in list(client.prompts(run))
-            for visit in client.prompt(run, prompt.prompt_id).history
-        }
+        seen = observed(client, run)
         categories = {prompt.category for prompt in client.prompts(run)}
-    made = {key: (sum(rewards), len(rewards)) for key, rewards in (kept | second.attempts).items()}
-    assert seen == made, f"{sorted(seen.items())} is not {sorted(made.items())}"
+    made = sorted((*key, sum(rewards), len(rewards)) for key, rewards in (kept | second.attempts).items())
+    assert seen == made, f"{seen} is not {made}"
     assert categories == set(TASKS)
-    assert {n for _, n in made.values()} == {GROUP_SIZE}
+    assert {n for *_, n in made} == {GROUP_SIZE}
     sys.stdout.write(f"right: {len(seen)} groups\n")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def python_with(folder: Path, *requirements: str) -> str:
@@ -20,3 +23,12 @@ def python_with(folder: Path, *requirements: str) -> str:
         [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *requirements], check=True, capture_output=True
     )
     return str(python)
+
+
+def groups_made(command: Sequence[str], folder: Path, environment: dict[str, str]) -> list[Any]:
+    """The lines that this program adds to groups.jsonl in the folder, one for each group. It has to end well."""
+    groups = folder / "groups.jsonl"
+    n_before = len(groups.read_text().splitlines()) if groups.exists() else 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return [json.loads(line) for line in groups.read_text().splitlines()[n_before:]]

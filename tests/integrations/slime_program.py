@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from by_hand import observed  # type: ignore[import-not-found]  # it lies beside this file
 from left_empty import leave_empty  # type: ignore[import-not-found]  # it lies beside this file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -147,18 +148,15 @@ def main(url: str, run: str, folder: Path) -> None:
     rolled_out(args, second, 2)
 
     with Client(url) as client:
-        seen = {
-            (prompt.prompt_id, visit.step): (visit.successes, visit.attempts)
-            for prompt in list(client.prompts(run))
-            for visit in client.prompt(run, prompt.prompt_id).history
-        }
-    made = {}
+        seen = observed(client, run)
+    made = set()
     for key, group in attempts.items():
         counted = [reward for reward in group if reward is not None]
-        made[key] = (sum(counted), len(counted))
-    assert seen.items() <= made.items(), f"{sorted(seen.items())} is not of {sorted(made.items())}"
-    assert {step for _, step in made} == {step for _, step in seen}  # slime ends what is under way when it has enough
-    n_silent = sum(won in (0, n) for won, n in seen.values())
+        made.add((*key, sum(counted), len(counted)))
+    assert set(seen) <= made, f"{seen} is not of {sorted(made)}"
+    assert len(set(seen)) == len(seen)
+    assert {made_at for _, made_at, *_ in made} == {at for _, at, *_ in seen}  # it ends what is under way
+    n_silent = sum(won in (0, n) for *_, won, n in seen)
     sys.stdout.write(f"right: {len(seen)} groups, of which the filter dropped {n_silent}\n")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from tests.integrations.conftest import TrainersService, observed
-from tests.integrations.real import python_with
+from tests.integrations.real import groups_made, python_with
 
 PACKAGES = (
     "openrlhf==0.11.2",
@@ -44,14 +42,9 @@ def test_groups_are_reported_before_the_filter_and_a_resumed_training_goes_back(
     folder.mkdir()
 
     def trained(n_steps: int) -> list[tuple[str, int, float, int]]:
-        groups = folder / "groups.jsonl"
-        n_before = len(groups.read_text().splitlines()) if groups.exists() else 0
         given = {**os.environ, "HF_HOME": str(tmp_path / "huggingface"), "HOME": str(folder)}
         command = [python, program, trainers_service.base_url, "openrlhf", str(folder), str(n_steps)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=given)
-        assert done.returncode == 0, done.stderr[-3_000:]
-        lines = map(json.loads, groups.read_text().splitlines()[n_before:])
-        return [(prompt_id, step, won, 4) for prompt_id, step, won in lines]
+        return [(prompt_id, step, won, 4) for prompt_id, step, won in groups_made(command, folder, given)]
 
     first, second = trained(2), trained(4)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from tests.integrations.conftest import TrainersService, observed
-from tests.integrations.real import python_with
+from tests.integrations.real import groups_made, python_with
 
 PACKAGES = (
     "skyrl==0.3.0",
@@ -51,14 +49,9 @@ def test_real_batches_are_reported_and_a_resumed_training_goes_back(
     def trained(run: str, *settings: str, **environment: str) -> list[tuple[str, int, float, int]]:
         folder = tmp_path / run
         folder.mkdir(exist_ok=True)
-        groups = folder / "groups.jsonl"
-        n_before = len(groups.read_text().splitlines()) if groups.exists() else 0
         given = {**os.environ, "HF_HOME": str(tmp_path / "huggingface"), "HOME": str(folder), **environment}
         command = [python, program, trainers_service.base_url, run, str(folder), *settings]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=given)
-        assert done.returncode == 0, done.stderr[-3_000:]
-        lines = map(json.loads, groups.read_text().splitlines()[n_before:])
-        return [(prompt_id, step, correct, 4) for prompt_id, step, correct in lines]
+        return [(prompt_id, step, correct, 4) for prompt_id, step, correct in groups_made(command, folder, given)]
 
     def from_step(run: str, step: int) -> tuple[str, str]:
         return "trainer.resume_mode=from_path", f"trainer.resume_path={tmp_path}/{run}/checkpoints/global_step_{step}"
