@@ -143,7 +143,7 @@ def policy(recording: Recording, seed: int) -> tuple[World, FloatArray]:
 
 def column(world: World, weights: ngrams.Weights, share: float) -> SourceColumns:
     """What the weights say of the prompts, as a snapshot brings a source."""
-    mean_N, _ = ngrams.predict(weights, world.ngrams, np.zeros((world.n_prompts, 0), dtype=np.float32))
+    mean_N, _ = ngrams.NgramPrior(weights).predict(world.ngrams, np.zeros((world.n_prompts, 0), dtype=np.float32))
     log_odds_N_1 = (share * exact.log_odds(mean_N.astype(np.float64)))[:, None].astype(np.float16)
     return SourceColumns(("factory",), log_odds_N_1, log_odds_N_1.astype(np.float64).mean(axis=0))
 

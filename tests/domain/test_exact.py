@@ -153,6 +153,25 @@ def test_exponentials_and_logarithms_at_the_ends_of_their_range() -> None:
     assert exact.exp(np.zeros((0, 3))).shape == exact.log(np.ones((0, 3))).shape == (0, 3)
 
 
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_few_exponentials_and_logarithms_have_the_bits_of_many(precision: type[np.floating], at_once: int) -> None:
+    """Few are computed as numbers, many as arrays; prompts may not tell which."""
+    rng = np.random.default_rng(1)
+    limits = np.finfo(precision)
+    ends = [0.0, -0.0, np.nan, np.inf, -np.inf, *(s * e for e in (87, 87.5, 708, 708.5) for s in (1, -1))]
+    x = np.concatenate([rng.normal(size=4_000) * 10.0 ** rng.uniform(-8, 3, 4_000), ends]).astype(precision)
+    spread = [np.exp(rng.uniform(-85, 85, 4_000)), rng.uniform(0.5, 2, 4_000)]
+    roots = [math.sqrt(0.5), math.sqrt(2.0)]
+    y = np.concatenate([*spread, roots, [1.0, np.nan, limits.tiny, limits.max]]).astype(precision)
+
+    for function, values in ((exact.exp, x), (exact.log, y)):
+        many = function(values)
+        few = [function(values[i : i + at_once]) for i in range(0, len(values), at_once)]
+        assert all(part.dtype == precision for part in few)
+        np.testing.assert_array_equal(np.concatenate(few), many)
+
+
 @given(st.lists(st.floats(-700, 700), min_size=1, max_size=30))
 @quick
 def test_the_log_of_a_sum_of_powers(values: list[float]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenodds_service.model.ngrams import MIN_LABELS, FittedNgrams, fit, ngram_matrix, predict
+from evenodds_service.model.ngrams import MIN_LABELS, FittedNgrams, NgramPrior, fit, ngram_matrix
 
 pytestmark = pytest.mark.numbers
 
@@ -124,8 +124,8 @@ def test_a_text_that_the_fit_knew_unlabelled_and_a_new_one_are_predicted_alike()
     unseen = slice(N_LABELS, N)
     dense = np.zeros((N - N_LABELS, 2), dtype=np.float32)
 
-    mean, informative = predict(result.weights, texts[unseen], dense)
-    from_matrix, _ = predict(result.weights, ngram_matrix(texts[unseen]), dense)
+    mean, informative = NgramPrior(result.weights).predict(texts[unseen], dense)
+    from_matrix, _ = NgramPrior(result.weights).predict(ngram_matrix(texts[unseen]), dense)
 
     assert mean == pytest.approx(result.mean_N[unseen], abs=2e-3)  # half precision of the weights
     assert informative == pytest.approx(result.informative_N[unseen], abs=2e-3)
@@ -137,8 +137,8 @@ def test_one_by_one_is_as_all_together() -> None:
     weights = fitted_world().weights
     dense = np.zeros((5, 2), dtype=np.float32)
 
-    together = np.stack(predict(weights, texts[-5:], dense))
-    alone = [np.stack(predict(weights, [text], dense[:1])) for text in texts[-5:]]
+    together = np.stack(NgramPrior(weights).predict(texts[-5:], dense))
+    alone = [np.stack(NgramPrior(weights).predict([text], dense[:1])) for text in texts[-5:]]
 
     assert np.concatenate(alone, axis=1) == pytest.approx(together, abs=1e-6)
 
@@ -252,4 +252,4 @@ def test_too_few_labels_are_refused() -> None:
 
 def test_dense_inputs_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match="dense inputs have 3 columns, the fitted n-gram prior takes 2"):
-        predict(fitted_world().weights, ["a"], np.zeros((1, 3), dtype=np.float32))
+        NgramPrior(fitted_world().weights).predict(["a"], np.zeros((1, 3), dtype=np.float32))

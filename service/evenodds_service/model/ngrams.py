@@ -196,37 +196,46 @@ def _quality(predicted_n_2: FloatArray, rates: FloatArray, shown: FloatArray, we
     }
 
 
-def predict(
-    weights: Weights, texts: Sequence[str] | sparse.csr_matrix, dense_n_d: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Success rate and chance of an informative group for texts that the fit has not seen.
+class NgramPrior:
+    """What a fit says of texts. What every prediction needs of its weights is computed once.
 
     Args:
         weights: Of a fit.
-        texts: The texts, or their `ngram_matrix`.
-        dense_n_d: Their further inputs, as in the fit.
-
-    Returns:
-        mean and informative probability, float32 [n] each, in (0, 1).
-
-    Raises:
-        ValueError: the dense inputs do not have the width of the fit.
     """
-    if isinstance(texts, Sequence):
-        columns, counts = _columns_of_all(texts)
-    else:
-        columns, counts = texts.indices, np.diff(texts.indptr)
-    width = len(weights["dense_d_H"])
-    if dense_n_d.shape[1] != width:
-        raise ValueError(f"dense inputs have {dense_n_d.shape[1]} columns, the fitted n-gram prior takes {width}")
-    # One text is a few hundred columns: gather them, so that nothing of the model's size is touched.
-    data, row = _scaled(columns, counts, weights["rarity_F"])
-    terms_E_H = data[:, None] * weights["sparse_F_H"][columns]
-    heads_n_H = exact.product(dense_n_d, weights["dense_d_H"] * _DENSE_SCALE) + weights["intercept_H"]
-    heads_n_H += np.stack([np.bincount(row, terms_E_H[:, h], len(counts)) for h in range(len(HEADS))], axis=1)
-    bent = _bend(heads_n_H, weights["centre_H"], weights["spread_H"])
-    predicted = _rates(exact.product(bent, weights["stack_K_2"]))
-    return predicted[:, 0].astype(np.float32), predicted[:, 1].astype(np.float32)
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._dense = exact.Factor.of(weights["dense_d_H"] * _DENSE_SCALE)
+        self._stack = exact.Factor.of(weights["stack_K_2"])
+
+    def predict(self, texts: Sequence[str] | sparse.csr_matrix, dense_n_d: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Success rate and chance of an informative group for texts that the fit has not seen.
+
+        Args:
+            texts: The texts, or their `ngram_matrix`.
+            dense_n_d: Their further inputs, as in the fit.
+
+        Returns:
+            mean and informative probability, float32 [n] each, in (0, 1).
+
+        Raises:
+            ValueError: the dense inputs do not have the width of the fit.
+        """
+        if isinstance(texts, Sequence):
+            columns, counts = _columns_of_all(texts)
+        else:
+            columns, counts = texts.indices, np.diff(texts.indptr)
+        weights, width = self._weights, len(self._weights["dense_d_H"])
+        if dense_n_d.shape[1] != width:
+            raise ValueError(f"dense inputs have {dense_n_d.shape[1]} columns, the fitted n-gram prior takes {width}")
+        # One text is a few hundred columns: gather them, so that nothing of the model's size is touched.
+        data, row = _scaled(columns, counts, weights["rarity_F"])
+        terms_E_H = data[:, None] * weights["sparse_F_H"][columns]
+        heads_n_H = exact.product(dense_n_d, self._dense) + weights["intercept_H"]
+        heads_n_H += np.stack([np.bincount(row, terms_E_H[:, h], len(counts)) for h in range(len(HEADS))], axis=1)
+        bent = _bend(heads_n_H, weights["centre_H"], weights["spread_H"])
+        predicted = _rates(exact.product(bent, self._stack))
+        return predicted[:, 0].astype(np.float32), predicted[:, 1].astype(np.float32)
 
 
 def _csr(

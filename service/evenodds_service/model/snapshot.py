@@ -212,7 +212,7 @@ class SharedModel:
         told: dict[str, tuple[FloatArray, FloatArray]] = {}
         if "ngrams" in self.weights:
             words = [text or "" for text in texts] if isinstance(texts, Sequence) else texts
-            told["ngrams"] = ngrams.predict(self.weights["ngrams"], words, x_n_d[:, 1:])
+            told["ngrams"] = self._ngrams.predict(words, x_n_d[:, 1:])
         if "latent" in self.weights:
             told["latent"] = self._latent.predict(x_n_d)
         fitted: dict[str, FittedPrior] = {}
@@ -234,6 +234,10 @@ class SharedModel:
             return None
         words = self.read(texts) if isinstance(texts, Sequence) else texts
         return sources.predict(self.weights[SOURCES], words)
+
+    @cached_property
+    def _ngrams(self) -> ngrams.NgramPrior:
+        return ngrams.NgramPrior(self.weights["ngrams"])
 
     @cached_property
     def _latent(self) -> latent.LatentPrior:

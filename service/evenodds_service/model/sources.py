@@ -256,7 +256,7 @@ def predict(weights: ngrams.Weights, texts: sparse.csr_matrix) -> FloatArray:
     n = texts.shape[0]
     ease_n: FloatArray = np.zeros(n)
     if "sparse_F_H" in weights:
-        mean, _ = ngrams.predict(weights, texts, np.zeros((n, 0), dtype=np.float32))
+        mean, _ = ngrams.NgramPrior(weights).predict(texts, np.zeros((n, 0), dtype=np.float32))
         ease_n = _TEXT_SLOPE * (_log_odds(mean) - float(weights["centre"][0]))
     offsets, slopes = weights["offsets_C"].astype(np.float64), weights["slopes_C"].astype(np.float64)
     return np.asarray(offsets + slopes * ease_n[:, None])
