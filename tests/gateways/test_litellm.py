@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from tests.gateways.conftest import EXAMPLE, ServedModel, running_proxy
+from tests.gateways.conftest import EXAMPLE, NATURAL_TOKENS, ServedModel, running_proxy
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Gateway:
     proxy: httpx.Client
     service: Service
     model: ServedModel
+    folder: Path
 
     def chat(self, model: str, text: str, **more: Any) -> dict[str, Any]:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
@@ -59,7 +61,7 @@ def gateway(
         model_url=served_model.base_url,
         hook=EXAMPLE_HOOK.replace('models={"served"', 'models={"served*"'),
     ) as proxy:
-        yield Gateway(proxy, service, served_model)
+        yield Gateway(proxy, service, served_model, tmp_path)
 
 
 def test_the_proxy_asks_for_budgets_reports_outcomes_and_does_without_the_service(gateway: Gateway) -> None:
@@ -81,6 +83,16 @@ def test_the_proxy_asks_for_budgets_reports_outcomes_and_does_without_the_servic
     assert [p.success_rate for p in predictions] == pytest.approx([2 / 3, 1 / 11])
     assert gateway.service.client.run("served").head_step == 1
 
+    # Other endpoints, and a stream, stand in the log of the example too.
+    asked = [{"role": "user", "content": "Easy?"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": asked, "stream": True},
+        "responses": {"input": "Easy?"},
+        "messages": {"messages": asked, "max_tokens": 200},
+    }
+    for path, more in bodies.items():
+        assert gateway.proxy.post(f"/v1/{path}", json={"model": "served-too", **more}).status_code == 200
+
     # LiteLLM's own complexity router takes the label of the chat facade.
     assert gateway.contents("routed", "Easy?", n=1) == ["small"]
     assert gateway.contents("routed", "Hard?", n=1) == ["large"]
@@ -92,6 +104,28 @@ def test_the_proxy_asks_for_budgets_reports_outcomes_and_does_without_the_servic
         gateway.chat("served-too", "New?")
     assert all("reasoning_effort" not in body and "n" not in body for body in gateway.model.bodies)
     assert len(gateway.model.bodies) == 10
+
+    # What the README's command draws of the log, of the requests that the model on loopback answered.
+    log = gateway.folder / "access.log"
+    until(lambda: log.read_text().count(" served-too ") == 17, "every request of the model on the log")
+    assert drawn(log, of="served-too") == {
+        "high": (2, NATURAL_TOKENS),
+        "low": (4, 75),  # of the stream, which has no usage, LiteLLM counts the one token itself
+        "medium": (1, NATURAL_TOKENS),
+        "none": (10, NATURAL_TOKENS),
+    }
+
+
+def drawn(log: Path, *, of: str) -> dict[str, tuple[int, int]]:
+    """Requests and tokens of each by effort, as the command of the README draws the lines of one model."""
+    lines = [line for line in log.read_text().splitlines() if line.split()[2] == of]
+    log.write_text("".join(f"{line}\n" for line in lines))
+    readme = (EXAMPLE / "README.md").read_text()
+    (command,) = re.findall(r"^\$ (awk .*?\| sort)$", readme, re.MULTILINE | re.DOTALL)
+    shown = subprocess.run(command, shell=True, cwd=log.parent, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in shown.splitlines()]
+    assert all(len(bar) == -(-int(tokens) // 20) for *_, tokens, _, _, bar in rows)
+    return {effort: (int(requests), int(tokens)) for effort, requests, _, tokens, *_ in rows}
 
 
 def test_openais_own_client_reads_the_label(
