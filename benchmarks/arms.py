@@ -262,7 +262,9 @@ class Ruled(Gps):
         shares = Shares(self._least(), is_least_strict=False, reprobe=REPROBE_SHARE)
 
         def of_size(n: int) -> Choice:
-            rested = held_back(allowed, held, last_seen, scores_N=scores, batch_size=n, groups={}, all_alike=True)
+            rested = held_back(
+                allowed, held, last_seen, scores_N=scores, batch_size=n, groups={}, caps={}, all_alike=True
+            )
             among = Candidates(rested, rested, last_seen)
             return choose(scores, informative, among, shares, batch_size=n, picker=picker, generator=generator)
 

@@ -119,7 +119,7 @@ class Gps:
         if parts.rest:
             held = resting(last_seen, step=step, rest=rest_steps(state.n_prompts, batch_size))
             allowed = held_back(
-                allowed, held, last_seen, scores_N=scores, batch_size=batch_size, groups={}, all_alike=True
+                allowed, held, last_seen, scores_N=scores, batch_size=batch_size, groups={}, caps={}, all_alike=True
             )
         if not parts.quota:  # the quota then takes the best, as the rest of the batch does
             last_seen = np.argsort(np.argsort(-scores))

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenodds_service.domain.learning.features import Pool
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry
+from evenodds_service.domain.selection.batch import most_of, n_fitting
 from evenodds_service.domain.selection.eligibility import held_back, outstanding, resting
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def allowed(steps: list[int], batch_size: int, **groups: tuple[float, list[bool]
     step_N, scores_N = np.array(steps), np.arange(len(steps), dtype=float)
     members = {name: (share, np.array(members)) for name, (share, members) in groups.items()}
     everyone = np.ones(len(steps), dtype=bool)
-    may = held_back(everyone, step_N >= 0, step_N, scores_N=scores_N, batch_size=batch_size, groups=members)
+    may = held_back(everyone, step_N >= 0, step_N, scores_N=scores_N, batch_size=batch_size, groups=members, caps={})
     return np.flatnonzero(may).tolist()
 
 
@@ -171,7 +172,7 @@ def test_all_that_rest_since_the_same_step_come_back_together_so_that_there_is_a
 
     def back(n: int) -> list[int]:
         everyone, scores_N = np.ones(6, dtype=bool), np.arange(6.0)
-        may = held_back(everyone, held_N, since_N, scores_N=scores_N, batch_size=n, groups={}, all_alike=True)
+        may = held_back(everyone, held_N, since_N, scores_N=scores_N, batch_size=n, groups={}, caps={}, all_alike=True)
         return np.flatnonzero(may).tolist()
 
     assert back(2) == [1, 3]
@@ -198,7 +199,9 @@ def test_a_batch_is_short_only_where_all_eligible_together_are(
     step_N, may = np.array(steps), np.array(eligible_N[: len(steps)])
     waiting = step_N >= 0
 
-    allowed_N = held_back(may, waiting, step_N, scores_N=np.zeros(len(steps)), batch_size=batch_size, groups={})
+    allowed_N = held_back(
+        may, waiting, step_N, scores_N=np.zeros(len(steps)), batch_size=batch_size, groups={}, caps={}
+    )
 
     assert not (allowed_N & ~may).any()
     assert (allowed_N | waiting | ~may).all()
@@ -206,6 +209,46 @@ def test_a_batch_is_short_only_where_all_eligible_together_are(
     back, left = step_N[allowed_N & waiting], step_N[may & waiting & ~allowed_N]
     if len(back):
         assert back.max() <= left.min(initial=99)
+
+
+@pytest.mark.parametrize("all_alike", [False, True])
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-1, 9), st.sampled_from("abc")), min_size=1, max_size=40),
+    st.integers(1, 8),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_those_come_back_that_a_batch_can_have_under_its_caps(
+    all_alike: bool, prompts: list[tuple[int, str]], batch_size: int, most_of_a: float, most_of_b: float
+) -> None:
+    since_N = np.array([since for since, _ in prompts])
+    held_N, everyone = since_N >= 0, np.ones(len(prompts), dtype=bool)
+    of = {name: np.array([group == name for _, group in prompts]) for name in "ab"}
+    caps = {"a": (most_of_a, of["a"]), "b": (most_of_b, of["b"])}
+    most = [(most_of(share, batch_size), members_N) for share, members_N in caps.values()]
+
+    may = held_back(
+        everyone,
+        held_N,
+        since_N,
+        scores_N=np.zeros(len(prompts)),
+        batch_size=batch_size,
+        groups={},
+        caps=caps,
+        all_alike=all_alike,
+    )
+
+    assert (may | held_N).all()
+    assert min(n_fitting(may, most), batch_size) == min(n_fitting(everyone, most), batch_size)
+    for cap, members_N in most:
+        rested = int((members_N & ~held_N).sum())
+        if rested >= cap:  # nobody needs more of this group
+            assert not (may & held_N & members_N).any()
+        elif not all_alike:
+            assert int((may & members_N).sum()) <= cap
+    if n_fitting(~held_N, most) >= batch_size:
+        assert not (may & held_N).any()
 
 
 def test_a_prompt_rests_on_both_sides_of_its_step() -> None:

@@ -7,7 +7,7 @@ scored and by which rule the best are picked is decided elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -141,6 +141,19 @@ def count_of(share: float, batch_size: int) -> int:
     return math.floor(share * batch_size + 1e-9)
 
 
+def most_of(share: float, batch_size: int) -> int:
+    """How many prompts of a batch a largest share is."""
+    return math.ceil(share * batch_size - 1e-9)
+
+
+def n_fitting(eligible_N: BoolArray, most: Iterable[tuple[int, BoolArray]]) -> int:
+    """How many of these prompts a batch can have that takes so many of each group at most."""
+    fitting = int(np.count_nonzero(eligible_N))
+    for cap, members_N in most:
+        fitting -= max(0, int(np.count_nonzero(eligible_N & members_N)) - cap)
+    return fitting
+
+
 @dataclass(slots=True, eq=False)
 class _Draft:
     """A batch while it fills.
@@ -164,10 +177,8 @@ class _Draft:
         """Raises NotEnoughPrompts where the eligible prompts that fit the groups' limits do not fill a batch."""
         eligible_N = candidates.eligible_N
         least = {group: (count_of(share, batch_size), members) for group, (share, members) in shares.least.items()}
-        most = {g: (math.ceil(share * batch_size - 1e-9), members) for g, (share, members) in shares.most.items()}
-        fitting = int(np.count_nonzero(eligible_N))
-        for cap, members_N in most.values():
-            fitting -= max(0, int(np.count_nonzero(eligible_N & members_N)) - cap)
+        most = {group: (most_of(share, batch_size), members) for group, (share, members) in shares.most.items()}
+        fitting = n_fitting(eligible_N, most.values())
         if fitting < batch_size:
             raise NotEnoughPrompts(asked=batch_size, eligible=fitting)
         # Not before: an attempt that fails here draws nothing.

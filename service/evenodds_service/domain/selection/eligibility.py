@@ -10,7 +10,7 @@ import numpy as np
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.learning.state import State
-from evenodds_service.domain.selection.batch import count_of
+from evenodds_service.domain.selection.batch import count_of, most_of, n_fitting
 from evenodds_service.domain.settings import RunSettings
 
 REST_STEPS = 25
@@ -117,6 +117,7 @@ def held_back(
     scores_N: FloatArray,
     batch_size: int,
     groups: Mapping[str, tuple[float, BoolArray]],
+    caps: Mapping[str, tuple[float, BoolArray]],
     all_alike: bool = False,
 ) -> BoolArray:
     """The eligible prompts without those held back, bool [N]. A trainer is not stopped by it: as many as are missing
@@ -127,16 +128,26 @@ def held_back(
         since_N: The step since when; or how many visits.
         scores_N: Of those held back since the same step, the best come back first.
         groups: Least share and membership by group, as in `Shares.least`.
+        caps: Largest share and membership by group, as in `Shares.most`. More of a group than its share do not help.
         all_alike: Of those held back since the same step all come back where one does, and leave a choice.
     """
     allowed_N = eligible_N & ~held_N
+    most = [(most_of(share, batch_size), members_N) for share, members_N in caps.values()]
     wanted = [(count_of(share, batch_size), eligible_N & members_N) for share, members_N in groups.values()]
     for n, among_N in (*wanted, (batch_size, eligible_N)):
-        missing = n - int(np.count_nonzero(allowed_N & among_N))
+        missing = n - n_fitting(allowed_N & among_N, most)
         if missing > 0:
             held = np.flatnonzero(among_N & ~allowed_N)
-            back = held[np.lexsort((-scores_N[held], since_N[held]))[:missing]]
+            held = held[np.lexsort((-scores_N[held], since_N[held]))]
+            helps = np.ones(len(held), dtype=bool)
+            is_open = helps.copy()  # whether its group may have more
+            for cap, members_N in most:
+                room = max(cap - int(np.count_nonzero(allowed_N & members_N)), 0)
+                of_group = members_N[held]
+                helps[of_group] = np.arange(int(of_group.sum())) < room
+                is_open[of_group] = room > 0
+            back = held[helps][:missing]
             if all_alike and len(back):
-                back = held[since_N[held] <= since_N[back[-1]]]
+                back = held[is_open & (since_N[held] <= since_N[back[-1]])]
             allowed_N[back] = True
     return allowed_N

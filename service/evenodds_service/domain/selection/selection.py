@@ -222,7 +222,7 @@ def select(
     directions_of = partial(_directions, state, pool)
     picker = picker_of(acquisition, settings.diversity, state.recent_batches, directions_of, rows)
     rest = rest_of(acquisition, settings, n_prompts=state.n_prompts, batch_size=n_wanted)
-    preferred = partial(_preferred, part, request, rest=rest, scores_N=scores_N, least=shares.least)
+    preferred = partial(_preferred, part, request, rest=rest, scores_N=scores_N, shares=shares)
     among = partial(
         choose, scores_N, forecasts.informative_N, shares=shares, picker=picker, generator=generator, n_wanted=n_wanted
     )
@@ -356,13 +356,13 @@ def _preferred(
     *,
     rest: int,
     scores_N: FloatArray,
-    least: Mapping[str, tuple[float, BoolArray]],
+    shares: Shares,
 ) -> Candidates:
     """Without those that had their visits, those that are waited for, and those that rest, while there are enough
     others: who rests comes back first, who had its visits last and by the fewest of them.
     """
     allowed = part.allowed
-    without = partial(held_back, scores_N=scores_N, batch_size=batch_size, groups=least)
+    without = partial(held_back, scores_N=scores_N, batch_size=batch_size, groups=shares.least, caps=shares.most)
     here_N = without(allowed.eligible_N, allowed.spent_N, allowed.visits_N, all_alike=True)
     if not request.allow_outstanding:
         here_N = without(here_N, allowed.waited_for_N, allowed.outstanding_step_N)
