@@ -179,6 +179,33 @@ def test_a_run_that_answers_budgets_keeps_so_many_prompts_unless_it_chooses_batc
     assert retention() is None
 
 
+def test_the_first_batch_takes_back_what_a_budget_has_settled(caller: Caller) -> None:
+    """A look at a training's pool before its first batch must not bound it."""
+    caller.create(predictor="uniform", embedder="none")
+    caller.load_texts(*(f"p{i}" for i in range(12)))
+    caller.ok("POST", "/budget", json={"run": caller.run, "prompt": {"prompt_id": "p0"}})
+    until(lambda: caller.ok("GET", f"/runs/{caller.run}")["retention"] is not None, "the run to be a served one")
+
+    caller.select(0, 4)
+
+    assert caller.ok("GET", f"/runs/{caller.run}")["retention"] is None
+    caller.ok("POST", "/budget", json={"run": caller.run, "prompt": {"prompt_id": "p0"}})
+    caller.observe(0, {"prompt_id": "p0", "rewards": [1]})
+    assert caller.ok("GET", f"/runs/{caller.run}")["retention"] is None
+
+
+def test_a_batch_leaves_a_retention_that_somebody_has_set(caller: Caller) -> None:
+    caller.create(predictor="uniform", embedder="none")
+    caller.load_texts(*(f"p{i}" for i in range(12)))
+    caller.ok("POST", "/budget", json={"run": caller.run, "prompt": {"prompt_id": "p0"}})
+    until(lambda: caller.ok("GET", f"/runs/{caller.run}")["retention"] is not None, "the run to be a served one")
+    caller.create(retention={"prompts": 200_000})
+
+    caller.select(0, 4)
+
+    assert caller.ok("GET", f"/runs/{caller.run}")["retention"] == {"prompts": 200_000, "days": None}
+
+
 def test_a_served_run_lets_go_of_texts_behind_the_replies(caller: Caller) -> None:
     caller.create(retention={"prompts": 10})
     for i in range(4):

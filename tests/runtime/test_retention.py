@@ -25,6 +25,7 @@ from evenodds_service.model.history import History
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.model.surface import SURFACE, SURFACE_NAMES
 from evenodds_service.runtime import live_run, retention
+from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.runtime.retention import Tidying, erase, tidy
 from evenodds_service.storage import tables
@@ -351,12 +352,12 @@ def test_an_erasure_that_died_behind_the_new_base_is_finished_by_whoever_comes_n
         with monkeypatch.context() as dying:
             dying.setattr(store, "clear_below_base", dies)
             with pytest.raises(StoreUnavailable):
-                erase(store, live, store.run("served"), prompt_id, now=NOW)
+                erase(store, Decisions(store, now=lambda: NOW), live, store.run("served"), prompt_id, now=NOW)
         assert rows_of(prompt_id) == 1
 
         if is_asked_again:
             with pytest.raises(PromptUnknown):
-                erase(store, live, store.run("served"), prompt_id, now=NOW)
+                erase(store, Decisions(store, now=lambda: NOW), live, store.run("served"), prompt_id, now=NOW)
         else:
             Tidying(store).now(live, store.run("served"), now=NOW)
 
@@ -369,12 +370,12 @@ def test_an_erased_prompt_is_nowhere_in_the_database(store: Store, database_url:
     erased, kept = "text 7", "text 8"
     assert store.prompt(run.id, "p7").text == erased
 
-    erase(store, live, store.run("served"), "p7", now=NOW)
+    erase(store, Decisions(store, now=lambda: NOW), live, store.run("served"), "p7", now=NOW)
 
     with pytest.raises(PromptUnknown, match="'p7' is not in the pool"):
         store.prompt(run.id, "p7")
     with pytest.raises(PromptUnknown):
-        erase(store, live, store.run("served"), "p7", now=NOW)
+        erase(store, Decisions(store, now=lambda: NOW), live, store.run("served"), "p7", now=NOW)
     assert store.missing_vectors([SURFACE, "e"], [text_key(erased), text_key(kept)]) == {
         (SURFACE, text_key(erased)),
         ("e", text_key(erased)),
@@ -396,3 +397,17 @@ def test_an_erased_prompt_is_nowhere_in_the_database(store: Store, database_url:
         stored = path.read_bytes() + path.with_name(f"{path.name}-wal").read_bytes()
         assert kept.encode() in stored
         assert erased.encode() not in stored
+
+
+def test_a_pool_that_was_loaded_is_not_cut_because_it_answers_budgets(store: Store) -> None:
+    run, _ = store.put_run("served", replace(SETTINGS, retain_prompts=None), now=NOW)
+    for number in range(4):
+        report(store, run.id, number, at=NOW)
+    n_prompts = store.run("served").pool_size
+
+    store.settle_retention(run.id, n_prompts // 2)
+    settled = store.run("served")
+    Tidying(store).now(LiveRun(run.id), settled, now=NOW)
+
+    assert settled.settings.retain_prompts == n_prompts
+    assert store.run("served").pool_size == n_prompts

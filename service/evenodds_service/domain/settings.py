@@ -95,6 +95,8 @@ class RunSettings:
         groups, groups_at_most: Least and largest share of a batch by group.
         retain_prompts: The pool keeps so many prompts, and lets those go whose last outcome is the longest ago; 0 keeps
             all, None as well until the run answers a budget.
+        is_retention_settled: Whether nobody has set that and the service has, because the run answered a budget. The
+            first batch that it chooses takes it back.
         retain_days: It keeps a prompt for so long after its last outcome, in days above 0; None sets no limit.
         fallback: Choose uniformly while the mixture's skill against MoPPS stays negative.
         budget_policies: By name, one of each.
@@ -123,6 +125,7 @@ class RunSettings:
     groups: Mapping[str, float] | None = None
     groups_at_most: Mapping[str, float] | None = None
     retain_prompts: int | None = None
+    is_retention_settled: bool = False
     retain_days: float | None = None
     fallback: bool = True
     budget_policies: tuple[BudgetPolicy, ...] = ()

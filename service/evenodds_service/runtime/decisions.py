@@ -39,22 +39,28 @@ class Decisions:
         self._waiting: OrderedDict[str, Decision] = OrderedDict()
         self._thread: threading.Thread | None = None
         self._n_written = 0  # since some were forgotten
+        self._n_dropped = 0  # since that was logged
         self._forgot_at = datetime.min.replace(tzinfo=timezone.utc)
 
-    def keep(self, run: str, run_id: int, *, step: int, prompt: str) -> str | None:
+    def keep(
+        self, run: str, run_id: int, *, step: int, prompt_id: str, prompt: str, text_key: str | None = None
+    ) -> str | None:
         """Keep a decision, and return the id under which a verdict on it is reported; None where none are kept.
 
         Args:
+            prompt_id: Of the prompt, also where the pool does not have it.
             prompt: JSON of what an observation needs besides its rewards.
+            text_key: Of the text in that, if it has one.
         """
         if not self._most:
             return None
         now = self._now()
         decision_id = f"{run}.{int(now.timestamp()):x}.{uuid.uuid4().hex}"
         with self._lock:
-            self._waiting[decision_id] = Decision(decision_id, run_id, step, prompt, now)
+            self._waiting[decision_id] = Decision(decision_id, run_id, step, prompt, now, prompt_id, text_key)
             if len(self._waiting) > MOST_WAITING:
                 self._waiting.popitem(last=False)
+                self._n_dropped += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write, name="decisions", daemon=True)
                 self._thread.start()
@@ -78,16 +84,28 @@ class Decisions:
         decision = waiting or self._store.decision(decision_id)
         if decision is None:
             raise DecisionUnknown(
-                f"decision {decision_id!r} is not known: send the decision_id that a budget answered, or report the "
-                "outcome with its run, step and text"
+                f"decision {decision_id!r} is not known: it is none that a budget answered, or not among the newest "
+                f"{self._most:,} any more (EVENODDS_DECISIONS): report the outcome with its run, step and text"
             )
         return decision
 
-    def forget(self, run_id: int) -> None:
-        """Drop those of this run that are not written yet."""
-        with self._lock:
-            for decision_id in [name for name, waiting in self._waiting.items() if waiting.run_id == run_id]:
-                del self._waiting[decision_id]
+    def erase(self, run_id: int, prompt_id: str, text_key: str | None) -> int:
+        """Forget what was decided about this prompt or its text, written or not. Returns how many decisions that were.
+
+        Raises:
+            StoreUnavailable: those that are written are still there.
+        """
+        with self._flushing:  # or one that is just being written would come after the deletion
+            with self._lock:
+                of_run = [decision for decision in self._waiting.values() if decision.run_id == run_id]
+                gone = [
+                    decision.decision_id
+                    for decision in of_run
+                    if decision.prompt_id == prompt_id or (text_key is not None and decision.text_key == text_key)
+                ]
+                for decision_id in gone:
+                    del self._waiting[decision_id]
+            return len(gone) + self._store.erase_decisions(run_id, prompt_id, text_key)
 
     def close(self) -> None:
         """Write what waits, once."""
@@ -117,6 +135,14 @@ class Decisions:
     def _write_waiting(self) -> None:
         with self._lock:
             made = tuple(self._waiting.values())
+            n_dropped, self._n_dropped = self._n_dropped, 0
+        if n_dropped:
+            logger.warning(
+                "%d decisions on budgets were dropped, because more than %d waited to be written: "
+                "verdicts on them will be refused",
+                n_dropped,
+                MOST_WAITING,
+            )
         if not made:
             return
         now = self._now()

@@ -7,7 +7,6 @@ under a run's lock.
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import threading
 from datetime import datetime
@@ -16,9 +15,11 @@ import numpy as np
 
 from evenodds_service.domain.learning.state import State, rows_of_serials
 from evenodds_service.domain.log_entries import ObserveEntry
+from evenodds_service.domain.prompts import text_key
 from evenodds_service.domain.retention import is_above, to_retire
 from evenodds_service.errors import CheckpointUnusable, PromptUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
+from evenodds_service.runtime.decisions import Decisions
 from evenodds_service.runtime.live_run import LiveRun
 from evenodds_service.storage.entries import seconds_of
 from evenodds_service.storage.store import NewSnapshot, Run, Store
@@ -154,28 +155,34 @@ def _give_memory_back() -> None:
         return
 
 
-def erase(store: Store, live: LiveRun, run: Run, prompt_id: str, *, now: datetime) -> None:
+def erase(store: Store, decisions: Decisions, live: LiveRun, run: Run, prompt_id: str, *, now: datetime) -> None:
     """Remove a prompt with its text and vectors from everything that is stored. What it taught of others stays.
 
+    A text that was only asked about stands in decisions alone, and is removed there.
+
     Raises:
-        PromptUnknown: there is no such prompt.
+        PromptUnknown: there is no such prompt, nor a decision about it.
         StoreUnavailable: not all of it is done; the call may be repeated.
     """
     live.catch_up(store, run)
     try:
         prompt = store.prompt(run.id, prompt_id)
     except PromptUnknown:
+        n_decisions = decisions.erase(run.id, prompt_id, None)
         if run.retired_position <= run.base_position:  # else an earlier call is to be finished
             if run.base_position:  # it may be retired, and whoever moved the base have died before all below was gone
                 _clear(store, run.id, now=now)
+            if run.base_position or n_decisions:
                 store.forget_deleted()
+            if n_decisions:
+                return
             raise
     else:
         _forget_in_snapshot(store, live, run, prompt.index, now=now)
-        said = [json.dumps(prompt_id, ensure_ascii=False)]
-        said += [json.dumps(prompt.text, ensure_ascii=False)] if prompt.text is not None else []
-        store.erase_decisions(run.id, said)
         store.retire_prompts(run.id, np.array([prompt.index]), now=now)
+        # Behind the retirement: of those that are made later, each is of somebody who asks about the text anew.
+        key = None if prompt.text is None else text_key(prompt.text)
+        decisions.erase(run.id, prompt_id, key)
     for _ in range(_TRIES):
         run = store.run_with_id(run.id)
         if run.retired_position <= run.base_position or compact(store, live, run, now=now):

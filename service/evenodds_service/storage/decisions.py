@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, insert, or_, select
 
 from evenodds_service.storage.tables import decisions, runs
 from evenodds_service.storage.transactions import Transactions
@@ -38,12 +38,26 @@ class DecisionMethods(Transactions):
                     "step": decision.step,
                     "prompt": decision.prompt,
                     "created_at": decision.created_at,
+                    "prompt_id": decision.prompt_id,
+                    "text_key": decision.text_key,
                 }
                 for decision in made
                 if decision.run_id in there
             ]
             if rows:
                 connection.execute(insert(decisions), rows)
+
+    def erase_decisions(self, run_id: int, prompt_id: str, text_key: str | None) -> int:
+        """Delete the run's decisions about this prompt or its text, and those of which that is not known.
+
+        Returns:
+            How many these were.
+        """
+        of_prompt = or_(decisions.c.prompt_id == prompt_id, decisions.c.prompt_id.is_(None))
+        if text_key is not None:
+            of_prompt = or_(of_prompt, decisions.c.text_key == text_key)
+        with self._writing(in_bulk=True) as connection:
+            return connection.execute(delete(decisions).where(decisions.c.run_id == run_id, of_prompt)).rowcount
 
     def decision(self, decision_id: str) -> Decision | None:
         """The decision of this id, if it is kept."""

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, text, tuple_, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, select, text, tuple_, update
 
 from evenodds_service.domain.arrays import IntArray
 from evenodds_service.domain.log_entries import RetireEntry, SnapshotEntry
@@ -26,7 +26,6 @@ from evenodds_service.storage.runs import lock_run, settings_to_json, stored_emb
 from evenodds_service.storage.tables import (
     bases,
     checkpoints,
-    decisions,
     embeddings,
     log,
     pool_blocks,
@@ -52,7 +51,7 @@ _ERASED_FROM = "prompts, embeddings, log, checkpoints, pool_blocks, snapshots, b
 
 class RetentionMethods(Transactions):
     def settle_retention(self, run_id: int, most: int) -> None:
-        """Let the run keep so many prompts, unless that was set, or it has chosen a batch.
+        """Let the run keep so many prompts, or all that it has by now, unless that was set, or it has chosen a batch.
 
         Raises:
             RunUnknown: also where the run was deleted since the caller looked it up.
@@ -61,7 +60,8 @@ class RetentionMethods(Transactions):
             run = lock_run(connection, run_id)
             chosen = select(log.c.position).where(log.c.run_id == run_id, log.c.kind == "select").limit(1)
             if run.settings.retain_prompts is None and connection.execute(chosen).first() is None:
-                settings = settings_to_json(replace(run.settings, retain_prompts=most))
+                settled = replace(run.settings, retain_prompts=max(most, run.pool_size), is_retention_settled=True)
+                settings = settings_to_json(settled)
                 connection.execute(update(runs).where(runs.c.id == run_id).values(settings=settings))
 
     def retire_prompts(self, run_id: int, indices: IntArray, *, now: datetime) -> Written | None:
@@ -215,12 +215,6 @@ class RetentionMethods(Transactions):
                 connection.execute(delete(prompts).where(prompts.c.run_id == run_id, prompts.c.index.in_(part)))
             _erase_vectors(connection, run, [row.text_key for row in rows], [row.vector_key for row in rows])
         return len(positions) == _ENTRIES_AT_ONCE or len(rows) == _PROMPTS_AT_ONCE
-
-    def erase_decisions(self, run_id: int, prompts_said: Sequence[str]) -> None:
-        """Delete the run's decisions on budgets whose prompt, as JSON, has one of these in it."""
-        said = or_(*(decisions.c.prompt.contains(content, autoescape=True) for content in prompts_said))
-        with self._writing(in_bulk=True) as connection:
-            connection.execute(delete(decisions).where(decisions.c.run_id == run_id, said))
 
     def forget_deleted(self) -> None:
         """Let nothing of what was deleted stand in the database's files: SQLite's log, PostgreSQL's dead rows.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, update
 
 from evenodds_service.domain.log_entries import SelectEntry
 from evenodds_service.errors import ChoiceOutdated, SelectionConflict
 from evenodds_service.storage.entries import append_entries, kept_digits
-from evenodds_service.storage.runs import find_run, lock_run
+from evenodds_service.storage.runs import find_run, lock_run, settings_to_json
 from evenodds_service.storage.tables import log, runs, selections
 from evenodds_service.storage.transactions import Transactions
 from evenodds_service.storage.values import NewSelection, Run, Selection, Written
@@ -67,6 +67,10 @@ class SelectionMethods(Transactions):
                 chosen.selection_id, chosen.step, chosen.arguments_hash, chosen.reply, log_position=entry.position
             )
             connection.execute(insert(selections).values(run_id=run_id, **asdict(recorded)))
+            if run.settings.is_retention_settled:  # it proves to be a training run: its pool is nobody's to cut
+                unsettled = replace(run.settings, retain_prompts=None, is_retention_settled=False)
+                kept = update(runs).where(runs.c.id == run_id).values(settings=settings_to_json(unsettled))
+                connection.execute(kept)
         return recorded, written
 
 

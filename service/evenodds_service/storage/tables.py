@@ -273,6 +273,8 @@ decisions = Table(
     Column("step", BigInteger, nullable=False),
     Column("prompt", Text, nullable=False),  # JSON of what an observation says of its prompt
     Column("created_at", UtcDateTime, nullable=False),
+    Column("prompt_id", Text, nullable=True),  # that of a new text too; missing where an older release wrote the row
+    Column("text_key", Text, nullable=True),
     CheckConstraint("step >= 0", name="step"),
 )
 Index("ix_decisions_created_at", decisions.c.created_at)

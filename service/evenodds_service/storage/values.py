@@ -214,6 +214,8 @@ class Decision:
     Attributes:
         step: Version of the served model.
         prompt: JSON of what an observation says of its prompt.
+        prompt_id: Its id, which a new text has too; None where an older release kept the decision.
+        text_key: Of the text in it; None without one.
     """
 
     decision_id: str
@@ -221,6 +223,8 @@ class Decision:
     step: int
     prompt: str
     created_at: datetime
+    prompt_id: str | None
+    text_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from evenodds.schemas import (
 )
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath, Services, described
 from evenodds_service.domain.budgets import allocation
+from evenodds_service.domain.prompts import text_key
 from evenodds_service.domain.settings import BudgetPolicy, EffortTier
 from evenodds_service.runtime.beliefs import beliefs_about
 from evenodds_service.runtime.budgets import DEFAULT_POLICY, Budget
@@ -136,12 +137,23 @@ async def budget_reply(body: BudgetRequest, services: Services) -> BudgetReply:
 
 
 def _decision_id(body: BudgetRequest, budget: Budget, step: int, services: Services) -> str | None:
-    """Keep the decision for a verdict. Where the run keeps no texts, only of prompts that the pool has."""
+    """Keep the decision for a verdict. Where the run keeps no texts, only of prompts that the pool has.
+
+    A text that was asked about is kept where the pool has it, too: its prompt may be retired when the verdict comes.
+    """
     if budget.is_new and not budget.keeps_text:
         return None
-    prompt = body.prompt if budget.is_new else PromptRef(prompt_id=budget.prompt_id)
+    is_text = budget.keeps_text and body.prompt.prompt_id is None
+    prompt = body.prompt if budget.is_new or is_text else PromptRef(prompt_id=budget.prompt_id)
     content = prompt.model_dump_json(exclude_none=True, by_alias=True)
-    return services.decisions.keep(body.run, budget.run_id, step=step, prompt=content)
+    return services.decisions.keep(
+        body.run,
+        budget.run_id,
+        step=step,
+        prompt_id=budget.prompt_id,
+        prompt=content,
+        text_key=None if prompt.text is None else text_key(prompt.text),
+    )
 
 
 @router.put("/runs/{run}/budget_policies/{policy}", summary="Store a budget policy")

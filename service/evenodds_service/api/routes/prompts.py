@@ -283,8 +283,7 @@ def delete_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services
     a retraction or a fork cannot reach back behind this call. Takes seconds in a large run.
     """
     stored, live, _ = services.live_runs.at_head(run)
-    erase(services.store, live, stored, prompt_id, now=now())
-    services.decisions.forget(stored.id)
+    erase(services.store, services.decisions, live, stored, prompt_id, now=now())
     services.live_runs.forget(run)
     return Response(status_code=204)
 

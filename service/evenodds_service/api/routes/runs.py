@@ -74,6 +74,7 @@ def put_run(run: RunPath, body: RunUpdate, services: Dependencies, caller: Calle
     if "retention" in body.model_fields_set:
         kept = body.retention
         sent |= {"retain_prompts": kept and kept.prompts, "retain_days": kept and kept.days}
+        sent["is_retention_settled"] = None
     changes = {name: defaults[name] if value is None else value for name, value in sent.items()}
     before, settings = settings, replace(settings, **changes, **_learning(services.store, caller, settings, body))
     check_shares(settings.groups or {}, settings.groups_at_most or {})

@@ -48,6 +48,7 @@ from evenodds_service.domain.settings import RunSettings, check_shares
 from evenodds_service.errors import (
     ChoiceOutdated,
     PoolChanged,
+    RequestConflict,
     RunUnknown,
     StepJump,
     StoreError,
@@ -110,17 +111,24 @@ def observe(
     order, in several calls, and for prompts that the selection did not choose. Each counts at its `step`. Instead of a
     run and a step, a gateway may send the `decision_id` of a budget, within 24 hours.
     """
-    if isinstance(body, VerdictRequest):
-        body = _by_decision(body, services)
+    outcomes = _by_decision(body, services) if isinstance(body, VerdictRequest) else body
     if not confirm_step:
-        _check_step(body, services)
-    appended = _append(body, services)
+        _check_step(outcomes, services)
+    try:
+        appended = _append(outcomes, services)
+    except RequestConflict as error:
+        if not isinstance(body, VerdictRequest) or body.request_id is not None:
+            raise
+        raise RequestConflict(  # of an id that the caller has never seen
+            f"decision {body.decision_id!r} has a verdict with other rewards, and that one counts: send a request_id "
+            "of your own to report a further attempt"
+        ) from error
     if appended.written is not None:
         afterwards.add_task(_keep_up, services, appended.written)
     if appended.replayed:
         response.headers[REPLAYED_HEADER] = "true"
     return ObserveReply(
-        run=body.run,
+        run=outcomes.run,
         log_position=appended.log_position,
         accepted=appended.accepted,
         model_version=appended.model_version,
