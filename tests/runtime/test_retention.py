@@ -411,3 +411,22 @@ def test_a_pool_that_was_loaded_is_not_cut_because_it_answers_budgets(store: Sto
 
     assert settled.settings.retain_prompts == n_prompts
     assert store.run("served").pool_size == n_prompts
+
+
+def test_between_two_deletions_others_may_write(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's lock has no queue: without a pause whoever waits for it finds it taken until all is deleted."""
+    run, live, _ = lived(store, 5)
+    monkeypatch.setattr("evenodds_service.storage.retention._PROMPTS_AT_ONCE", 1)
+    written: list[int] = []
+
+    def others_write(seconds: float) -> None:
+        assert seconds > 0.1  # who waits looks so often
+        report(store, run.id, 100 + len(written), at=NOW)
+        written.append(store.run("served").log_position)
+
+    monkeypatch.setattr(retention.time, "sleep", others_write)
+    for number in range(50, 60):
+        report(store, run.id, number, at=NOW)
+    tidy(store, live, store.run("served"), now=NOW)
+
+    assert len(written) > 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+import time
 from datetime import datetime
 
 import numpy as np
@@ -33,6 +34,9 @@ _LOOK_SECONDS = 3_600.0
 """How often a run is looked through for prompts that are too old."""
 
 _TRIES = 5
+_TURN_SECONDS = 0.2
+"""So long others get their turn between two deletions. SQLite's lock has no queue: who waits for it looks every tenth of a
+second, and would find it taken until all is deleted."""
 
 
 class Tidying:
@@ -143,8 +147,9 @@ def compact(store: Store, live: LiveRun, run: Run, *, now: datetime) -> bool:
 
 
 def _clear(store: Store, run_id: int, *, now: datetime) -> None:
+    """Delete all that is below the base, with a pause behind each part."""
     while store.clear_below_base(run_id, now=now):
-        pass
+        time.sleep(_TURN_SECONDS)
 
 
 def _give_memory_back() -> None:

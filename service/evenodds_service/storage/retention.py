@@ -45,7 +45,8 @@ MOST_KEPT_REQUESTS = 200_000
 KEPT_SELECTIONS = 1_000
 """Selections below the base that are remembered."""
 
-_ENTRIES_AT_ONCE, _PROMPTS_AT_ONCE = 5_000, 1_000
+_ENTRIES_AT_ONCE, _PROMPTS_AT_ONCE = 2_000, 400
+"""A tenth of a second's work, for which SQLite lets nobody else write."""
 _ERASED_FROM = "prompts, embeddings, log, checkpoints, pool_blocks, snapshots, bases, decisions"
 
 
