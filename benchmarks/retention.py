@@ -5,8 +5,8 @@
 One process does what the service does, without HTTP: rounds of 64 budgets for texts that nobody has sent before, as
 requests that wait together share them, then one report of an outcome for each, as a gateway's buffer sends them; behind
 it checkpoints and tidying in their threads. A line for every twentieth of the requests: prompts in the pool, memory of
-the process, the database with its write-ahead log, milliseconds of a round and of a report. `most` is the longest one: a
-round waits for the run's lock while prompts are let go, a report for the database's.
+the process, the database with its write-ahead log, milliseconds of a round and of a report. `most` is the longest
+one: a round waits for the run's lock while prompts are let go, a report for the database's.
 """
 
 from __future__ import annotations
