@@ -424,7 +424,7 @@ def test_between_two_deletions_others_may_write(store: Store, monkeypatch: pytes
         report(store, run.id, 100 + len(written), at=NOW)
         written.append(store.run("served").log_position)
 
-    monkeypatch.setattr(retention.time, "sleep", others_write)
+    monkeypatch.setattr("evenodds_service.runtime.retention.time.sleep", others_write)
     for number in range(50, 60):
         report(store, run.id, number, at=NOW)
     tidy(store, live, store.run("served"), now=NOW)

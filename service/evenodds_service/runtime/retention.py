@@ -36,7 +36,7 @@ _LOOK_SECONDS = 3_600.0
 _TRIES = 5
 _TURN_SECONDS = 0.2
 """So long others get their turn between two deletions. SQLite's lock has no queue: who waits for it looks every tenth
-second, and would find it taken until all is deleted."""
+of a second, and would find it taken until all is deleted."""
 
 
 class Tidying:
