@@ -155,7 +155,8 @@ def test_every_setting_is_documented_with_its_default_and_no_other_is_named() ->
             assert documented[name][0] == default.removesuffix(".0"), name
     compose = set(re.findall(r"EVENODDS_\w+", (ROOT / "docker-compose.yml").read_text()))  # it has some of its own
     proxy = set(re.findall(r"EVENODDS_\w+", (ROOT / "examples/litellm/config.yaml").read_text()))
-    known = set(fields) | compose | proxy | {API_KEY_VARIABLE}
+    shim = set(re.findall(r"EVENODDS_\w+", (ROOT / "examples/http_shim/shim.py").read_text()))
+    known = set(fields) | compose | proxy | shim | {API_KEY_VARIABLE}
     assert set(fields) <= set(re.findall(r"EVENODDS_[A-Z_]*[A-Z]", ALL)) <= known
 
 

@@ -3,11 +3,12 @@
     pip install ../.. starlette uvicorn          # in this folder of a checkout
     UPSTREAM=http://127.0.0.1:8801 EVENODDS_URL=http://127.0.0.1:8000 EVENODDS_RUN=served uvicorn shim:app --port 8080
 
-A request to `/chat/completions`, `/responses` or `/messages` goes on with `metadata.difficulty` in its body and
-`x-evenodds-effort`, `x-evenodds-attempts` and `x-evenodds-success-rate` in its headers; the reply has them too. Which
-text is judged, `evenodds.TextRule` says (`EVENODDS_TEXT_RULE`, JSON). What a caller sends under these names is
-removed, always. All else goes on as it came, byte for byte, and so does every request while Even Odds does not answer
-within the deadline. Answers are passed on as they come, streams too.
+A request to `/chat/completions`, `/responses` or `/messages` goes on with `x-evenodds-effort`, `x-evenodds-attempts`
+and `x-evenodds-success-rate` in its headers; the reply has them too. `EVENODDS_SHIM_METADATA=on` also writes the effort
+into the body, as `metadata.difficulty`; some providers refuse metadata that they do not know. Which text is judged,
+`evenodds.TextRule` says (`EVENODDS_TEXT_RULE`, JSON). What a caller sends under the names that the shim writes is
+removed. All else goes on as it came, byte for byte, and so does every request while Even Odds does not answer within
+the deadline. Answers are passed on as they come, streams too.
 """
 
 import json
@@ -23,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from evenodds import GatewayBudget, TextRule
+from evenodds import ConfigurationError, GatewayBudget, TextRule
 
 HOP_BY_HOP = {
     *(b"host", b"content-length", b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer"),
@@ -43,10 +44,12 @@ def create_app(
     policy: str = "default",
     deadline_ms: float = 50.0,
     text_rule: TextRule | None = None,
+    writes_metadata: bool = False,
 ) -> Starlette:
     rule = text_rule or TextRule()
     gateway = GatewayBudget(evenodds, run=run, policy=policy, deadline_ms=deadline_ms, text_rule=rule)
-    model = httpx.AsyncClient(base_url=upstream, timeout=httpx.Timeout(10.0, read=None))
+    unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # the upstream's to limit
+    model = httpx.AsyncClient(base_url=upstream, limits=unlimited, timeout=httpx.Timeout(10.0, read=None, pool=None))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -60,11 +63,12 @@ def create_app(
         judged: list[tuple[bytes, bytes]] = []
         if request.method == "POST" and request.url.path.endswith(JUDGED):
             content, judged = await judge(content)
-        asked = model.build_request(request.method, _target(model, request), content=content, headers=headers + judged)
+        # Not by `build_request`, which adds headers of its own, and the cookies that other callers were given.
+        asked = httpx.Request(request.method, _target(model, request), content=content, headers=headers + judged)
         try:
             reply = await model.send(asked, stream=True)
         except httpx.RequestError as error:
-            return Response(f"upstream {upstream}: {error or type(error).__name__}", 502, media_type="text/plain")
+            return Response(f"upstream {upstream}: {str(error) or type(error).__name__}", 502, media_type="text/plain")
         answer = StreamingResponse(reply.aiter_raw(), reply.status_code, background=BackgroundTask(reply.aclose))
         answer.raw_headers = _passed(reply.headers.raw) + judged
         return answer
@@ -73,14 +77,14 @@ def create_app(
         """The body with the judgement and without what the caller claims to be one, and the headers that go with it."""
         try:
             body = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return content, []  # whatever it is, it is the upstream's to refuse
         if not isinstance(body, dict):
             return content, []
         conversation = body.get("messages") or body.get("input")
         budget = await gateway.budget(conversation) if isinstance(conversation, (str, list)) else None
         metadata = body.get("metadata") or {}
-        if isinstance(metadata, dict) and (budget is not None or "difficulty" in metadata):
+        if writes_metadata and isinstance(metadata, dict) and (budget is not None or "difficulty" in metadata):
             own = {} if budget is None else {"difficulty": budget.effort}
             body["metadata"] = {**{name: value for name, value in metadata.items() if name != "difficulty"}, **own}
             content = json.dumps(body).encode()
@@ -119,6 +123,13 @@ def _target(model: httpx.AsyncClient, request: Request) -> httpx.URL:
     return model.base_url.copy_with(raw_path=path + (b"?" + query if query else b""))
 
 
+def _is_on(name: str) -> bool:
+    value = os.environ.get(name, "off")
+    if value not in ("on", "off"):
+        raise ConfigurationError(f"{name} is {value!r}: set it to 'on' or 'off', or leave it out, which is 'off'")
+    return value == "on"
+
+
 if "UPSTREAM" in os.environ:
     app = create_app(
         os.environ["UPSTREAM"],
@@ -127,4 +138,5 @@ if "UPSTREAM" in os.environ:
         policy=os.environ.get("EVENODDS_POLICY", "default"),
         deadline_ms=float(os.environ.get("EVENODDS_GATEWAY_DEADLINE_MS", "50")),
         text_rule=TextRule.model_validate_json(os.environ.get("EVENODDS_TEXT_RULE", "{}")),
+        writes_metadata=_is_on("EVENODDS_SHIM_METADATA"),
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import importlib.util
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -19,8 +23,14 @@ import pytest
 import uvicorn
 import yaml
 from benchmarks.nginx import NGINX, free_address, listening
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from tests.gateways.conftest import ROOT, ServedModel, serving_model, tokens_of
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.waiting import PATIENCE_SECONDS, until, until_awaited
+
+from evenodds import ConfigurationError
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -44,15 +54,32 @@ def shim(service: Service, served_model: ServedModel) -> Iterator[httpx.Client]:
         yield http
 
 
-@contextmanager
-def serving_shim(upstream: str, service: Service) -> Iterator[httpx.Client]:
+@pytest.fixture
+def writing_shim(service: Service, served_model: ServedModel) -> Iterator[httpx.Client]:
+    """One that writes metadata too."""
+    with serving_shim(served_model.base_url.removesuffix("/v1"), service, writes_metadata=True) as http:
+        yield http
+
+
+def the_example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("shim", EXAMPLE / "shim.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    app = module.create_app(upstream, service.base_url, "served", deadline_ms=30_000)
-    listening = socket.create_server(("127.0.0.1", 0))
+    return module
+
+
+@contextmanager
+def serving_shim(upstream: str, service: Service, **options: Any) -> Iterator[httpx.Client]:
+    app = the_example().create_app(upstream, service.base_url, "served", deadline_ms=30_000, **options)
+    with serving(app) as http:
+        yield http
+
+
+@contextmanager
+def serving(app: Starlette) -> Iterator[httpx.Client]:
+    listening = socket.create_server(("127.0.0.1", 0), backlog=500)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -69,19 +96,45 @@ def chat(shim: httpx.Client, text: str, **more: Any) -> httpx.Response:
     return reply
 
 
-def test_a_chat_request_goes_on_with_its_difficulty(shim: httpx.Client, served_model: ServedModel) -> None:
-    reply = chat(shim, "Hard?", metadata={"cohort": "beta"}, temperature=0.5)
+def test_a_chat_request_goes_on_with_its_judgement_in_headers_and_is_else_as_it_came(
+    shim: httpx.Client, served_model: ServedModel
+) -> None:
+    reply = chat(shim, "Hard?", metadata={"cohort": "beta", "difficulty": "of the caller"}, temperature=0.5)
     chat(shim, "Easy?")
 
     assert reply.json()["choices"][0]["message"]["content"] == "41"
     hard, easy = served_model.bodies
-    assert hard["metadata"] == {"cohort": "beta", "difficulty": "high"}
+    assert hard["metadata"] == {"cohort": "beta", "difficulty": "of the caller"}
     assert (hard["temperature"], hard["messages"]) == (0.5, [{"role": "user", "content": "Hard?"}])
-    assert easy["metadata"] == {"difficulty": "low"}
+    assert "metadata" not in easy
     hard_headers, easy_headers = served_model.headers
     assert (hard_headers["x-evenodds-effort"], easy_headers["x-evenodds-effort"]) == ("high", "low")
     assert easy_headers["x-evenodds-success-rate"] == "0.900"
     assert hard_headers["authorization"] == "Bearer x"
+
+
+def test_the_difficulty_stands_in_the_body_where_the_operator_asks_for_it(
+    service: Service, served_model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {
+        "UPSTREAM": served_model.base_url.removesuffix("/v1"),
+        "EVENODDS_URL": service.base_url,
+        "EVENODDS_GATEWAY_DEADLINE_MS": "30000",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    for value in ("off", "on"):
+        monkeypatch.setenv("EVENODDS_SHIM_METADATA", value)
+        with serving(the_example().app) as http:
+            chat(http, "Hard?", metadata={"cohort": "beta"})
+
+    assert [body["metadata"] for body in served_model.bodies] == [
+        {"cohort": "beta"},
+        {"cohort": "beta", "difficulty": "high"},
+    ]
+    monkeypatch.setenv("EVENODDS_SHIM_METADATA", "yes")
+    with pytest.raises(ConfigurationError, match="EVENODDS_SHIM_METADATA is 'yes': set it to 'on' or 'off'"):
+        the_example()
 
 
 def test_a_follow_up_is_judged_with_what_it_follows(
@@ -95,14 +148,16 @@ def test_a_follow_up_is_judged_with_what_it_follows(
     turns += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "go on"}]
     shim.post("/v1/chat/completions", json={"messages": turns})
 
-    assert [body["metadata"]["difficulty"] for body in served_model.bodies] == ["low", "high"]
+    assert [headers["x-evenodds-effort"] for headers in served_model.headers] == ["low", "high"]
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/chat/completions?x=1"])
-def test_every_endpoint_of_a_conversation_is_judged(shim: httpx.Client, served_model: ServedModel, path: str) -> None:
+def test_every_endpoint_of_a_conversation_is_judged(
+    writing_shim: httpx.Client, served_model: ServedModel, path: str
+) -> None:
     conversation = {"input": "Hard?"} if "responses" in path else {"messages": [{"role": "user", "content": "Hard?"}]}
 
-    reply = shim.post(path, json=conversation)
+    reply = writing_shim.post(path, json=conversation)
 
     assert served_model.bodies[0]["metadata"] == {"difficulty": "high"}
     assert reply.headers["x-evenodds-effort"] == "high"
@@ -110,15 +165,15 @@ def test_every_endpoint_of_a_conversation_is_judged(shim: httpx.Client, served_m
 
 
 def test_what_a_caller_claims_to_be_a_judgement_is_removed(
-    shim: httpx.Client, service: Service, served_model: ServedModel
+    writing_shim: httpx.Client, service: Service, served_model: ServedModel
 ) -> None:
     body = {"messages": [{"role": "user", "content": "Hard?"}], "metadata": {"difficulty": "low", "cohort": "beta"}}
     claimed = {"X-EvenOdds-Effort": "low", "x-evenodds-anything": "1"}
 
-    shim.post("/v1/chat/completions", json=body, headers=claimed)
+    writing_shim.post("/v1/chat/completions", json=body, headers=claimed)
     service.stop()
-    shim.post("/v1/chat/completions", json=body, headers=claimed)
-    shim.post("/v1/other", json=body, headers=claimed)
+    writing_shim.post("/v1/chat/completions", json=body, headers=claimed)
+    writing_shim.post("/v1/other", json=body, headers=claimed)
 
     judged, unjudged, other = served_model.headers
     assert (judged["x-evenodds-effort"], "x-evenodds-anything" in judged) == ("high", False)
@@ -147,9 +202,59 @@ def test_without_the_service_requests_go_on_as_they_came(
     for _ in range(10):
         chat(shim, "Hard?")
 
-    assert all("metadata" not in body for body in served_model.bodies)
     assert all("x-evenodds-effort" not in headers for headers in served_model.headers)
     assert len(served_model.bodies) == 10
+
+
+def test_headers_are_the_callers_and_no_others(shim: httpx.Client, served_model: ServedModel) -> None:
+    shim.get("/v1/models")  # its reply sets cookies, for this caller alone
+    connection = http.client.HTTPConnection(shim.base_url.host, shim.base_url.port, timeout=PATIENCE_SECONDS)
+    connection.putrequest("POST", "/v1/other", skip_accept_encoding=True)
+    connection.putheader("Content-Length", "2")
+    connection.endheaders(b"{}")
+    connection.getresponse().read()
+    connection.close()
+
+    assert set(served_model.headers[-1]) == {"host", "content-length"}
+
+
+def test_as_many_requests_at_a_time_as_callers_send_reach_the_model(service: Service) -> None:
+    """It answers when all of them are there, or one has been given up: a shim with a limit would wait for itself."""
+    n_asked, arrived, statuses = 150, list[int](), list[int]()
+
+    async def answer(request: Request) -> Response:
+        arrived.append(1)
+        await until_awaited(lambda: len(arrived) == n_asked or statuses, "all requests at the model")
+        return Response("ok")
+
+    async def ask(url: httpx.URL) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_SECONDS) as http:
+            statuses.append((await http.get("/v1/slow")).status_code)
+
+    async def ask_all(url: httpx.URL) -> None:
+        await asyncio.gather(*(ask(url) for _ in range(n_asked)))
+
+    with (
+        serving(Starlette(routes=[Route("/v1/slow", answer)])) as model,
+        serving_shim(str(model.base_url), service) as shim,
+    ):
+        asyncio.run(ask_all(shim.base_url))
+
+    assert statuses == [200] * n_asked
+
+
+def test_a_body_that_is_nested_too_deeply_is_the_models_to_judge(service: Service) -> None:
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    body = b'{"messages": %s%s}' % (b"[" * 100_000, b"]" * 100_000)
+    with (
+        serving(Starlette(routes=[Route("/v1/messages", echo, methods=["POST"])])) as model,
+        serving_shim(str(model.base_url), service) as shim,
+    ):
+        reply = shim.post("/v1/messages", content=body)
+
+    assert (reply.status_code, reply.content) == (200, body)
 
 
 @pytest.mark.parametrize("body", [{"model": "m"}, {"messages": []}, {"messages": [{"role": "user", "content": 3}]}])
@@ -168,6 +273,26 @@ def test_a_model_that_is_not_there_is_named(shim: httpx.Client, served_model: Se
 
     assert reply.status_code == 502
     assert reply.text.startswith(f"upstream {served_model.base_url.removesuffix('/v1')}: ")
+
+
+def test_a_failure_without_words_is_told_by_its_name(service: Service) -> None:
+    """A model that resets the connection: httpx raises an error without words."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def refuse() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        upstream = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with serving_shim(upstream, service) as shim:
+            reply = shim.get("/v1/models")
+        thread.join()
+
+    assert (reply.status_code, reply.text) == (502, f"upstream {upstream}: ReadError")
 
 
 def test_the_router_example_names_the_labels_and_the_key_that_the_shim_writes() -> None:
