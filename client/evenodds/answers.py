@@ -1,8 +1,8 @@
 """The answers in a model's reply, and which of them say something about the model.
 
-An answer that was cut off, filtered, aborted or left empty, or that only calls a tool, is neither a success nor a
-failure: whoever counted it as one would teach the service that long answers are wrong ones. Pure functions over the
-replies of OpenAI's chat completions and responses and of Anthropic's messages.
+An answer that was cut off, filtered, aborted or left empty, or that asks the caller to run a tool, is neither a success
+nor a failure: whoever counted it as one would teach the service that long answers are wrong ones. Pure functions over
+the replies of OpenAI's chat completions and responses and of Anthropic's messages.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ _REASONS = {
     "completed": None,
     "max_output_tokens": LENGTH,
 }
+
+_CALLERS_CALLS = {
+    *("function_call", "custom_tool_call", "computer_call", "local_shell_call", "shell_call", "apply_patch_call"),
+    "mcp_approval_request",
+}
+"""Items of a response that wait for the caller. Other calls (`web_search_call`) the provider makes on its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,10 @@ def _of_response(reply: Mapping[str, Any]) -> Answer:
     items = [item for item in reply["output"] if isinstance(item, Mapping)]
     text = "\n".join(_texts(item.get("content") or ()) for item in items if item.get("type") == "message")
     reason = (reply.get("incomplete_details") or {}).get("reason") or reply.get("status")
-    return _answer(text, reason, has_tools=any(str(item.get("type")).endswith("_call") for item in items) and not text)
+    done = {item.get("call_id") for item in items if str(item.get("type")).endswith("_call_output")}
+    waits = any(item.get("type") in _CALLERS_CALLS and item.get("call_id") not in done for item in items)
+    only_calls = not text and any(str(item.get("type")).endswith("_call") for item in items)
+    return _answer(text, reason, has_tools=waits or only_calls)
 
 
 def _answer(text: str, reason: object, *, has_tools: bool) -> Answer:

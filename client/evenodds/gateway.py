@@ -37,7 +37,7 @@ from evenodds.schemas.fields import Step
 logger = logging.getLogger(__name__)
 
 Judged = str | PromptRef | Mapping[str, object] | Sequence[Mapping[str, object]]
-"""What a budget is asked for, or an outcome is reported of: a text, a prompt, or a conversation."""
+"""What a budget is asked for, or an outcome is reported of: a text, a prompt, a conversation, or a whole request."""
 
 FAULTS_TO_OPEN = 5
 FIRST_DELIVERY_WAIT, MAX_DELIVERY_WAIT = 0.25, 30.0
@@ -56,7 +56,8 @@ class GatewayCounts:
         skipped: Not asked, since the circuit was open.
         reported: Outcomes that the service accepted.
         dropped: Outcomes that were given up: the buffer was full, or the service refuses them for good.
-        without_text: Requests that were not asked about, since no turn of the user has a text.
+        without_text: Requests that were not asked about, since no turn of the user has a text, or since it follows
+            what only the provider has (`TextRule`).
         left_out: Answers that are not outcomes, by reason; see `evenodds.answers`. Whoever reports counts them.
     """
 
@@ -125,8 +126,9 @@ class GatewayBudget:
         """The budget of one request; None where the service does not give one in time, or nothing can be judged.
 
         Args:
-            prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes.
-                `PromptRef`, or a mapping with its fields, may name a prompt of the pool.
+            prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes, as it
+                does of a mapping with `messages` or `input`, which is a whole request. `PromptRef`, or a mapping with
+                its fields, may name a prompt of the pool.
             failures: Attempts of this request that failed so far, for policies that go on one by one.
             step: Version of the served model, under which a verdict by the reply's `decision_id` counts.
         """
@@ -162,8 +164,9 @@ class GatewayBudget:
         """Keep what came of the attempts at one request, to be sent soon. Needs a running event loop.
 
         Args:
-            prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes. A
-                mapping has fields of `Observation` such as `prompt_id`, `text`, `category`.
+            prompt: A string is a text. A list is the messages of a conversation, whose text `text_rule` takes, as it
+                does of a mapping with `messages` or `input`, which is a whole request. Any other mapping has fields of
+                `Observation` such as `prompt_id`, `text`, `category`.
             rewards: In [0, 1], one for each attempt that was made and finished; none for attempts that failed for
                 other reasons than the model, or whose answer was cut off (`evenodds.answers_of` tells which). Without
                 rewards, or where there is no text, nothing is kept.
@@ -189,10 +192,10 @@ class GatewayBudget:
             self._delivery = asyncio.get_running_loop().create_task(self._deliver())
 
     def _described(self, prompt: Judged) -> dict[str, object]:
-        """The fields that name the prompt; none where a conversation has no text."""
+        """The fields that name the prompt; none where a conversation or a request has no text."""
         if isinstance(prompt, PromptRef):
             return prompt.model_dump(exclude_none=True)
-        if isinstance(prompt, Mapping):
+        if isinstance(prompt, Mapping) and not ("messages" in prompt or "input" in prompt):
             return dict(prompt)
         text = prompt if isinstance(prompt, str) else self._text_rule.of(prompt)
         return {"text": text} if text else {}

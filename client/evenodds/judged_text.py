@@ -23,6 +23,9 @@ _QUOTED_BY_LITELLM = "\nRecent conversation (context only, do not classify these
 _AFTER_THE_QUOTED = "\nConversation so far: "
 _QUOTED_TURN = re.compile(r"^\[\d+\] (?:(user|assistant): )?", flags=re.MULTILINE)
 
+_KEPT_ELSEWHERE = ("previous_response_id", "conversation")
+"""By these a request to `/v1/responses` names what was said before and is not in it."""
+
 _Tag = Annotated[str, Field(pattern=r"^[A-Za-z][\w.-]{0,63}$")]
 
 
@@ -37,7 +40,9 @@ class TextRule(BaseModel):
     3. Before it stand the turns that came before, up to `context_characters`, the nearest last.
 
     A conversation of one turn is judged by that turn's text as it stands. Otherwise each turn begins with its role.
-    System, developer and tool turns never count.
+    System, developer and tool turns never count. A request that goes on with a conversation that the provider keeps
+    (`previous_response_id`, `conversation`) has no text where it holds nothing but follow-ups: what they follow is
+    not in it.
 
     Attributes:
         follow_up_characters: A later turn of the user of at most so many characters is a follow-up; 0: none is.
@@ -76,7 +81,7 @@ class TextRule(BaseModel):
         Args:
             conversation: A text, a list of messages of a chat, of Anthropic's messages, or of the `input` of OpenAI's
                 responses; or a whole request with one of these under `messages` or `input`. What has another form has
-                no text.
+                no text, and neither have follow-ups of what the provider keeps.
         """
         spoken = [turn for role, text in _turns(conversation) for turn in self._spoken(role, text)]
         turns = [(role, text) for role, text in spoken if text]
@@ -84,6 +89,8 @@ class TextRule(BaseModel):
         if not of_user:
             return ""
         substantial = [number for number in of_user if len(turns[number][1]) > self.follow_up_characters]
+        if not substantial and _goes_on(conversation):
+            return ""
         first = substantial[-1] if substantial else of_user[0]
         judged = turns[first : of_user[-1] + 1]
         context: list[tuple[str, str]] = []
@@ -141,6 +148,11 @@ def _quoted(before: str) -> list[tuple[str, str]]:
     block = block.rpartition(_AFTER_THE_QUOTED)[0] or block
     _, *parts = _QUOTED_TURN.split(block)
     return [(role or "user", text) for role, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _goes_on(conversation: object) -> bool:
+    """Whether a request continues a conversation that the provider keeps."""
+    return isinstance(conversation, Mapping) and any(conversation.get(name) is not None for name in _KEPT_ELSEWHERE)
 
 
 def _turns(conversation: object) -> list[tuple[str, str]]:

@@ -81,8 +81,7 @@ def create_app(
             return content, []  # whatever it is, it is the upstream's to refuse
         if not isinstance(body, dict):
             return content, []
-        conversation = body.get("messages") or body.get("input")
-        budget = await gateway.budget(conversation) if isinstance(conversation, (str, list)) else None
+        budget = await gateway.budget(body) if "messages" in body or "input" in body else None
         metadata = body.get("metadata") or {}
         if writes_metadata and isinstance(metadata, dict) and (budget is not None or "difficulty" in metadata):
             own = {} if budget is None else {"difficulty": budget.effort}

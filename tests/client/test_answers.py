@@ -43,6 +43,7 @@ def test_a_choice_of_a_chat_is_an_outcome_only_where_it_was_finished(made: dict[
         ({"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}, "content_filter"),
         ({"status": "failed"}, "aborted"),
         ({"status": "completed", "output": [{"type": "function_call", "name": "f"}]}, "tool_calls"),
+        ({"status": "completed", "output": [{"type": "web_search_call"}]}, "tool_calls"),
         ({"status": "completed", "output": []}, "empty"),
     ],
 )
@@ -50,6 +51,31 @@ def test_a_response_is_an_outcome_only_where_it_was_completed(reply: dict[str, A
     output = [{"type": "reasoning"}, {"type": "message", "content": [{"type": "output_text", "text": "42"}]}]
 
     (answer,) = answers_of({"output": output, **reply})
+
+    assert answer.left_out == left_out
+
+
+@pytest.mark.parametrize(
+    ("calls", "left_out"),
+    [
+        ([{"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"}], "tool_calls"),
+        ([{"type": "custom_tool_call", "call_id": "1"}], "tool_calls"),
+        ([{"type": "computer_call", "call_id": "1"}], "tool_calls"),
+        ([{"type": "local_shell_call", "call_id": "1"}], "tool_calls"),
+        ([{"type": "shell_call", "call_id": "1"}], "tool_calls"),
+        ([{"type": "apply_patch_call", "call_id": "1"}], "tool_calls"),
+        ([{"type": "mcp_approval_request", "id": "1"}], "tool_calls"),
+        ([{"type": "shell_call", "call_id": "1"}, {"type": "shell_call_output", "call_id": "1"}], None),
+        ([{"type": "web_search_call"}, {"type": "file_search_call"}, {"type": "code_interpreter_call"}], None),
+        ([{"type": "mcp_call"}, {"type": "mcp_list_tools"}, {"type": "image_generation_call"}], None),
+    ],
+)
+def test_a_response_that_waits_for_the_caller_is_no_outcome_whatever_it_says(
+    calls: list[dict[str, Any]], left_out: str
+) -> None:
+    said = {"type": "message", "content": [{"type": "output_text", "text": "Let me look that up."}]}
+
+    (answer,) = answers_of({"status": "completed", "output": [said, *calls]})
 
     assert answer.left_out == left_out
 

@@ -237,6 +237,24 @@ def test_outcomes_that_are_refused_are_given_up_and_said(script: Script, caplog:
     assert "the service refused 1 outcomes, and they are dropped: POST /observe: 404 run_unknown: no run" in caplog.text
 
 
+def test_a_request_that_follows_what_only_the_provider_has_is_neither_asked_about_nor_reported(script: Script) -> None:
+    kept = {"previous_response_id": "resp_1"}
+    question = "Prove that 2 is the only even prime number."
+
+    async def ask() -> None:
+        async with script.gateway() as gateway:
+            assert await gateway.budget({"input": "yes, go on", **kept}) is None
+            gateway.report({"input": "yes, go on", **kept}, [1.0], step=1)
+            assert await gateway.budget({"input": question, **kept}) is not None
+            gateway.report({"input": question, **kept}, [1.0], step=1)
+        assert (gateway.counts.without_text, gateway.counts.reported, gateway.counts.dropped) == (1, 1, 0)
+
+    asyncio.run(ask())
+
+    assert [body["prompt"] for body in script.bodies("/budget")] == [{"text": question}]
+    assert [body["observations"] for body in script.bodies("/observe")] == [[{"text": question, "rewards": [1.0]}]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -105,6 +105,17 @@ def test_requests_of_chat_messages_and_responses_are_read_alike() -> None:
     assert RULE.of({"input": [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}]}) == QUESTION
 
 
+@pytest.mark.parametrize("kept", [{"previous_response_id": "resp_1"}, {"conversation": {"id": "conv_1"}}])
+def test_a_follow_up_of_what_the_provider_keeps_has_no_text(kept: dict[str, Any]) -> None:
+    """Else "yes, go on" would be one prompt for everybody."""
+    assert RULE.of({"input": "yes, go on", **kept}) == ""
+    assert RULE.of({"input": conversation("yes, go on", "Then suppose ...", "and then?"), **kept}) == ""
+    assert RULE.of({"input": QUESTION, **kept}) == QUESTION
+    assert RULE.of({"input": conversation("Hi!", "Hello.", QUESTION), **kept}).endswith(QUESTION)
+    assert RULE.of({"input": "yes, go on", **dict.fromkeys(kept)}) == "yes, go on"
+    assert TextRule(follow_up_characters=0).of({"input": "yes, go on", **kept}) == "yes, go on"
+
+
 @pytest.mark.parametrize("nothing", [None, 3, {}, [], {"messages": 3}, {"messages": [{"role": "user", "content": 3}]}])
 def test_what_has_no_text_of_a_user_has_none(nothing: object) -> None:
     assert RULE.of(nothing) == ""

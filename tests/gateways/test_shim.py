@@ -164,6 +164,13 @@ def test_every_endpoint_of_a_conversation_is_judged(
     assert served_model.paths == [path]
 
 
+def test_a_follow_up_of_what_only_the_model_has_is_not_judged(shim: httpx.Client, served_model: ServedModel) -> None:
+    for kept in ({}, {"previous_response_id": "resp_1"}, {"conversation": "conv_1"}):
+        shim.post("/v1/responses", json={"input": "Hard?", **kept})
+
+    assert [headers.get("x-evenodds-effort") for headers in served_model.headers] == ["high", None, None]
+
+
 def test_what_a_caller_claims_to_be_a_judgement_is_removed(
     writing_shim: httpx.Client, service: Service, served_model: ServedModel
 ) -> None:

@@ -153,7 +153,7 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             served = self._served([data.get("model")])
             endpoint = _ENDPOINTS.get(call_type)
             if served is not None and endpoint is not None:
-                budget = await self.gateways[served].budget(_conversation(data), step=served.step)
+                budget = await self.gateways[served].budget(_said(data), step=served.step)
                 if budget is not None:
                     changed = self._apply(data, endpoint, budget)
                     _bucket(data)[METADATA] = _Decision(budget.model_dump(include=_DECISION), changed=changed)
@@ -278,7 +278,7 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             return []
         if len(rewards) != len(texts):
             raise ValueError(f"verify gave {len(rewards)} rewards for {len(texts)} answers: give one for each")
-        gateway.report(_conversation(data), rewards, step=served.step)
+        gateway.report(_said(data), rewards, step=served.step)
         left = iter(rewards)
         return [-1.0 if answer.left_out is not None else float(next(left)) for answer in answers]
 
@@ -324,9 +324,9 @@ def _plain(reply: Any) -> Mapping[str, Any]:
     return plain if isinstance(plain, Mapping) else {}
 
 
-def _conversation(data: Mapping[str, Any]) -> Any:
-    """What the caller says: the messages, or a response's input."""
-    return data.get("input") or [] if data.get("messages") is None else data["messages"]
+def _said(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a request that says what is asked for."""
+    return {name: data.get(name) for name in ("messages", "input", "previous_response_id", "conversation")}
 
 
 def _is_plain(data: Mapping[str, Any]) -> bool:
