@@ -28,7 +28,6 @@ from evenodds.errors import (
     ProblemError,
     RateLimited,
     ServerError,
-    TooLarge,
 )
 from evenodds.judged_text import DEFAULT_RULE, TextRule
 from evenodds.schemas import MAX_ITEMS, BudgetReply, Observation, PromptRef
@@ -42,6 +41,8 @@ Judged = str | PromptRef | Mapping[str, object] | Sequence[Mapping[str, object]]
 FAULTS_TO_OPEN = 5
 FIRST_DELIVERY_WAIT, MAX_DELIVERY_WAIT = 0.25, 30.0
 _REPORTS_AT_ONCE = 1_000
+_OF_THE_WHOLE_CALL = {"run_unknown", "step_jump", "route_unknown", "http_404"}
+"""Codes of refusals that no outcome alone may be the cause of."""
 _STEP: TypeAdapter[int] = TypeAdapter(Step)
 
 
@@ -55,7 +56,8 @@ class GatewayCounts:
         failed: Refused, or without a connection.
         skipped: Not asked, since the circuit was open.
         reported: Outcomes that the service accepted.
-        dropped: Outcomes that were given up: the buffer was full, or the service refuses them for good.
+        dropped: Outcomes that were given up: the buffer was full, the service refuses them for good, or the gateway
+            was closed before they were delivered.
         without_text: Requests that were not asked about, since no turn of the user has a text, or since it follows
             what only the provider has (`TextRule`).
         left_out: Answers that are not outcomes, by reason; see `evenodds.answers`. Whoever reports counts them.
@@ -118,6 +120,7 @@ class GatewayBudget:
         self._faults = 0
         self._closed_until: float | None = None  # the circuit is open up to then
         self._reports: deque[tuple[int, Observation]] = deque(maxlen=buffer)
+        self._parts: list[list[Observation]] = []  # of the batch under way, the next one last
         self._delivery: asyncio.Task[None] | None = None
         self._is_closing = False
         self.counts = GatewayCounts()
@@ -173,7 +176,7 @@ class GatewayBudget:
             step: Version of the served model: a number that never falls.
         """
         described = self._described(prompt)
-        if not described or self._is_closing:
+        if not described:
             return
         try:
             given = [float(reward) for reward in rewards]
@@ -184,6 +187,9 @@ class GatewayBudget:
         except (ValueError, TypeError) as error:
             self.counts.dropped += 1
             logger.warning("an outcome cannot be reported: %s", error)
+            return
+        if self._is_closing:
+            self.counts.dropped += 1
             return
         if len(self._reports) == self._reports.maxlen:
             self.counts.dropped += 1
@@ -207,8 +213,9 @@ class GatewayBudget:
             await asyncio.wait([self._delivery], timeout=seconds)
             self._delivery.cancel()
             await asyncio.gather(self._delivery, return_exceptions=True)
-        self.counts.dropped += len(self._reports)
+        self.counts.dropped += len(self._reports) + sum(map(len, self._parts))
         self._reports.clear()
+        self._parts.clear()
         await self._client.close()
 
     async def __aenter__(self) -> GatewayBudget:
@@ -252,42 +259,51 @@ class GatewayBudget:
 
     def _give_up(self, batch: Sequence[Observation], error: Exception) -> None:
         self.counts.dropped += len(batch)
-        logger.warning("the service refused %d outcomes, and they are dropped: %s", len(batch), error)
+        if len(batch) == 1:
+            logger.warning("the service refused the outcome of %s, and it is dropped: %s", _name(batch[0]), error)
+        else:
+            logger.warning("the service refused %d outcomes, and they are dropped: %s", len(batch), error)
 
     async def _deliver(self) -> None:
-        """Send what waits, oldest first, until nothing does. A batch keeps its id, so that it is counted once."""
-        wait = FIRST_DELIVERY_WAIT
+        """Send what waits, oldest first, until nothing does."""
         while self._reports:
             await asyncio.sleep(0)  # what the same moment brings goes together
             step = self._reports[0][0]
             batch: list[Observation] = []
             while self._reports and self._reports[0][0] == step and len(batch) < min(_REPORTS_AT_ONCE, MAX_ITEMS):
                 batch.append(self._reports.popleft()[1])
-            request_id = uuid4().hex
-            while True:
-                try:
-                    await self._client.observe(self._run, step, batch, request_id=request_id)
-                    self.counts.reported += len(batch)
-                    wait = FIRST_DELIVERY_WAIT
-                    break
-                except asyncio.CancelledError:
-                    self.counts.dropped += len(batch)
-                    raise
-                except TooLarge as error:
-                    if len(batch) == 1:
-                        self._give_up(batch, error)
-                        break
-                    for observation in reversed(batch[len(batch) // 2 :]):  # they come next, in a call of their own
-                        self._reports.appendleft((step, observation))
-                    batch, request_id = batch[: len(batch) // 2], uuid4().hex
+            self._parts.append(batch)
+            await self._send_parts(step)
+
+    async def _send_parts(self, step: int) -> None:
+        """Send a batch, in halves where it is refused, so that one faulty outcome costs no other."""
+        wait, request_id = FIRST_DELIVERY_WAIT, uuid4().hex  # a part keeps its id, so that it is counted once
+        while self._parts:
+            part = self._parts[-1]
+            try:
+                await self._client.observe(self._run, step, part, request_id=request_id)
+            except Exception as error:
+                if not _is_for_good(error):
+                    logger.debug("%d outcomes wait: %s", len(part), error)
+                    await asyncio.sleep(wait)
+                    wait = min(2 * wait, MAX_DELIVERY_WAIT)
                     continue
-                except Exception as error:
-                    if _is_for_good(error):
-                        self._give_up(batch, error)
-                        break
-                    logger.debug("%d outcomes wait: %s", len(batch), error)
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, MAX_DELIVERY_WAIT)
+                self._parts.pop()
+                if len(part) > 1 and _may_be_of_one(error):
+                    self._parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+                else:
+                    self._give_up(part, error)
+            else:
+                self._parts.pop()
+                self.counts.reported += len(part)
+            wait, request_id = FIRST_DELIVERY_WAIT, uuid4().hex
+
+
+def _name(observation: Observation) -> str:
+    """What a log may say of it: texts of users stay out."""
+    if observation.prompt_id is not None:
+        return f"prompt {observation.prompt_id!r}"
+    return f"a text of {len(observation.text or '')} characters"
 
 
 def _is_of_the_request(error: Exception) -> bool:
@@ -302,3 +318,10 @@ def _is_for_good(error: Exception) -> bool:
     if isinstance(error, ProblemError):
         return not isinstance(error, (ServerError, RateLimited))
     return isinstance(error, InvalidRequest) or not isinstance(error, EvenOddsError)
+
+
+def _may_be_of_one(error: Exception) -> bool:
+    """Whether one of several outcomes may be the reason why all of them are refused for good."""
+    if isinstance(error, ProblemError):
+        return error.status in (404, 409, 413, 422) and error.code not in _OF_THE_WHOLE_CALL
+    return isinstance(error, InvalidRequest)

@@ -222,6 +222,48 @@ def test_outcomes_that_cannot_be_delivered_are_bounded_and_counted(script: Scrip
     asyncio.run(report())
 
 
+def test_what_a_closed_gateway_did_not_deliver_is_counted_as_dropped(script: Script) -> None:
+    script.answer = broken
+
+    async def report() -> None:
+        gateway = script.gateway()
+        for i in range(100):
+            gateway.report(f"text {i}", [1], step=i // 50)
+        await until_awaited(lambda: script.requests, "a delivery that fails")
+        await gateway.close(seconds=0.05)
+        assert (gateway.counts.reported, gateway.counts.dropped) == (0, 100)
+        gateway.report("too late", [1], step=1)
+        gateway.report("nothing to report", [], step=1)
+        assert gateway.counts.dropped == 101
+
+    asyncio.run(report())
+
+
+def test_outcomes_that_are_too_much_for_one_call_arrive_in_parts_beside_a_full_buffer(script: Script) -> None:
+    async def report() -> None:
+        is_full = asyncio.Event()
+
+        async def take_one(request: httpx.Request) -> httpx.Response:
+            await is_full.wait()
+            if len(json.loads(request.content)["observations"]) == 1:
+                return httpx.Response(200, json=OBSERVED)
+            return httpx.Response(413, json={"title": "x", "status": 413, "detail": "too much", "code": "too_large"})
+
+        script.answer = take_one
+        async with script.gateway(buffer=4) as gateway:
+            for i in range(4):
+                gateway.report(f"first {i}", [1], step=0)
+            await until_awaited(lambda: script.requests, "the first call")
+            for i in range(4):
+                gateway.report(f"second {i}", [1], step=0)
+            is_full.set()
+        assert (gateway.counts.reported, gateway.counts.dropped) == (8, 0)
+
+    asyncio.run(report())
+    arrived = [body["observations"][0]["text"] for body in script.bodies("/observe") if len(body["observations"]) == 1]
+    assert arrived == [f"{batch} {i}" for batch in ("first", "second") for i in range(4)]
+
+
 def test_outcomes_that_are_refused_are_given_up_and_said(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     async def refuse(request: httpx.Request) -> httpx.Response:
         return httpx.Response(404, json={"title": "x", "status": 404, "detail": "no run", "code": "run_unknown"})
@@ -230,11 +272,13 @@ def test_outcomes_that_are_refused_are_given_up_and_said(script: Script, caplog:
 
     async def report() -> None:
         async with script.gateway() as gateway:
-            gateway.report("a", [1], step=0)
-        assert gateway.counts.dropped == 1
+            for text in ("a", "b", "c"):
+                gateway.report(text, [1], step=0)
+        assert gateway.counts.dropped == 3
 
     asyncio.run(report())
-    assert "the service refused 1 outcomes, and they are dropped: POST /observe: 404 run_unknown: no run" in caplog.text
+    assert "the service refused 3 outcomes, and they are dropped: POST /observe: 404 run_unknown: no run" in caplog.text
+    assert len(script.requests) == 1  # no outcome alone is the reason
 
 
 def test_a_request_that_follows_what_only_the_provider_has_is_neither_asked_about_nor_reported(script: Script) -> None:
@@ -299,6 +343,25 @@ def test_against_the_real_service_until_it_is_stopped(sqlite_service: Service) -
             assert gateway.counts.skipped == 20 - FAULTS_TO_OPEN
 
     asyncio.run(serve())
+
+
+def test_an_outcome_that_is_refused_for_good_costs_no_other(
+    sqlite_service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    sqlite_service.client.put_run("served", predictor="mopps", embedder="none")
+
+    async def report() -> None:
+        async with GatewayBudget(sqlite_service.base_url, run="served") as gateway:
+            for i in range(601):
+                gateway.report({"prompt_id": "gone"} if i == 400 else f"What is {i} + 1?", [1.0], step=1)
+            await until_awaited(lambda: gateway.counts.reported + gateway.counts.dropped == 601, "all outcomes")
+            assert (gateway.counts.reported, gateway.counts.dropped) == (600, 1)
+
+    asyncio.run(report())
+
+    assert sqlite_service.client.run("served").observations == 600
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "evenodds.gateway"]
+    assert said.startswith("the service refused the outcome of prompt 'gone', and it is dropped: POST /observe: 404")
 
 
 def test_a_conversation_is_judged_and_reported_by_the_same_text(script: Script) -> None:
