@@ -82,6 +82,11 @@ def serving_model() -> Iterator[ServedModel]:
             model.headers.append({name.lower(): value for name, value in self.headers.items()})
             if body.get("model") == "broken":
                 self.answer(b'{"error": {"message": "out of order"}}', "application/json", status=500)
+            elif self.path.endswith("/messages"):
+                if body.get("stream"):
+                    self.answer(_messages_stream(), "text/event-stream")
+                else:
+                    self.answer(json.dumps(_message()).encode(), "application/json")
             elif self.path.endswith("/responses"):
                 response = _response_to()
                 done = json.dumps({"type": "response.completed", "sequence_number": 1, "response": response})
@@ -162,6 +167,8 @@ def _choices(body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         made = ({"content": ""}, "content_filter")
     elif "empty" in said:
         made = ({"content": ""}, "stop")
+    elif "broken off" in said:
+        made = ({"content": "4"}, "")
     elif tokens_of({**body, "n": 1}) < NATURAL_TOKENS:
         made = ({"content": "4"}, "length")
     else:
@@ -196,9 +203,30 @@ def _stream_of(body: dict[str, Any]) -> bytes:
             {**CHUNK, "choices": [{"index": i, "delta": {"content": part}, "finish_reason": None}]}
             for part in message["content"] or ""
         ]
-        lines.append({**CHUNK, "choices": [{"index": i, "delta": {}, "finish_reason": reason}]})
+        if reason:
+            lines.append({**CHUNK, "choices": [{"index": i, "delta": {}, "finish_reason": reason}]})
     events = [f"data: {json.dumps(line)}\n\n" for line in lines]
-    return "".join([*events, "data: [DONE]\n\n"]).encode()
+    if all(reason for _, reason in _choices(body)):
+        events.append("data: [DONE]\n\n")
+    return "".join(events).encode()
+
+
+def _message() -> dict[str, Any]:
+    usage = {"input_tokens": 1, "output_tokens": NATURAL_TOKENS}
+    shown = {"id": "msg", "type": "message", "role": "assistant", "model": "m", "stop_sequence": None, "usage": usage}
+    return {**shown, "content": [{"type": "text", "text": "41"}], "stop_reason": "end_turn"}
+
+
+def _messages_stream() -> bytes:
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {**_message(), "content": [], "stop_reason": None}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        *[{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": part}} for part in "41"],
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": NATURAL_TOKENS}},
+        {"type": "message_stop"},
+    ]
+    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events).encode()
 
 
 @contextmanager
@@ -227,7 +255,10 @@ def running_proxy(
     router["complexity_router_config"]["tiers"] |= tiers or {}
     config["litellm_settings"] |= settings or {}
     config["model_list"] += [
-        {"model_name": name, "litellm_params": {"model": model, "api_base": model_url, "max_retries": 0}}
+        {
+            "model_name": name,
+            "litellm_params": {"model": model, "api_base": model_url, "max_retries": 0, "api_key": "none"},
+        }
         for name, model in models.items()
     ]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from tests.gateways.conftest import EXAMPLE, NATURAL_TOKENS, ServedModel, running_proxy
+from tests.gateways.conftest import EXAMPLE, NATURAL_TOKENS, ROOT, ServedModel, running_proxy
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -126,6 +127,50 @@ def drawn(log: Path, *, of: str) -> dict[str, tuple[int, int]]:
     rows = [line.split() for line in shown.splitlines()]
     assert all(len(bar) == -(-int(tokens) // 20) for *_, tokens, _, _, bar in rows)
     return {effort: (int(requests), int(tokens)) for effort, requests, _, tokens, *_ in rows}
+
+
+def test_streams_are_assembled_by_choice_and_wherever_their_pieces_end(litellm_python: Path) -> None:
+    program = r"""
+import json
+from litellm import ModelResponseStream
+from evenodds.answers import answers_of
+from evenodds.integrations.litellm import assembled
+
+def chunk(index, text, reason):
+    choice = {"index": index, "delta": {"content": text}, "finish_reason": reason}
+    return ModelResponseStream(id="x", model="m", choices=[choice])
+
+def answers(*args, **more):
+    return [(answer.text, answer.left_out) for answer in answers_of(assembled(*args, **more))]
+
+told = [chunk(0, "The answer ", None), chunk(1, "It is ", None), chunk(0, "is 42.", None), chunk(1, "7.", None)]
+ended = [*told, chunk(1, None, "length"), chunk(0, None, "stop")]
+assert answers(ended) == [("The answer is 42.", None), ("It is 7.", "length")], answers(ended)
+assert answers([*told, chunk(0, None, "stop")]) == [("The answer is 42.", "aborted"), ("It is 7.", "aborted")]
+assert answers(told[::2]) == [("The answer is 42.", "aborted")]
+assert answers([*told[::2], chunk(0, None, "stop")], sent=told[::2]) == [("The answer is 42.", "aborted")]
+assert answers([*told[::2], chunk(0, None, "stop")], sent=[]) == [("The answer is 42.", None)]
+assert answers([]) == [("", "aborted")]
+
+events = [
+    {"type": "message_start", "message": {"content": []}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "4\u2028é"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "2"}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+]
+lines = [f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode() for event in events]
+whole = b"".join(lines)
+for end in range(len(whole)):
+    assert answers([whole[:end], whole[end:]]) == [("4\u2028é2", None)], end
+assert answers([b"".join(lines[:3]), lines[3][:-20]]) == [("4\u2028é2", "aborted")]
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "client"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
+    done = subprocess.run(
+        [str(litellm_python), "-c", program], capture_output=True, text=True, check=False, env=environment
+    )
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_openais_own_client_reads_the_label(

@@ -21,10 +21,12 @@ from evenodds.errors import InvalidRequest
 pytestmark = pytest.mark.slow
 
 HOOK = """
-import json, os
+import asyncio, json, os
 from evenodds.integrations.litellm import BudgetHook, ServedModel
 
-def verify(request, answers):
+async def verify(request, answers):
+    while "Held back" in json.dumps(request.get("messages")) and not os.path.exists("go"):
+        await asyncio.sleep(0.01)
     with open("asked.jsonl", "a") as log:
         log.write(json.dumps(list(answers)) + chr(10))
     with open("left_out.json", "w") as file:
@@ -33,7 +35,11 @@ def verify(request, answers):
 
 URL, DEADLINE = os.environ["EVENODDS_URL"], float(os.environ["EVENODDS_GATEWAY_DEADLINE_MS"])
 by_default = BudgetHook(
-    URL, models={"first": "served-a", "flaky": "served-a", "hosted_vllm/m-b": ServedModel("served-b", step=3)},
+    URL,
+    models={
+        **dict.fromkeys(("first", "flaky", "claude", "wild/m-g"), "served-a"),
+        "old": ServedModel("served-b", step=2), "hosted_vllm/m-b": ServedModel("served-b", step=3),
+    },
     verify=verify, deadline_ms=DEADLINE,
 )
 everything = BudgetHook(
@@ -46,12 +52,15 @@ MODELS = {
     "first": "hosted_vllm/m-a",
     "second": "hosted_vllm/m-b",
     "flaky": "hosted_vllm/broken",
+    "old": "hosted_vllm/broken",
+    "wild/*": "hosted_vllm/*",
+    "claude": "anthropic/m-c",
     "picked": "hosted_vllm/m-p",
     "unmapped": "hosted_vllm/m-u",
 }
 SETTINGS = {
     "callbacks": ["evenodds_hook.by_default", "evenodds_hook.everything"],
-    "fallbacks": [{"flaky": ["second"]}],
+    "fallbacks": [{"flaky": ["second"]}, {"old": ["second"]}],
     "num_retries": 0,
 }
 TIERS = {"SIMPLE": "first", "MEDIUM": "second", "COMPLEX": "picked", "REASONING": "flaky"}
@@ -78,7 +87,8 @@ class Traffic:
 
     def left_out(self) -> Counter[str]:
         """Answers of the run served-a so far that were no outcomes, by reason."""
-        self.chat("first", "Count what was left out!")  # the hook tells it with every answer that it verifies
+        text = "Count what was left out!"  # the hook tells it with every answer that it verifies
+        booked(self, lambda: self.chat("first", text), "served-a", text)
         return Counter(json.loads(self.asked.with_name("left_out.json").read_text())["served-a"])
 
     def seen(self, text: str) -> dict[str, int]:
@@ -196,6 +206,40 @@ def test_what_a_fallback_answered_is_booked_under_the_model_that_answered(
     assert traffic.service.client.run("served-b").head_step == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("model", "run"), [("wild/m-b", "served-b"), ("wild/m-g", "served-a")])
+def test_what_a_wildcard_answered_is_booked_under_the_one_model_that_answered(
+    traffic: Traffic, model: str, run: str, stream: bool
+) -> None:
+    """Both are of the deployment `hosted_vllm/*`: one is known by its own name, the other by that of its group."""
+    text = f"Which of all, {model} {stream}?"
+    asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 500}
+    for path, more in (("chat/completions", asked), ("responses", {"input": text}), ("messages", asked)):
+        booked(traffic, partial(traffic.post, f"/v1/{path}", model=model, stream=stream, **more), run, text)
+
+    assert {body["model"] for body in traffic.model.bodies} == {model.removeprefix("wild/")}
+
+
+def test_a_verdict_by_the_header_cannot_count_for_another_version(traffic: Traffic) -> None:
+    reply = traffic.chat("old", "Which version?")
+
+    assert [body["model"] for body in traffic.model.bodies] == ["broken", "m-b"]
+    assert reply.headers["x-evenodds-run"] == "served-b"
+    assert "x-evenodds-decision-id" not in reply.headers  # version 2 was asked about, and 3 answered
+
+
+def test_the_reply_does_not_wait_for_verify(traffic: Traffic) -> None:
+    text = "Held back?"
+
+    for stream in (False, True):
+        traffic.chat("first", text, stream=stream)  # verify waits for a file that comes after the reply
+    seen = traffic.seen(text)
+    traffic.asked.with_name("go").touch()
+
+    assert seen == dict.fromkeys(RUNS, 0)
+    until(lambda: traffic.seen(text) == {**seen, "served-a": 2}, "both outcomes")
+
+
 def test_a_model_that_is_not_mapped_is_left_alone(traffic: Traffic) -> None:
     reply = traffic.chat("unmapped", "Nobody asks.")
     booked(traffic, lambda: traffic.chat("first", "Afterwards?"), "served-a", "Afterwards?")
@@ -231,6 +275,28 @@ def test_a_stream_that_the_caller_leaves_is_no_outcome(traffic: Traffic) -> None
 
     until(lambda: traffic.left_out() - before == {"aborted": 1}, "the stream to be counted as aborted")
     assert traffic.seen("An endless one?") == dict.fromkeys(RUNS, 0)
+
+
+def test_a_stream_whose_end_is_not_known_is_no_outcome(traffic: Traffic) -> None:
+    """LiteLLM ends a stream that broke off with a `stop` of its own, and passes on one finish reason of several."""
+    texts = ("Was it broken off?", "Two at a time?")
+    before = traffic.left_out()
+
+    traffic.chat("first", texts[0], stream=True)
+    traffic.chat("first", texts[1], stream=True, n=2)
+
+    assert traffic.left_out() - before == {"aborted": 3}
+    assert [traffic.seen(text) for text in texts] == [dict.fromkeys(RUNS, 0)] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_of_anthropic_itself_are_reported(traffic: Traffic, stream: bool) -> None:
+    text = f"Of Anthropic {stream}?"
+    asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 500, "stream": stream}
+
+    booked(traffic, lambda: traffic.post("/v1/messages", model="claude", **asked), "served-a", text)
+
+    assert traffic.model.paths[-1].endswith("/messages")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -274,6 +340,12 @@ def test_a_harness_is_not_judged_and_a_follow_up_is_judged_with_what_it_follows(
     messages = [{"role": role, "content": content} for role, content in turns]
     judged = f"user: {question}\n\nassistant: 25.\n\nuser: yes, go on"
     booked(traffic, lambda: traffic.post("/v1/chat/completions", model="first", messages=messages), "served-a", judged)
+
+    follow_up = {"input": "yes, go on", "previous_response_id": "resp_1"}  # what it follows, only the model has
+    reply = traffic.post("/v1/responses", model="first", **follow_up)
+    booked(traffic, lambda: traffic.chat("first", "Afterwards?"), "served-a", "Afterwards?")
+    assert "x-evenodds-effort" not in reply.headers
+    assert traffic.seen("yes, go on") == dict.fromkeys(RUNS, 0)
 
 
 def test_every_tier_is_reached_through_litellms_router_and_booked_under_the_model_that_answered(

@@ -10,14 +10,24 @@ import asyncio
 import inspect
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any, Literal
 from urllib.parse import quote
 
-import litellm  # type: ignore[import-not-found]  # see BudgetHook
-from litellm.integrations.custom_logger import CustomLogger  # type: ignore[import-not-found]
+from litellm.integrations.custom_logger import CustomLogger  # type: ignore[import-not-found]  # see BudgetHook
 
 from evenodds.answers import ABORTED, Answer, answers_of
 from evenodds.errors import ConfigurationError
@@ -88,8 +98,9 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
         base_url: Where Even Odds is.
         models: The run, or the `ServedModel`, of each model by a pattern (`*`, `?`, `[...]`) of its name; the first one
             that fits counts. A budget is asked for the model that the caller names. An outcome goes to the model that
-            answered: its deployment's own name (`hosted_vllm/m`) is looked up, then the group that it is in. A model
-            that no pattern fits is left alone.
+            answered: its deployment's own name (`hosted_vllm/m`) is looked up, then the group that it is in. Of a
+            wildcard (`openai/*`) these are the names of the one model that answered, then those of the wildcard. A
+            model that no pattern fits is left alone.
         sets: Which parameters it sets: `reasoning_effort` to the tier's label, but on `/v1/messages`, where no
             parameter holds for every provider; `max_tokens`, which raises the caller's own limit by the tier's scale;
             `n` to the number of attempts, where `picks` says so, the request is no
@@ -97,8 +108,11 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
         picks: Whether somebody picks the best of several answers to this request. Where `verify` tells them apart, the
             best answer becomes the first choice.
         verify: Scores the finished answers to a request: (request, their texts) -> a reward in [0, 1] for each text,
-            or None where it cannot tell. May be a coroutine function. Without it nothing is reported. Answers that were
-            cut off, filtered, aborted, empty or only call tools are left out before, and counted by reason.
+            or None where it cannot tell. Without it nothing is reported. Answers that were cut off, filtered, aborted,
+            empty or ask for a tool are left out before, and counted by reason. The caller waits for it only where `n`
+            was set. It may be a coroutine function; a plain one holds up every request of the proxy while it runs, so
+            give work that takes long to `asyncio.to_thread`. Return None where a verdict by the header
+            `x-evenodds-decision-id` follows: that is an outcome of its own, and the attempt would count twice.
         text_rule: Which text of a conversation is judged.
         deadline_ms: A request waits no longer than this, above 0.
 
@@ -156,7 +170,8 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
                 budget = await self.gateways[served].budget(_said(data), step=served.step)
                 if budget is not None:
                     changed = self._apply(data, endpoint, budget)
-                    _bucket(data)[METADATA] = _Decision(budget.model_dump(include=_DECISION), changed=changed)
+                    decided = budget.model_dump(include=_DECISION)
+                    _bucket(data)[METADATA] = _Decision(decided, step=served.step, changed=changed)
         except Exception:  # an exception here would be the caller's error
             logger.warning("a request passes without a budget", exc_info=True)
         return data
@@ -165,10 +180,12 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
         """Report what came of the request, and put the best answer first. LiteLLM calls this with whole responses."""
         try:
             served = self._answered(data, response)
-            if served is not None:
-                rewards = await self._report(served, data, answers_of(_plain(response)))
+            if served is not None and self._verify is not None:
+                report = self._report(served, data, answers_of(_plain(response)))
                 if "n" in _decision(data).get("changed", {}):
-                    _best_first(response, rewards)
+                    _best_first(response, await report)
+                else:
+                    self._behind(report)
         except Exception:
             logger.warning("an outcome is not reported", exc_info=True)
         return response
@@ -190,9 +207,7 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
                 self.gateways[served].counts.left_out[ABORTED] += 1
             raise
         if keeps:
-            task = asyncio.get_running_loop().create_task(self._report_stream(request_data, response, chunks))
-            self._reports.add(task)  # else nobody holds it
-            task.add_done_callback(self._reports.discard)
+            self._behind(self._report_stream(request_data, response, chunks))
 
     async def async_post_call_response_headers_hook(
         self,
@@ -216,8 +231,9 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             "changed": changed or "nothing",
         }
         served = self._answered(data, response)
-        if decision.get("decision_id") and served is not None and served.run == decision["run"]:
-            said["decision-id"] = decision["decision_id"]  # a verdict on another model's answer must not count here
+        is_asked = served is not None and (served.run, served.step) == (decision["run"], decision["step"])
+        if decision.get("decision_id") and is_asked:  # a verdict on another model, or version, must not count here
+            said["decision-id"] = decision["decision_id"]
         return {f"{HEADERS}{name}": quote(str(value), safe=" ,=/:+") for name, value in said.items()}
 
     def _served(self, names: Iterable[object]) -> ServedModel | None:
@@ -230,10 +246,7 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
 
     def _answered(self, data: Mapping[str, Any], response: Any) -> ServedModel | None:
         """What stands for the deployment that answered, after any fallback."""
-        deployment = _deployment(data, response)
-        if deployment is None:
-            return self._served([data.get("model")])
-        return self._served([deployment.litellm_params.model, deployment.model_name])
+        return self._served(_names(data, response))
 
     def _apply(self, data: dict[str, Any], endpoint: str, budget: BudgetReply) -> dict[str, Any]:
         """Set what the budget says in the request. Returns what was set."""
@@ -252,13 +265,23 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
             data["n"] = changed["n"] = budget.attempts
         return changed
 
+    def _behind(self, report: Coroutine[Any, Any, object]) -> None:
+        """Report behind the reply, which does not wait for `verify`."""
+
+        async def logged() -> None:
+            try:
+                await report
+            except Exception:
+                logger.warning("an outcome is not reported", exc_info=True)
+
+        task = asyncio.get_running_loop().create_task(logged())
+        self._reports.add(task)  # else nobody holds it
+        task.add_done_callback(self._reports.discard)
+
     async def _report_stream(self, data: dict[str, Any], response: Any, chunks: Sequence[Any]) -> None:
-        try:
-            served = self._answered(data, response)  # again: another deployment may have gone on with the stream
-            if served is not None:
-                await self._report(served, data, answers_of(assembled(chunks, data)))
-        except Exception:
-            logger.warning("the outcome of a stream is not reported", exc_info=True)
+        served = self._answered(data, response)  # again: another deployment may have gone on with the stream
+        if served is not None:
+            await self._report(served, data, answers_of(assembled(chunks, sent=getattr(response, "chunks", ()))))
 
     async def _report(self, served: ServedModel, data: Mapping[str, Any], answers: Sequence[Answer]) -> list[float]:
         """Report the rewards of the finished answers. Returns a rank for each answer: unfinished ones are the last."""
@@ -283,24 +306,56 @@ class BudgetHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is not installe
         return [-1.0 if answer.left_out is not None else float(next(left)) for answer in answers]
 
 
-def assembled(chunks: Sequence[Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The reply that a finished stream of any of the three endpoints amounts to."""
-    events = [event for chunk in chunks for event in _events(chunk)]
+def assembled(chunks: Sequence[Any], *, sent: object = ()) -> Mapping[str, Any]:
+    """The reply that a finished stream of any of the three endpoints amounts to.
+
+    Args:
+        chunks: The stream as the caller got it.
+        sent: The chunks that LiteLLM says a provider sent of a chat. Where the provider gave no finish reason, the
+            stream itself ends with a `stop` that LiteLLM adds.
+    """
+    events = list(_events(chunks))
     for event in reversed(events):  # of /v1/responses: the last event holds the response whole
         if isinstance(event.get("response"), Mapping):
             return dict(event["response"])
     if any(event.get("type") == "message_start" for event in events):
         return _message_of(events)
-    whole = litellm.stream_chunk_builder(list(chunks), messages=data.get("messages"))
-    return _plain(whole)
+    choices = _choices_of(_events(sent)) if isinstance(sent, list) else []
+    if not any(any(choice["message"].values()) for choice in choices):  # another deployment has gone on
+        choices = _choices_of(events)
+    return {"choices": choices}
 
 
-def _events(chunk: Any) -> list[Mapping[str, Any]]:
-    """The events of a chunk, which is one, or lines of server-sent events."""
-    if not isinstance(chunk, (bytes, str)):
-        return [_plain(chunk)]
-    lines = (chunk.decode(errors="replace") if isinstance(chunk, bytes) else chunk).splitlines()
-    return [json.loads(line[5:]) for line in lines if line.startswith("data:") and line[5:].strip().startswith("{")]
+def _events(chunks: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    """The events of a stream, whose chunks are one each, or pieces of server-sent events that end anywhere."""
+    for is_raw, together in groupby(chunks, key=lambda chunk: isinstance(chunk, (bytes, str))):
+        if not is_raw:
+            yield from map(_plain, together)
+            continue
+        raw = b"".join(piece if isinstance(piece, bytes) else piece.encode(errors="replace") for piece in together)
+        for line in raw[: raw.rfind(b"\n") + 1].splitlines():  # a line without an end was cut off
+            if line.startswith(b"data:") and line[5:].strip().startswith(b"{"):
+                yield json.loads(line[5:].decode(errors="replace"))
+
+
+def _choices_of(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The choices of a chat from its chunks, each with its own text, tools and finish reason.
+
+    LiteLLM passes on one finish reason of several, under the first choice: where one lacks its own, none is known.
+    """
+    made: dict[int, dict[str, Any]] = {}
+    for event in events:
+        for choice in event.get("choices") or ():
+            start = {"message": {"content": ""}, "finish_reason": None}
+            whole, delta = made.setdefault(choice.get("index") or 0, start), choice.get("delta") or {}
+            whole["message"]["content"] += delta.get("content") or ""
+            for name in ("tool_calls", "function_call"):
+                whole["message"][name] = whole["message"].get(name) or delta.get(name)
+            whole["finish_reason"] = choice.get("finish_reason") or whole["finish_reason"]
+    choices = [made[index] for index in sorted(made)]
+    if not all(choice["finish_reason"] for choice in choices):
+        choices = [{**choice, "finish_reason": None} for choice in choices]
+    return choices or [{"message": {}, "finish_reason": None}]
 
 
 def _message_of(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -355,11 +410,31 @@ def _best_first(response: Any, ranks: Sequence[float]) -> None:
         choice.index = place
 
 
-def _deployment(data: Mapping[str, Any], response: Any) -> Any:
-    """LiteLLM's deployment that answered; None where it names none."""
+def _names(data: Mapping[str, Any], response: Any) -> list[object]:
+    """Names of the model that answered, the most exact one first."""
+    deployment = _deployment(data, response)
+    if deployment is None:
+        return [data.get("model")]
+    routed: Mapping[str, Any] = {}  # what LiteLLM's router notes: of a wildcard, the names of the one model
+    for name in ("litellm_metadata", "metadata"):
+        noted = data.get(name)
+        info = noted.get("model_info") if isinstance(noted, Mapping) else None
+        if noted and isinstance(info, Mapping) and info.get("id") == deployment.model_info.id:
+            routed = noted
+    concrete = _hidden(response).get("litellm_model_name") or routed.get("deployment")
+    return [concrete, deployment.litellm_params.model, routed.get("model_group"), deployment.model_name]
+
+
+def _hidden(response: Any) -> Mapping[str, Any]:
+    """What LiteLLM notes about a response, and callers do not see."""
     hidden = response.get("_hidden_params") if isinstance(response, Mapping) else None
     hidden = hidden or getattr(response, "_hidden_params", None)
-    model_id = hidden.get("model_id") if isinstance(hidden, Mapping) else None
+    return hidden if isinstance(hidden, Mapping) else {}
+
+
+def _deployment(data: Mapping[str, Any], response: Any) -> Any:
+    """LiteLLM's deployment that answered; None where it names none."""
+    model_id = _hidden(response).get("model_id")
     named = data.get("deployment")
     if model_id is None or (named is not None and getattr(named.model_info, "id", None) == model_id):
         return named
