@@ -104,15 +104,26 @@ class Outbox:
         """The service has confirmed it."""
         self._do(lambda database: database.execute("DELETE FROM deliveries WHERE position = ?", (delivery.position,)))
 
-    def refuse(self, delivery: Delivery, reason: str, *, body: str | None = None) -> None:
-        """Set it aside, so that what follows is not held up. It stays in the file, with the reason.
+    def split(self, delivery: Delivery, parts: Sequence[Delivery]) -> None:
+        """Put its parts in its place, before all others; one that was removed meanwhile stays removed."""
+        insert = (
+            "INSERT OR IGNORE INTO deliveries (position, kind, step, request_id, selection_id, body) "
+            "SELECT (SELECT min(position) FROM deliveries) - 1, kind, step, ?, selection_id, ? "
+            "FROM deliveries WHERE position = ?"
+        )
+        rows = [(part.request_id, part.body, delivery.position) for part in reversed(parts)]
 
-        Args:
-            body: The part that was refused, where the rest was delivered.
-        """
+        def split(database: sqlite3.Connection) -> None:
+            database.executemany(insert, rows)
+            database.execute("DELETE FROM deliveries WHERE position = ?", (delivery.position,))
+
+        self._do(split)
+
+    def refuse(self, delivery: Delivery, reason: str) -> None:
+        """Set it aside, so that what follows is not held up. It stays in the file, with the reason."""
         reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote what SQLite cannot store
-        update = "UPDATE deliveries SET refusal = ?, body = coalesce(?, body) WHERE position = ?"
-        self._do(lambda database: database.execute(update, (reason, body, delivery.position)))
+        update = "UPDATE deliveries SET refusal = ? WHERE position = ?"
+        self._do(lambda database: database.execute(update, (reason, delivery.position)))
 
     def forget_after(self, step: int) -> None:
         """Remove the observations of later steps, and the rewinds to them."""

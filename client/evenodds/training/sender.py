@@ -61,6 +61,7 @@ class OutboxSender:
         self._is_ready = threading.Event()
         self._is_outdated = False
         self._is_changed = False
+        self._unknown: set[str] = set()
         self._error: str | None = None
         self._stopped = threading.Event()
         self._woken = threading.Event()
@@ -314,27 +315,43 @@ class OutboxSender:
                 continue
             try:
                 observations = _observations(delivery)
-                too_large = self._deliver(delivery, observations)
+                self._deliver(delivery, observations)
             except (ProblemError, *_NEVER_SENT) as error:
                 if isinstance(error, ProblemError) and not is_for_good(error):
                     raise
-                self._set_aside(outbox, delivery, error)
+                self._refused(outbox, delivery, error)
             else:
-                delivered = len(observations) - len(too_large.observations)
-                self._status.count(delivered=delivered)
-                if too_large.error is not None:
-                    self._set_aside(outbox, delivery, too_large.error, too_large.observations)
-                else:
-                    self._remove(outbox, delivery)
-                if delivery.kind == "observe" and delivered:
+                self._status.count(delivered=len(observations))
+                self._remove(outbox, delivery)
+                if delivery.kind == "observe":
                     self._on_delivered(delivery.step)
             return True
         return False
 
-    def _set_aside(
-        self, outbox: Outbox, delivery: Delivery, error: Exception, part: Sequence[Any] | None = None
-    ) -> None:
-        """What can never be delivered, all or a part of it, must not hold up what follows."""
+    def _refused(self, outbox: Outbox, delivery: Delivery, error: Exception) -> None:
+        """Set it aside, or put its halves in its place where a part of it can be delivered."""
+        code = error.code if isinstance(error, ProblemError) else ""
+        if code == "prompt_unknown":
+            self._status.say_once(
+                "prompt unknown",
+                f"the service refused the observe call of step {delivery.step}, and perhaps others (this is said "
+                f"once): {error}; outcomes of such prompts alone are set aside, and `refusals()` gives them: they are "
+                "tried again at the next start, when the pool may have their prompts",
+            )
+        if code == "prompt_unknown" or isinstance(error, TooLarge):
+            observations = _observations(delivery)
+            prompt_ids = {item.get("prompt_id", "") for item in observations}
+            if code == "prompt_unknown" and len(observations) == 1:
+                self._unknown |= prompt_ids
+            if len(observations) > 1 and not (code == "prompt_unknown" and prompt_ids <= self._unknown):
+                middle = len(observations) // 2
+                halves = (observations[:middle], observations[middle:])
+                outbox.split(delivery, [_part(delivery, number, half) for number, half in enumerate(halves)])
+                return
+        self._set_aside(outbox, delivery, error)
+
+    def _set_aside(self, outbox: Outbox, delivery: Delivery, error: Exception) -> None:
+        """What can never be delivered must not hold up what follows."""
         code = error.code if isinstance(error, ProblemError) else ""
         reason = str(error) or type(error).__name__
         who = "the service refused" if code else "no service can be sent"
@@ -342,7 +359,7 @@ class OutboxSender:
             f"{who} the {delivery.kind} call of step {delivery.step}, and perhaps others (this is said once): {reason}"
         )
         try:
-            n = len(_observations(delivery) if part is None else part)
+            n = len(_observations(delivery))
         except (ValueError, RecursionError):
             n = 1  # at least; it cannot be read
         self._status.count(refused=n)
@@ -350,64 +367,49 @@ class OutboxSender:
             self._remove(outbox, delivery)
             self._status.say_once("voided", f"{refused}; they are dropped")
             return
-        outbox.refuse(delivery, reason, body=None if part is None else json.dumps(part))
-        if code == "prompt_unknown":
-            then = "they are tried again at the next start, when the pool may have their prompts"
-        else:
-            then = "`refusals()` gives them; the next start tries them again, and is refused again if nothing changes"
-        self._status.say_once(f"refused {code}", f"{refused}; the outbox keeps them: {then}")
+        outbox.refuse(delivery, reason)
+        if code != "prompt_unknown":
+            self._status.say_once(
+                f"refused {code}",
+                f"{refused}; the outbox keeps them: `refusals()` gives them; the next start tries them again, and is "
+                "refused again if nothing changes",
+            )
 
     def _remove(self, outbox: Outbox, delivery: Delivery) -> None:
         """If the disk does not let it go, it is sent again, and the service counts it once."""
         self._tried(outbox, lambda outbox: outbox.remove(delivery))
 
-    def _deliver(self, delivery: Delivery, observations: list[Any]) -> _TooLarge:
+    def _deliver(self, delivery: Delivery, observations: list[Any]) -> None:
         try:
-            return self._call(delivery, observations)
+            self._call(delivery, observations)
         except NotFound as error:
+            # A pool that lacks prompts after it was loaded has refused them, and would refuse them again.
+            has_lost = error.code == "prompt_unknown" and (self.pool is None or self.pool.n_missing == 0)
             if error.code == "selection_unknown":  # a rewind took it: the outcomes count all the same
-                return self._call(replace(delivery, selection_id=None), observations)
-            if error.code == "run_unknown" and delivery.kind == "rewind":
-                return _TooLarge()  # nothing to forget
-            if error.code in ("run_unknown", "prompt_unknown") and self._setup.prompts is not None:
+                self._call(replace(delivery, selection_id=None), observations)
+            elif error.code == "run_unknown" and delivery.kind == "rewind":
+                return  # nothing to forget
+            elif (error.code == "run_unknown" or has_lost) and self._setup.prompts is not None:
                 self._load_pool()
-                return self._call(replace(delivery, selection_id=None), observations)
-            raise
+                self._call(replace(delivery, selection_id=None), observations)
+            else:
+                raise
 
-    def _call(self, delivery: Delivery, observations: list[Any]) -> _TooLarge:
-        """Send it, in halves where it is more than one call may carry. Returns what is so even alone."""
+    def _call(self, delivery: Delivery, observations: list[Any]) -> None:
         assert self._client is not None
         if delivery.kind == "rewind":
             incarnation, _, rest = delivery.request_id.partition(".")
             self._client.rewind(self._setup.run, delivery.step, incarnation=incarnation if rest else None)
-            return _TooLarge()
-        try:
-            reply = self._client.observe(
-                self._setup.run,
-                delivery.step,
-                observations,
-                request_id=delivery.request_id,
-                selection_id=delivery.selection_id,
-            )
-        except TooLarge as error:
-            if len(observations) == 1:
-                return _TooLarge(observations, error)
-            middle = len(observations) // 2
-            # Ids of their own, always the same: what was counted before this process died is not counted again.
-            first = self._call(_part(delivery, 0), observations[:middle])
-            second = self._call(_part(delivery, 1), observations[middle:])
-            return _TooLarge([*first.observations, *second.observations], first.error or second.error)
+            return
+        reply = self._client.observe(
+            self._setup.run,
+            delivery.step,
+            observations,
+            request_id=delivery.request_id,
+            selection_id=delivery.selection_id,
+        )
         if reply.run != self._setup.run:
             raise NotAnswered(f"it confirmed observations of run {reply.run!r} instead")
-        return _TooLarge()
-
-
-@dataclass(frozen=True, slots=True)
-class _TooLarge:
-    """Observations that no call may carry, each on its own, and how the service said so."""
-
-    observations: Sequence[Any] = ()
-    error: TooLarge | None = None
 
 
 _NEVER_SENT = (InvalidRequest, ValueError, TypeError, LookupError, RecursionError)
@@ -422,8 +424,11 @@ def _observations(delivery: Delivery) -> list[Any]:
     return observations
 
 
-def _part(delivery: Delivery, half: int) -> Delivery:
-    """One half of a delivery, under an id that it alone has; what the id says of the training stays."""
+def _part(delivery: Delivery, number: int, observations: list[Any]) -> Delivery:
+    """A half of a delivery, under an id that it alone has, always the same: what was counted counts no second time.
+
+    What the id says of the training stays.
+    """
     incarnation, dot, _ = delivery.request_id.rpartition(".")
-    digest = sha256(f"{delivery.request_id}/{half}".encode("utf-8", "backslashreplace")).hexdigest()
-    return replace(delivery, request_id=f"{incarnation}{dot}{digest}")
+    digest = sha256(f"{delivery.request_id}/{number}".encode("utf-8", "backslashreplace")).hexdigest()
+    return replace(delivery, request_id=f"{incarnation}{dot}{digest}", body=json.dumps(observations))

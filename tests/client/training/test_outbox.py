@@ -86,6 +86,22 @@ def test_what_is_refused_is_set_aside_until_the_next_start(tmp_path: Path) -> No
     assert request_ids(Outbox(tmp_path, "r")) == ["a", "b"]
 
 
+def test_parts_take_the_place_of_the_whole_unless_it_was_removed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, "r")
+    outbox.put([delivery("a", 3), delivery("b", 2)])
+    first = outbox.first()
+    assert first is not None
+
+    outbox.split(first, [delivery("a0"), delivery("a1")])
+
+    assert [(waiting.request_id, waiting.step) for waiting in outbox.waiting()] == [("a0", 3), ("a1", 3), ("b", 2)]
+    first = outbox.first()
+    assert first is not None
+    outbox.forget_after(2)
+    outbox.split(first, [delivery("a00"), delivery("a01")])
+    assert request_ids(outbox) == ["b"]
+
+
 def test_one_at_a_time_is_the_sender(tmp_path: Path) -> None:
     one, two = Outbox(tmp_path, "r"), Outbox(tmp_path, "r")
     two.put([delivery("a")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import multiprocessing
 import pickle
@@ -397,6 +398,52 @@ def test_what_the_service_refuses_holds_nothing_up_and_is_tried_at_the_next_star
 
     assert again.flush()
     assert history(service.client, again) == [("later", 1, 1.0, 1), ("p0", 1, 1.0, 1)]
+
+
+def test_a_prompt_that_the_pool_lacks_takes_no_other_outcome_along(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = make()
+    loader.wait_until_ready()
+    loader.close()
+    known = [f"p{i}" for i in range(9)]
+    selector = make(prompts=[*IDS, "new", "newer"], run_settings=None)
+    for step in (1, 2):
+        selector.observe(step, {prompt_id: [1, 0] for prompt_id in (*known[:4], "new", *known[4:], "newer")})
+
+    assert selector.flush()
+
+    assert history(service.client, loader) == sorted((i, step, 1.0, 2) for i in known for step in (1, 2))
+    refused = [(delivery.step, json.loads(delivery.body)) for delivery, _ in selector.refusals()]
+    assert sorted((step, item["prompt_id"]) for step, (item,) in refused) == [
+        (step, prompt_id) for step in (1, 2) for prompt_id in ("new", "newer")
+    ]
+    assert (selector.counts().delivered, selector.counts().refused) == (18, 4)
+    (said,) = [line for line in warnings(caplog) if "refused" in line]
+    assert "2 prompts are not in the pool" in said
+    assert "'new', 'newer'" in said
+    selector.close()
+    service.client.add_prompts(selector.run, [{"prompt_id": "newer", "text": "Newer?"}])
+    again = make(prompts=[*IDS, "new", "newer"], run_settings=None)
+    assert again.flush()
+    assert again.counts().delivered == 2
+    assert [visit.step for visit in service.client.prompt(again.run, "newer").history] == [1, 2]
+
+
+def test_what_the_pool_lacks_altogether_is_asked_about_once(service: Service, make: Make) -> None:
+    loader = make()
+    loader.wait_until_ready()
+    loader.close()
+    with proxy_before(service.base_url) as proxy:
+        selector = make(proxy.base_url, prompts=[*IDS, "new", "newer"], run_settings=None)
+        for step in range(5):
+            selector.observe(step, {"new": [1], "newer": [0]})
+
+        assert selector.flush()
+
+        assert proxy.met["fine", "observe"] == 3 + 4
+        assert selector.counts().refused == 10
+        selector.close()
 
 
 def test_a_run_that_the_service_has_lost_is_made_again(service: Service, make: Make) -> None:
