@@ -74,13 +74,15 @@ def load_pool(client: Client, setup: Setup, prompt_ids: Sequence[str], status: S
     return _compared(client, setup, run, prompt_ids, added.pool_size, status, is_loaded=True)
 
 
-def look_at_pool(client: Client, setup: Setup, prompt_ids: Sequence[str], status: Status) -> Pool:
-    """What the service has, without a change."""
+def look_at_pool(
+    client: Client, setup: Setup, prompt_ids: Sequence[str], status: Status, *, is_loaded: bool = False
+) -> Pool:
+    """What the service has, without a change. `is_loaded`: the pool has all of the trainer's prompts."""
     try:
         run = client.run(setup.run)
     except NotFound:
         return Pool(n_missing=len(prompt_ids))
-    return _compared(client, setup, run, prompt_ids, run.pool_size, status, is_loaded=setup.prompts is not None)
+    return _compared(client, setup, run, prompt_ids, run.pool_size, status, is_loaded=is_loaded)
 
 
 def _compared(
@@ -96,7 +98,7 @@ def _compared(
     """The trainer's prompts beside the pool's. `is_loaded`: the pool has all of the trainer's."""
     pool = Pool(run.head_step, run.group_size)
     n_own = len(prompt_ids)
-    if pool_size == n_own or (is_loaded and pool_size < n_own):
+    if is_loaded and pool_size <= n_own:
         return pool
     if is_loaded and n_own <= MAX_ITEMS:
         return Pool(run.head_step, run.group_size, candidates=tuple(prompt_ids))

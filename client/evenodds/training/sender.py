@@ -264,7 +264,7 @@ class OutboxSender:
     def _load_pool(self) -> None:
         assert self._client is not None
         if not self._loads_pool:
-            self._look_at_pool()
+            self._look_at_pool(is_loaded=self._setup.prompts is not None)
             self._is_ready.set()
             return
         try:
@@ -277,7 +277,7 @@ class OutboxSender:
             )
             self._look_at_pool()
             if self.pool is not None and self._setup.prompts is not None:
-                self.pool = replace(self.pool, n_missing=len(self._prompt_ids))  # it cannot be told how many
+                self.pool = replace(self.pool, n_missing=len(self._prompt_ids))  # their texts may be others
         self._is_ready.set()
 
     def _change_run(self) -> None:
@@ -299,9 +299,9 @@ class OutboxSender:
         if self.pool is not None:
             self.pool = replace(self.pool, group_size=run.group_size)
 
-    def _look_at_pool(self) -> None:
+    def _look_at_pool(self, *, is_loaded: bool = False) -> None:
         assert self._client is not None
-        self.pool = look_at_pool(self._client, self._setup, self._prompt_ids, self._status)
+        self.pool = look_at_pool(self._client, self._setup, self._prompt_ids, self._status, is_loaded=is_loaded)
 
     def _send_one(self) -> bool:
         """Whether there was something to send."""

@@ -275,6 +275,25 @@ def test_readiness_is_told_only_where_all_prompts_are_there(
     assert not make(NOBODY, prompts=["p0"], run_settings=None).wait_until_ready(0.5)
 
 
+@pytest.mark.parametrize("kind", ["ids", "a refused pool"])
+def test_a_pool_of_the_same_size_is_not_taken_for_the_trainers_own(
+    service: Service, make: Make, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make().wait_until_ready()
+    renamed = [*PROMPTS[:-1], {"prompt_id": "renamed", "text": "What is new?"}]
+    if kind == "ids":
+        selector = make(prompts=[prompt["prompt_id"] for prompt in renamed])
+    else:
+        selector = make(prompts=renamed, run_settings={"embedder": "caller"})
+
+    assert not selector.wait_until_ready()
+
+    assert any("lacks 1 of this trainer's 40 prompts" in said and "'renamed'" in said for said in warnings(caplog))
+    batch = selector.select(0, 39, exclude=["renamed"])
+    assert batch.source == "service"
+    assert "p39" not in batch
+
+
 def test_a_second_training_under_a_name_is_refused_until_it_says_what_it_wants(
     service: Service, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
