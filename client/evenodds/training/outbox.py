@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from evenodds.schemas import MAX_STEP
+
 T = TypeVar("T")
 
 BUSY_SECONDS = 5.0
@@ -138,6 +140,12 @@ class Outbox:
         """What was set aside, and why."""
         rows = self._rows(f"SELECT {_COLUMNS}, refusal FROM deliveries WHERE refusal IS NOT NULL ORDER BY position")
         return tuple((_delivery(row), str(row[6])) for row in rows)
+
+    def newest_step(self) -> int | None:
+        """The highest step of an observation that the service has not confirmed; None if there is none."""
+        select = "SELECT max(step) FROM deliveries WHERE kind = 'observe' AND step BETWEEN 0 AND ?"
+        ((step,),) = self._do(lambda database: database.execute(select, (MAX_STEP,)).fetchall())
+        return int(step) if isinstance(step, int) else None
 
     def is_empty(self) -> bool:
         """Whether nothing waits."""

@@ -532,7 +532,8 @@ class PromptSelector:
         pool = here.sender.pool
         if pool is None:
             return request
-        first, head = self._first_step, pool.head_step
+        first = self._first_step
+        head = max((step for step in (pool.head_step, here.sender.left_step) if step is not None), default=None)
         if self._begins_anew and self._rank == 0 and os.getpid() == self._made_in and first is not None:
             self._begins_anew = False
             if head is not None and first <= head and self._existing != "resume":

@@ -58,6 +58,8 @@ class OutboxSender:
         self._loads_pool = loads_pool
         self._on_delivered = on_delivered
         self.pool: Pool | None = None
+        self.left_step: int | None = None
+        """The highest step of what an earlier process had left in the outbox; None for nothing."""
         self._is_ready = threading.Event()
         self._is_outdated = False
         self._is_changed = False
@@ -172,7 +174,9 @@ class OutboxSender:
         if not self._opens_later:
             return
         try:
-            self._disk = Outbox(self._setup.folder, self._setup.run)
+            disk = Outbox(self._setup.folder, self._setup.run)
+            self.left_step = disk.newest_step()
+            self._disk = disk
             self._opens_later = False
         except (OSError, sqlite3.Error, OutboxBroken) as error:
             self._opens_later = isinstance(error, (OSError, sqlite3.OperationalError))

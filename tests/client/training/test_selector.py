@@ -327,6 +327,31 @@ def test_a_second_training_under_a_name_is_refused_until_it_says_what_it_wants(
     assert "what came from step 0 on is forgotten (existing='auto')" in warnings(caplog)[0]
 
 
+@pytest.mark.parametrize("existing", ["refuse", "auto"])
+def test_what_a_crash_left_in_the_outbox_is_of_the_runs_past_too(
+    service: Service, make: Make, existing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with proxy_before(service.base_url) as proxy:
+        crashed = make(proxy.base_url)
+        crashed.wait_until_ready()
+        proxy.mode = "dead"
+        crashed.observe(0, {"p0": [1, 0]})
+        crashed.observe(1, {"p1": [1, 0]})
+        crashed.close(timeout_seconds=0)
+
+    again = make(existing=existing)
+    if existing == "refuse":
+        with pytest.raises(ConfigurationError, match="steps up to 1 already, and this training begins at step 0"):
+            again.select(0, 4)
+        return
+    batch = again.select(0, 4)
+    again.observe(0, {prompt_id: [1, 1] for prompt_id in batch})
+    assert again.flush()
+
+    assert history(service.client, again) == sorted((prompt_id, 0, 2.0, 2) for prompt_id in batch)
+    assert any("what came from step 0 on is forgotten" in said for said in warnings(caplog))
+
+
 def test_a_training_that_goes_on_behind_the_head_is_none_of_the_runs_past(make: Make) -> None:
     first = make()
     first.observe(2, {"p0": [1]})
