@@ -313,6 +313,9 @@ class PromptSelector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a checkpoint: what was observed after its step is forgotten, here and by the service.
 
+        A state that was saved before anything was observed has no step: nothing is forgotten, and `existing` says
+        what to do where the run has gone through the first step already.
+
         The service is told in the background, before anything else is; until it has confirmed, batches are uniform.
         Every rank calls this before it selects or observes; rank 0 tells the service. What any rank reports after its
         next `select` is kept, also where it arrives before the service was told.
@@ -321,10 +324,15 @@ class PromptSelector:
             ConfigurationError: The state is not of this run, or the selector is closed.
         """
         step, undelivered = checked_state(state, self._setup.run, STATE_FORMAT)
-        self._here()
+        here = self._here()
         self._seed = state["seed"]
         self._observed_step = step
-        self._go_back(step, undelivered)
+        if step is not None:
+            self._go_back(step, undelivered)
+            return
+        here.forget()  # the seed may be another one
+        if self._rank == 0 and self._keeps:
+            here.sender.put(undelivered)
 
     def rewind_to(self, step: SupportsIndex) -> None:
         """Go back to a checkpoint that holds no state: what was observed after this step is forgotten.
@@ -339,7 +347,7 @@ class PromptSelector:
         self._observed_step = at if at >= 0 else None
         self._go_back(at, [])
 
-    def _go_back(self, step: int | None, undelivered: list[Delivery]) -> None:
+    def _go_back(self, step: int, undelivered: list[Delivery]) -> None:
         here = self._here()
         self._begins_anew = False
         self._incarnation = uuid4().hex if self._rank == 0 else None
@@ -351,7 +359,7 @@ class PromptSelector:
                 "batches may differ between ranks: give all ranks evenodds.integrations.torch.ranks()",
             )
         here.forget()
-        if step is not None and self._keeps:
+        if self._keeps:
             rewind = [*undelivered, Delivery("rewind", step, self._request_id())] if self._rank == 0 else []
             here.sender.forget_after(step, rewind)
 

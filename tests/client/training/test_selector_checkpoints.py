@@ -262,6 +262,38 @@ def test_a_checkpoint_before_anything_was_observed_forgets_nothing(service: Serv
     assert selector.select(1, 4).source == "service"
 
 
+def test_a_checkpoint_before_anything_was_observed_is_no_way_around_existing(
+    service: Service, make: Make, tmp_path: Path
+) -> None:
+    first = make()
+    checkpoint = first.state_dict()
+    train(first, 0, 1)
+    assert first.flush()
+    first.close()
+
+    second = make(outbox=tmp_path / "another machine")
+    second.load_state_dict(checkpoint)
+
+    with pytest.raises(ConfigurationError, match="steps up to 1 already, and this training begins at step 0"):
+        second.select(0, 4)
+    assert steps_observed(service, second.run) == [0] * 4 + [1] * 4
+
+
+def test_a_checkpoint_without_a_step_keeps_what_was_not_delivered(service: Service, make: Make, tmp_path: Path) -> None:
+    second = make()
+    offline: dict[str, Any] = {"run": second.run, "prompts": PROMPTS, "outbox": tmp_path / "another machine"}
+    with PromptSelector(None, **offline) as crashed:
+        crashed.observe(3, {"p0": [1, 0]})
+    with PromptSelector(None, **offline) as restarted:
+        checkpoint = restarted.state_dict()
+
+    second.load_state_dict(checkpoint)
+
+    assert second.flush()
+    assert checkpoint["step"] is None
+    assert steps_observed(service, second.run) == [3]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
