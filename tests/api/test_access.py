@@ -357,6 +357,29 @@ def test_whoever_builds_a_client_of_its_own_takes_the_key_from_the_environment(
     store.close()
 
 
+def test_a_trainer_that_names_runs_of_others_trains_without_what_they_showed(
+    tmp_path: Path,
+    start_service: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = f"sqlite:///{tmp_path}/evenodds.db"
+    running = start_service(url, asks_for_keys=True)
+    store = Store(open_engine(url, timeout_seconds=PATIENCE_SECONDS))
+    monkeypatch.setenv("EVENODDS_API_KEY", Guarded(store, running.http).key("team", runs="team-*"))
+    options: dict[str, Any] = {"deadline_seconds": PATIENCE_SECONDS, "outbox": tmp_path / "outbox"}
+
+    with PromptSelector(
+        running.base_url, "team-b", [{"prompt_id": "p"}], run_settings={"learn_from": ["other"]}, **options
+    ) as selector:
+        assert selector.wait_until_ready()
+        batch = selector.select(0, 1)
+
+    assert batch.source == "service"
+    assert "learn_from: key 'team' is bound to runs 'team-*', not to 'other'" in caplog.text
+    store.close()
+
+
 @pytest.mark.parametrize("api_key", ["", "two words", "eo_\n", "eo_ä"])
 def test_the_client_refuses_a_key_that_no_header_holds_and_does_not_show_it(api_key: str) -> None:
     with pytest.raises(ConfigurationError, match="api_key must be printable ASCII") as caught:
@@ -490,7 +513,9 @@ def test_a_run_learns_only_from_runs_that_its_creators_key_may_read(guarded: Gua
     status, code, detail = refusal(asked(team, "team-a", "other"))
     assert (status, code) == (403, "run_forbidden")
     assert "learn_from: key 'team' is bound to runs 'team-*', not to 'other'" in detail
-    assert refusal(asked(team, "team-nobody"))[:2] == (404, "run_unknown")
+    status, code, detail = refusal(asked(team, "team-nobody"))
+    assert (status, code) == (404, "run_unknown")
+    assert detail.startswith("learn_from: run 'team-nobody' does not exist: correct the name, leave it out, or create")
     assert refusal(asked(writes, "other", run="new"))[:2] == (403, "scope_missing")
 
     assert asked(team, "team-a", "*").json()["learn_from"] == ["team-a", "*"]

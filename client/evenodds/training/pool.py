@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from evenodds.client import Client
-from evenodds.errors import NotFound, ProblemError
+from evenodds.errors import Forbidden, NotFound, ProblemError
 from evenodds.schemas import MAX_ITEMS, RunState, SelectRequest
 from evenodds.training.inputs import Setup
 from evenodds.training.status import Status
@@ -60,7 +60,7 @@ def load_pool(client: Client, setup: Setup, prompt_ids: Sequence[str], status: S
     """
     if setup.run_settings is None and setup.prompts is None:
         return look_at_pool(client, setup, prompt_ids, status)
-    run = client.put_run(setup.run, **(setup.run_settings or {}))
+    run = put_run(client, setup, status)
     if setup.prompts is None:
         return _compared(client, setup, run, prompt_ids, run.pool_size, status)
     added = client.add_prompts(setup.run, setup.prompts, keep_existing=True)
@@ -72,6 +72,28 @@ def load_pool(client: Client, setup: Setup, prompt_ids: Sequence[str], status: S
             f"their old content, and the other prompts are loaded: {named}. Give a changed prompt another prompt_id",
         )
     return _compared(client, setup, run, prompt_ids, added.pool_size, status, is_loaded=True)
+
+
+def put_run(client: Client, setup: Setup, status: Status) -> RunState:
+    """Create the run or change its settings; without `learn_from` where a source is unknown or not for this key.
+
+    Raises:
+        EvenOddsError: The service does not do it now, or refuses the settings.
+    """
+    settings = dict(setup.run_settings or {})
+    try:
+        return client.put_run(setup.run, **settings)
+    except (Forbidden, NotFound) as error:
+        if not error.detail.startswith("learn_from"):
+            raise
+        named = list(settings.pop("learn_from", None) or ())
+        status.say_once(
+            "learn_from",
+            f"the service refused run_settings['learn_from'] {named!r}, and the run goes on without it: "
+            f"{error.detail}. What other runs showed is used once the mended list is set, at the next start or with "
+            "Client.put_run",
+        )
+    return client.put_run(setup.run, **settings)
 
 
 def look_at_pool(

@@ -23,7 +23,7 @@ from evenodds.training.background import SerialThread, in_thread
 from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import Setup
 from evenodds.training.outbox import Delivery, Outbox, OutboxBroken
-from evenodds.training.pool import Pool, is_for_good, load_pool, look_at_pool
+from evenodds.training.pool import Pool, is_for_good, load_pool, look_at_pool, put_run
 from evenodds.training.status import Status
 
 T = TypeVar("T")
@@ -288,7 +288,7 @@ class OutboxSender:
         assert self._client is not None
         self._is_changed = False
         try:
-            run = self._client.put_run(self._setup.run, **(self._setup.run_settings or {}))
+            run = put_run(self._client, self._setup, self._status)
         except ProblemError as error:
             if not is_for_good(error):
                 self._is_changed = True

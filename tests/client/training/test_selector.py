@@ -232,6 +232,26 @@ def test_a_filtered_data_set_is_chosen_from_and_nothing_else(
     assert warnings(caplog) == []
 
 
+def test_a_run_to_learn_from_that_does_not_exist_costs_a_warning_and_nothing_else(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    selector = make(run_settings={**SETTINGS, "learn_from": ["no-such-run"]})
+    assert selector.wait_until_ready()
+    selector.set_group_size(8)
+
+    batch = selector.select(0, 4)
+    selector.observe(0, {prompt_id: [1, 0] for prompt_id in batch})
+
+    assert selector.flush()
+    until(lambda: service.client.run(selector.run).group_size == 8, "the changed settings")
+    assert batch.source == "service"
+    assert len(history(service.client, selector)) == 4
+    said = [line for line in warnings(caplog) if "learn_from" in line]
+    assert len(said) == 1
+    assert "refused run_settings['learn_from'] ['no-such-run'], and the run goes on without it: learn_from:" in said[0]
+    assert "run 'no-such-run' does not exist: correct the name" in said[0]
+
+
 def test_prompts_that_others_add_meanwhile_cost_one_batch_at_most(service: Service, make: Make) -> None:
     selector = make(prompts=PROMPTS[:4])
     assert selector.wait_until_ready()

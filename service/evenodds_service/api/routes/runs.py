@@ -115,8 +115,14 @@ def _learning(store: Store, caller: ApiKey | None, before: RunSettings, body: Ru
                 f"learn_from: key {caller.name!r} is bound to runs {caller.runs!r}, not to {name!r}: leave it out, or "
                 "ask for a key that may read both"
             )
-        if name not in (before.learn_from or ()):  # one that was deleted since may stand there
+        if name in (before.learn_from or ()):
+            continue  # one that was deleted since may stand there
+        try:
             store.run(name)
+        except RunUnknown:
+            raise RunUnknown(
+                f"learn_from: run {name!r} does not exist: correct the name, leave it out, or create that run first"
+            ) from None
     return {"learn_from": names or None, "learn_within": bound if names else ()}
 
 
