@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evenodds.training.inputs import EQUAL_WITHIN
+
 
 @dataclass(frozen=True)
 class Group:
@@ -27,13 +29,14 @@ def informative_ids(observations: Sequence[Mapping[str, Any]]) -> frozenset[str]
     most: dict[str, float] = {}
     for each in observations:
         rewards = each.get("rewards")
-        if rewards is None:  # a mean strictly between tells of unlike rewards, as on the service's side
-            mean = each["successes"] / each["attempts"]
-            rewards = (0.0, 1.0) if each["attempts"] > 1 and 0.0 < mean < 1.0 else (mean,)
+        if rewards is None:  # a sum strictly between tells of unlike rewards, as on the service's side
+            successes, attempts = each["successes"], each["attempts"]
+            is_between = attempts > 1 and EQUAL_WITHIN < successes < attempts - EQUAL_WITHIN
+            rewards = (0.0, 1.0) if is_between else (successes / attempts,)
         prompt_id = each.get("prompt_id", "")
         least[prompt_id] = min(least.get(prompt_id, 1.0), *rewards)
         most[prompt_id] = max(most.get(prompt_id, 0.0), *rewards)
-    return frozenset(prompt_id for prompt_id in least if most[prompt_id] - least[prompt_id] > 1e-9)
+    return frozenset(prompt_id for prompt_id in least if most[prompt_id] - least[prompt_id] > EQUAL_WITHIN)
 
 
 def kept(groups: Sequence[Group], size: int | None) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ def groups(*kinds: str) -> list[Group]:
         ([{"prompt_id": "a", "rewards": [0.0]}, {"prompt_id": "a", "rewards": [1.0]}], {"a"}),
         ([{"prompt_id": "a", "successes": 3, "attempts": 8}], {"a"}),
         ([{"prompt_id": "a", "successes": 8, "attempts": 8}], set()),
+        ([{"prompt_id": "a", "rewards": [0.3, 0.30000001192092896]}], set()),
+        ([{"prompt_id": "a", "successes": 8 - 1e-7, "attempts": 8}], set()),
         ([{"prompt_id": "a", "successes": 0.5, "attempts": 1}], set()),
     ],
 )

@@ -84,6 +84,12 @@ def test_verl_v1_groups_by_its_ids_and_says_that_filtered_groups_are_missing(tmp
     assert "groups that were filtered or evicted are not in this log" in tally.notes[0]
 
 
+def test_a_reward_that_misses_its_end_by_rounding_is_read_as_the_end(tmp_path: Path) -> None:
+    written.verl(tmp_path, {1: {Q1: [1 + 1e-7, -1e-7]}})
+
+    assert outcomes(read(tmp_path)[0]) == [(1, Q1, (1, 0))]
+
+
 def test_a_reward_outside_of_the_range_stops_the_reading_and_names_what_else_there_is(tmp_path: Path) -> None:
     written.verl(tmp_path, {1: {Q1: [1.0, -1.0]}}, acc=True)
 

@@ -26,7 +26,7 @@ from evenodds_service.domain.learning.prediction import (
 )
 from evenodds_service.domain.learning.predictors import Gps, Mopps
 from evenodds_service.domain.learning.state import State, copied
-from evenodds_service.domain.log_entries import ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.log_entries import EQUAL_WITHIN, ObserveEntry, PoolEntry, SelectEntry, SnapshotEntry
 from evenodds_service.domain.prompts import RawBlock
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ class Log:
 
     def observe(self, step: int, prompts: Sequence[int], successes: Sequence[float], attempts: Sequence[float]) -> None:
         k, counts = np.array(successes, dtype=np.float64), np.array(attempts, dtype=np.float64)
-        entry = ObserveEntry(
-            self.state.position + 1, step, np.array(prompts, dtype=np.int64), k, counts, (k > 0) & (k < counts)
-        )
+        informative = (k > EQUAL_WITHIN) & (k < counts - EQUAL_WITHIN)
+        entry = ObserveEntry(self.state.position + 1, step, np.array(prompts, dtype=np.int64), k, counts, informative)
         fold(self.state, entry, self.pool)
 
     def means(self) -> FloatArray:
@@ -727,7 +726,7 @@ def test_outcomes_of_a_selection_are_held_against_what_it_forecast(make_block: M
     assert log.state.tallies.rate_bins[0, [2, 7], 1].tolist() == [0.25, 0.75]
 
 
-@pytest.mark.parametrize(("second", "informative"), [(8.0, 0), (0.0, 1)])
+@pytest.mark.parametrize(("second", "informative"), [(8.0, 0), (8 - 1e-7, 0), (0.0, 1)])
 def test_rows_of_one_prompt_are_one_group_of_attempts(make_block: MakeBlock, second: float, informative: int) -> None:
     log = Log(make_block(4))
 

@@ -210,15 +210,18 @@ def test_a_group_of_attempts_reported_in_parts_counts_as_one(seed: int) -> None:
         assert getattr(parts.tallies, which) == pytest.approx(getattr(whole.tallies, which), abs=1e-9), which
 
 
-def test_parts_that_are_each_all_equal_may_be_informative_together() -> None:
+@pytest.mark.parametrize(("first", "second", "informative"), [(1.0, 0.0, 1), (0.3, float(np.float32(0.3)), 0)])
+def test_parts_that_are_each_all_equal_may_be_informative_together(
+    first: float, second: float, informative: int
+) -> None:
     both = Both()
     both.select(0, np.array([7]), np.array([False]), 0.0, np.random.default_rng(0))
 
-    both.observe(0, 0, {7: [1.0, 1.0]}, np.ones((N_PROMPTS, 2)))
+    both.observe(0, 0, {7: [first, first]}, np.ones((N_PROMPTS, 2)))
     before = both.tallies.arms[0, 0, -1]
-    both.observe(0, 0, {7: [0.0, 0.0]}, np.ones((N_PROMPTS, 2)))
+    both.observe(0, 0, {7: [second, second]}, np.ones((N_PROMPTS, 2)))
 
-    assert (before, both.tallies.arms[0, 0, -1]) == (0, 1)
+    assert (before, both.tallies.arms[0, 0, -1]) == (0, informative)
 
 
 def test_windows_double_in_width_and_lose_nothing() -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from evenodds_service.domain.log_entries import EQUAL_WITHIN
+
 Rate = float | dict[str, float]
 """A success rate, or `{"successes": k, "attempts": n}`."""
 
@@ -145,7 +147,7 @@ def scaled(number: float, wishes: Wishes, place: str, *, others: Sequence[str] =
         LogRefused: it lies outside of the range. Leaving it out would leave out one kind of outcome.
     """
     value = (number - wishes.low) / (wishes.high - wishes.low)
-    if -1e-9 <= value <= 1 + 1e-9:
+    if -EQUAL_WITHIN <= value <= 1 + EQUAL_WITHIN:
         return min(1.0, max(0.0, value))
     also = f", or choose another reward with --reward ({', '.join(others)})" if others else ""
     raise LogRefused(

@@ -40,7 +40,15 @@ from evenodds_service.domain.learning.regression import (
 from evenodds_service.domain.learning.sequential import Watch
 from evenodds_service.domain.learning.state import State, grow, present, rows_of_serials, without
 from evenodds_service.domain.learning.tallies import Tallies
-from evenodds_service.domain.log_entries import Entry, ObserveEntry, PoolEntry, RetireEntry, SelectEntry, SnapshotEntry
+from evenodds_service.domain.log_entries import (
+    EQUAL_WITHIN,
+    Entry,
+    ObserveEntry,
+    PoolEntry,
+    RetireEntry,
+    SelectEntry,
+    SnapshotEntry,
+)
 
 REGRESSION_KEEP = 0.98
 QUICK_KEEP = 0.85
@@ -252,7 +260,7 @@ def _is_informative(entry: ObserveEntry, position: IntArray, n: int) -> BoolArra
         least, most = np.full(n, np.inf), np.full(n, -np.inf)
         np.minimum.at(least, position, rates)
         np.maximum.at(most, position, rates)
-        informative |= most - least > 1e-9
+        informative |= most - least > EQUAL_WITHIN
     return informative
 
 

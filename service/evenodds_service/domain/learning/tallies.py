@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray, ScalarT
 from evenodds_service.domain.distributions import informative_probability
-from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.domain.log_entries import EQUAL_WITHIN, SelectEntry
 
 N_WINDOWS = 32
 N_BINS = 10
@@ -199,7 +199,7 @@ class Tallies:
             if len(earlier):  # the whole takes the part's place
                 met += self._count(w, rows[earlier], groups[held[earlier]], share, -1.0)
                 known, more = self.open_seen[rows[earlier]], held[earlier]
-                differ = np.abs(known[:, 0] / known[:, 1] - k_n[more] / counts_n[more]) > 1e-9
+                differ = np.abs(known[:, 0] / known[:, 1] - k_n[more] / counts_n[more]) > EQUAL_WITHIN
                 informative_n[more] |= differ | self.open_informative[rows[earlier]]
             self.open_seen[rows, 0] += k_n[held]
             self.open_seen[rows, 1] += counts_n[held]
