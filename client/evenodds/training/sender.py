@@ -154,13 +154,11 @@ class OutboxSender:
         """End the threads, and wait so long for it. What waits stays in the outbox."""
         self._stopped.set()
         self._woken.set()
-        if self._client is None:
-            self._closed().result(seconds)
-            return
+        ended = self._closed() if self._client is None else self._sending
         try:
-            self._sending.result(seconds)
+            ended.result(seconds)
         except FutureTimeout:
-            return  # it hangs in a call, and closes the outbox when that ends
+            return  # it hangs in a call or at the disk, and closes the outbox when that ends
 
     # The outbox. What the training loop calls goes through a thread, so that it may give up on a slow disk.
 

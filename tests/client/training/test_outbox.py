@@ -207,6 +207,25 @@ def test_a_full_disk_costs_nothing_that_fits_in_memory(tmp_path: Path) -> None:
     assert len(Outbox(tmp_path, "r").waiting()) >= 1
 
 
+def test_a_disk_that_hangs_while_an_offline_selector_is_closed_stops_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_module, "BUSY_SECONDS", 600.0)
+    selector = PromptSelector(None, "r", ["a"], outbox=tmp_path, deadline_seconds=0.2)
+    selector.observe(1, {"a": [1]})
+    until(lambda: selector.state_dict()["undelivered"], "the first outcome on disk")
+    other = sqlite3.connect(tmp_path / "r.outbox", isolation_level=None, timeout=PATIENCE_SECONDS)
+    other.execute("BEGIN EXCLUSIVE")
+    selector.observe(2, {"a": [0]})
+
+    selector.close(timeout_seconds=0)
+
+    other.execute("ROLLBACK")
+    other.close()
+    outbox = Outbox(tmp_path, "r")
+    until(lambda: len(outbox.waiting()) == 2, "both outcomes on disk")
+
+
 def test_a_disk_that_hangs_holds_nothing_up_and_costs_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
