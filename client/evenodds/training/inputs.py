@@ -156,8 +156,9 @@ def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> Checked:
     """Tell observations from what is none.
 
     Raises:
-        InvalidRequest: A reward is no number, or lies outside [0, 1]. To leave such rewards out would bias what is
-            believed: of rewards -1 and 1 nothing but success would be left.
+        InvalidRequest: The outcomes are none, the rewards of a prompt are no list, or a reward is no number or lies
+            outside [0, 1]. To leave such rewards out would bias what is believed: of rewards -1 and 1 nothing but
+            success would be left.
     """
     sound: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -165,7 +166,7 @@ def checked_observations(outcomes: Outcomes, known: frozenset[str]) -> Checked:
     for index, outcome in enumerate(_listed(outcomes)):
         where = f"outcomes[{index}]"
         if isinstance(outcome, Mapping) and outcome.get("rewards") is not None:
-            given = list(cast("Iterable[object]", outcome["rewards"]))
+            given = _rewards(outcome["rewards"], where, outcome)
             rewards = [checked for reward in given if (checked := _reward(reward, where, outcome)) is not None]
             n_without_reward += len(given) - len(rewards)
             if not rewards:
@@ -201,6 +202,21 @@ def as_reward(reward: object) -> float | None:
 def as_rate(number: float) -> float | None:
     """The number itself if it lies in [0, 1], the end that it misses by rounding; None for all others."""
     return min(1.0, max(0.0, number)) if -EQUAL_WITHIN <= number <= 1 + EQUAL_WITHIN else None
+
+
+def _rewards(given: object, where: str, outcome: Mapping[str, object]) -> list[object]:
+    try:
+        if not isinstance(given, (str, bytes)):
+            return list(cast("Iterable[object]", given))
+    except TypeError:
+        pass  # a number, say
+    raise InvalidRequest(
+        "observe",
+        [
+            f"{where}.rewards: {given!r:.80} of prompt {outcome.get('prompt_id')!r} is no list of rewards: send one "
+            "reward for each attempt, as [1.0, 0.0]"
+        ],
+    )
 
 
 def _reward(reward: object, where: str, outcome: Mapping[str, object]) -> float | None:
@@ -246,7 +262,15 @@ def bodies(observations: Sequence[Mapping[str, object]]) -> Iterator[str]:
 def _listed(outcomes: Outcomes) -> Iterable[Observation | Mapping[str, object]]:
     if isinstance(outcomes, Mapping):
         return [{"prompt_id": prompt_id, "rewards": rewards} for prompt_id, rewards in outcomes.items()]
-    return outcomes
+    if isinstance(outcomes, Iterable) and not isinstance(outcomes, (str, bytes, Observation)):
+        return outcomes
+    raise InvalidRequest(
+        "observe",
+        [
+            f"outcomes: {outcomes!r:.80} is neither rewards by prompt id nor a list of observations: send "
+            '{"a": [1.0, 0.0]}, say'
+        ],
+    )
 
 
 @contextmanager

@@ -285,8 +285,8 @@ class PromptSelector:
                 selector got one from the service.
 
         Raises:
-            InvalidRequest: The step is not an integer in [0, 2**53], or a reward is not a number in [0, 1]. Then
-                nothing of the call is kept.
+            InvalidRequest: The step is not an integer in [0, 2**53], the rewards of a prompt are not a list, or a
+                reward is not a number in [0, 1]. Then nothing of the call is kept.
             ConfigurationError: The selector is closed.
         """
         self._report(checked_step("observe", step), outcomes, selection_id)

@@ -22,6 +22,7 @@ from tests.client.training.child import observe_in_child
 from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Batch, Client, ConfigurationError, InvalidRequest, PromptSelector
+from evenodds.schemas import Observation
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -428,6 +429,22 @@ def test_a_reward_that_is_none_raises_and_nothing_of_the_step_is_kept(
 
     assert selector.flush()
     assert history(service.client, selector) == []
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "message"),
+    [
+        ({"p0": 1.0}, r"outcomes\[0\].rewards: 1.0 of prompt 'p0' is no list of rewards: send one reward for each"),
+        ({"p0": "10"}, r"outcomes\[0\].rewards: '10' of prompt 'p0' is no list of rewards"),
+        ([{"prompt_id": "p1", "rewards": True}], r"outcomes\[0\].rewards: True of prompt 'p1' is no list of rewards"),
+        (1.0, "outcomes: 1.0 is neither rewards by prompt id nor a list of observations"),
+        ("p0", "outcomes: 'p0' is neither"),
+        (Observation(prompt_id="p0", rewards=(1.0,)), "outcomes: Observation.* is neither"),
+    ],
+)
+def test_what_is_no_list_of_rewards_raises_and_says_what_to_send(make: Make, outcomes: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make(None).observe(1, outcomes)
 
 
 def test_a_reward_that_misses_its_end_by_rounding_counts_as_the_end(service: Service, make: Make) -> None:
