@@ -21,6 +21,8 @@ class Batch:
         reply: All that the service said; None for a uniform batch.
         incarnation: Names the training since it began or last went back to a checkpoint, for all ranks that get this
             batch; None where a rank other than 0 chose it for itself.
+        held: Why the outcomes of this training are held back in the outbox, as rank 0 tells the others; None: they are
+            delivered.
     """
 
     step: int
@@ -28,6 +30,7 @@ class Batch:
     arms: tuple[Arm, ...]
     reply: SelectReply | None = None
     incarnation: str | None = None
+    held: str | None = None
 
     @property
     def source(self) -> Literal["service", "uniform"]:

@@ -46,6 +46,7 @@ class Setup:
         folder: Of the outbox; None keeps everything in memory.
         deadline_seconds: How long a call of the training loop may take.
         prefetches: Whether the next batch is asked for once a step is observed.
+        releases_held: Whether outcomes are delivered that an earlier selector held back.
 
     Raises:
         ConfigurationError: A field is out of its range.
@@ -58,6 +59,7 @@ class Setup:
     folder: Path | None
     deadline_seconds: float
     prefetches: bool
+    releases_held: bool
 
     def __post_init__(self) -> None:
         with _configured("run"):

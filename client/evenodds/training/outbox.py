@@ -23,6 +23,9 @@ T = TypeVar("T")
 BUSY_SECONDS = 5.0
 """How long a statement waits for other processes."""
 
+HELD = "held: "
+"""So begins why a delivery is held back: a next start does not try it again unless it is told to."""
+
 _NO_STEP = -1
 _COLUMNS = "position, kind, step, request_id, selection_id, body"
 _SCHEMA = """
@@ -70,6 +73,7 @@ class Outbox:
     Args:
         folder: Made if it does not exist. None keeps everything in memory, for this process alone.
         run: Names the file.
+        releases_held: Deliver what an earlier selector held back.
 
     Raises:
         OSError: The folder cannot be made.
@@ -77,7 +81,7 @@ class Outbox:
         OutboxBroken: The file is no outbox.
     """
 
-    def __init__(self, folder: Path | None, run: str) -> None:
+    def __init__(self, folder: Path | None, run: str, *, releases_held: bool = False) -> None:
         self.path = None if folder is None else folder / f"{run}.outbox"
         self._lock = threading.RLock()
         _OUTBOXES.add(self)
@@ -87,7 +91,10 @@ class Outbox:
         self._database = _connect(self.path, timeout=BUSY_SECONDS)
         self._do(lambda database: database.execute(_SCHEMA))
         # What was refused gets another chance at every start: the pool may hold its prompts by now.
-        self._do(lambda database: database.execute("UPDATE deliveries SET refusal = NULL WHERE refusal IS NOT NULL"))
+        again = "UPDATE deliveries SET refusal = NULL WHERE refusal IS NOT NULL"
+        if not releases_held:
+            again += f" AND refusal NOT LIKE '{HELD}%'"
+        self._do(lambda database: database.execute(again))
 
     def put(self, deliveries: Sequence[Delivery]) -> None:
         """Append all or none. One whose request id is in the queue already changes nothing."""

@@ -25,6 +25,7 @@ class Running:
     Args:
         loads_pool: Whether this process creates the run and loads its pool.
         prepared: What becomes of a request for a batch before it is sent.
+        before_sending: Called before outcomes of this incarnation are sent, in the sending thread.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Running:
         prompt_ids: Sequence[str],
         loads_pool: bool,
         prepared: Callable[[SelectRequest], SelectRequest],
+        before_sending: Callable[[OutboxSender, str | None], None],
     ) -> None:
         self.pid = os.getpid()
         self.status = Status(setup.base_url, setup.run)
@@ -46,7 +48,12 @@ class Running:
         self._prefetches = setup.prefetches
         self._lock = threading.Lock()
         self.sender = OutboxSender(
-            setup, self.status, prompt_ids=prompt_ids, loads_pool=loads_pool, on_delivered=self._prefetch_after
+            setup,
+            self.status,
+            prompt_ids=prompt_ids,
+            loads_pool=loads_pool,
+            before_sending=before_sending,
+            on_delivered=self._prefetch_after,
         )
         self.requests: BatchRequests | None = None
         if setup.base_url is not None:

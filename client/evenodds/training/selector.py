@@ -37,6 +37,7 @@ from evenodds.training.inputs import (
 from evenodds.training.kept import Group, informative_ids, kept
 from evenodds.training.outbox import Delivery
 from evenodds.training.running import Running
+from evenodds.training.sender import OutboxSender
 from evenodds.training.status import Counts
 from evenodds.validation import request_of
 
@@ -86,9 +87,11 @@ class PromptSelector:
         broadcast: Called once by every rank in each `select`, with the batch on rank 0 and None on the others:
             returns that batch on all. See `evenodds.integrations.torch`.
         existing: What to do where this training begins at a step that the run has gone through already: a second
-            training under the name, or one that goes on without the state of its checkpoint. `refuse` raises. `auto`
-            forgets what came from that step on, and says what it forgot. `resume` goes on with all that the run has:
-            steps that have a batch get it again, and their outcomes count once more.
+            training under the name, or one that goes on without the state of its checkpoint. `refuse` raises; where
+            batches were handed out before the service could be asked, it goes on with uniform ones, and holds the
+            outcomes back in the outbox. `auto` forgets what came from that step on, and says what it forgot. `resume`
+            goes on with all that the run has: steps that have a batch get it again, their outcomes count once more, and
+            what an earlier selector held back is delivered.
 
     The constructor has more than eight arguments because they are all that a training script sets.
 
@@ -124,6 +127,7 @@ class PromptSelector:
             folder=None if folder is None else Path(folder).absolute(),
             deadline_seconds=deadline_seconds,
             prefetches=prefetch,
+            releases_held=existing == "resume",
         )
         self._seed = seed
         self._rank = _checked_rank(rank)
@@ -423,7 +427,7 @@ class PromptSelector:
         return {prefix + name: value for name, value in figures.items()}
 
     def refusals(self) -> tuple[tuple[Delivery, str], ...]:
-        """The deliveries that the service refused for what they hold, and why."""
+        """The deliveries that the service refused for what they hold, and those that are held back; and why."""
         return self._here().sender.refusals()
 
     def wait_until_ready(self, timeout_seconds: float = 60.0) -> bool:
@@ -436,7 +440,10 @@ class PromptSelector:
         return here.requests is not None and here.sender.wait_until_ready(timeout_seconds)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
-        """Wait until the service has answered for everything that was observed. Whether it has."""
+        """Wait until the service has answered for everything that was observed. Whether it has.
+
+        It has not where outcomes are held back; `refusals` gives them.
+        """
         return self._here().sender.flush(timeout_seconds)
 
     def close(self, timeout_seconds: float = 5.0) -> None:
@@ -476,6 +483,7 @@ class PromptSelector:
                 prompt_ids=self._prompt_ids,
                 loads_pool=self._rank == 0 and os.getpid() == self._made_in,
                 prepared=self._prepared,
+                before_sending=self._hold_if_refused,
             )
             atexit.register(self.close)
         return self._running
@@ -486,8 +494,11 @@ class PromptSelector:
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
             batch = self._choose(request, here)
         else:
-            batch = self._broadcast(self._choose(request, here) if self._rank == 0 else None)
+            own = replace(self._choose(request, here), held=self._held(here)) if self._rank == 0 else None
+            batch = self._broadcast(own)
             self._incarnation = batch.incarnation
+            if batch.incarnation is not None and batch.held is not None:
+                here.sender.hold(batch.incarnation, batch.held)
         here.remember(batch)
         here.metrics.chosen(batch, time.monotonic() - began)
         return batch
@@ -503,7 +514,7 @@ class PromptSelector:
 
     def _asked(self, request: SelectRequest, here: Running) -> Batch | None:
         """The service's choice; None, and the log says why, if it does not come in time."""
-        if here.requests is None:
+        if here.requests is None or self._held(here) is not None:
             return None
         here.last_request = request
         try:
@@ -525,7 +536,8 @@ class PromptSelector:
             )
             return None
         except Exception as error:  # whatever it is, it must not stop the training
-            here.status.failed("choosing", error)
+            if self._held(here) is None:  # else the log has said so
+                here.status.failed("choosing", error)
             return None
         here.status.succeeded("choosing")
         return Batch(request.step, ids, tuple(arms), reply, self._incarnation)
@@ -534,32 +546,66 @@ class PromptSelector:
         """The request as it is sent, of what the trainer can attempt. In a thread of its own.
 
         Raises:
-            ConfigurationError: The run has gone through the first step already.
+            ConfigurationError: The run has gone through the first step already, and no batch was handed out yet.
+            NotAnswered: The outcomes of this training are held back.
         """
         here = self._here()
-        pool = here.sender.pool
+        pool, counts = here.sender.pool, here.status.counts
         if pool is None:
             return request
-        first = self._first_step
-        head = max((step for step in (pool.head_step, here.sender.left_step) if step is not None), default=None)
-        if self._begins_anew and self._rank == 0 and os.getpid() == self._made_in and first is not None:
+        head, first = self._gone_through(here.sender), self._first_step or 0
+        if head is not None and self._existing == "refuse" and counts.service_batches + counts.uniform_batches == 0:
+            raise ConfigurationError(
+                f"{self._past(head)}. To go on from a checkpoint, load the selector's state. Otherwise "
+                f"set existing: 'auto' forgets everything from step {first} on, 'resume' continues with all "
+                "that the run has. Another run name begins with nothing"
+            )
+        self._hold_if_refused(here.sender, self._incarnation)
+        held = self._held(here)
+        if held is not None:
+            raise NotAnswered(held)
+        if head is not None:
             self._begins_anew = False
-            if head is not None and first <= head and self._existing != "resume":
-                if self._existing == "refuse":
-                    self._begins_anew = True
-                    raise ConfigurationError(
-                        f"run {self._setup.run!r} has gone through steps up to {head} already, and this training "
-                        f"begins at step {first}. To go on from a checkpoint, load the selector's state. Otherwise "
-                        f"set existing: 'auto' forgets everything from step {first} on, 'resume' continues with all "
-                        "that the run has. Another run name begins with nothing"
-                    )
-                here.status.say_once(
-                    "existing",
-                    f"it has gone through steps up to {head} already, and this training begins at step {first}: what "
-                    f"came from step {first} on is forgotten (existing='auto')",
-                )
-                here.sender.put([Delivery("rewind", first - 1, self._request_id())])
+            here.status.say_once(
+                "existing",
+                f"it has gone through steps up to {head} already, and this training begins at step {first}: what "
+                f"came from step {first} on is forgotten (existing='auto')",
+            )
+            here.sender.put([Delivery("rewind", first - 1, self._request_id())])
         return pool.narrowed(request)
+
+    def _gone_through(self, sender: OutboxSender) -> int | None:
+        """The run's newest step, where this training begins at one that the run has gone through; None otherwise."""
+        pool, first = sender.pool, self._first_step
+        if not self._begins_anew or os.getpid() != self._made_in or self._rank > 0 or pool is None or first is None:
+            return None
+        head = max((step for step in (pool.head_step, sender.left_step) if step is not None), default=-1)
+        if first <= head and self._existing != "resume":
+            return head
+        self._begins_anew = False
+        return None
+
+    def _past(self, head: int) -> str:
+        return (
+            f"run {self._setup.run!r} has gone through steps up to {head} already, and this training begins at step "
+            f"{self._first_step}"
+        )
+
+    def _held(self, here: Running) -> str | None:
+        """Why the outcomes of this training are held back; None where they are delivered."""
+        return None if self._incarnation is None else here.sender.held.get(self._incarnation)
+
+    def _hold_if_refused(self, sender: OutboxSender, incarnation: str | None) -> None:
+        """A training that began without the service learns only now that it is a second one: it must not be stopped."""
+        if incarnation is None or incarnation != self._incarnation or self._existing != "refuse":
+            return
+        head = self._gone_through(sender)
+        if head is not None:
+            sender.hold(
+                incarnation,
+                f"{self._past(head)}, which the service could not say before the first batch was handed out "
+                "(existing='refuse'): another run name begins with nothing",
+            )
 
     def _uniform(self, request: SelectRequest) -> Batch:
         eligible, n = self._eligible(request), request.batch_size

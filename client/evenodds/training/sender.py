@@ -22,7 +22,7 @@ from evenodds.errors import InvalidRequest, NotFound, ProblemError, TooLarge
 from evenodds.training.background import SerialThread, in_thread
 from evenodds.training.batch_requests import NotAnswered
 from evenodds.training.inputs import Setup
-from evenodds.training.outbox import Delivery, Outbox, OutboxBroken
+from evenodds.training.outbox import HELD, Delivery, Outbox, OutboxBroken
 from evenodds.training.pool import Pool, is_for_good, load_pool, look_at_pool, put_run
 from evenodds.training.status import Status
 
@@ -40,6 +40,7 @@ class OutboxSender:
     Args:
         prompt_ids: The trainer's prompts.
         loads_pool: Whether this process loads the pool at the start. Otherwise it only looks at it.
+        before_sending: Called in the sending thread with the incarnation whose delivery is next: it may hold it.
         on_delivered: Called in the sending thread with the step of each observe call that the service has confirmed.
     """
 
@@ -50,13 +51,17 @@ class OutboxSender:
         *,
         prompt_ids: Sequence[str],
         loads_pool: bool,
+        before_sending: Callable[[OutboxSender, str | None], None],
         on_delivered: Callable[[int], None],
     ) -> None:
         self._setup = setup
         self._status = status
         self._prompt_ids = prompt_ids
         self._loads_pool = loads_pool
+        self._before_sending = before_sending
         self._on_delivered = on_delivered
+        self.held: dict[str, str] = {}
+        """Why no outcomes of a training are delivered, by its incarnation."""
         self.pool: Pool | None = None
         self.left_step: int | None = None
         """The highest step of what an earlier process had left in the outbox; None for nothing."""
@@ -100,6 +105,15 @@ class OutboxSender:
         """What the service has refused for what it holds, and why; as far as it can be read in time."""
         return self._read(lambda outbox: outbox.refusals())
 
+    def hold(self, incarnation: str, why: str) -> None:
+        """Deliver no outcomes of this training from now on: they stay in the outbox, until a start says `resume`."""
+        self.held[incarnation] = why
+        self._status.say_once(
+            f"held {incarnation}",
+            f"{why}. This training goes on with uniform batches, and its outcomes stay in the outbox, where "
+            "`refusals()` gives them: a start with existing='resume' delivers them",
+        )
+
     def wait_until_clear(self, seconds: float) -> None:
         """Wait until the service may be asked: not at all while it fails.
 
@@ -135,14 +149,14 @@ class OutboxSender:
         self._woken.set()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing waits. Whether nothing does."""
+        """Wait until nothing waits. Whether all was sent, and nothing held back."""
         ends = time.monotonic() + seconds
         self._keeping.submit(self._open_disk)
         while True:
             empty = self._keeping.submit(lambda: all(outbox.is_empty() for outbox in self._outboxes()))
             try:
                 if empty.result(max(0.01, ends - time.monotonic())):
-                    return True
+                    return not self.held
             except (FutureTimeout, sqlite3.Error, OutboxBroken):
                 pass
             if self._client is None or self._stopped.is_set() or time.monotonic() >= ends:
@@ -172,7 +186,7 @@ class OutboxSender:
         if not self._opens_later:
             return
         try:
-            disk = Outbox(self._setup.folder, self._setup.run)
+            disk = Outbox(self._setup.folder, self._setup.run, releases_held=self._setup.releases_held)
             self.left_step = disk.newest_step()
             self._disk = disk
             self._opens_later = False
@@ -315,6 +329,12 @@ class OutboxSender:
                 continue
             if delivery is None:
                 continue
+            incarnation = _incarnation(delivery)
+            self._before_sending(self, incarnation)
+            held = self.held.get(incarnation or "")
+            if held is not None and delivery.kind == "observe":
+                outbox.refuse(delivery, HELD + held)
+                return True
             try:
                 observations = _observations(delivery)
                 self._deliver(delivery, observations)
@@ -400,8 +420,7 @@ class OutboxSender:
     def _call(self, delivery: Delivery, observations: list[Any]) -> None:
         assert self._client is not None
         if delivery.kind == "rewind":
-            incarnation, _, rest = delivery.request_id.partition(".")
-            self._client.rewind(self._setup.run, delivery.step, incarnation=incarnation if rest else None)
+            self._client.rewind(self._setup.run, delivery.step, incarnation=_incarnation(delivery))
             return
         reply = self._client.observe(
             self._setup.run,
@@ -424,6 +443,12 @@ def _observations(delivery: Delivery) -> list[Any]:
     if not isinstance(observations, list):
         raise ValueError(f"the body of request {delivery.request_id!r} is no list of observations")
     return observations
+
+
+def _incarnation(delivery: Delivery) -> str | None:
+    """Of the training that put it there; None where that had no name."""
+    incarnation, _, rest = delivery.request_id.partition(".")
+    return incarnation if rest else None
 
 
 def _part(delivery: Delivery, number: int, observations: list[Any]) -> Delivery:

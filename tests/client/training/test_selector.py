@@ -348,6 +348,53 @@ def test_a_second_training_under_a_name_is_refused_until_it_says_what_it_wants(
     assert "what came from step 0 on is forgotten (existing='auto')" in warnings(caplog)[0]
 
 
+def test_a_second_training_that_began_without_the_service_goes_on_and_keeps_its_outcomes_apart(
+    service: Service, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make(outbox=tmp_path / "another machine")
+    first.observe(0, {"p0": [1, 0]})
+    first.observe(3, {"p1": [1, 0]})
+    assert first.flush()
+    first.close()
+    sent: list[Batch] = []
+
+    def from_rank_zero(batch: Batch | None) -> Batch:
+        sent.extend([] if batch is None else [batch])
+        return sent[-1]
+
+    with proxy_before(service.base_url) as proxy:
+        proxy.mode = "dead"
+        second = make(proxy.base_url, broadcast=from_rank_zero)
+        second.observe(0, {prompt_id: [1, 1] for prompt_id in second.select(0, 4)})
+        proxy.mode = "fine"
+        assert second.wait_until_ready()
+        other = make(rank=1, broadcast=from_rank_zero, outbox=tmp_path / "rank 1")
+        for step in (1, 2):
+            batch = second.select(step, 4)
+            second.observe(step, {batch.prompt_ids[0]: [1, 1]})
+            other.observe(step, {other.select(step, 4).prompt_ids[1]: [0, 1]})
+        assert not second.flush()
+        assert not other.flush()
+
+        assert batch.source == "uniform"
+        assert history(service.client, first) == [("p0", 0, 1.0, 2), ("p1", 3, 1.0, 2)]
+        assert [delivery.step for delivery, _ in second.refusals()] == [0, 1, 2]
+        assert [delivery.step for delivery, _ in other.refusals()] == [1, 2]
+        assert (second.counts().refused, second.metrics("")["undelivered"]) == (0, 6)
+        second.close()
+    said = next(line for line in warnings(caplog) if "existing='refuse'" in line)
+    assert "has gone through steps up to 3 already, and this training begins at step 0" in said
+    assert "goes on with uniform batches, and its outcomes stay in the outbox" in said
+
+    later = make()
+    assert later.flush()
+    assert [delivery.step for delivery, _ in later.refusals()] == [0, 1, 2]
+    later.close()
+    mixed_in = make(existing="resume")
+    assert mixed_in.flush()
+    assert len(history(service.client, mixed_in)) == 2 + 6
+
+
 @pytest.mark.parametrize("existing", ["refuse", "auto"])
 def test_what_a_crash_left_in_the_outbox_is_of_the_runs_past_too(
     service: Service, make: Make, existing: str, caplog: pytest.LogCaptureFixture
