@@ -556,8 +556,8 @@ class PromptSelector:
         head, first = self._gone_through(here.sender), self._first_step or 0
         if head is not None and self._existing == "refuse" and counts.service_batches + counts.uniform_batches == 0:
             raise ConfigurationError(
-                f"{self._past(head)}. To go on from a checkpoint, load the selector's state. Otherwise "
-                f"set existing: 'auto' forgets everything from step {first} on, 'resume' continues with all "
+                f"run {self._setup.run!r} {self._past(head)}. To go on from a checkpoint, load the selector's state. "
+                f"Otherwise set existing: 'auto' forgets everything from step {first} on, 'resume' continues with all "
                 "that the run has. Another run name begins with nothing"
             )
         self._hold_if_refused(here.sender, self._incarnation)
@@ -568,8 +568,7 @@ class PromptSelector:
             self._begins_anew = False
             here.status.say_once(
                 "existing",
-                f"it has gone through steps up to {head} already, and this training begins at step {first}: what "
-                f"came from step {first} on is forgotten (existing='auto')",
+                f"it {self._past(head)}: what came from step {first} on is forgotten (existing='auto')",
             )
             here.sender.put([Delivery("rewind", first - 1, self._request_id())])
         return pool.narrowed(request)
@@ -586,10 +585,7 @@ class PromptSelector:
         return None
 
     def _past(self, head: int) -> str:
-        return (
-            f"run {self._setup.run!r} has gone through steps up to {head} already, and this training begins at step "
-            f"{self._first_step}"
-        )
+        return f"has gone through steps up to {head} already, and this training begins at step {self._first_step}"
 
     def _held(self, here: Running) -> str | None:
         """Why the outcomes of this training are held back; None where they are delivered."""
@@ -603,7 +599,7 @@ class PromptSelector:
         if head is not None:
             sender.hold(
                 incarnation,
-                f"{self._past(head)}, which the service could not say before the first batch was handed out "
+                f"it {self._past(head)}, which the service could not say before the first batch was handed out "
                 "(existing='refuse'): another run name begins with nothing",
             )
 

@@ -110,7 +110,7 @@ class OutboxSender:
         self.held[incarnation] = why
         self._status.say_once(
             f"held {incarnation}",
-            f"{why}. This training goes on with uniform batches, and its outcomes stay in the outbox, where "
+            f"{why}. The training goes on with uniform batches, and its outcomes stay in the outbox, where "
             "`refusals()` gives them: a start with existing='resume' delivers them",
         )
 
@@ -353,6 +353,13 @@ class OutboxSender:
     def _refused(self, outbox: Outbox, delivery: Delivery, error: Exception) -> None:
         """Set it aside, or put its halves in its place where a part of it can be delivered."""
         code = error.code if isinstance(error, ProblemError) else ""
+        if code == "below_base" and isinstance(error, ProblemError):  # a rewind, which no later start may make either
+            self.hold(
+                _incarnation(delivery) or "",
+                f"{error.detail}, for example as a fork of such a step (fork_of and at_step in its run_settings)",
+            )
+            self._remove(outbox, delivery)
+            return
         if code == "prompt_unknown":
             self._status.say_once(
                 "prompt unknown",

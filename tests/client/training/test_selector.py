@@ -384,7 +384,7 @@ def test_a_second_training_that_began_without_the_service_goes_on_and_keeps_its_
         second.close()
     said = next(line for line in warnings(caplog) if "existing='refuse'" in line)
     assert "has gone through steps up to 3 already, and this training begins at step 0" in said
-    assert "goes on with uniform batches, and its outcomes stay in the outbox" in said
+    assert "The training goes on with uniform batches, and its outcomes stay in the outbox" in said
 
     later = make()
     assert later.flush()

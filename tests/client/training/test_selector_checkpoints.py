@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 PROMPTS = [{"prompt_id": f"p{i}", "text": f"What is {i} + {i}?"} for i in range(20)]
+IDS = [str(prompt["prompt_id"]) for prompt in PROMPTS]
 Make = Callable[..., PromptSelector]
 
 
@@ -235,6 +236,41 @@ def test_a_checkpoint_without_a_state_may_be_gone_back_to_by_its_step(service: S
     assert steps_observed(service, selector.run) == []
     with pytest.raises(InvalidRequest, match="rewind_to was not sent: step"):
         selector.rewind_to(-2)
+
+
+def test_a_checkpoint_that_the_run_cannot_go_back_to_is_said_and_no_outcome_counts_twice(
+    service: Service, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make()
+    train(first, 0, 1)
+    assert first.flush()
+    checkpoint = first.state_dict()
+    lived = train(first, 2, 3)
+    assert first.flush()
+    first.close()
+    service.client.delete_prompt(first.run, next(i for i in IDS if not any(i in batch for batch in lived)))
+    n_observed = service.client.run(first.run).observations
+
+    second = make()
+    second.load_state_dict(checkpoint)
+    batches = [second.select(step, 4) for step in (2, 3)]
+    for batch in batches:
+        second.observe(batch.step, {prompt_id: [1, 1] for prompt_id in batch})
+
+    assert not second.flush()
+    assert {batch.source for batch in batches} == {"uniform"}
+    assert service.client.run(first.run).observations == n_observed
+    assert [(delivery.kind, delivery.step) for delivery, _ in second.refusals()] == [("observe", 2), ("observe", 3)]
+    (said,) = [line for record in caplog.records if "cannot go back" in (line := record.getMessage())]
+    assert f"run {first.run!r} cannot go back to step 1: its log is compacted up to step 3" in said
+    assert "go back to a step from 3 on, or begin a new run, for example as a fork of such a step" in said
+    assert "The training goes on with uniform batches, and its outcomes stay in the outbox" in said
+    second.close()
+    third = make()
+    assert third.select(4, 4).source == "service"
+    assert third.flush()
+    assert len(third.refusals()) == 2
+    assert service.client.run(first.run).observations == n_observed
 
 
 def test_going_back_twice_and_again_is_as_good_as_once(service: Service, make: Make) -> None:
