@@ -88,6 +88,61 @@ def test_a_resumed_loader_continues_after_the_newest_observed_step(
     assert {step for _, step, _, _ in observed(trainers_service, second.run)} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_loader_that_is_iterated_again_goes_on_behind_the_newest_observed_step(
+    trainers_service: TrainersService, make_selector: Make, workers: int
+) -> None:
+    selector = make_selector()
+    loader: Any = DataLoader(PromptDataset(selector, PROMPTS, 4, n_steps=5), batch_size=4, num_workers=workers)
+    batches = iter(loader)
+    for step in range(2):
+        selector.observe(step, {prompt_id: [1, 0] for prompt_id in next(batches)["prompt_id"]})
+    del batches
+
+    again = [(batch["step"].tolist(), batch["prompt_id"]) for batch in loader]
+
+    assert again == [
+        ([step] * 4, ids) for step, ids in enumerate(selected(trainers_service, selector.run, 2, 3, 4), start=2)
+    ]
+
+
+def test_workers_that_live_on_repeat_no_step(make_selector: Make) -> None:
+    dataset = PromptDataset(make_selector(), PROMPTS, 4, n_steps=5)
+    loader: Any = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+
+    steps = [batch["step"].tolist()[0] for _ in range(2) for batch in loader]
+
+    assert steps == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("existing", "context"),
+    [
+        ("refuse", "fork"),
+        ("auto", "fork"),
+        ("resume", "fork"),
+        pytest.param("refuse", "spawn", marks=pytest.mark.slow),  # it imports torch anew
+    ],
+)
+def test_workers_do_not_repeat_what_another_training_has_gone_through(
+    trainers_service: TrainersService, make_selector: Make, existing: str, context: str
+) -> None:
+    first = make_selector()
+    first.observe(1, {"p0": [1, 0]})
+    assert first.flush()
+    first.close()
+    second = make_selector(existing=existing)
+    dataset = PromptDataset(second, PROMPTS, 4, n_steps=2)
+    loader: Any = DataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context=context)
+
+    if existing != "resume":
+        with pytest.raises(ConfigurationError, match=r"up to 1 already.* begins at step 0 .*call rewind_to\(-1\)"):
+            next(iter(loader))
+        second.rewind_to(-1)
+        assert second.flush()
+    assert [batch["step"].tolist()[0] for batch in loader] == [0, 1]
+
+
 def test_shards_of_a_batch_are_disjoint_and_make_it_whole(
     trainers_service: TrainersService, make_selector: Make
 ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import count
 from typing import Any, TypedDict
 
 import torch.distributed
@@ -75,6 +74,7 @@ class _Steps:
         self._first_step = self._next_step = first_step
         self._epoch_steps = epoch_steps
         self._end = None if n_steps is None else first_step + n_steps
+        self._next_of_worker: int | None = None
 
     def __iter__(self) -> Iterator[int]:
         end = self._end if self._epoch_steps is None else self._next_step + self._left_of_epoch(self._epoch_steps)
@@ -97,15 +97,21 @@ class _Steps:
         return max(0, self._end - self._next_step)
 
     def range_for_worker(self) -> Iterator[int]:
-        """Whole steps in turn, as a `DataLoader` takes its batches from its workers in turn."""
+        """Whole steps in turn, as a `DataLoader` takes its batches from its workers in turn.
+
+        Each iteration has new workers, which know what was observed before it; one that lives on knows its own steps.
+        """
         worker = get_worker_info()
         if worker is None:
             yield from self
             return
-        for step in count(self._next_step + worker.id, worker.num_workers):
-            if self._end is not None and step >= self._end:
-                return
-            yield step
+        if self._next_of_worker is None:
+            observed = self.selector.observed_step
+            begins = self._next_step if observed is None else max(self._next_step, observed + 1)
+            self._next_of_worker = begins + worker.id
+        while self._end is None or self._next_of_worker < self._end:
+            self._next_of_worker += worker.num_workers
+            yield self._next_of_worker - worker.num_workers
 
     def state_dict(self) -> dict[str, Any]:
         return checkpoint(self.selector, self._next_step)
@@ -225,8 +231,9 @@ class PromptDataset(IterableDataset[dict[str, Any]]):
     """The rows that the selector chooses, each with its `prompt_id` and its `step`.
 
     Give it to a `DataLoader` with the same batch size. With workers, each asks for whole steps, and the loader puts
-    them in order. Each worker is a process: load a state before the loader is iterated. With several ranks use
-    `PromptSampler`, or no workers.
+    them in order. Each worker is a process: load a state before the loader is iterated, and wait until the selector is
+    ready, so that `existing` can be checked. Iterating again goes on behind the newest step that was observed by then.
+    With several ranks use `PromptSampler`, or no workers.
 
     Args:
         rows: By prompt id, or a sequence in the order of the selector's `prompt_ids`; mappings.

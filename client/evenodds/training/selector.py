@@ -137,6 +137,7 @@ class PromptSelector:
         self._existing: Existing = existing
         self._first_step: int | None = None
         self._begins_anew = rank == 0
+        self._parents_head: int | None = None
         self._observed_step: int | None = None
         self._incarnation: str | None = uuid4().hex if rank == 0 else None
         self._is_closed = False
@@ -156,6 +157,11 @@ class PromptSelector:
     def prompt_ids(self) -> tuple[str, ...]:
         """The pool, in the order given."""
         return self._prompt_ids
+
+    @property
+    def observed_step(self) -> int | None:
+        """The newest step whose outcomes this process has reported, or to which it went back; None for none."""
+        return self._observed_step
 
     def select(
         self,
@@ -464,7 +470,8 @@ class PromptSelector:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": None, "_broadcast": None}
+        head = self._parents_head if self._running is None else self._head(self._running.sender)
+        return {**self.__dict__, "_running": None, "_broadcast": None, "_parents_head": head}
 
     @property
     def _keeps(self) -> bool:
@@ -478,6 +485,7 @@ class PromptSelector:
         if self._running is None or self._running.pid != os.getpid():
             if self._running is not None:
                 _INHERITED.append(self._running)
+                self._parents_head = self._head(self._running.sender)
             self._running = Running(
                 self._setup,
                 prompt_ids=self._prompt_ids,
@@ -490,6 +498,8 @@ class PromptSelector:
 
     def _selected(self, request: SelectRequest) -> Batch:
         here = self._here()
+        if here.pid != self._made_in:
+            self._check_in_child()
         began = time.monotonic()
         if self._broadcast is None or here.pid != self._made_in:  # a data loader's worker has no part in it
             batch = self._choose(request, here)
@@ -578,11 +588,34 @@ class PromptSelector:
         pool, first = sender.pool, self._first_step
         if not self._begins_anew or os.getpid() != self._made_in or self._rank > 0 or pool is None or first is None:
             return None
-        head = max((step for step in (pool.head_step, sender.left_step) if step is not None), default=-1)
-        if first <= head and self._existing != "resume":
+        head = self._head(sender)
+        if head is not None and first <= head and self._existing != "resume":
             return head
         self._begins_anew = False
         return None
+
+    @staticmethod
+    def _head(sender: OutboxSender) -> int | None:
+        """The newest step of the run before this training, as far as is known yet."""
+        steps = (None if sender.pool is None else sender.pool.head_step, sender.left_step)
+        return max((step for step in steps if step is not None), default=None)
+
+    def _check_in_child(self) -> None:
+        """By what the parent knew when it made this process: what the run has now may be of this very training.
+
+        Raises:
+            ConfigurationError: The run has gone through the first step already.
+        """
+        head, first = self._parents_head, self._first_step
+        if head is None or first is None or first > head:
+            return
+        if self._begins_anew and self._existing != "resume":
+            raise ConfigurationError(
+                f"run {self._setup.run!r} {self._past(head)} in another process, which cannot make the run forget "
+                f"(existing={self._existing!r}). Before that process is made, load the selector's state, or call "
+                f"rewind_to({first - 1}) to forget everything from step {first} on. existing='resume' continues with "
+                "all that the run has, and another run name begins with nothing"
+            )
 
     def _past(self, head: int) -> str:
         return f"has gone through steps up to {head} already, and this training begins at step {self._first_step}"
