@@ -23,12 +23,12 @@ from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.fold import fold
 from evenodds_service.domain.learning.prediction import beliefs_of
 from evenodds_service.domain.log_entries import SelectEntry
+from evenodds_service.domain.refits import FIRST_FIT_OBSERVATIONS
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose
 from evenodds_service.domain.selection.eligibility import held_back, rest_steps, resting
 from evenodds_service.domain.selection.fill import Calibration, Fill, filled
 from evenodds_service.domain.selection.pickers import DRAWN, Good, Likeness, MostUnlike, Picker, best
 from evenodds_service.domain.selection.selection import REPROBE_SHARE, picker_of
-from evenodds_service.worker import FIRST_FIT_OBSERVATIONS
 
 WORKER_MOST = 2_048
 """Observations between two refits at most, as a run's settings have it by default."""

@@ -24,6 +24,7 @@ from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.learning.state import rows_of_serials
 from evenodds_service.domain.log_entries import ObserveEntry
 from evenodds_service.domain.prompts import Prompt, join_key, text_to_read
+from evenodds_service.domain.refits import is_due
 from evenodds_service.errors import LogCompacted, NothingToFit, RefitLost, RunUnknown, StoreError, StoreUnavailable
 from evenodds_service.model.history import History
 from evenodds_service.model.ngrams import ngram_matrix
@@ -37,11 +38,7 @@ from evenodds_service.storage.store import NewSnapshot, Refit, Run, Store
 
 logger = logging.getLogger(__name__)
 
-FIRST_FIT_OBSERVATIONS = 128
-RETRY_SECONDS = 30
 TIDY_SECONDS = 60.0
-GROWN_SECONDS = 10
-"""So long a run that learns from others waits with a few more prompts: they come in many calls."""
 
 _PAGE = 1_000
 _KEPT_RUNS = 4
@@ -215,53 +212,6 @@ class Worker:
                 refit.id,
                 error,
             )
-
-
-def is_due(run: Run, refits: tuple[Refit, ...], *, now: datetime) -> bool:
-    """Whether the run should be refitted: enough new observations, or enough time since the last fit.
-
-    While there are few observations, their doubling is enough. After a failure it waits for half a minute at least.
-
-    Args:
-        refits: The run's newest ones, newest first.
-    """
-    if refits and refits[0].status in ("pending", "running"):
-        return False
-    retry = timedelta(seconds=max(RETRY_SECONDS, run.settings.refit_every_seconds / 10))
-    newest = refits[0] if refits else None
-    if newest and newest.status == "failed" and newest.finished_at and not _has_passed(retry, newest.finished_at, now):
-        return False
-    standing = (refit for refit in refits if refit.model_version and refit.model_version <= run.model_version)
-    done = next(standing, None)  # the newest whose snapshot was not voided since
-    if run.settings.learn_from and _has_grown(run, done, now=now):
-        return True
-    fitted = _figure(done, "observations")
-    new = run.n_observations - fitted
-    if new >= min(run.settings.refit_every_observations, max(FIRST_FIT_OBSERVATIONS, fitted)):
-        return True
-    if done is None or done.finished_at is None or new <= 0:
-        return False
-    return _has_passed(timedelta(seconds=run.settings.refit_every_seconds), done.finished_at, now)
-
-
-def _has_passed(duration: timedelta, since: datetime, now: datetime) -> bool:
-    """Whether so much time has. A moment in the future is of a clock that was ahead, and nobody waits for it."""
-    return now - since >= duration or now < since
-
-
-def _has_grown(run: Run, done: Refit | None, *, now: datetime) -> bool:
-    """Whether a run that learns from others has prompts of which it was not told yet what they showed."""
-    fitted = _figure(done, "prompts")
-    if run.n_prompts >= 2 * fitted:
-        return run.n_prompts > 0
-    since = done.finished_at if done is not None else None
-    return run.n_prompts > fitted and since is not None and _has_passed(timedelta(seconds=GROWN_SECONDS), since, now)
-
-
-def _figure(refit: Refit | None, name: str) -> int:
-    """A count of the refit's report; 0 without one."""
-    value = (refit.report or {}).get(name, 0) if refit is not None else 0
-    return int(value) if isinstance(value, (int, float)) else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -320,6 +320,20 @@ def test_a_dark_page_is_dark_before_its_modules_run(page: Page) -> None:
 @pytest.mark.slow
 @in_a_browser
 @one_backend
+def test_a_run_says_that_no_worker_takes_a_refit_that_is_due(caller: Caller, page: Page) -> None:
+    caller.load([{"prompt_id": f"p{i}"} for i in range(128)])
+    page.open(f"#/runs/{caller.run}")
+    page.until_shown("fits the shared model once enough was observed")
+
+    caller.observe(0, *({"prompt_id": f"p{i}", "successes": i % 9, "attempts": 8} for i in range(128)))
+
+    page.until_shown("A refit is due, and no worker has taken it.")
+    assert page.tab.faults == []
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
 def test_what_is_focused_and_scrolled_stays_when_figures_move(caller: Caller, page: Page) -> None:
     """And figures are not asked for again where other steps of them are shown."""
     caller.load([{"prompt_id": f"p{i}", "category": f"c{i % 60}"} for i in range(120)])

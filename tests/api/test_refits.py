@@ -67,6 +67,15 @@ def own(database_url: str, start_service: Callable[[str], Service]) -> Service:
     return service
 
 
+def test_a_refit_is_said_to_be_due_where_no_worker_asks_for_it(caller: Caller) -> None:
+    caller.load([{"prompt_id": f"p{i}"} for i in range(128)])
+    before = caller.ok("GET", f"/runs/{caller.run}/refits")
+    caller.observe(0, *({"prompt_id": f"p{i}", "successes": 4, "attempts": 8} for i in range(128)))
+
+    assert before == {"refits": [], "is_due": False}
+    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": [], "is_due": True}
+
+
 def test_a_run_has_one_open_refit_whoever_asks(caller: Caller) -> None:
     first = caller.ok("POST", f"/runs/{caller.run}/refit", json={})
     again = caller.ok("POST", f"/runs/{caller.run}/refit", json={"wait_seconds": 0})
@@ -74,12 +83,12 @@ def test_a_run_has_one_open_refit_whoever_asks(caller: Caller) -> None:
     assert again == first
     assert {name: first[name] for name in PENDING} == PENDING
     assert set(first) == {*PENDING, "refit_id", "requested_at"}
-    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": [first]}
+    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": [first], "is_due": False}
     assert caller.ok("GET", f"/runs/{caller.run}")["last_refit"] == first
 
 
 def test_a_run_starts_without_refits(caller: Caller) -> None:
-    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": []}
+    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": [], "is_due": False}
     assert caller.ok("GET", f"/runs/{caller.run}")["last_refit"] is None
 
 
@@ -166,7 +175,7 @@ def test_a_malformed_wait_is_refused_and_nothing_is_asked_for(caller: Caller, bo
 
     assert (problem.status, problem.code) == (422, "malformed")
     assert problem.detail.startswith(fault)
-    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": []}
+    assert caller.ok("GET", f"/runs/{caller.run}/refits") == {"refits": [], "is_due": False}
 
 
 def test_nan_is_no_wait(caller: Caller) -> None:

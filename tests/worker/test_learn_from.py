@@ -15,12 +15,13 @@ from evenodds_service.domain.arrays import FloatArray
 from evenodds_service.domain.learning.checkpoint import to_bytes
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.ranks import spearman
+from evenodds_service.domain.refits import GROWN_SECONDS
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.model.history import History
 from evenodds_service.model.refit import TrainingData, fit_shared_model
 from evenodds_service.model.snapshot import SharedModel
 from evenodds_service.runtime.live_run import LiveRun
-from evenodds_service.worker import GROWN_SECONDS, Worker
+from evenodds_service.worker import Worker
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Bench

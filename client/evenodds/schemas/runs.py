@@ -214,9 +214,13 @@ class RefitRequest(Request):
 
 
 class RefitList(Reply):
-    model_config = example(refits=[_REFIT])
+    model_config = example(refits=[_REFIT], is_due=False)
 
     refits: tuple[RefitState, ...] = Field(description="newest first, at most 100")
+    is_due: bool = Field(
+        default=False,
+        description="another refit is due, and no worker has asked for it yet, as a running worker does at once",
+    )
 
 
 class Remedy(Reply):

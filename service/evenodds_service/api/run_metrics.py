@@ -1,6 +1,7 @@
 """Prometheus gauges of all runs, read when they are scraped, from the states that the database keeps.
 
-Every replica shows the same, also one that has just started. Three statements answer for all runs, and what they said
+Every replica shows the same, also one that has just started. Only what a process holds in memory, and since when it saw
+that a refit is due, are its own. Three statements answer for all runs, and what they said
 serves for some seconds. Of more runs than `MOST_RUNS` those are shown that were active last.
 """
 
@@ -15,6 +16,7 @@ from datetime import datetime
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from evenodds_service.domain.refits import is_due, is_open
 from evenodds_service.domain.report.summary import VERDICTS, Summary
 from evenodds_service.errors import StoreError
 from evenodds_service.runtime.live_runs import LiveRuns
@@ -46,7 +48,12 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evenodds_run_pool_prompts": ("Prompts that may be selected.", _RUN),
     "evenodds_run_model_version": ("The snapshot in use; 0 without one.", _RUN),
     "evenodds_run_refit_open": ("1 while a refit waits for a worker or is worked on.", _RUN),
-    "evenodds_run_refit_age_seconds": ("Time since the newest refit was published.", _RUN),
+    "evenodds_run_refit_waiting_seconds": (
+        "Time since the open refit was asked for. Where none is open, but one is due: since this process saw that it "
+        "is. 0 where neither is so.",
+        _RUN,
+    ),
+    "evenodds_run_refit_age_seconds": ("Time since the newest refit was published whose snapshot stands.", _RUN),
     "evenodds_run_refit_seconds": ("Time that the newest refit took to load and fit.", _RUN),
     "evenodds_run_refit_failed": ("1 where the newest refit failed.", _RUN),
     "evenodds_run_informative_share": (
@@ -82,6 +89,7 @@ class RunMetrics(Collector):
         self._kept: tuple[WatchedRun, ...] = ()
         self._kept_until = -1.0
         self._kept_at = -1
+        self._due_since: dict[int, datetime] = {}
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Names only: registering must not ask the database."""
@@ -95,6 +103,12 @@ class RunMetrics(Collector):
         except StoreError as error:
             logger.warning("/metrics leaves out all runs, because the database did not answer: %s", error)
             watched_runs = ()
+        present = self._now()
+        self._due_since = {
+            watched.run.id: self._due_since.get(watched.run.id, present)
+            for watched in watched_runs
+            if is_due(watched.run, [refit for refit in (watched.refit, watched.done_refit) if refit], now=present)
+        }
         folded = {live.run_id: live.state.position for live in self._live_runs.in_memory()}
         for watched in watched_runs:
             for name, labels, value in self._samples(watched, folded.get(watched.run.id)):
@@ -121,18 +135,22 @@ class RunMetrics(Collector):
         yield from self._of_refits(watched)
         yield "evenodds_run_state_lag", (), run.log_position - (state.log_position if state is not None else 0)
         if state is not None and state.active_at is not None:
-            yield "evenodds_run_idle_seconds", (), max(0.0, (self._now() - state.active_at).total_seconds())
+            yield "evenodds_run_idle_seconds", (), self._seconds_since(state.active_at)
         yield from _of_summary(state.summary if state is not None else _NO_DATA)
 
     def _of_refits(self, watched: WatchedRun) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        status = watched.refit.status if watched.refit is not None else None
-        yield "evenodds_run_refit_open", (), status in ("pending", "running")
-        yield "evenodds_run_refit_failed", (), status == "failed"
-        done = watched.done_refit
+        newest, done = watched.refit, watched.done_refit
+        yield "evenodds_run_refit_open", (), is_open(newest)
+        since = newest.requested_at if newest is not None and is_open(newest) else self._due_since.get(watched.run.id)
+        yield "evenodds_run_refit_waiting_seconds", (), self._seconds_since(since) if since is not None else 0.0
+        yield "evenodds_run_refit_failed", (), newest is not None and newest.status == "failed"
         if done is not None and done.finished_at is not None:
-            yield "evenodds_run_refit_age_seconds", (), max(0.0, (self._now() - done.finished_at).total_seconds())
+            yield "evenodds_run_refit_age_seconds", (), self._seconds_since(done.finished_at)
             parts = [(done.report or {}).get(f"seconds_{part}") for part in ("loading", "fitting")]
             yield "evenodds_run_refit_seconds", (), sum(float(part) for part in parts if isinstance(part, (int, float)))
+
+    def _seconds_since(self, moment: datetime) -> float:
+        return max(0.0, (self._now() - moment).total_seconds())
 
 
 def _of_summary(summary: Summary) -> Iterator[tuple[str, tuple[str, ...], float]]:

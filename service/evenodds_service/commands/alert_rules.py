@@ -61,10 +61,10 @@ SERVICE_RULES = (
     ),
     Rule(
         "EvenOddsRefitWaits",
-        "min by (run) (evenodds_run_refit_open) == 1",
-        "15m",
+        "max by (run) (evenodds_run_refit_waiting_seconds) > 900",
+        "1m",
         "warn",
-        "run {{ $labels.run }}: a refit has been open for a quarter of an hour",
+        "run {{ $labels.run }}: a refit has been due or open for a quarter of an hour",
         "Check that a worker (`evenodds work`) is running and that its machine is large enough.",
     ),
     Rule(

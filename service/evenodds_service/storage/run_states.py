@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Function, func, select
+from sqlalchemy import Function, and_, func, select
 
 from evenodds_service.domain.report.alarms import Alarm, Remedy
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
@@ -77,13 +77,15 @@ class RunStateMethods(Transactions):
             .limit(limit)
         )
         is_newest = select(func.max(refits.c.id)).group_by(refits.c.run_id)
+        is_standing = and_(refits.c.run_id == runs.c.id, refits.c.model_version <= runs.c.model_version)
+        is_newest_standing = select(func.max(refits.c.id)).join(runs, is_standing).group_by(refits.c.run_id)
         with self._reading() as connection:
             rows = connection.execute(statement).mappings().all()
             latest, done = (
                 {row["run_id"]: refit_of(row) for row in connection.execute(refits_among).mappings()}
                 for refits_among in (
                     select(refits).where(refits.c.id.in_(is_newest)),
-                    select(refits).where(refits.c.id.in_(is_newest.where(refits.c.status == "done"))),
+                    select(refits).where(refits.c.id.in_(is_newest_standing)),
                 )
             )
         return tuple(

@@ -251,7 +251,7 @@ class WatchedRun:
     Attributes:
         state: None where none was saved yet: nobody has looked at the run since the release that saves states.
         refit: The newest refit, in whatever state.
-        done_refit: The newest one that was published.
+        done_refit: The newest one whose snapshot stands: it was published, and not voided since.
     """
 
     run: Run

@@ -44,7 +44,7 @@ function draw() {
       informativeOverSteps(over), successOverSteps(over), beliefsOverSteps(over),
       reliability(report), spread, coveragePanel(report.coverage)),
     report.others ? othersPanel(report.others) : null,
-    element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories), refitsPanel(refits.refits)),
+    element("div", { class: "grid" }, categoriesPanel(report.categories, report.other_categories), refitsPanel(refits)),
     ends,
     searchPanel(run, current.query.get("search"), found),
   );
@@ -248,9 +248,11 @@ function coveragePanel(coverage) {
   }) : null, quiet(`${percent(coverage.tried_share)} of ${count(coverage.pool_size)} prompts tried, ${number(coverage.mean_visits, 2)} visits a prompt.`));
 }
 
-function refitsPanel(refits) {
-  if (!refits.length) return wide(panel("Refits", quiet("None yet. A worker (", element("code", {}, "evenodds work"), ") fits the shared model once enough was observed.")));
-  return wide(asCards(panel("Refits", table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fitted in seconds", "number"], ["error", "text"]],
+function refitsPanel({ refits, is_due: isDue }) {
+  const worker = element("code", {}, "evenodds work");
+  const due = isDue ? quiet("A refit is due, and no worker has taken it. Check that a worker (", worker, ") is running.") : null;
+  if (!refits.length) return wide(panel("Refits", due ?? quiet("None yet. A worker (", worker, ") fits the shared model once enough was observed.")));
+  return wide(asCards(panel("Refits", due, table("Refits", [["asked (UTC)"], ["status"], ["model", "number"], ["fitted in seconds", "number"], ["error", "text"]],
     refits.slice(0, 8).map((refit) => [moment(refit.requested_at), refit.status, count(refit.model_version), number(refit.report?.seconds_fitting, 1), refit.error ?? ""])))));
 }
 

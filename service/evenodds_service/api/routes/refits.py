@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from evenodds.schemas import RefitList, RefitRequest, RefitState
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
 from evenodds_service.api.wire import now
+from evenodds_service.domain.refits import is_due
 from evenodds_service.storage.store import Refit
 
 _POLL_SECONDS = 0.1
@@ -38,7 +39,8 @@ async def refit(run: RunPath, body: RefitRequest, services: Dependencies) -> Ref
 def list_refits(run: RunPath, services: Dependencies) -> RefitList:
     """The newest refits with what came of them."""
     stored = services.store.run(run)
-    return RefitList(refits=tuple(refit_state(refit) for refit in services.store.refits(stored.id, limit=100)))
+    refits = services.store.refits(stored.id, limit=100)
+    return RefitList(refits=tuple(refit_state(refit) for refit in refits), is_due=is_due(stored, refits, now=now()))
 
 
 def refit_state(refit: Refit) -> RefitState:

@@ -6,10 +6,10 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
+from evenodds_service.domain.refits import FIRST_FIT_OBSERVATIONS, is_due
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.storage.store import Refit, Run
 from evenodds_service.storage.values import RefitStatus
-from evenodds_service.worker import FIRST_FIT_OBSERVATIONS, is_due
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
