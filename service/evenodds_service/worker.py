@@ -136,7 +136,9 @@ class Worker:
         while runs:
             for run in runs:
                 if self._tidying.is_due(run, now=self._clock()):
-                    self._tidying.now(self._kept_run(run.id).live, run, now=self._clock())
+                    live = self._kept_run(run.id).live
+                    self._tidying.now(live, run, now=self._clock())
+                    self._save_state(live, run)
             runs = self._store.runs(after=runs[-1].name, limit=_PAGE)
 
     def _kept_run(self, run_id: int) -> _KeptRun:
@@ -183,7 +185,10 @@ class Worker:
         run = self._store.run_with_id(refit.run_id)
         kept.live.catch_up(self._store, run)
         kept.live.save(self._store, run, now=self._clock())
-        self._store.save_run_states([(run.id, *kept.live.summary(run.settings))], now=self._clock())
+        self._save_state(kept.live, run)
+
+    def _save_state(self, live: LiveRun, run: Run) -> None:
+        self._store.save_run_states([(run.id, *live.summary(run.settings))], now=self._clock())
 
     @contextmanager
     def _heartbeat(self, refit: Refit) -> Iterator[None]:

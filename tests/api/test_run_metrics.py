@@ -87,6 +87,20 @@ def test_a_run_is_measured_by_every_replica_until_it_is_deleted(
     until(lambda: samples(replica, caller.run) == {}, "the run to be forgotten")
 
 
+@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+def test_the_state_is_saved_after_prompts_came_and_after_one_was_erased(caller: Caller, service: Service) -> None:
+    """Else `EvenOddsStateOld` would fire for a run that nobody trains yet."""
+
+    def is_saved(at_least: int) -> bool:
+        shown = samples(service, caller.run)
+        return shown["evenodds_run_log_position"] >= at_least and shown["evenodds_run_state_lag"] == 0
+
+    caller.load([{"prompt_id": f"p{i}"} for i in range(8)])
+    until(lambda: is_saved(1), "the state with the prompts to be saved")
+    assert service.http.delete(f"/runs/{caller.run}/prompts/p3").status_code == 204
+    until(lambda: is_saved(2), "the state without the prompt to be saved")
+
+
 @pytest.mark.slow
 def test_two_thousand_runs_are_two_thousand_states_and_three_statements(tmp_path: Path) -> None:
     store = Store(open_engine(f"sqlite:///{tmp_path}/runs.db"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sqlalchemy import func, select
 from sqlalchemy.sql.schema import Table
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.domain.learning import checkpoint
 from evenodds_service.domain.learning.checkpoint import to_bytes
@@ -326,6 +326,19 @@ def test_a_retired_text_that_comes_back_is_a_new_prompt(store: Store) -> None:
     assert store.prompt(run.id, "p5").index == 48
     assert live.state.attempts_N[live.pool.index["p5"]] == 2
     assert_same(live, fresh(store, run))
+
+
+def test_whoever_saves_states_is_told_of_a_run_that_was_tidied_behind_a_reply(store: Store) -> None:
+    run, live, _ = lived(store, 12)
+    report(store, run.id, 12, at=NOW)
+    told: list[tuple[str, int]] = []
+
+    def tidied(name: str) -> None:
+        told.append((name, store.run(name).pool_size))
+
+    Tidying(store, tidied=tidied).behind(live, store.run_with_id(run.id), now=NOW)
+
+    until(lambda: told == [("served", 24)], "the run to be tidied")
 
 
 def test_batches_are_chosen_and_answered_while_prompts_retire(store: Store) -> None:

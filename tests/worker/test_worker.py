@@ -49,6 +49,18 @@ def test_a_worker_refits_what_is_due_and_then_rests(bench: Bench) -> None:
 
 
 @mainly_sqlite
+def test_a_worker_saves_the_state_of_a_run_that_it_tidied(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evenodds_service.worker.TIDY_SECONDS", -1.0)
+    bench.load("served", 30, retain_prompts=20)
+
+    bench.worker(bench.constant(0.5)).work_once()
+
+    run = bench.store.run("served")
+    assert run.pool_size == 20
+    assert bench.store.run_states([run.id])[run.id].log_position == run.log_position
+
+
+@mainly_sqlite
 def test_the_report_says_what_was_fitted_and_how_long_each_part_took(bench: Bench) -> None:
     run = bench.learned("math")
 

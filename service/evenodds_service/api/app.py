@@ -160,7 +160,7 @@ def _services(store: Store, settings: Settings) -> Services:
             settle_retention=store.settle_retention,
         ),
         decisions=Decisions(store, now=now, most=settings.decisions),
-        tidying=Tidying(store),
+        tidying=Tidying(store, tidied=run_states.look_at),
         run_states=run_states,
         predictions=training.prediction_coalescer(live_runs),
         max_step_jump=settings.max_step_jump,

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 
 import numpy as np
@@ -44,10 +45,11 @@ class Tidying:
 
     Args:
         store: Of all runs.
+        tidied: Is called with the name of each run that was tidied behind a reply.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, *, tidied: Callable[[str], None] = lambda _: None) -> None:
+        self._store, self._tidied = store, tidied
         self._lock = threading.Lock()
         self._busy: set[int] = set()
         self._looked: dict[int, float] = {}
@@ -101,6 +103,7 @@ class Tidying:
         finally:
             with self._lock:
                 self._busy.discard(run.id)
+            self._tidied(run.name)
 
 
 def tidy(store: Store, live: LiveRun, run: Run, *, now: datetime) -> None:

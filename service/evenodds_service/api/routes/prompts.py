@@ -149,6 +149,8 @@ def _add_block(
         result = _added(services, run, items, names, keeps_existing)
     except VectorsGone:  # some that were stored before; now they are computed
         result = _added(services, run, items, names, keeps_existing)
+    if result.added:
+        services.run_states.look_at(run.name)
     return PromptsAdded(
         run=run.name,
         added=result.added,
@@ -283,7 +285,10 @@ def delete_prompt(run: RunPath, prompt_id: Annotated[PromptId, Path()], services
     a retraction or a fork cannot reach back behind this call. Takes seconds in a large run.
     """
     stored, live, _ = services.live_runs.at_head(run)
-    erase(services.store, services.decisions, live, stored, prompt_id, now=now())
+    try:
+        erase(services.store, services.decisions, live, stored, prompt_id, now=now())
+    finally:  # the log has grown where only a part is done
+        services.run_states.look_at(run)
     services.live_runs.forget(run)
     return Response(status_code=204)
 
