@@ -36,3 +36,30 @@ def test_commands_open_a_store_that_keeps_so_many_snapshots(monkeypatch: pytest.
 def test_what_is_no_setting_is_refused() -> None:
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         Settings(live_run=1)  # type: ignore[call-arg]  # the fault that is tested
+
+
+@pytest.mark.parametrize(
+    ("setting", "listed", "fault"),
+    [
+        ("allowed_hosts", "a.example, https://b.example", "'https://b.example' is not the name of a host"),
+        ("allowed_hosts", "b.example:8443", "'b.example:8443' is not the name of a host"),
+        ("allowed_hosts", "b.example/", "'b.example/' is not the name of a host"),
+        ("allowed_hosts", "*.example", r"'\*.example' is not the name of a host"),
+        ("allowed_origins", "https://a.example, b.example", "'b.example' is not an origin"),
+        ("allowed_origins", "https://b.example/", "'https://b.example/' is not an origin"),
+        ("allowed_origins", "*", r"'\*' is not an origin"),
+    ],
+)
+def test_a_name_or_origin_that_no_request_can_have_is_refused(setting: str, listed: str, fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        Settings(**{setting: listed})
+
+
+def test_names_and_origins_are_taken_as_requests_have_them() -> None:
+    hosts = ("*", "odds.example", "10.1.2.3", "[fd00::1]", "odds_service")
+
+    assert Settings(allowed_hosts=", ".join(hosts)).host_names() == hosts
+    assert Settings(allowed_origins="https://Dash.example, http://[::1]:9000").origins() == (
+        "https://dash.example",
+        "http://[::1]:9000",
+    )

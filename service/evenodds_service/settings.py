@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -12,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evenodds import TextRule
 
+_HOST = r"(?:[\w-]+(?:\.[\w-]+)*|\[[0-9A-Fa-f:.]+\])"
 _NOT_SETTINGS = frozenset({"EVENODDS_API_KEY", "EVENODDS_REPLICAS"})
 """Of the client, and of docker-compose.yml."""
 
@@ -33,7 +35,8 @@ class Settings(BaseModel):
     allowed_hosts: str | None = Field(
         default=None,
         description="names that requests may give in Host, besides those of loopback, separated by commas; * allows "
-        "any. None: loopback's alone where it listens on loopback, else any",
+        "any. None: loopback's alone where it listens on loopback, else any. Elsewhere than on loopback probes and "
+        "scrapes may give any",
     )
     allowed_origins: str | None = Field(
         default=None, description="origins (https://host:port) whose web pages may call, separated by commas"
@@ -127,8 +130,8 @@ class Settings(BaseModel):
         return _names(self.allowed_hosts)
 
     def origins(self) -> tuple[str, ...]:
-        """The origins in `allowed_origins`."""
-        return _names(self.allowed_origins)
+        """The origins in `allowed_origins`, as browsers send them."""
+        return tuple(name.lower() for name in _names(self.allowed_origins))
 
     def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """The networks in `trusted_proxies`."""
@@ -142,6 +145,28 @@ class Settings(BaseModel):
                 ip_network(name)
         except ValueError as error:
             raise ValueError(f"{error}: name addresses or networks, such as 10.0.0.0/8") from error
+        return listed
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, listed: str | None) -> str | None:
+        for name in _names(listed):
+            if name != "*" and not re.fullmatch(_HOST, name):
+                raise ValueError(
+                    f"{name!r} is not the name of a host: write it without scheme, port and slash, such as "
+                    "evenodds.example.com, or * for any"
+                )
+        return listed
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, listed: str | None) -> str | None:
+        for name in _names(listed):
+            if not re.fullmatch(rf"https?://{_HOST}(:\d{{1,5}})?", name.lower()):
+                raise ValueError(
+                    f"{name!r} is not an origin: write scheme and host, a port where it is not the scheme's own, and "
+                    "no slash behind it, such as https://dash.example.com or http://localhost:9000"
+                )
         return listed
 
 

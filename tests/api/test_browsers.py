@@ -184,6 +184,31 @@ def test_names_are_allowed_by_setting(
     assert {h for h in hosts if running.http.get("/runs", headers={"Host": h}).status_code == 200} == answered
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_probes_and_scrapes_call_a_pod_by_its_address(
+    start_service: Callable[..., Service], tmp_path: Any, path: str, service: Service
+) -> None:
+    address = {"Host": "10.1.2.3:8000"}
+    pod = start_service(f"sqlite:///{tmp_path}/evenodds.db", host="0.0.0.0", allowed_hosts="odds.example")
+
+    assert pod.http.get(path, headers=address).status_code == 200
+    assert problem_of(pod.http.get("/runs", headers=address)) == (421, "host_refused")
+    assert problem_of(service.http.get(path, headers=address)) == (421, "host_refused"), "on loopback nobody does"
+
+
+def test_who_is_refused_for_the_name_is_told_the_name_and_where_to_list_it(
+    start_service: Callable[..., Service], tmp_path: Any, service: Service
+) -> None:
+    elsewhere = start_service(f"sqlite:///{tmp_path}/evenodds.db", host="0.0.0.0", allowed_hosts="odds.example")
+
+    for each in (service, elsewhere):
+        detail = each.http.get("/runs", headers={"Host": "Dash.example:8443"}).json()["detail"]
+        assert detail == (
+            "Host: 'dash.example' is not a name of this service, which answers as 127.0.0.1, as localhost and as what "
+            "EVENODDS_ALLOWED_HOSTS of the service lists: call it by one of these, or list the name there"
+        )
+
+
 def test_forwarded_headers_are_not_believed(caller: Caller) -> None:
     forwarded = {"X-Forwarded-Host": "localhost", "X-Forwarded-For": "127.0.0.1", "Forwarded": "host=localhost"}
 

@@ -135,7 +135,12 @@ def _add_middleware(app: FastAPI, settings: Settings, services: Services, ring: 
         app.add_middleware(Access, ring=ring)
     if settings.origins():
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins(), allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Browsers, hosts=_hosts(settings), origins=settings.origins())
+    app.add_middleware(
+        Browsers,
+        hosts=_hosts(settings),
+        answers_probes=not is_loopback(settings.host),
+        origins=settings.origins(),
+    )
     app.add_middleware(RequestLog, registry=services.registry)
     app.add_middleware(Prefix, root_path=settings.root_path or "", proxies=settings.proxies())
 

@@ -3,7 +3,8 @@
 A browser sends requests to any address that a page names, loopback included. The page cannot read the replies (there
 are no CORS headers, unless its origin is allowed), but a request that changes something would have done its work. So
 what changes something has to say that it is JSON, and may not come from a page of another site. Under DNS rebinding a
-page's own name leads here, and only the name in `Host` tells: on loopback, none but loopback's is answered.
+page's own name leads here, and only the name in `Host` tells: on loopback, none but loopback's is answered. On another
+address probes and scrapes are answered under any name, because Kubernetes and Prometheus call a pod by its address.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]", flags=re.IGNORECA
 _ONLY_READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _JSON = re.compile(r"application/(json|x-ndjson|[\w.-]+\+json)", flags=re.IGNORECASE)
 _SAME_SITE = frozenset({"same-origin", "none"})  # "none": the person at the browser asked, no page did
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _DOCS = "/docs"
 _REPLY_HEADERS = {
     "Cache-Control": "no-store",
@@ -47,11 +49,12 @@ class Browsers:
 
     Args:
         hosts: Names that `Host` may have besides loopback's; `*` allows any.
+        answers_probes: Whether probes and scrapes are answered whatever the name is.
         origins: Of the pages of other sites that may call, as browsers send them: `https://host:port`.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: Collection[str], origins: Collection[str]) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str], answers_probes: bool, origins: Collection[str]) -> None:
+        self._app, self._answers_probes = app, answers_probes
         self._hosts = None if ANY_HOST in hosts else frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origin.lower() for origin in origins)
 
@@ -71,7 +74,8 @@ class Browsers:
 
         headers = Headers(scope=scope)
         try:
-            self._check_host(headers)
+            if not (self._answers_probes and scope["path"] in _PROBES):
+                self._check_host(headers)
             if scope["method"] not in _ONLY_READS:
                 self._check_origin(headers)
         except ServiceError as error:
@@ -94,8 +98,8 @@ class Browsers:
             name = re.sub(r":\d*$", "", host.strip()).lower()
             if not _LOOPBACK.fullmatch(name) and name not in self._hosts:
                 raise HostRefused(
-                    f"Host: {host!r} is not a name of this service, which listens on loopback: call it as "
-                    f"127.0.0.1 or localhost, or list the name in EVENODDS_ALLOWED_HOSTS of the service"
+                    f"Host: {name!r} is not a name of this service, which answers as 127.0.0.1, as localhost and as "
+                    "what EVENODDS_ALLOWED_HOSTS of the service lists: call it by one of these, or list the name there"
                 )
         if len(given) != 1:
             raise HostRefused(
