@@ -122,6 +122,15 @@ def test_ports_are_published_on_this_machine_only(services: dict[str, Any]) -> N
     }
 
 
+def test_compose_answers_to_names_of_this_machine_alone_unless_told_others(services: dict[str, Any]) -> None:
+    """Without keys a page whose own name leads to this machine could read and write: only `Host` tells."""
+    given = services["api"]["environment"]["EVENODDS_ALLOWED_HOSTS"]
+    found = re.fullmatch(r"\$\{EVENODDS_ALLOWED_HOSTS:-(.*)\}", given)
+
+    assert found is not None
+    assert Settings(allowed_hosts=found[1]).host_names() == ("localhost", "127.0.0.1")
+
+
 def test_the_proxy_and_prometheus_find_each_api_replica(services: dict[str, Any]) -> None:
     (scraped,) = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
     source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
