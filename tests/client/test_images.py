@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ def values() -> dict[str, Any]:
     return dict(yaml.safe_load((CHART / "values.yaml").read_text()))
 
 
-def rendered(*settings: str) -> dict[tuple[str, str], dict[str, Any]]:
+def rendered(*settings: str, options: Sequence[str] = ()) -> dict[tuple[str, str], dict[str, Any]]:
     """Kubernetes objects by kind and name."""
     assert HELM is not None
-    sets = [word for setting in settings for word in ("--set", setting)]
+    sets = [*options, *(word for setting in settings for word in ("--set", setting))]
     done = subprocess.run([HELM, "template", "demo", str(CHART), *sets], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {(o["kind"], o["metadata"]["name"]): o for o in yaml.safe_load_all(done.stdout) if o}
@@ -312,6 +313,36 @@ def test_a_worker_with_a_gpu_asks_for_it_and_does_without_a_cpu_in_its_place() -
 
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "4Gi"}
     assert {"name": "EVENODDS_DEVICE", "value": "cuda"} in container["env"]
+
+
+def test_no_template_writes_a_number_as_go_writes_a_float() -> None:
+    """A whole number of a values file is a float there, and toString would make 1e+06 of a million."""
+    helpers = TEMPLATES["_helpers.tpl"]
+
+    assert not [name for name, text in TEMPLATES.items() if "toString" in text]
+    assert "{{ if eq . (floor .) }}{{ int64 . }}" in helpers
+    assert 'value: {{ include "evenodds.text" $value | quote }}' in helpers
+
+
+@with_helm
+def test_settings_of_a_values_file_reach_the_service_as_they_stand_there(tmp_path: Path) -> None:
+    given = {"decisions": 1_000_000, "predict_staleness_ms": 0.5, "telemetry": True, "log_level": "debug"}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump({"settings": given}))
+
+    objects = rendered(options=("--values", str(tmp_path / "values.yaml")))
+
+    api = objects["Deployment", "demo-evenodds-api"]
+    (container,) = api["spec"]["template"]["spec"]["containers"]
+    values = {each["name"]: each.get("value") for each in container["env"]}
+    assert (
+        values.items()
+        >= {
+            "EVENODDS_DECISIONS": "1000000",
+            "EVENODDS_PREDICT_STALENESS_MS": "0.5",
+            "EVENODDS_TELEMETRY": "true",
+            "EVENODDS_LOG_LEVEL": "debug",
+        }.items()
+    )
 
 
 @with_helm

@@ -53,6 +53,11 @@ volumeMounts:
     mountPath: /tmp
 {{- end }}
 
+{{- /* A value as text. Numbers of a file are floats, of which Go writes a million as 1e+06. */ -}}
+{{- define "evenodds.text" -}}
+{{- if kindIs "float64" . }}{{ if eq . (floor .) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+
 {{- define "evenodds.environment" -}}
 - name: EVENODDS_DATABASE_URL
   valueFrom:
@@ -61,6 +66,6 @@ volumeMounts:
       key: {{ .Values.database.secretKey }}
 {{- range $name, $value := .Values.settings }}
 - name: EVENODDS_{{ upper $name }}
-  value: {{ $value | toString | quote }}
+  value: {{ include "evenodds.text" $value | quote }}
 {{- end }}
 {{- end }}
