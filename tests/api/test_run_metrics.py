@@ -182,6 +182,28 @@ def test_every_alarm_has_an_alert_and_what_breaks_a_run_is_urgent() -> None:
         assert severities[alert_of(code)] == ("page" if kind.is_broken else "warn")
 
 
+def expression_of(alert: str) -> str:
+    return str(next(rule["expr"] for rule in rules() if rule["alert"] == alert))
+
+
+def test_a_service_that_prometheus_has_lost_is_down() -> None:
+    assert expression_of("EvenOddsDown").endswith('or absent(up{job="evenodds"})')
+
+
+def test_probes_neither_raise_the_alert_of_errors_nor_hide_it() -> None:
+    selected = re.findall(r"evenodds_requests_total\{(.*?)\}", expression_of("EvenOddsErrors"))
+
+    assert len(selected) == 2
+    assert all('route!~"/healthz|/readyz|/metrics"' in labels for labels in selected)
+
+
+@pytest.mark.parametrize("code", KINDS)
+def test_an_alarm_of_a_run_that_nobody_trains_any_more_calls_nobody(code: str) -> None:
+    assert expression_of(alert_of(code)).endswith(
+        "== 1 unless on (run) min by (run) (evenodds_run_idle_seconds) > 86400"
+    )
+
+
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool on this machine")
 def test_prometheus_accepts_the_configuration_and_the_rules() -> None:
     assert PROMTOOL is not None

@@ -10,6 +10,10 @@ import argparse
 import json
 from dataclasses import dataclass
 
+_NO_PROBE = 'route!~"/healthz|/readyz|/metrics"'
+_UNLESS_IDLE = "unless on (run) min by (run) (evenodds_run_idle_seconds) > 86400"
+"""Nobody mends a run that has ended: after a day without a batch or an outcome its alarms stay on the page alone."""
+
 HEADER = "# Made by `evenodds alert-rules`. Check with `promtool check rules`.\n"
 
 
@@ -28,20 +32,22 @@ class Rule:
 SERVICE_RULES = (
     Rule(
         "EvenOddsDown",
-        'up{job="evenodds"} == 0',
+        'up{job="evenodds"} == 0 or absent(up{job="evenodds"})',
         "1m",
         "page",
-        "{{ $labels.instance }} does not answer",
+        "{{ if $labels.instance }}{{ $labels.instance }} does not answer"
+        "{{ else }}Prometheus knows no replica of the service{{ end }}",
         "Trainers go on with uniform batches meanwhile, and keep their observations.",
     ),
     Rule(
         "EvenOddsErrors",
-        'sum(rate(evenodds_requests_total{status=~"5.."}[5m])) by (job) '
-        "/ sum(rate(evenodds_requests_total[5m])) by (job) > 0.01",
+        f'sum(rate(evenodds_requests_total{{status=~"5..",{_NO_PROBE}}}[5m])) by (job) '
+        f"/ sum(rate(evenodds_requests_total{{{_NO_PROBE}}}[5m])) by (job) > 0.01",
         "5m",
         "page",
         "{{ $value | humanizePercentage }} of requests fail",
-        "503 means that the database did not answer in time. The log has the cause by request id.",
+        "The log has the code of each by its request id. 503 store_unavailable: the database did not answer in time. "
+        "503 overloaded or deadline_passed: more requests came than the replicas can answer.",
     ),
     Rule(
         "EvenOddsSlow",
@@ -96,7 +102,7 @@ def rules() -> tuple[Rule, ...]:
     of_runs = (
         Rule(
             alert_of(code),
-            f'max by (run) (evenodds_run_alarm{{code="{code}"}}) == 1',
+            f'max by (run) (evenodds_run_alarm{{code="{code}"}}) == 1 {_UNLESS_IDLE}',
             "1m" if kind.is_broken else "10m",
             "page" if kind.is_broken else "warn",
             f"run {{{{ $labels.run }}}}: {kind.title}",
