@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from tests.waiting import until
 
 from evenodds_service.api.run_metrics import GAUGES, RunMetrics
 from evenodds_service.commands.alert_rules import alert_of, rules_file
-from evenodds_service.domain.report.alarms import KINDS
+from evenodds_service.domain.report.alarms import KINDS, Alarm
 from evenodds_service.domain.report.summary import VERDICTS, Summary
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.runtime.live_runs import LiveRuns
@@ -31,13 +32,23 @@ from evenodds_service.storage.store import Store
 from evenodds_service.storage.tables import runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.api.conftest import Caller
     from tests.conftest import Service
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMTOOL = shutil.which("promtool")
+NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """With no run yet."""
+    store = Store(open_engine(f"sqlite:///{tmp_path}/runs.db"))
+    upgrade(store._engine)
+    yield store
+    store.close()
 
 
 def samples(service: Service, run: str) -> dict[str, float]:
@@ -58,7 +69,7 @@ def test_a_run_is_measured_by_every_replica_until_it_is_deleted(
     caller.load([{"prompt_id": f"p{i}", "text": f"Say {i}."} for i in range(8)])
     for step in range(8):
         prompts = caller.chosen(step, 1)
-    until(lambda: samples(service, caller.run).get("evenodds_run_alarm outcomes_stopped"), "the alarm to be saved")
+    until(lambda: samples(service, caller.run).get("evenodds_run_alarm outcomes_stopped run"), "the alarm to be saved")
     assert samples(service, caller.run)["evenodds_run_state broken"] == 1
     caller.observe(8, {"prompt_id": prompts[0], "successes": 4, "attempts": 8})
     caller.predict(prompts[0])
@@ -75,7 +86,7 @@ def test_a_run_is_measured_by_every_replica_until_it_is_deleted(
 
     assert shown["evenodds_run_state learning"] == 1
     assert sum(value for name, value in shown.items() if name.startswith("evenodds_run_state ")) == 1
-    assert "evenodds_run_alarm outcomes_stopped" not in shown
+    assert "evenodds_run_alarm outcomes_stopped run" not in shown
     assert shown["evenodds_run_head_step"] == 8
     assert shown["evenodds_run_pool_prompts"] == 8
     assert shown["evenodds_run_coverage"] == 1
@@ -102,17 +113,14 @@ def test_the_state_is_saved_after_prompts_came_and_after_one_was_erased(caller: 
 
 
 @pytest.mark.slow
-def test_two_thousand_runs_are_two_thousand_states_and_three_statements(tmp_path: Path) -> None:
-    store = Store(open_engine(f"sqlite:///{tmp_path}/runs.db"))
-    upgrade(store._engine)
-    now = datetime(2026, 1, 2, tzinfo=timezone.utc)
-    rows = [{"name": f"run-{i}", "settings": settings_to_json(RunSettings()), "created_at": now} for i in range(2_000)]
+def test_two_thousand_runs_are_two_thousand_states_and_three_statements(store: Store) -> None:
+    rows = [{"name": f"run-{i}", "settings": settings_to_json(RunSettings()), "created_at": NOW} for i in range(2_000)]
     with store._engine.begin() as connection:
         ids = list(connection.execute(insert(runs).values(rows).returning(runs.c.id)).scalars())
     saved = [(run_id, 0, Summary(VERDICTS[i % len(VERDICTS)])) for i, run_id in enumerate(ids[1:])]
-    store.save_run_states(saved, now=now)
+    store.save_run_states(saved, now=NOW)
     live_runs = LiveRuns(store, capacity=1)
-    collector = RunMetrics(store, live_runs, RunStates(store, live_runs, now=lambda: now), lambda: now)
+    collector = RunMetrics(store, live_runs, RunStates(store, live_runs, now=lambda: NOW), lambda: NOW)
     registry, statements = CollectorRegistry(), []
     registry.register(collector)
     event.listen(store._engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
@@ -124,7 +132,6 @@ def test_two_thousand_runs_are_two_thousand_states_and_three_statements(tmp_path
     assert states.count(b"no_data") == len(saved) // len(VERDICTS) + 1  # and the run without a state
     assert shown[0] == shown[1]
     assert len([statement for statement in statements if statement.startswith("SELECT")]) == 3
-    store.close()
 
 
 def known_names(service: Service) -> set[str]:
@@ -180,6 +187,22 @@ def test_every_alarm_has_an_alert_and_what_breaks_a_run_is_urgent() -> None:
 
     for code, kind in KINDS.items():
         assert severities[alert_of(code)] == ("page" if kind.is_broken else "warn")
+    paging = [rule["expr"] for rule in rules() if rule["labels"]["severity"] == "page" and "run_alarm" in rule["expr"]]
+    assert all('scope="run"' in expression for expression in paging), "one category alone wakes nobody"
+    assert severities["EvenOddsForecastOffInCategory"] == "warn"
+
+
+def test_alarms_of_the_run_and_of_categories_are_told_apart(store: Store) -> None:
+    run, _ = store.put_run("math", RunSettings(), now=NOW)
+    of_run = Alarm("forecast_off", "Seen.", 3, 0.1, 0.2)
+    of_categories = [replace(of_run, category=name, scope="category") for name in ("code", None)]
+    store.save_run_states([(run.id, 0, Summary("broken", alarms=(of_run, *of_categories)))], now=NOW)
+    live_runs = LiveRuns(store, capacity=1)
+    metrics = RunMetrics(store, live_runs, RunStates(store, live_runs, now=lambda: NOW), lambda: NOW)
+
+    told = [s.labels for family in metrics.collect() for s in family.samples if s.name == "evenodds_run_alarm"]
+
+    assert told == [{"run": "math", "code": "forecast_off", "scope": scope} for scope in ("run", "category")]
 
 
 def expression_of(alert: str) -> str:

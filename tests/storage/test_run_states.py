@@ -29,7 +29,7 @@ SUMMARY = Summary(
             "Do.",
             remedy=Remedy("retract", {"from_step": 20, "to_step": 23}),
         ),
-        Alarm("category_silent", "Seen.", 3, 61.0, 30.0, category="code"),
+        Alarm("category_silent", "Seen.", 3, 61.0, 30.0, category="code", scope="category"),
     ),
     notes=(Alarm("skill_not_positive", "Seen.", 2, -0.5, 0.0),),
     lift=Estimate(0.31, 0.16, 0.44),

@@ -246,7 +246,12 @@ class Alarm(Reply):
     value: float = Field(description="what was measured")
     limit: float = Field(description="where the alarm begins")
     next_step: str = Field(default="", description="the end of the message: what to do")
-    category: str | None = Field(default=None, description="the category that it speaks of; null: the run")
+    scope: Literal["run", "category"] = Field(
+        default="run", description="whether it speaks of the whole run, or of one category"
+    )
+    category: str | None = Field(
+        default=None, description="the category that it speaks of; null: the run, or prompts without a category"
+    )
     remedy: Remedy | None = Field(default=None, description="what takes back the harm that was done, if a call can")
 
 

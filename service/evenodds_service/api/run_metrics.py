@@ -35,7 +35,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         f"1 for the verdict that stands: {', '.join(sorted(VERDICTS))}; 0 for the others.",
         ("run", "state"),
     ),
-    "evenodds_run_alarm": ("1 for each alarm that is on, by its code.", ("run", "code")),
+    "evenodds_run_alarm": (
+        "1 for each alarm that is on, by its code, and whether it speaks of the whole run or of a category.",
+        ("run", "code", "scope"),
+    ),
     "evenodds_run_state_lag": ("Entries of the log that came since the run's state was saved.", _RUN),
     "evenodds_run_idle_seconds": ("Time since the newest batch was chosen or outcomes were reported.", _RUN),
     "evenodds_run_log_position": ("Entries in the run's log.", _RUN),
@@ -156,8 +159,8 @@ class RunMetrics(Collector):
 def _of_summary(summary: Summary) -> Iterator[tuple[str, tuple[str, ...], float]]:
     for verdict in VERDICTS:
         yield "evenodds_run_state", (verdict,), verdict == summary.verdict
-    for code in dict.fromkeys(alarm.code for alarm in summary.alarms):
-        yield "evenodds_run_alarm", (code,), 1.0
+    for labels in dict.fromkeys((alarm.code, alarm.scope) for alarm in summary.alarms):
+        yield "evenodds_run_alarm", labels, 1.0
     if summary.lift is not None:
         ends = {"low": summary.lift.low, "value": summary.lift.value, "high": summary.lift.high}
         for end, value in ends.items():

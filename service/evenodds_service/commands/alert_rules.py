@@ -17,6 +17,11 @@ _UNLESS_IDLE = "unless on (run) min by (run) (evenodds_run_idle_seconds) > 86400
 HEADER = "# Made by `evenodds alert-rules`. Check with `promtool check rules`.\n"
 
 
+def _is_on(labels: str) -> str:
+    """Whether a run has an alarm with these labels."""
+    return f"max by (run) (evenodds_run_alarm{{{labels}}}) == 1 {_UNLESS_IDLE}"
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One alert: `lasts` is how long the expression has to hold, and `severity` is page or warn."""
@@ -83,6 +88,16 @@ SERVICE_RULES = (
     ),
 )
 
+CATEGORY_RULE = Rule(
+    "EvenOddsForecastOffInCategory",
+    _is_on('code="forecast_off",scope="category"'),
+    "10m",
+    "warn",
+    "run {{ $labels.run }}: outcomes of a category are far from their forecasts",
+    "GET /runs/{{ $labels.run }} names the category, since which step, and what to do.",
+)
+"""The one kind that breaks a run where it speaks of the whole of it, and not where it speaks of a category."""
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `alert-rules`."""
@@ -102,7 +117,7 @@ def rules() -> tuple[Rule, ...]:
     of_runs = (
         Rule(
             alert_of(code),
-            f'max by (run) (evenodds_run_alarm{{code="{code}"}}) == 1 {_UNLESS_IDLE}',
+            _is_on(f'code="{code}",scope="run"' if kind.is_broken else f'code="{code}"'),
             "1m" if kind.is_broken else "10m",
             "page" if kind.is_broken else "warn",
             f"run {{{{ $labels.run }}}}: {kind.title}",
@@ -110,7 +125,7 @@ def rules() -> tuple[Rule, ...]:
         )
         for code, kind in KINDS.items()
     )
-    return (*SERVICE_RULES, *of_runs)
+    return (*SERVICE_RULES, *of_runs, CATEGORY_RULE)
 
 
 def alert_of(code: str) -> str:

@@ -36,9 +36,16 @@ Rates = float | FloatArray
 class Log:
     """A run of two categories whose forecasts and true rates the test says. Prompts come in turn."""
 
-    def __init__(self, make_block: MakeBlock, *, n: int = 4_000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        make_block: MakeBlock,
+        *,
+        n: int = 4_000,
+        seed: int = 0,
+        names: tuple[str | None, str | None] = ("math", "code"),
+    ) -> None:
         self.pool = Pool(surface_width=0, embedding_width=0)
-        self.pool.append(make_block(n, groups=tuple(("math", "code")[i % 2] for i in range(n))))
+        self.pool.append(make_block(n, groups=tuple(names[i % 2] for i in range(n))))
         self.state = fold(State(), PoolEntry(1, n), self.pool)
         self.rng, self.n, self.next_step, self._next = np.random.default_rng(seed), n, 0, 0
 
@@ -182,17 +189,21 @@ class TestForecastOff:
 
         assert log.alarms().keys() <= {"outcomes_stopped"}
 
-    def test_a_category_alone_may_be_off(self, log: Log) -> None:
+    @pytest.mark.parametrize("name", ["code", None])
+    def test_a_category_alone_may_be_off_and_does_not_break_the_run(
+        self, make_block: MakeBlock, name: str | None
+    ) -> None:
+        log = Log(make_block, names=("math", name))
         log.steps(20)
         for _ in range(3):
             prompts = log.select(0.5)
             log.observe(log.next_step - 1, prompts, np.where(prompts % 2 == CODE, 7.0, log.drawn(0.5, prompts)))
 
         alarm = log.alarms()["forecast_off"]
-        assert (alarm.category, alarm.since_step, alarm.remedy) == ("code", 20, None)
-        assert alarm.message.startswith(
-            "Category 'code': since step 20, success rates have been far higher than forecast"
-        )
+        assert (alarm.scope, alarm.category, alarm.since_step, alarm.remedy) == ("category", name, 20, None)
+        said = f"Category {name!r}" if name else "Prompts without a category"
+        assert alarm.message.startswith(f"{said}: since step 20, success rates have been far higher than forecast")
+        assert summarised(log.state, log.pool, SETTINGS).verdict == "learning"
 
 
 def of_categories(log: Log, math: Callable[[IntArray], FloatArray], code: Callable[[IntArray], FloatArray]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+Scope = Literal["run", "category"]
+
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
@@ -31,6 +33,7 @@ class Alarm:
         next_step: The end of the message: what to do.
         category: Of which category it speaks; None for the run, and for prompts without a category.
         remedy: What takes back the harm that was done meanwhile, if a call can.
+        scope: Whether it speaks of the whole run, or of one category, which may have no name.
     """
 
     code: str
@@ -41,6 +44,7 @@ class Alarm:
     next_step: str = ""
     category: str | None = None
     remedy: Remedy | None = None
+    scope: Scope = "run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ class Kind:
 
     Attributes:
         title: What it says, in a few words.
-        is_broken: Whether the run does not do its work while the alarm is on: then the verdict is `broken`.
+        is_broken: Whether the run does not do its work while the alarm is on for the whole of it: then the verdict is
+            `broken`.
     """
 
     title: str

@@ -34,7 +34,7 @@ from evenodds_service.domain.learning.predictors import PREDICTORS
 from evenodds_service.domain.learning.sequential import ALARM_NATS, DULL, FLIPPED, HIGH, LOW, Watch, tolerated
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.learning.tallies import MAX_GROUPS, Tallies
-from evenodds_service.domain.report.alarms import Alarm, Remedy
+from evenodds_service.domain.report.alarms import Alarm, Remedy, Scope
 from evenodds_service.domain.report.lift import judged_windows, lift_of, most_lift
 from evenodds_service.domain.report.report import first_step_of, used_windows
 from evenodds_service.domain.settings import RunSettings
@@ -94,8 +94,9 @@ def _alarm(
     limit: float,
     category: str | None = None,
     remedy: Remedy | None = None,
+    scope: Scope = "run",
 ) -> Alarm:
-    return Alarm(code, f"{seen} {next_step}", since_step, value, limit, next_step, category, remedy)
+    return Alarm(code, f"{seen} {next_step}", since_step, value, limit, next_step, category, remedy, scope)
 
 
 def _forecast_off(state: State) -> list[Alarm]:
@@ -299,7 +300,16 @@ def _category_silent(watched: list[float], name: str, category: str | None) -> A
             "came; other categories were informative meanwhile."
         )
         value, limit = watched[SELECTED], float(_SILENT_SELECTED)
-    return _alarm("category_silent", seen, next_step, since_step=since, value=value, limit=limit, category=category)
+    return _alarm(
+        "category_silent",
+        seen,
+        next_step,
+        since_step=since,
+        value=value,
+        limit=limit,
+        category=category,
+        scope="category",
+    )
 
 
 def _category_off(watch: Watch, row: int, name: str, category: str | None) -> Alarm:
@@ -314,6 +324,7 @@ def _category_off(watch: Watch, row: int, name: str, category: str | None) -> Al
         value=outcome / n,
         limit=_limit(test, forecast / n),
         category=category,
+        scope="category",
     )
 
 

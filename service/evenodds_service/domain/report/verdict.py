@@ -60,7 +60,7 @@ def judged_lift(state: State) -> LiftReport | None:
 
 def verdict_of(state: State, raised: Sequence[Alarm], lift: LiftReport | None) -> Verdict:
     """The one word about the run; see `Summary`."""
-    codes = {alarm.code for alarm in raised if alarm.category is None}
+    codes = {alarm.code for alarm in raised if alarm.scope == "run"}
     if state.n_observations == 0 and not codes:
         return "no_data"
     if any(KINDS[code].is_broken for code in codes):
