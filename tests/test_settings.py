@@ -52,7 +52,7 @@ def test_what_is_no_setting_is_refused() -> None:
 )
 def test_a_name_or_origin_that_no_request_can_have_is_refused(setting: str, listed: str, fault: str) -> None:
     with pytest.raises(ValidationError, match=fault):
-        Settings(**{setting: listed})
+        Settings.model_validate({setting: listed})
 
 
 def test_names_and_origins_are_taken_as_requests_have_them() -> None:

@@ -10,7 +10,10 @@ import pytest
 from evenodds import Conflict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.api.conftest import Caller
+    from tests.conftest import Service
 
 pytestmark = pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 """The parts that differ between databases have tests of their own."""
@@ -101,3 +104,20 @@ def test_one_id_for_two_texts_is_a_conflict_and_two_ids_for_one_text_are_two_pro
     caller.observe(0, *seen("a"))
 
     assert [p["attempts_seen"] for p in caller.predict("a", "b")] == [2, 0]
+
+
+def test_a_trainer_that_names_its_candidates_or_leaves_prompts_out_has_no_stalled_coverage(
+    caller: Caller, service: Service, start_service: Callable[[str], Service]
+) -> None:
+    """All that it lets the service choose was chosen. Also where the log is read anew."""
+    caller.load_texts(*IDS)
+    caller.create(cooldown_steps=0)
+    for step in range(32):
+        part = {"candidates": IDS[:16]} if step % 2 else {"exclude": IDS[16:]}
+        batch = caller.select(step, 8, **part)
+        own = [{"prompt_id": p["prompt_id"], "successes": 4, "attempts": 8} for p in batch["prompts"]]
+        caller.observe(step, *own, selection_id=batch["selection_id"])
+    replica = start_service(service.database_url)
+
+    for each in (service, replica):
+        assert each.client.run(caller.run).alarms == ()

@@ -70,6 +70,8 @@ class SelectEntry:
         control_share: The share that was asked for; .1 of 5 prompts is one in every other batch.
         control: bool [B], which of them were chosen uniformly; None: none.
         a, b: Parameters of the belief about each when it was chosen, [B]; None where they were not recorded.
+        unseen_share: Where the request named candidates or left prompts out: which share of those that remained was
+            never chosen or observed before. None: it left the whole pool.
     """
 
     position: int
@@ -80,6 +82,7 @@ class SelectEntry:
     control: BoolArray | None = None
     a: FloatArray | None = None
     b: FloatArray | None = None
+    unseen_share: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.control_share <= MAX_CONTROL_SHARE:

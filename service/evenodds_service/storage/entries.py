@@ -182,6 +182,8 @@ def _body(entry: WrittenEntry, run: Run) -> dict[str, object]:
         body["control"] = np.flatnonzero(entry.control).tolist()
     if entry.a is not None and entry.b is not None:
         body |= {"a": entry.a.tolist(), "b": entry.b.tolist()}
+    if entry.unseen_share is not None:
+        body["unseen_share"] = entry.unseen_share
     return body
 
 
@@ -199,6 +201,7 @@ def _select_entry(row: RowMapping, body: Mapping[str, Any], prompts: IntArray) -
         control=control,
         a=np.asarray(body["a"], dtype=np.float64) if "a" in body else None,
         b=np.asarray(body["b"], dtype=np.float64) if "b" in body else None,
+        unseen_share=body.get("unseen_share"),
     )
 
 

@@ -61,6 +61,7 @@ class SelectionMethods(Transactions):
                 control=chosen.control if chosen.control is not None and chosen.control.any() else None,
                 a=kept_digits(chosen.a),
                 b=kept_digits(chosen.b),
+                unseen_share=chosen.unseen_share,
             )
             written = Written(append_entries(connection, run, [entry], now=now), (entry,))
             recorded = Selection(

@@ -98,6 +98,7 @@ class NewSelection:
         a, b: Parameters of the belief about each prompt, positive, [B]; both or neither.
         chosen_at: Log position of the state that the batch was chosen in.
         is_alone: Whether the choice holds only if no other was recorded after `chosen_at`.
+        unseen_share: As in `SelectEntry`.
     """
 
     selection_id: str
@@ -111,6 +112,7 @@ class NewSelection:
     b: FloatArray | None = None
     chosen_at: int | None = None
     is_alone: bool = False
+    unseen_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,14 @@ class Log:
         self.state = fold(State(), PoolEntry(1, n), self.pool)
         self.rng, self.n, self.next_step, self._next = np.random.default_rng(seed), n, 0, 0
 
-    def select(self, forecast: Rates, *, prompts: IntArray | None = None, control: float = 0.0) -> IntArray:
+    def select(
+        self,
+        forecast: Rates,
+        *,
+        prompts: IntArray | None = None,
+        control: float = 0.0,
+        unseen_share: float | None = None,
+    ) -> IntArray:
         """A batch whose success rates are forecast so."""
         if prompts is None:
             prompts = np.arange(self._next, self._next + BATCH) % self.n
@@ -64,6 +71,7 @@ class Log:
             np.arange(len(prompts)) < control * len(prompts) if control else None,
             m * CERTAINTY,
             (1 - m) * CERTAINTY,
+            unseen_share,
         )
         fold(self.state, entry, self.pool)
         self.next_step += 1
@@ -412,6 +420,18 @@ class TestOthers:
                 "Since step 1, 0 of the 128 prompts in 16 batches were new, although 100% of the pool was never tried. "
                 "Raise reprobe_share or optimism, or set max_visits."
             )
+
+    @pytest.mark.parametrize(("unseen_share", "is_told"), [(0.0, False), (0.5, True)])
+    def test_batches_bring_nothing_new_where_nothing_new_might_be_chosen(
+        self, log: Log, unseen_share: float, is_told: bool
+    ) -> None:
+        for i in range(17):
+            prompts = log.select(0.5, prompts=np.arange(8), unseen_share=unseen_share)
+            log.observe(i, prompts, log.drawn(0.5, prompts))
+
+        assert ("coverage_stalls" in log.alarms()) == is_told
+        if is_told:
+            assert "although 50% of the prompts that might be chosen were" in log.alarms()["coverage_stalls"].message
 
     def test_a_skill_that_is_not_positive_is_a_note_and_a_fallback_an_alarm(self, log: Log) -> None:
         for step in range(SKILL_BLOCKS):

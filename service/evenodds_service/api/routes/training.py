@@ -450,6 +450,7 @@ def _new_selection(
         b=chosen.b,
         chosen_at=chosen.position,
         is_alone=run.settings.lease_steps > 0 and not body.allow_outstanding,
+        unseen_share=chosen.unseen_share,
     )
 
 

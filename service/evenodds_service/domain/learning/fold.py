@@ -146,7 +146,7 @@ def _rows(state: State, prompts: IntArray) -> IntArray:
 def _select(state: State, entry: SelectEntry, pool: Pool) -> None:
     fresh_B, groups_B = ~_is_tried(state, entry.prompts), pool.group_codes(entry.prompts)
     state.tallies.select(entry, fresh_B, groups_B)
-    state.guardrails.select(entry.step, fresh_B, groups_B)
+    state.guardrails.select(entry.step, fresh_B, groups_B, entry.unseen_share)
     outstanding = state.outstanding_step_N[entry.prompts]
     state.selected_N[entry.prompts] += outstanding < 0
     state.outstanding_step_N[entry.prompts] = np.maximum(outstanding, entry.step)
@@ -159,9 +159,10 @@ def tried_share(state: State) -> float:
     return float(_is_tried(state, slice(0, state.n_prompts)).mean()) if state.n_prompts else 0.0
 
 
-def unseen_share(state: State) -> float:
-    """Share of the pool that was never chosen or observed; 0 for an empty one."""
-    return float((~_is_tried(state, slice(0, state.n_prompts))).mean()) if state.n_prompts else 0.0
+def unseen_share(state: State, rows: IntArray | None = None) -> float:
+    """Share of these prompts, or of the pool, that was never chosen or observed; 0 where there is none."""
+    tried = _is_tried(state, slice(0, state.n_prompts) if rows is None else rows)
+    return float((~tried).mean()) if len(tried) else 0.0
 
 
 def _is_tried(state: State, rows: IntArray | slice) -> BoolArray:

@@ -123,6 +123,8 @@ class Guardrails:
             uniform; -1 where that is not so.
         quiet_selections, quiet_since: Selections since the newest observation, and the step of the first of them.
         choices: Of the newest 16 selections, newest last: prompts, those never chosen or seen before, step.
+        unseen_share: Of the prompts that the newest selection was to choose among, the share that was never chosen or
+            observed; -1: it was to choose among the whole pool.
         found, foreseen: Informative groups in all, and how many were forecast.
         silence: By group, up to 501 rows, since its last informative outcome: judged observations, informative ones
             that were forecast, and how unlikely it is that none came (nats, with the benefit of the doubt); all
@@ -138,14 +140,16 @@ class Guardrails:
     quiet_selections: int = 0
     quiet_since: int = -1
     choices: IntArray = field(default_factory=lambda: np.zeros((COVERAGE_SELECTIONS, 3), np.int64))
+    unseen_share: float = -1.0
     found: float = 0.0
     foreseen: float = 0.0
     silence: FloatArray = field(default_factory=partial(np.zeros, (0, len(_NEVER))))
 
-    def select(self, step: int, fresh_B: BoolArray, groups_B: IntArray) -> None:
-        """Watch a selection. Arguments as in `Tallies.select`."""
+    def select(self, step: int, fresh_B: BoolArray, groups_B: IntArray, unseen_share: float | None = None) -> None:
+        """Watch a selection. Arguments as in `Tallies.select` and `SelectEntry`."""
         self.quiet_since = step if self.quiet_selections == 0 else self.quiet_since
         self.quiet_selections += 1
+        self.unseen_share = -1.0 if unseen_share is None else unseen_share
         self.choices = np.concatenate((self.choices[1:], [[len(fresh_B), int(fresh_B.sum()), step]]))
         rows, n = np.unique(self._rows(groups_B), return_counts=True)
         self._begin(rows, step)

@@ -73,7 +73,7 @@ def alarms(state: State, pool: Pool, settings: RunSettings) -> tuple[Alarm, ...]
         found += _fallback(state.guardrails)
     if is_mixed:
         found += _sources_mislead(misled(state))
-    return (*found, *_coverage_stalls(state.guardrails, unseen_share(state)))
+    return (*found, *_coverage_stalls(state))
 
 
 def notes(state: State, settings: RunSettings) -> tuple[Alarm, ...]:
@@ -387,8 +387,12 @@ def _sources_mislead(found: Misled | None) -> list[Alarm]:
     ]
 
 
-def _coverage_stalls(guardrails: Guardrails, unseen: float) -> list[Alarm]:
+def _coverage_stalls(state: State) -> list[Alarm]:
+    guardrails = state.guardrails
     chosen, fresh, _ = guardrails.choices.sum(axis=0).tolist()
+    unseen, among = guardrails.unseen_share, "prompts that might be chosen were"
+    if unseen < 0.0:
+        unseen, among = unseen_share(state), "pool was"
     if guardrails.choices[0, 0] == 0 or chosen < _COVERAGE_LEAST or unseen < _UNSEEN_SHARE:
         return []
     if fresh >= _FRESH_SHARE * chosen:
@@ -398,7 +402,7 @@ def _coverage_stalls(guardrails: Guardrails, unseen: float) -> list[Alarm]:
         _alarm(
             "coverage_stalls",
             f"Since step {since}, {fresh:,} of the {chosen:,} prompts in {COVERAGE_SELECTIONS} batches were new, "
-            f"although {unseen:.0%} of the pool was never tried.",
+            f"although {unseen:.0%} of the {among} never tried.",
             "Raise reprobe_share or optimism, or set max_visits.",
             since_step=since,
             value=fresh / chosen,

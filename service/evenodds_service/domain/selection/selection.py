@@ -14,6 +14,7 @@ import numpy as np
 from evenodds_service.domain.arrays import BoolArray, FloatArray, IntArray
 from evenodds_service.domain.distributions import informative_moments
 from evenodds_service.domain.learning.features import Pool, directions
+from evenodds_service.domain.learning.fold import unseen_share
 from evenodds_service.domain.learning.guardrails import Fallback
 from evenodds_service.domain.learning.prediction import EachBlock, in_blocks
 from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_of
@@ -96,6 +97,7 @@ class Chosen:
         fallback: Why the batch is uniform, if it was to be another.
         outlook: What to expect of a filled one.
         position, model_version: Of that state.
+        unseen_share: As in `SelectEntry`.
     """
 
     choice: Choice
@@ -108,6 +110,7 @@ class Chosen:
     position: int
     model_version: int
     outlook: Outlook | None = None
+    unseen_share: float | None = None
 
 
 def picker_of(
@@ -269,7 +272,15 @@ def select(
         position=state.position,
         model_version=state.model_version,
         outlook=expected,
+        unseen_share=_unseen_share(state, request),
     )
+
+
+def _unseen_share(state: State, request: SelectionRequest) -> float | None:
+    if request.candidates is None and not len(request.exclude):
+        return None
+    candidates = np.arange(state.n_prompts) if request.candidates is None else request.candidates
+    return unseen_share(state, np.setdiff1d(candidates, request.exclude))
 
 
 def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> Allowed:
