@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -16,6 +16,8 @@ from benchmarks.browser import CHROMIUM, Browser, browser
 from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds_service.api.page import FILES
+from evenodds_service.domain.log_entries import NewObservation, Outcomes
+from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.report.alarms import Alarm
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
 from evenodds_service.domain.settings import RunSettings
@@ -523,7 +525,9 @@ def test_runs_are_found_sorted_and_compared(
     store, now = Store(open_engine(service.database_url, timeout_seconds=PATIENCE_SECONDS)), datetime.now(timezone.utc)
     alarm = Alarm("forecast_off", "Outcomes came at .00: look at the verifier.", 20, 14.5, 9.2)
     for i in range(70):
-        run, _ = store.put_run(f"run-{i:02d}", RunSettings(embedder="none"), now=now)
+        run, _ = store.put_run(f"run-{i:02d}", RunSettings(embedder="none"), now=now - timedelta(days=2))
+        store.add_prompts(run.id, [NewPrompt("a")], now=now)
+        store.append_observations(run.id, Outcomes(0, [NewObservation.of_counts(0, 1, 2)]), now=now)
         broken = Summary("broken", alarms=(alarm,), informative_shares=(SharePoint(0, 1, 0.2), SharePoint(2, 3, 0.1)))
         helping = Summary("helping", lift=Estimate(0.3, 0.1, 0.5), rollouts_saved=Estimate(1200.0, 300.0, None))
         store.save_run_states([(run.id, 0, broken if i == 42 else helping if i == 7 else Summary("learning"))], now=now)
