@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -148,6 +149,16 @@ def page(tab: Browser, service: Service) -> Page:
     tab.size(1440, 900)
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)  # away from where a test before has left it
     return Page(tab, service.base_url)
+
+
+@contextmanager
+def at_each_start(tab: Browser, script: str) -> Iterator[None]:
+    """Pages that are opened in the block run this before their own scripts."""
+    added = tab.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+    try:
+        yield
+    finally:
+        tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added)
 
 
 @dataclass(frozen=True)
@@ -458,6 +469,30 @@ def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Pa
     page.tab.press("End")
     page.tab.press("ArrowLeft")
     page.tab.until(f"{coverage}.textContent.includes('visits of a prompt 9\u201316, prompts 0')")
+
+
+WRITTEN = """window.written = new Set();
+const write = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const title = this.canvas.closest(".panel").querySelector("h2").textContent;
+  if (this.textAlign === "right") written.add(JSON.stringify([title, text, Math.round(y)]));
+  write.call(this, text, x, y);
+};"""
+"""Keeps what stands beside the y axes of charts."""
+
+
+@pytest.mark.slow
+@in_a_browser
+@one_backend
+def test_bars_of_few_prompts_are_counted_in_whole_ones(caller: Caller, page: Page) -> None:
+    caller.load([{"prompt_id": f"p{i}"} for i in range(2)])
+    with at_each_start(page.tab, WRITTEN):
+        page.open(f"#/runs/{caller.run}")
+        page.tab.until("[...written].some((each) => each.includes('Coverage'))")
+        written = [json.loads(each) for each in page.tab.run("[...written]")]
+
+    assert sorted(text for title, text, _ in written if title == "Coverage") == ["0", "1", "2"]
+    assert page.tab.faults == []
 
 
 @pytest.mark.slow

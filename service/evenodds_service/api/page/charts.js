@@ -123,7 +123,7 @@ function build(made) {
     scales: { x: { time: false, range: (_, min, max) => [min, max] }, y: spec.y ? { range: spec.y } : { range: (_, min, max) => [Math.min(0, min), max || 1] } },
     axes: [
       axis(spec.xTitle, { size: 28, space: 60, values: (_, at) => at.map((value) => (value >= 1000 ? value.toLocaleString("en") : String(+value.toFixed(3)))), incrs: spec.steps ? whole : undefined, ...ticks }),
-      axis(spec.yTitle, { values: (_, at) => at.map((value) => (spec.tick ?? shown)(value)), size: (_, texts) => 14 + 7 * Math.max(1, ...(texts ?? []).map((text) => text.length)) }),
+      axis(spec.yTitle, { incrs: spec.bars ? whole : undefined, values: (_, at) => at.map((value) => (spec.tick ?? shown)(value)), size: (_, texts) => 14 + 7 * Math.max(1, ...(texts ?? []).map((text) => text.length)) }),
     ],
     cursor: { drag: { x: Boolean(spec.select), y: false, setScale: false }, sync: spec.select ? { key: "steps", setSeries: false } : undefined, bind: { dblclick: () => () => made.spec.select?.(null) } },
     hooks: { setCursor: [(plot) => (made.idx = plot.cursor.idx)], drawClear: [(plot) => drawCells(plot, made.spec)], setSelect: [(plot) => plot.select.width > 0 && take(made)] },
@@ -132,7 +132,8 @@ function build(made) {
   if (read !== null && read < spec.x.length) queueMicrotask(() => point(made, read));
 }
 
-const whole = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8, 1e9, 1e12, 1e15];
+/** Distances between ticks of an axis that counts: there is no half of a step or of a prompt. */
+const whole = Array.from({ length: 16 }, (_, i) => [10 ** i, 2 * 10 ** i, 5 * 10 ** i]).flat();
 
 /** The marked steps become the range that is shown. */
 function take({ plot, spec }) {
