@@ -16,6 +16,7 @@ import pytest
 from benchmarks.browser import CHROMIUM, Browser, browser
 from tests.waiting import PATIENCE_SECONDS, until
 
+from evenodds_service.api.middleware.access import hash_of, new_secret
 from evenodds_service.api.page import FILES
 from evenodds_service.domain.log_entries import NewObservation, Outcomes
 from evenodds_service.domain.prompts import NewPrompt
@@ -137,17 +138,23 @@ def test_prompts_are_found_by_a_part_of_their_id_or_text(caller: Caller, search:
 
 
 @pytest.fixture(scope="module")
-def tab() -> Iterator[Browser]:
+def opened_tab() -> Iterator[Browser]:
     with browser() as opened:
         yield opened
 
 
 @pytest.fixture
+def tab(opened_tab: Browser) -> Browser:
+    """As a test before may not have left it."""
+    opened_tab.call("Network.setBlockedURLs", urls=[])
+    opened_tab.theme("light")
+    opened_tab.size(1440, 900)
+    opened_tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)
+    return opened_tab
+
+
+@pytest.fixture
 def page(tab: Browser, service: Service) -> Page:
-    tab.call("Network.setBlockedURLs", urls=[])
-    tab.theme("light")
-    tab.size(1440, 900)
-    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)  # away from where a test before has left it
     return Page(tab, service.base_url)
 
 
@@ -471,6 +478,39 @@ def test_charts_are_read_and_narrowed_by_keys_and_mouse(caller: Caller, page: Pa
     page.tab.until(f"{coverage}.textContent.includes('visits of a prompt 9\u201316, prompts 0')")
 
 
+BLOCKED = """for (const storage of ["localStorage", "sessionStorage"])
+  Object.defineProperty(window, storage, { get() { throw new DOMException("denied", "SecurityError"); } });"""
+"""What Chromium does where site data is blocked."""
+
+
+@pytest.mark.slow
+@in_a_browser
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_a_key_and_a_theme_are_taken_also_where_the_browser_keeps_nothing(
+    start_service: Callable[..., Service], tab: Browser, tmp_path: Path, is_blocked: bool
+) -> None:
+    service = start_service(f"sqlite:///{tmp_path}/evenodds.db", asks_for_keys=True)
+    store, now = Store(open_engine(service.database_url, timeout_seconds=PATIENCE_SECONDS)), datetime.now(timezone.utc)
+    secret = new_secret()
+    limits: dict[str, Any] = {"runs": "*", "requests_per_minute": None, "max_body_bytes": None}
+    store.create_key("reader", secret_hash=hash_of(secret), scopes=frozenset({"read"}), now=now, **limits)
+    store.put_run("math", RunSettings(embedder="none"), now=now)
+    store.close()
+    page = Page(tab, service.base_url)
+
+    with at_each_start(tab, BLOCKED if is_blocked else ""):
+        page.open("#/")
+        page.until_shown("This service requires an API key")
+        tab.run(f"document.querySelector('input[name=key]').value = {json.dumps(secret)}")
+        tab.run("document.querySelector('form button').click()")
+        page.until_shown("math")
+        tab.run("document.getElementById('theme').click()")
+        assert tab.run("document.documentElement.dataset.theme") == "dark"
+        tab.run("document.getElementById('theme').click()")
+        assert tab.run("document.documentElement.dataset.theme") == "light"
+        tab.run("try { localStorage.clear(); } catch {}")
+
+
 WRITTEN = """window.written = new Set();
 const write = CanvasRenderingContext2D.prototype.fillText;
 CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
@@ -568,7 +608,6 @@ def test_runs_are_found_sorted_and_compared(
         store.save_run_states([(run.id, 0, broken if i == 42 else helping if i == 7 else Summary("learning"))], now=now)
     store.close()
     page = Page(tab, service.base_url)
-    tab.size(1440, 900)
 
     shown = page.open("#/")
     assert page.names()[0] == "run-42", "alarms first"

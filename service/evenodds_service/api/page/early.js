@@ -1,9 +1,26 @@
 // Asks for what the view of a run shows before the modules are there that draw it: `ask` takes the replies from here.
 
 const early = new Map(); // path -> the reply that will come
+const memory = new Map(); // takes the place of the browser's storages where site data is blocked: asking for one throws
+
+function kept(storage, name) {
+  try {
+    return window[storage].getItem(name);
+  } catch {
+    return memory.get(name) ?? null;
+  }
+}
+
+function keep(storage, name, value) {
+  try {
+    window[storage].setItem(name, value);
+  } catch {
+    memory.set(name, value);
+  }
+}
 
 function authorization() {
-  const key = sessionStorage.getItem("evenodds-key");
+  const key = kept("sessionStorage", "evenodds-key");
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 

@@ -121,7 +121,7 @@ function askForKey(current) {
     element("form", {
       onsubmit: (event) => {
         event.preventDefault();
-        sessionStorage.setItem("evenodds-key", input.value.trim());
+        keep("sessionStorage", "evenodds-key", input.value.trim());
         shown = { path: null };
         show();
       },
@@ -168,7 +168,7 @@ function theme() {
   recolour();
 }
 themeButton.addEventListener("click", () => {
-  localStorage.setItem("evenodds-theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  keep("localStorage", "evenodds-theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   theme();
 });
 systemDark.addEventListener("change", theme);
