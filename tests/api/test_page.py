@@ -621,7 +621,7 @@ def test_runs_are_found_sorted_and_compared(
     tab.until("document.querySelectorAll('td.id a').length === 1")
     assert (page.names(), page.address()) == (["run-07"], "#/?state=helping")
     said = "Helping: lift 30.0\u00a0points (10.0 to 50.0); 1,200 rollouts saved so far (300 to no limit)"
-    assert tab.run("document.querySelector('td .verdict').title") == said
+    assert said in tab.text(), "no pointer has to rest on anything"
     page.open("#/?search=run-0&sort=name")
     assert page.names() == [f"run-{i:02d}" for i in range(10)]
     tab.run("[...document.querySelectorAll('input[type=checkbox]')].slice(0, 6).forEach((box) => box.click())")

@@ -48,7 +48,7 @@ export function asCards(made) {
 export function table(caption, columns, rows) {
   const head = element("tr", {}, columns.map(([title, kind]) => element("th", { scope: "col", class: kind }, title)));
   const body = rows.map((cells) =>
-    element("tr", {}, cells.map((cell, i) => element("td", { class: columns[i][1], "data-title": typeof columns[i][0] === "string" ? columns[i][0] : null }, cell ?? "–"))),
+    element("tr", {}, cells.map((cell, i) => element("td", { class: columns[i][1], "data-title": typeof columns[i][0] === "string" ? columns[i][0] : null }, ...[cell ?? "–"].flat()))),
   );
   return element(
     "div",

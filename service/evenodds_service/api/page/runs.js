@@ -60,10 +60,10 @@ function runList(page, asked) {
   const rows = page.runs.map((run, i) => [
     boxes[i],
     element("a", { href: link(run.run) }, run.run),
-    element("span", { class: `verdict ${run.verdict ?? "unknown"}`, title: verdictOf(run) }, wordsOf(run.verdict)),
+    element("div", { class: `verdict ${run.verdict ?? "unknown"}` }, verdictOf(run)),
     run.alarms?.length ? element("ul", { class: "codes" }, [...new Set(run.alarms.map((alarm) => alarm.code))].map((code) =>
       element("li", {}, element("a", { href: `#/?alarm=${encodeURIComponent(code)}` }, wordsOf(code)), ` since step ${count(Math.min(...run.alarms.filter((alarm) => alarm.code === code).map((alarm) => alarm.since_step)))}`))) : "none",
-    run.lift ? element("span", { title: between(run.lift.low, run.lift.high, points) }, points(run.lift.value)) : "–",
+    run.lift ? [points(run.lift.value), element("small", {}, between(run.lift.low, run.lift.high, (end) => (100 * end).toFixed(1)))] : "–",
     sparkline(run.informative_shares), ago(run.active_at), count(run.head_step), count(run.observations), count(run.pool_size),
   ]);
   const made = panel("All runs",
