@@ -629,6 +629,20 @@ def test_runs_are_found_sorted_and_compared(
     tab.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Compare').click()")
     page.until_shown("Rank correlation of forecasts")
     assert page.address() == "#/compare?" + "&".join(f"run=run-{i:02d}" for i in range(5))
+    page.open("#/?sort=name")
+    tab.run("document.querySelector('input[value=run-03]').click()")
+    tab.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Next 50').click()")
+    tab.until("document.querySelectorAll('td.id a').length === 20")
+    assert "Chosen, and not on this page:" in tab.text()
+    tab.run("document.querySelector('input[value=run-60]').click()")
+    tab.run("document.querySelector('input[name=search]').value = 'run-1'")
+    tab.run("document.querySelector('form[role=search] button').click()")
+    page.until_shown("run-15")
+    tab.run("document.querySelector('input[value=run-60]').click()")
+    tab.run("document.querySelector('input[value=run-15]').click()")
+    tab.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Compare').click()")
+    page.until_shown("Rank correlation of forecasts")
+    assert page.address() == "#/compare?run=run-03&run=run-15", "other pages and searches keep what is chosen"
     assert tab.faults == []
 
 

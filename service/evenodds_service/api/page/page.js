@@ -17,13 +17,19 @@ export const link = (run) => `#/runs/${encodeURIComponent(run)}`;
 export const promptLink = (run, id) => `${link(run)}/prompts/${encodeURIComponent(id)}`;
 export const here = (current) => current === shown;
 
-/** Change parameters of the address; null takes one out. The browser's Back undoes it. */
-export function setQuery(changes) {
+/** The address with other parameters: a list is one that is repeated, null takes one out. */
+export function hashWith(changes) {
   const [path, query] = location.hash.split("?");
   const asked = new URLSearchParams(query);
-  for (const [name, value] of Object.entries(changes)) value === null ? asked.delete(name) : asked.set(name, value);
-  location.hash = `${path || "#/"}${String(asked) ? `?${asked}` : ""}`;
+  for (const [name, value] of Object.entries(changes)) {
+    asked.delete(name);
+    for (const each of value === null ? [] : [value].flat()) asked.append(name, each);
+  }
+  return `${path || "#/"}${String(asked) ? `?${asked}` : ""}`;
 }
+
+/** Change parameters of the address. The browser's Back undoes it. */
+export const setQuery = (changes) => (location.hash = hashWith(changes));
 
 function routeOf(hash) {
   const [path, query] = hash.replace(/^#\/?/, "").split(/\?(.*)/s);

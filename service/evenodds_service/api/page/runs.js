@@ -1,6 +1,6 @@
 // The list of runs, and up to five of them side by side.
 
-import { ask, here, link, replace, setQuery } from "./page.js";
+import { ask, hashWith, here, link, replace, setQuery } from "./page.js";
 import { chart } from "./charts.js";
 import { ago, between, choice, count, element, number, panel, percent, points, quiet, sparkline, steps, table, verdictLine, verdictOf, wordsOf } from "./elements.js";
 
@@ -48,15 +48,22 @@ function filterForm(asked) {
 }
 
 function runList(page, asked) {
-  const compare = element("button", { type: "button", disabled: true }, "Compare");
-  const boxes = page.runs.map((run) => element("input", { type: "checkbox", value: run.run, "aria-label": `Compare ${run.run}`, onchange: () => {
-    const chosen = boxes.filter((box) => box.checked);
-    for (const box of boxes) box.disabled = !box.checked && chosen.length >= MOST_COMPARED;
-    compare.disabled = chosen.length < 2;
-  } }));
-  compare.addEventListener("click", () => {
-    location.hash = `#/compare?${new URLSearchParams(boxes.filter((box) => box.checked).map((box) => ["run", box.value]))}`;
-  });
+  // What is chosen stands in the address, so that other pages and searches of the list keep it.
+  const chosen = new Set(new URLSearchParams(location.hash.split("?")[1]).getAll("run").slice(0, MOST_COMPARED));
+  const listed = page.runs.map((run) => run.run);
+  const compare = element("button", { type: "button", onclick: () => (location.hash = `#/compare?${new URLSearchParams([...chosen].map((run) => ["run", run]))}`) }, "Compare");
+  const boxOf = (run) => element("input", { type: "checkbox", value: run, checked: chosen.has(run), "aria-label": `Compare ${run}`, onchange: ({ target }) => {
+    target.checked ? chosen.add(run) : chosen.delete(run);
+    history.replaceState(null, "", hashWith({ run: [...chosen] }));
+    limit();
+  } });
+  const boxes = listed.map(boxOf);
+  const others = [...chosen].filter((run) => !listed.includes(run)).map(boxOf);
+  const limit = () => {
+    for (const box of [...boxes, ...others]) box.disabled = !box.checked && chosen.size >= MOST_COMPARED;
+    compare.disabled = chosen.size < 2;
+  };
+  limit();
   const rows = page.runs.map((run, i) => [
     boxes[i],
     element("a", { href: link(run.run) }, run.run),
@@ -68,6 +75,7 @@ function runList(page, asked) {
   ]);
   const made = panel("All runs",
     quiet(compare, ` Choose 2 to ${MOST_COMPARED} runs to compare.`),
+    others.length ? element("p", { class: "chosen" }, "Chosen, and not on this page:", others.map((box) => element("label", {}, box, box.value))) : null,
     table("Runs", [["compare"], ["run", "id"], ["state"], ["alarms", "text"], ["lift", "number"], ["informative, newest", "number"], ["active", "time"], ["step", "number"], ["observations", "number"], ["pool", "number"]], rows),
     element("nav", { class: "pages", "aria-label": "Pages" },
       asked.get("cursor") ? element("button", { type: "button", onclick: () => setQuery({ cursor: null }) }, "First page") : null,
