@@ -43,7 +43,6 @@ class Settings(BaseModel):
     )
     root_path: str | None = Field(
         default=None,
-        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
         description="path under which a proxy shows the service, such as /evenodds, whether it takes it off or not",
     )
     trusted_proxies: str | None = Field(
@@ -136,6 +135,13 @@ class Settings(BaseModel):
     def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """The networks in `trusted_proxies`."""
         return tuple(ip_network(name) for name in _names(self.trusted_proxies))
+
+    @field_validator("root_path")
+    @classmethod
+    def _is_path(cls, path: str | None) -> str | None:
+        if path is not None and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
+            raise ValueError(f"{path!r} is not a path: begin each part with a slash and end with none, as in /evenodds")
+        return path
 
     @field_validator("trusted_proxies")
     @classmethod

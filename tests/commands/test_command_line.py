@@ -259,6 +259,27 @@ def test_serve_says_that_the_database_does_not_answer(
         ("EVENODDS_PORT", "eighty", "EVENODDS_PORT: Input should be a valid integer"),
         ("EVENODDS_PORT", "65536", "EVENODDS_PORT: Input should be less than or equal to 65535, got '65536'"),
         ("EVENODDS_POOL_SIZE", "0", "EVENODDS_POOL_SIZE: Input should be greater than or equal to 1, got '0'"),
+        (
+            "EVENODDS_ROOT_PATH",
+            "odds/",
+            "EVENODDS_ROOT_PATH: 'odds/' is not a path: begin each part with a slash and end with none, as in ",
+        ),
+        (
+            "EVENODDS_TEXT_RULE",
+            "{odds",
+            "EVENODDS_TEXT_RULE: it has to be JSON with fields of evenodds.TextRule, such as "
+            """{"context_characters": 0}, got '{odds'""",
+        ),
+        (
+            "EVENODDS_TEXT_RULE",
+            '{"odds": 1}',
+            "EVENODDS_TEXT_RULE, field odds: there is no field of this name, got 1",
+        ),
+        (
+            "EVENODDS_ALLOWED_HOSTS",
+            "odds:8000",
+            "EVENODDS_ALLOWED_HOSTS: 'odds:8000' is not the name of a host: write it without scheme, port and slash",
+        ),
         ("EVENODDS_DATABASE_URL", "mysql://x/y", "the database URL starts with 'mysql': use sqlite:///FILE or "),
         (
             "EVENODDS_DATABASE_URL",

@@ -84,11 +84,24 @@ def test_what_cannot_be_done_with_a_key_is_explained(
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_a_limit_below_one_is_refused(main_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("none", "--requests-per-minute", "0"), "must be a whole number from 1 to 1,000,000, got 0"),
+        (("none", "--requests-per-minute", "1e3"), "must be a whole number from 1 to 1,000,000, got 1e3"),
+        (("none", "--expires-days", "10000000"), "must be a whole number from 1 to 36,500, got 10000000"),
+        (("none", "--max-body-mb", "10000000000000"), "must be a whole number from 1 to 2,000, got 10000000000000"),
+        (("",), "'' is no name: use 1 to 128 printable characters, such as trainer"),
+        (("two\nlines",), "'two\\nlines' is no name"),
+    ],
+)
+def test_a_name_or_limit_that_no_key_can_have_is_refused(
+    main_with: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(SystemExit):
-        main_with("keys", "create", "none", "--requests-per-minute", "0")
+        main_with("keys", "create", *arguments)
 
-    assert "must be at least 1, got 0" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_key_gets_a_new_secret_while_the_old_one_works_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from evenodds_service.commands.opening import Refused, fault, opened
@@ -17,7 +18,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     keys = commands.add_parser("keys", help="create, list and revoke API keys")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
     create = actions.add_parser("create", help="create a key and show its secret, once")
-    create.add_argument("name", help="name of the key, shown in logs; a name can be used only once")
+    create.add_argument("name", type=key_name, help="name of the key, shown in logs; a name can be used only once")
     create.add_argument(
         "--scope",
         action="append",
@@ -33,17 +34,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="pattern of the runs that it may use, with * and ? (default: all)",
     )
     create.add_argument(
-        "--expires-days", type=positive, metavar="N", help="days until the key expires (default: never)"
+        "--expires-days", type=up_to(36_500), metavar="N", help="days until the key expires (default: never)"
     )
     create.add_argument(
         "--requests-per-minute",
-        type=positive,
+        type=up_to(1_000_000),
         metavar="N",
         help="most requests a minute, counted in each service process (default: no limit)",
     )
     create.add_argument(
         "--max-body-mb",
-        type=positive,
+        type=up_to(2_000),
         metavar="N",
         help="largest body of one request in MB (default: the service's limit)",
     )
@@ -182,8 +183,19 @@ def pattern(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def key_name(text: str) -> str:
+    """What a log line and a table can show."""
+    if not text.strip() or not text.isprintable() or len(text) > 128:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: use 1 to 128 printable characters, such as trainer")
+    return text
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """Whole numbers from 1 to this one."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most:,}, got {text}")
+        return int(text)
+
+    return number

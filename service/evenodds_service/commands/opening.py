@@ -7,6 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from evenodds_service.settings import Settings
     from evenodds_service.storage.engine import Patience
     from evenodds_service.storage.store import Store
@@ -69,8 +71,22 @@ def explained(error: Exception) -> str:
 
     if not isinstance(error, ValidationError):
         return str(error)
-    faults = [f"EVENODDS_{str(e['loc'][0]).upper()}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-    return "; ".join(faults)
+    return "; ".join(_sentence(fault) for fault in error.errors())
+
+
+_SAID = {
+    "extra_forbidden": "there is no field of this name",
+    "model_type": 'it has to be JSON with fields of evenodds.TextRule, such as {"context_characters": 0}',
+}
+"""In place of what pydantic says, by its type of the fault."""
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    setting, *fields = map(str, fault["loc"])
+    place = f"EVENODDS_{setting.upper()}" + "".join(f", field {name}" for name in fields)
+    if fault["type"] == "value_error":  # is of the setting's own check, and says what it got
+        return f"{place}: {fault['ctx']['error']}"
+    return f"{place}: {_SAID.get(fault['type'], fault['msg'])}, got {fault['input']!r}"
 
 
 def fault(message: str) -> int:

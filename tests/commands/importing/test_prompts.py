@@ -156,6 +156,22 @@ def test_a_missing_file_and_an_unknown_run_are_named(load: Callable[..., tuple[i
     assert "run 'unknown-run' does not exist: create it first" in unknown[2]
 
 
+def test_who_waits_for_a_service_that_is_away_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prompts, "RETRIES", 0)  # or it would ask for minutes, as the first line says
+    (tmp_path / "pool.jsonl").write_text("\n".join(lines(1)))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        assert main(["import", RUN, str(tmp_path / "pool.jsonl"), "--url", url]) == 1
+
+    first, last = capsys.readouterr().err.splitlines()
+    assert url in first
+    assert first.endswith("asked again for some minutes: start it meanwhile, or stop with Ctrl-C and check --url")
+    assert last.endswith("no line was stored: run the same command again to go on from there")
+
+
 def test_a_line_without_an_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MAX_LINE_BYTES", 100)
 

@@ -127,7 +127,7 @@ def test_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     status = main(["replay", str(tmp_path / "nowhere")])
 
     assert status == 1
-    assert f"{tmp_path}/nowhere: no such folder" in capsys.readouterr().err
+    assert f"{tmp_path}/nowhere: there is no such file or folder: name a trainer's log" in capsys.readouterr().err
 
 
 def test_the_folder_of_the_environment_is_replayed_if_none_is_named(

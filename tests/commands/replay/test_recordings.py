@@ -159,7 +159,9 @@ def test_faulty_rates_are_refused_by_name(
 def test_missing_and_broken_files_are_refused_by_name(sums_folder: Path, tmp_path: Path) -> None:
     prompts = sums_folder / "prompts.jsonl.gz"
 
-    with pytest.raises(RecordingError, match=r"nowhere: no such folder; name one that holds prompts.jsonl.gz"):
+    with pytest.raises(
+        RecordingError, match=r"nowhere: there is no such file or folder: name a trainer's log, or a folder with"
+    ):
         read_recording(tmp_path / "nowhere")
     with gzip.open(prompts, "at", encoding="utf-8") as lines:
         lines.write('{"prompt_id": "no text"}\n')

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     sent, tally = Sent(options.source or Path(options.file).resolve().name, options.dry_run), Tally()
     again = "run the same command again to go on from there"
     try:
+        prompts.tell_if_away(options.url)
         with Client(options.url, timeout_seconds=prompts.TIMEOUT_SECONDS, retries=prompts.RETRIES) as client:
             known = KnownPrompts(client, options.run)
             with tqdm(total=log.size or None, unit="B", unit_scale=True, file=sys.stderr) as bar:

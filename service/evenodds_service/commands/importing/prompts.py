@@ -28,6 +28,7 @@ RETRIES = 60
 """With the client's waits, some minutes of a service that restarts."""
 
 TIMEOUT_SECONDS = 120.0
+_PROBE_SECONDS = 10.0
 _INTERRUPTED = 130
 
 
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     progress = _Progress()
     again = "run the same command again to go on from there" if options.file != "-" else "send it again to go on"
     try:
+        tell_if_away(options.url)
         with Client(options.url, timeout_seconds=TIMEOUT_SECONDS, retries=RETRIES) as client:
             pool = client.run(options.run).pool_size
             send = _check if options.dry_run else _send
@@ -186,6 +188,15 @@ class _Bar:
 
 def _name(file: str) -> str:
     return "standard input" if file == "-" else file
+
+
+def tell_if_away(url: str) -> None:
+    """Say on standard error where the service does not answer: an import asks again for minutes, without a word."""
+    try:
+        with Client(url, timeout_seconds=_PROBE_SECONDS, retries=0) as client:
+            client.healthz()
+    except (TransportError, ServerError) as error:
+        fault(f"{error}; it is asked again for some minutes: start it meanwhile, or stop with Ctrl-C and check --url")
 
 
 def ended(error: EvenOddsError | KeyboardInterrupt, so_far: str, again: str) -> int:

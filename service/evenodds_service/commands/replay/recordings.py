@@ -118,7 +118,10 @@ def read_recording(folder: Path, *, models: str = "") -> Recording:
         RecordingError: A file is missing or malformed, or holds nothing to replay.
     """
     if not folder.is_dir():
-        raise RecordingError(f"{folder}: no such folder; name one that holds prompts.jsonl.gz and rates.csv.gz")
+        raise RecordingError(
+            f"{folder}: there is no such file or folder: name a trainer's log, or a folder with prompts.jsonl.gz and "
+            "rates.csv.gz"
+        )
     prompts = _read_prompts(folder / "prompts.jsonl.gz")
     path = folder / "rates.csv.gz"
     columns, rows = _read_rates(path, known=prompts)
