@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from benchmarks.browser import CHROMIUM, Browser, browser
 from tests.waiting import PATIENCE_SECONDS, until
@@ -24,7 +25,7 @@ from evenodds_service.domain.report.alarms import Alarm
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
 from evenodds_service.domain.settings import RunSettings
 from evenodds_service.storage.engine import open_engine
-from evenodds_service.storage.store import Store
+from evenodds_service.storage.store import NewSelection, Store
 
 if TYPE_CHECKING:
     from tests.api.conftest import Caller
@@ -601,7 +602,9 @@ def test_runs_are_found_sorted_and_compared(
     alarm = Alarm("forecast_off", "Outcomes came at .00: look at the verifier.", 20, 14.5, 9.2)
     for i in range(70):
         run, _ = store.put_run(f"run-{i:02d}", RunSettings(embedder="none"), now=now - timedelta(days=2))
-        store.add_prompts(run.id, [NewPrompt("a")], now=now)
+        store.add_prompts(run.id, [NewPrompt("a")], now=now - timedelta(days=2))
+        first = NewSelection(selection_id=f"s{i}", step=0, arguments_hash="h", prompts=np.array([0]), reply="{}")
+        store.record_selection(run.id, first, now=now - timedelta(hours=12))
         store.append_observations(run.id, Outcomes(0, [NewObservation.of_counts(0, 1, 2)]), now=now)
         broken = Summary("broken", alarms=(alarm,), informative_shares=(SharePoint(0, 1, 0.2), SharePoint(2, 3, 0.1)))
         helping = Summary("helping", lift=Estimate(0.3, 0.1, 0.5), rollouts_saved=Estimate(1200.0, 300.0, None))
@@ -621,6 +624,7 @@ def test_runs_are_found_sorted_and_compared(
     tab.until("document.querySelectorAll('td.id a').length === 1")
     assert (page.names(), page.address()) == (["run-07"], "#/?state=helping")
     said = "Helping: lift 30.0\u00a0points (10.0 to 50.0); 1,200 rollouts saved so far (300 to no limit)"
+    said += ", about 2,400 a day"
     assert said in tab.text(), "no pointer has to rest on anything"
     page.open("#/?search=run-0&sort=name")
     assert page.names() == [f"run-{i:02d}" for i in range(10)]

@@ -32,6 +32,7 @@ DEFAULTS = {
     "rollouts_saved": None,
     "informative_shares": [],
     "active_at": None,
+    "began_at": None,
     "embedder": "builtin",
     "embedder_prompt": None,
     "acquisition": "yield",

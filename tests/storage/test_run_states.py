@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import event
 
@@ -14,7 +15,7 @@ from evenodds_service.domain.prompts import NewPrompt
 from evenodds_service.domain.report.alarms import KINDS, Alarm, Remedy
 from evenodds_service.domain.report.summary import VERDICTS, Estimate, SharePoint, Summary
 from evenodds_service.domain.settings import RunSettings
-from evenodds_service.storage.store import NewSnapshot, Run, RunState, Store
+from evenodds_service.storage.store import NewSelection, NewSnapshot, Run, RunState, Store
 
 SUMMARY = Summary(
     verdict="broken",
@@ -42,7 +43,7 @@ SUMMARY = Summary(
 def test_a_state_comes_back_as_it_was_saved(store: Store, run: Run, now: datetime) -> None:
     store.save_run_states([(run.id, 7, SUMMARY)], now=now)
 
-    assert store.run_states([run.id]) == {run.id: RunState(run.id, 7, SUMMARY, None, now)}
+    assert store.run_states([run.id]) == {run.id: RunState(run.id, 7, SUMMARY, None, None, now)}
 
 
 def test_the_state_of_the_newer_log_position_stands(store: Store, run: Run, now: datetime) -> None:
@@ -50,7 +51,7 @@ def test_the_state_of_the_newer_log_position_stands(store: Store, run: Run, now:
     for position, summary in ((7, SUMMARY), (9, newer), (8, SUMMARY)):
         store.save_run_states([(run.id, position, summary)], now=now)
 
-    assert store.run_states([run.id])[run.id] == RunState(run.id, 9, newer, None, now)
+    assert store.run_states([run.id])[run.id] == RunState(run.id, 9, newer, None, None, now)
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
@@ -72,6 +73,25 @@ def test_the_last_activity_is_that_of_the_newest_batch_or_outcomes(store: Store,
     store.save_run_states([(run.id, 3, SUMMARY)], now=later)
 
     assert store.run_states([run.id])[run.id].active_at == now
+
+
+def test_a_saving_is_counted_from_the_first_batch_that_stands(store: Store, run: Run, now: datetime) -> None:
+    store.add_prompts(run.id, [NewPrompt("a"), NewPrompt("b")], now=now)
+    for step in range(3):
+        chosen = NewSelection(
+            selection_id=f"s{step}", step=step, arguments_hash="h", prompts=np.array([step % 2]), reply="{}"
+        )
+        store.record_selection(run.id, chosen, now=now + timedelta(minutes=step))
+    helping = replace(SUMMARY, rollouts_saved=Estimate(10.0, 5.0, None))
+
+    def began_at(position: int, summary: Summary) -> datetime | None:
+        store.save_run_states([(run.id, position, summary)], now=now)
+        return store.run_states([run.id])[run.id].began_at
+
+    assert began_at(4, replace(SUMMARY, rollouts_saved=None)) is None
+    assert began_at(5, helping) == now
+    store.rewind(run.id, step=-1, now=now)
+    assert began_at(6, helping) is None
 
 
 def test_a_deleted_run_keeps_no_state_and_gets_none(store: Store, run: Run, now: datetime) -> None:

@@ -286,6 +286,7 @@ _RUN: dict[str, JsonValue] = {
     "rollouts_saved": {"value": 2433, "low": 1028, "high": 4843},
     "informative_shares": [{"first_step": 12, "last_step": 12, "share": 0.75}],
     "active_at": "2026-01-05T10:02:00Z",
+    "began_at": "2026-01-04T10:02:00Z",
     "alarms": [],
 }
 
@@ -362,6 +363,9 @@ class RunState(HasOlderNames, Reply):
     )
     informative_shares: tuple[SharePoint, ...] = Field(default=(), description="of the newest windows, oldest first")
     active_at: datetime | None = Field(default=None, description="when the newest batch was chosen or outcomes came")
+    began_at: datetime | None = Field(
+        default=None, description="when the first batch was chosen; null where no saving of rollouts is measured"
+    )
     alarms: tuple[Alarm, ...] | None = Field(
         default=None, description="what a person should look at now; in lists up to some seconds old"
     )

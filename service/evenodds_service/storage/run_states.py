@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Function, and_, func, select
+from sqlalchemy import Case, Function, and_, case, func, select
 
 from evenodds_service.domain.report.alarms import Alarm, Remedy
 from evenodds_service.domain.report.summary import Estimate, SharePoint, Summary
@@ -37,16 +37,21 @@ class RunStateMethods(Transactions):
         by_id = {run_id: (log_position, summary) for run_id, log_position, summary in states}
         with self._writing() as connection:
             active_at: dict[int, datetime | None] = {}
+            began_at: dict[int, datetime | None] = {}
             for ids in chunks(sorted(by_id)):
                 there = select(runs.c.id, _active_at().label("active_at")).where(runs.c.id.in_(ids)).order_by(runs.c.id)
                 locked = there.with_for_update(read=True, key_share=True, of=runs)
                 active_at |= {row.id: row.active_at for row in connection.execute(locked)}
+                saving = [run_id for run_id in ids if by_id[run_id][1].rollouts_saved is not None]  # these have batches
+                began = select(runs.c.id, _began_at().label("began_at")).where(runs.c.id.in_(saving))
+                began_at |= {row.id: row.began_at for row in connection.execute(began)}
             rows = [
                 {
                     "run_id": run_id,
                     "log_position": by_id[run_id][0],
                     **_columns(by_id[run_id][1]),
                     "active_at": active,
+                    "began_at": began_at.get(run_id),
                     "saved_at": now,
                 }
                 for run_id, active in active_at.items()
@@ -115,7 +120,7 @@ def state_of(row: Mapping[Any, Any]) -> RunState:
         informative_shares=tuple(SharePoint(*point) for point in json.loads(row["informative_shares"])),
         figures=json.loads(row["figures"]),
     )
-    return RunState(row["run_id"], row["log_position"], summary, row["active_at"], row["saved_at"])
+    return RunState(row["run_id"], row["log_position"], summary, row["active_at"], row["began_at"], row["saved_at"])
 
 
 def _part(row: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
@@ -153,6 +158,23 @@ def _alarms_of(content: str) -> tuple[Alarm, ...]:
         Alarm(**{**fields, "remedy": Remedy(**fields["remedy"]) if fields["remedy"] else None})
         for fields in json.loads(content)
     )
+
+
+def _began_at() -> Case[datetime]:
+    """When the first batch of a run was chosen that stands.
+
+    What the state said before stands where the log was compacted.
+    """
+    first = (
+        select(log.c.created_at)
+        .where(log.c.run_id == runs.c.id, log.c.kind == "select", log.c.voided_at.is_(None))
+        .order_by(log.c.position)
+        .limit(1)
+        .correlate(runs)
+        .scalar_subquery()
+    )
+    before = select(run_states.c.began_at).where(run_states.c.run_id == runs.c.id).correlate(runs).scalar_subquery()
+    return case((runs.c.base_position == 0, first), else_=func.coalesce(before, first))
 
 
 def _active_at() -> Function[datetime]:

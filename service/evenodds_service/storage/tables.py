@@ -340,6 +340,7 @@ run_states = Table(
     Column("informative_shares", Text, nullable=False),  # JSON: [first step, last step, share] of each window
     Column("figures", Text, nullable=False),  # JSON: name -> number
     Column("active_at", UtcDateTime),  # when the newest batch or outcomes came
+    Column("began_at", UtcDateTime),  # when the first batch that stands was chosen, where rollouts are saved
     Column("saved_at", UtcDateTime, nullable=False),
     CheckConstraint("log_position >= 0 AND n_alarms >= 0", name="counts"),
     CheckConstraint("verdict IN ('broken', 'not_helping', 'helping', 'learning', 'no_data')", name="verdict"),

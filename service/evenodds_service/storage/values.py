@@ -236,6 +236,7 @@ class RunState:
     Attributes:
         log_position: Of the log as far as the state knows it.
         active_at: When the newest batch was chosen or outcomes were reported; None before any.
+        began_at: When the first batch was chosen; None where no saving of rollouts is measured.
         saved_at: When the state was saved.
     """
 
@@ -243,6 +244,7 @@ class RunState:
     log_position: int
     summary: Summary
     active_at: datetime | None
+    began_at: datetime | None
     saved_at: datetime
 
 

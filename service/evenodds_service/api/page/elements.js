@@ -83,14 +83,19 @@ export function verdictOf(state) {
   const alarm = state.alarms?.[0];
   const measured = lift ? `lift ${points(lift.value)} (${between(lift.low, lift.high, (end) => (100 * end).toFixed(1))})` : "";
   if (verdict === "broken") return alarm ? `Broken: ${wordsOf(alarm.code)} since step ${count(alarm.since_step)}. ${alarm.next_step || alarm.message}` : "Broken: see the alarms";
-  if (verdict === "helping") return `Helping: ${[measured, savings(saved)].filter(Boolean).join("; ")}`;
+  if (verdict === "helping") return `Helping: ${[measured, savings(saved, state)].filter(Boolean).join("; ")}`;
   if (verdict === "not_helping") return `Not helping: ${measured || "chosen batches give no more informative groups than uniform ones"}`;
   if (verdict === "no_data") return state.pool_size ? "No data: no outcomes were reported yet" : "No data: the pool is empty";
   if (verdict === "learning") return `Learning: ${state.control_share ? "too early to tell" : "there is no control arm to tell the lift by; set control_share"}${measured ? `; ${measured}` : ""}`;
   return "Not looked at since this release started";
 }
 
-const savings = (saved) => (saved ? `${count(saved.value)} rollouts saved so far (${between(saved.low, saved.high, count)})` : "");
+function savings(saved, { began_at: began, active_at: active, fork_of: source }) {
+  if (!saved) return "";
+  const days = began && active && !source ? (new Date(active) - new Date(began)) / 86_400_000 : 0; // a fork has its source's savings
+  const daily = days > 1 / 24 ? `, about ${count(saved.value / days)} a day` : "";
+  return `${count(saved.value)} rollouts saved so far (${between(saved.low, saved.high, count)})${daily}`;
+}
 
 export const verdictLine = (state) =>
   element("p", { class: `verdict ${state.verdict ?? "unknown"}` }, verdictOf(state));

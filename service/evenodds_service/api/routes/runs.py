@@ -194,7 +194,8 @@ def _watched(services: Services, name: str) -> RunState:
     summary = live.summary(run.settings)[1]
     seen = services.store.run_states([run.id]).get(run.id)
     refits = services.store.refits(run.id, limit=1)
-    state = values.RunState(run.id, run.log_position, summary, seen.active_at if seen is not None else None, now())
+    active_at, began_at = (None, None) if seen is None else (seen.active_at, seen.began_at)
+    state = values.RunState(run.id, run.log_position, summary, active_at, began_at, now())
     return _run_state(ListedRun(run, state, refits[0] if refits else None))
 
 
@@ -258,6 +259,7 @@ def _run_state(listed: ListedRun) -> RunState:
             for point in summary.informative_shares
         ),
         active_at=listed.state.active_at if listed.state is not None else None,
+        began_at=listed.state.began_at if listed.state is not None else None,
         alarms=tuple(schemas.Alarm.model_validate(asdict(alarm)) for alarm in summary.alarms)
         if listed.state is not None
         else None,
