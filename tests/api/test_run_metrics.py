@@ -43,6 +43,12 @@ NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
 
 @pytest.fixture
+def service(start_service: Callable[[str], Service], tmp_path: Path) -> Service:
+    """Without the runs of other tests: the more of them there are to save, the later a state is saved."""
+    return start_service(f"sqlite:///{tmp_path}/evenodds.db")
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """With no run yet."""
     store = Store(open_engine(f"sqlite:///{tmp_path}/runs.db"))
@@ -62,7 +68,6 @@ def samples(service: Service, run: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 def test_a_run_is_measured_by_every_replica_until_it_is_deleted(
     caller: Caller, service: Service, start_service: Callable[[str], Service]
 ) -> None:
@@ -98,7 +103,6 @@ def test_a_run_is_measured_by_every_replica_until_it_is_deleted(
     until(lambda: samples(replica, caller.run) == {}, "the run to be forgotten")
 
 
-@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 def test_the_state_is_saved_after_prompts_came_and_after_one_was_erased(caller: Caller, service: Service) -> None:
     """Else `EvenOddsStateOld` would fire for a run that nobody trains yet."""
 
@@ -156,7 +160,6 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in loaded["groups"] for rule in group["rules"]]
 
 
-@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("expressions", [dashboard_expressions, lambda: [rule["expr"] for rule in rules()]])
 def test_dashboard_and_alerts_ask_for_what_is_measured(
     caller: Caller, service: Service, expressions: Callable[[], list[str]]
