@@ -2,9 +2,9 @@
 
 Who changed a run names it and goes on. A thread looks at the named runs, each once however often it was named, and
 saves the states of all of them in one transaction. It then rests for ten times as long as it took, half a minute at
-most: so this costs a process a tenth of one core where looks are short, and alarms are never minutes late. No call waits
-for it. What is named meanwhile is looked at next, so that the state after a run's last call is saved too. What fails is
-logged, and tried again with the next call.
+most. So this costs a process a tenth of one core where looks are short, and alarms are never minutes late. No call
+waits for it. What is named meanwhile is looked at next, so that the state after a run's last call is saved too. What
+fails is logged, and tried again with the next call.
 """
 
 from __future__ import annotations
