@@ -43,8 +43,9 @@ class RunStateMethods(Transactions):
                 locked = there.with_for_update(read=True, key_share=True, of=runs)
                 active_at |= {row.id: row.active_at for row in connection.execute(locked)}
                 saving = [run_id for run_id in ids if by_id[run_id][1].rollouts_saved is not None]  # these have batches
-                began = select(runs.c.id, _began_at().label("began_at")).where(runs.c.id.in_(saving))
-                began_at |= {row.id: row.began_at for row in connection.execute(began)}
+                if saving:
+                    began = select(runs.c.id, _began_at().label("began_at")).where(runs.c.id.in_(saving))
+                    began_at |= {row.id: row.began_at for row in connection.execute(began)}
             rows = [
                 {
                     "run_id": run_id,

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evenodds_service.api.middleware.request_log import QUIET_ROUTES
 from evenodds_service.api.problems import HTTP_CODES, problem, refusal
 from evenodds_service.errors import HostRefused, OriginRefused, ServiceError
 
@@ -25,7 +26,6 @@ _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]", flags=re.IGNORECA
 _ONLY_READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _JSON = re.compile(r"application/(json|x-ndjson|[\w.-]+\+json)", flags=re.IGNORECASE)
 _SAME_SITE = frozenset({"same-origin", "none"})  # "none": the person at the browser asked, no page did
-_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _DOCS = "/docs"
 _REPLY_HEADERS = {
     "Cache-Control": "no-store",
@@ -74,7 +74,7 @@ class Browsers:
 
         headers = Headers(scope=scope)
         try:
-            if not (self._answers_probes and scope["path"] in _PROBES):
+            if not (self._answers_probes and scope["path"] in QUIET_ROUTES):
                 self._check_host(headers)
             if scope["method"] not in _ONLY_READS:
                 self._check_origin(headers)

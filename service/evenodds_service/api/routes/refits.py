@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from evenodds.schemas import RefitList, RefitRequest, RefitState
 from evenodds_service.api.dependencies import PROBLEMS, Dependencies, RunPath
 from evenodds_service.api.wire import now
-from evenodds_service.domain.refits import is_due
+from evenodds_service.domain.refits import is_due, is_open
 from evenodds_service.storage.store import Refit
 
 _POLL_SECONDS = 0.1
@@ -29,7 +29,7 @@ async def refit(run: RunPath, body: RefitRequest, services: Dependencies) -> Ref
     stored = await run_in_threadpool(services.store.run, run)
     asked = await run_in_threadpool(lambda: services.store.request_refit(stored.id, now=now()))
     deadline = time.monotonic() + body.wait_seconds
-    while asked.status in ("pending", "running") and time.monotonic() < deadline:
+    while is_open(asked) and time.monotonic() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
         asked = await run_in_threadpool(services.store.refit, asked.id)
     return refit_state(asked)

@@ -159,13 +159,13 @@ def tried_share(state: State) -> float:
     return float(_is_tried(state, slice(0, state.n_prompts)).mean()) if state.n_prompts else 0.0
 
 
-def unseen_share(state: State, rows: IntArray | None = None) -> float:
-    """Share of these prompts, or of the pool, that was never chosen or observed; 0 where there is none."""
+def unseen_share(state: State, rows: BoolArray | None = None) -> float:
+    """Share of these prompts, bool [N], or of the pool, that was never chosen or observed; 0 where there is none."""
     tried = _is_tried(state, slice(0, state.n_prompts) if rows is None else rows)
     return float((~tried).mean()) if len(tried) else 0.0
 
 
-def _is_tried(state: State, rows: IntArray | slice) -> BoolArray:
+def _is_tried(state: State, rows: IntArray | BoolArray | slice) -> BoolArray:
     """Which of these prompts were chosen or observed before."""
     return np.asarray((state.selected_N[rows] > 0) | (state.visits_N[rows] > 0))
 

@@ -64,15 +64,21 @@ def allowed_by(
     if lost.any():  # whose outcome never came was not seen: it neither rests nor has spent a visit
         selected, last_selected = selected - lost, np.where(lost, -1, last_selected)
     last_seen = np.maximum(last_selected, state.last_step_N)
-    may = ~resting(last_seen, step=step, rest=settings.cooldown_steps or 0)
-    if candidates is not None:
-        among = np.zeros(state.n_prompts, dtype=bool)
-        among[candidates] = True
-        may &= among
-    may[exclude] = False
+    may = left_by(state.n_prompts, candidates=candidates, exclude=exclude)
+    may &= ~resting(last_seen, step=step, rest=settings.cooldown_steps or 0)
     visits = np.maximum(selected, state.visits_N)
     spent = visits >= settings.max_visits if settings.max_visits > 0 else np.zeros(len(visits), dtype=bool)
     return Allowed(may, spent, visits, waited_for, state.outstanding_step_N, last_seen)
+
+
+def left_by(n_prompts: int, *, candidates: IntArray | None, exclude: IntArray) -> BoolArray:
+    """The prompts that a request leaves to choose among, bool [N]. Arguments as in `SelectionRequest`."""
+    left_N = np.ones(n_prompts, dtype=bool)
+    if candidates is not None:
+        left_N[:] = False
+        left_N[candidates] = True
+    left_N[exclude] = False
+    return left_N
 
 
 def resting(last_seen_N: IntArray, *, step: int, rest: int) -> BoolArray:

@@ -20,7 +20,7 @@ from evenodds_service.domain.learning.prediction import EachBlock, in_blocks
 from evenodds_service.domain.learning.predictors import PREDICTORS, acquisition_of
 from evenodds_service.domain.learning.state import State
 from evenodds_service.domain.selection.batch import Candidates, Choice, Shares, choose, drawn_by
-from evenodds_service.domain.selection.eligibility import Allowed, allowed_by, held_back, rest_steps, resting
+from evenodds_service.domain.selection.eligibility import Allowed, allowed_by, held_back, left_by, rest_steps, resting
 from evenodds_service.domain.selection.fill import Calibration, Fill, Outlook, filled, most_prompts, outlook
 from evenodds_service.domain.selection.part import Part, PartTooSmall, check_stands_for_all, part_of
 from evenodds_service.domain.selection.pickers import (
@@ -279,8 +279,7 @@ def select(
 def _unseen_share(state: State, request: SelectionRequest) -> float | None:
     if request.candidates is None and not len(request.exclude):
         return None
-    candidates = np.arange(state.n_prompts) if request.candidates is None else request.candidates
-    return unseen_share(state, np.setdiff1d(candidates, request.exclude))
+    return unseen_share(state, left_by(state.n_prompts, candidates=request.candidates, exclude=request.exclude))
 
 
 def _allowed(state: State, settings: RunSettings, request: SelectionRequest) -> Allowed:
