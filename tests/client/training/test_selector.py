@@ -19,6 +19,7 @@ import pytest
 from benchmarks.latency import service as served
 from tests.client.proxy import SLOW_SECONDS, proxy_before
 from tests.client.training.child import observe_in_child
+from tests.client.training.ranks import broadcast_from_rank_zero
 from tests.waiting import PATIENCE_SECONDS, until
 
 from evenodds import Batch, Client, ConfigurationError, InvalidRequest, PromptSelector
@@ -356,11 +357,7 @@ def test_a_second_training_that_began_without_the_service_goes_on_and_keeps_its_
     first.observe(3, {"p1": [1, 0]})
     assert first.flush()
     first.close()
-    sent: list[Batch] = []
-
-    def from_rank_zero(batch: Batch | None) -> Batch:
-        sent.extend([] if batch is None else [batch])
-        return sent[-1]
+    from_rank_zero = broadcast_from_rank_zero()
 
     with proxy_before(service.base_url) as proxy:
         proxy.mode = "dead"
@@ -658,12 +655,7 @@ def test_a_filled_batch_may_be_asked_for_ahead_and_follows_by_itself(service: Se
 
 
 def test_all_ranks_draw_the_same_filled_batch(service: Service, make: Make) -> None:
-    sent: list[Batch] = []
-
-    def from_rank_zero(batch: Batch | None) -> Batch:
-        if batch is not None:
-            sent.append(batch)
-        return sent[-1]
+    from_rank_zero = broadcast_from_rank_zero()
 
     ranks = [make(rank=rank, broadcast=from_rank_zero) for rank in range(2)]
     ranks[0].wait_until_ready()
@@ -703,12 +695,7 @@ def test_a_trainer_that_needs_so_many_groups_gets_them(make: Make) -> None:
 
 
 def test_one_rank_asks_and_all_draw_the_same(service: Service, make: Make) -> None:
-    sent: list[Batch] = []
-
-    def from_rank_zero(batch: Batch | None) -> Batch:
-        if batch is not None:
-            sent.append(batch)
-        return sent[-1]
+    from_rank_zero = broadcast_from_rank_zero()
 
     with proxy_before(service.base_url) as proxy:
         ranks = [make(proxy.base_url, rank=rank, broadcast=from_rank_zero) for rank in range(3)]

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.client.proxy import proxy_before
+from tests.client.training.ranks import broadcast_from_rank_zero
 from tests.waiting import PATIENCE_SECONDS, until
 
-from evenodds import Batch, ConfigurationError, InvalidRequest, PromptSelector
+from evenodds import ConfigurationError, InvalidRequest, PromptSelector
 
 if TYPE_CHECKING:
     from tests.conftest import Service
@@ -163,11 +164,7 @@ def test_what_another_rank_reports_before_rank_zero_could_go_back_is_kept(
     assert first.flush()
     checkpoint = first.state_dict(step=1)
     first.close()
-    sent: list[Batch] = []
-
-    def from_rank_zero(batch: Batch | None) -> Batch:
-        sent.extend([] if batch is None else [batch])
-        return sent[-1]
+    from_rank_zero = broadcast_from_rank_zero()
 
     with proxy_before(service.base_url) as proxy:
         ranks = [
